@@ -1,0 +1,24 @@
+"""Stage 5 of the loop: log-probabilities, advantages and returns -> the scalars that the learner minimises.
+
+Pure tensors. Every loss divides by a *global* denominator (``normalizer``), so that summing over microbatches and
+ranks gives the loss and the gradient of the whole minibatch, however it was split.
+"""
+
+from rlhf_ray.losses.aggregation import aggregate, global_normalizer
+from rlhf_ray.losses.entropy import entropy_bonus
+from rlhf_ray.losses.kl import kl_loss
+from rlhf_ray.losses.logprobs import token_entropy, token_logprobs, token_logprobs_and_entropy
+from rlhf_ray.losses.ppo import ppo_loss
+from rlhf_ray.losses.value import value_loss
+
+__all__ = [
+    "aggregate",
+    "entropy_bonus",
+    "global_normalizer",
+    "kl_loss",
+    "ppo_loss",
+    "token_entropy",
+    "token_logprobs",
+    "token_logprobs_and_entropy",
+    "value_loss",
+]

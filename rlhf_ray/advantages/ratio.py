@@ -1,0 +1,28 @@
+"""Used in stages 4 and 5: the probability ratio of two policies, from log-probabilities, without overflow."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+__all__ = ["MAX_LOG_RATIO", "probability_ratio"]
+
+MAX_LOG_RATIO = 20.0
+"""Largest log-ratio, in nats, that is exponentiated.
+
+``exp(20)`` is about 4.9e8: far outside every clip range, so that the bound never touches a healthy update, and
+far inside float32, so that products and sums over a batch stay finite (``exp(89)`` is already infinite). There
+is no lower bound, since ``exp`` goes to 0 by itself and its gradient with it. Beyond the bound the gradient is 0.
+"""
+
+
+def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Return ``exp(min(logprobs - old_logprobs, MAX_LOG_RATIO))``.
+
+    Args:
+        logprobs: Log-probabilities in nats, any shape.
+        old_logprobs: Log-probabilities of the denominator's policy, the same shape.
+
+    Returns:
+        The ratio, the same shape; exactly 1 where both are equal, and never infinite.
+    """
+    return (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()

@@ -1,0 +1,111 @@
+"""Stage 5 of the loop: log-probabilities and advantages -> PPO's clipped policy loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.advantages.kl import kl
+from rlhf_ray.advantages.padding import blank, checked_mask
+from rlhf_ray.advantages.ratio import probability_ratio
+from rlhf_ray.losses.aggregation import aggregate
+
+__all__ = ["ppo_loss"]
+
+
+def ppo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None = None,
+    behavior_weights: Tensor | None = None,
+    aggregation: str = "token_mean",
+    normalizer: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped surrogate loss of PPO, to be minimised.
+
+    With ``ratio = exp(logprobs - old_logprobs)``, per token::
+
+        L = -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)
+        L = min(L, -dual_clip * A)      where A < 0, when dual_clip is given
+        L = behavior_weight * L         when behavior_weights are given
+
+    - "Proximal Policy Optimization Algorithms" (arXiv:1707.06347).
+    - Clip bounds that differ: "DAPO" (arXiv:2503.14476).
+    - Dual clip, a bound where a bad token became far likelier: "Mastering Complex Control in MOBA Games with Deep
+      Reinforcement Learning" (arXiv:1912.09729).
+    - Behaviour weights, ``pi_proximal / pi_behaviour``, with ``old_logprobs`` of the proximal policy: decoupled PPO,
+      "Batch size-invariance for policy optimization" (arXiv:2110.00641), "AReaL" (arXiv:2505.24298).
+
+    The log-ratio is bounded from above by :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`. Only ``logprobs`` gets
+    a gradient; a token whose ratio lies beyond an active bound gets none.
+
+    >>> old, new = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
+    >>> loss, metrics = ppo_loss(new, old, torch.tensor([[1.0, 1.0]]), torch.ones(1, 2), clip_low=0.2, clip_high=0.2)
+    >>> round(loss.item(), 4), round(metrics["clip_fraction"].item(), 4)  # -(1.2 + 0.5) / 2
+    (-0.85, 0.5)
+
+    Args:
+        logprobs: ``[B, T]``, log-probabilities of the tokens under the policy being trained, in nats, float32.
+        old_logprobs: ``[B, T]``, under the policy of which PPO stays near.
+        advantages: ``[B, T]``.
+        mask: ``[B, T]``, True where a token counts.
+        clip_low: The ratio is clipped from below at ``1 - clip_low``.
+        clip_high: The ratio is clipped from above at ``1 + clip_high``.
+        dual_clip: Bound, greater than 1, of the ratio at negative advantages; none: off.
+        behavior_weights: ``[B, T]``, weight of each token's loss; none: 1.
+        aggregation: See :func:`aggregate`.
+        normalizer: The global denominator, see :func:`aggregate`.
+
+    Returns:
+        The loss, and detached scalars over this call's unmasked tokens. All but ``ratio_max`` are means, which a
+        caller combines over microbatches weighted by their tokens; ``ratio_max`` is combined by the maximum. All
+        are 0 when everything is masked.
+
+        - ``clip_fraction_high``: tokens with A > 0 and a ratio above ``1 + clip_high``.
+        - ``clip_fraction_low``: tokens with A < 0 and a ratio below ``1 - clip_low``.
+        - ``clip_fraction``: either of these. Tokens held by the dual clip are not among them.
+        - ``approx_kl``: KL from the old to the new policy by k3, in nats, never negative.
+        - ``ratio_mean``, ``ratio_max``.
+
+    Raises:
+        ValueError: The shapes differ, a clip is negative, or ``dual_clip`` is not greater than 1.
+    """
+    weights = {} if behavior_weights is None else {"behavior_weights": behavior_weights}
+    mask = checked_mask(mask, ndim=2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, **weights)
+    _check_bounds(clip_low, clip_high, dual_clip)
+    logprobs, old_logprobs = blank(logprobs, mask), blank(old_logprobs.detach(), mask)
+    advantages = blank(advantages.detach(), mask)
+    ratio = probability_ratio(logprobs, old_logprobs)
+    # The min of the equation, case by case: a positive advantage bounds the ratio from above only, a negative one
+    # from below (and, dual clip, from above).
+    bounded = torch.where(advantages >= 0, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low, max=dual_clip))
+    losses = -advantages * bounded
+    if behavior_weights is not None:
+        losses = losses * blank(behavior_weights.detach(), mask)
+    metrics = _clip_metrics(ratio.detach(), advantages, mask, clip_low, clip_high)
+    metrics["approx_kl"] = aggregate(kl(old_logprobs, logprobs.detach(), estimator="k3"), mask, "token_mean")
+    return aggregate(losses, mask, aggregation, normalizer), metrics
+
+
+def _clip_metrics(
+    ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
+) -> dict[str, Tensor]:
+    high = ((advantages > 0) & (ratio > 1 + clip_high)).to(ratio.dtype)
+    low = ((advantages < 0) & (ratio < 1 - clip_low)).to(ratio.dtype)
+    means = {"clip_fraction": high + low, "clip_fraction_low": low, "clip_fraction_high": high, "ratio_mean": ratio}
+    metrics = {name: aggregate(x, mask, "token_mean") for name, x in means.items()}
+    # Ratios are positive, so 0 is neutral to the maximum over microbatches; a batch without columns has no maximum.
+    metrics["ratio_max"] = blank(ratio, mask).max() if ratio.numel() else ratio.sum()
+    return metrics
+
+
+def _check_bounds(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
+    if not (clip_low >= 0 and clip_high >= 0):
+        raise ValueError(f"clip_low = {clip_low}, clip_high = {clip_high}: must not be negative")
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip = {dual_clip}: must be greater than 1")

@@ -1,0 +1,71 @@
+"""Stage 5 of the loop: the critic's values and the returns -> the critic's loss."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.advantages.padding import blank, checked_mask
+from rlhf_ray.losses.aggregation import aggregate
+
+__all__ = ["value_loss"]
+
+
+def value_loss(
+    values: Tensor,
+    old_values: Tensor,
+    returns: Tensor,
+    mask: Tensor,
+    *,
+    clip: float | None = None,
+    aggregation: str = "token_mean",
+    normalizer: float | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Half the squared error of the critic, optionally clipped around the old values.
+
+    Per token, with ``clipped = clamp(values, old_values - clip, old_values + clip)``::
+
+        L = 1/2 * (values - returns)^2                                             without clip
+        L = 1/2 * max((values - returns)^2, (clipped - returns)^2)                 with clip
+
+    The clipped form is that of the PPO authors' code; it is described in "Implementation Matters in Deep Policy
+    Gradients: A Case Study on PPO and TRPO" (arXiv:2005.12729). A token whose value moved more than ``clip`` away
+    from the old one, towards the return, gets no gradient. Only ``values`` gets a gradient.
+
+    >>> values, old_values, returns = torch.tensor([[0.5, 1.0]]), torch.zeros(1, 2), torch.ones(1, 2)
+    >>> loss, metrics = value_loss(values, old_values, returns, torch.ones(1, 2), clip=0.5)
+    >>> loss.item(), metrics["value_clip_fraction"].item()  # 1/2 * (0.5^2 + 0.5^2) / 2
+    (0.125, 0.5)
+
+    Args:
+        values: ``[B, T]``, from the critic being trained.
+        old_values: ``[B, T]``, from the critic before the update.
+        returns: ``[B, T]``, the targets.
+        mask: ``[B, T]``, True where a token counts.
+        clip: How far, in reward, a value may move from the old one and still be pulled on; none: off.
+        aggregation: See :func:`aggregate`.
+        normalizer: The global denominator, see :func:`aggregate`.
+
+    Returns:
+        The loss, and detached means over this call's unmasked tokens (0 when there are none):
+
+        - ``value_clip_fraction``: tokens whose clipped error is the larger one; 0 without clip.
+        - ``value_mean``, ``return_mean``: in reward.
+
+    Raises:
+        ValueError: The shapes differ, or ``clip`` is not positive.
+    """
+    mask = checked_mask(mask, ndim=2, values=values, old_values=old_values, returns=returns)
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip = {clip}: must be positive, or None to switch it off")
+    values, returns = blank(values, mask), blank(returns.detach(), mask)
+    losses = 0.5 * (values - returns).square()
+    clipped_share = torch.zeros_like(returns)
+    if clip is not None:
+        old_values = blank(old_values.detach(), mask)
+        clipped_losses = 0.5 * (values.clamp(old_values - clip, old_values + clip) - returns).square()
+        clipped_share = (clipped_losses > losses).to(returns.dtype)
+        losses = torch.maximum(losses, clipped_losses)
+    means = {"value_clip_fraction": clipped_share, "value_mean": values.detach(), "return_mean": returns}
+    metrics = {name: aggregate(x, mask, "token_mean") for name, x in means.items()}
+    return aggregate(losses, mask, aggregation, normalizer), metrics

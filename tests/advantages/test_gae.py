@@ -1,0 +1,143 @@
+import math
+
+import pytest
+import torch
+
+from rlhf_ray.advantages import gae
+
+EVERYTHING = torch.ones(1, 3, dtype=torch.bool)
+
+
+def brute_force(rewards, values, mask, gamma, lam, bootstrap):
+    """The definition as a double sum over the unmasked tokens alone: A_t = sum_l (gamma lam)^l delta_(t+l)."""
+    advantages = torch.zeros(mask.shape, dtype=torch.float64)
+    for row in range(mask.shape[0]):
+        steps = [t for t in range(mask.shape[1]) if mask[row, t]]
+        state_values = [values[row, t].item() for t in steps] + [bootstrap[row].item()]
+        deltas = [rewards[row, t].item() + gamma * state_values[i + 1] - state_values[i] for i, t in enumerate(steps)]
+        for i, t in enumerate(steps):
+            advantages[row, t] = math.fsum((gamma * lam) ** (j - i) * deltas[j] for j in range(i, len(steps)))
+    return advantages
+
+
+def random_batch(seed, rows=6, width=11):
+    generator = torch.Generator().manual_seed(seed)
+    rewards, values = (torch.randn(rows, width, generator=generator, dtype=torch.float64) for _ in range(2))
+    bootstrap = torch.randn(rows, generator=generator, dtype=torch.float64)
+    mask = torch.rand(rows, width, generator=generator) < 0.6
+    mask[0] = False
+    mask[1] = True
+    return rewards, values, mask, bootstrap
+
+
+def test_hand_computed():
+    # gamma 0.5, lambda 0.5, so gamma * lambda = 0.25, from the last token backwards:
+    #   delta_2 = 4 + 0.5 * 0 - 2 = 2      A_2 = 2                       R_2 = 2 + 2 = 4
+    #   delta_1 = 0 + 0.5 * 2 - 3 = -2     A_1 = -2 + 0.25 * 2 = -1.5    R_1 = -1.5 + 3 = 1.5
+    #   delta_0 = 1 + 0.5 * 3 - 1 = 1.5    A_0 = 1.5 - 0.375 = 1.125     R_0 = 1.125 + 1 = 2.125
+    rewards, values = torch.tensor([[1.0, 0.0, 4.0]]), torch.tensor([[1.0, 3.0, 2.0]])
+    advantages, returns = gae(rewards, values, EVERYTHING, gamma=0.5, lam=0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[1.125, -1.5, 2.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[2.125, 1.5, 4.0]]))
+
+
+def test_truncated_row_bootstraps_and_finished_row_does_not():
+    # gamma 0.5, lambda 1. Row 0 is cut with a value of 8 to come:
+    #   delta_1 = 0 + 0.5 * 8 - 2 = 2, delta_0 = 0 + 0.5 * 2 - 4 = -3, A_0 = -3 + 0.5 * 2 = -2
+    # Row 1 finished: delta_1 = 0 + 0 - 2 = -2, delta_0 = -3, A_0 = -3 + 0.5 * -2 = -4
+    rewards, values = torch.zeros(2, 2), torch.tensor([[4.0, 2.0], [4.0, 2.0]])
+    advantages, returns = gae(rewards, values, torch.ones(2, 2), gamma=0.5, lam=1.0, bootstrap=torch.tensor([8.0, 0.0]))
+    torch.testing.assert_close(advantages, torch.tensor([[-2.0, 2.0], [-4.0, -2.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[2.0, 4.0], [0.0, 0.0]]))
+
+
+def test_bootstrap_follows_the_last_unmasked_token_not_the_last_column():
+    # Row of 1 token and 2 columns of padding: A_0 = 0 + 0.5 * 8 - 3 = 1, whatever the padding's width.
+    advantages, _ = gae(
+        torch.zeros(1, 3),
+        torch.tensor([[3.0, 7.0, 7.0]]),
+        torch.tensor([[1, 0, 0]]),
+        gamma=0.5,
+        lam=0.9,
+        bootstrap=torch.tensor([8.0]),
+    )
+    assert advantages.tolist() == [[1.0, 0.0, 0.0]]
+
+
+def test_masked_middle_is_as_if_it_were_not_there():
+    # Policy tokens at 0 and 3, tool output at 1 and 2.
+    rewards, values = torch.tensor([[0.0, 9.0, 9.0, 1.0]]), torch.tensor([[0.5, 7.0, 7.0, 0.25]])
+    with_gap = gae(rewards, values, torch.tensor([[1, 0, 0, 1]]), gamma=0.9, lam=0.8)
+    without = gae(rewards[:, [0, 3]], values[:, [0, 3]], torch.ones(1, 2), gamma=0.9, lam=0.8)
+    for gapped, dense in zip(with_gap, without, strict=True):
+        assert gapped[:, [0, 3]].tolist() == dense.tolist()
+        assert gapped[:, [1, 2]].tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.7), (0.99, 1.0), (1.0, 0.0), (0.0, 0.5)])
+def test_equals_the_double_sum_on_random_masks(seed, gamma, lam):
+    rewards, values, mask, bootstrap = random_batch(seed)
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    torch.testing.assert_close(advantages, brute_force(rewards, values, mask, gamma, lam, bootstrap))
+    torch.testing.assert_close(returns, (advantages + values) * mask)
+
+
+def test_lambda_one_gamma_one_is_return_to_go_minus_value():
+    rewards, values, mask, bootstrap = random_batch(0)
+    advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0, bootstrap=bootstrap)
+    to_go = (rewards * mask).flip(1).cumsum(1).flip(1) + bootstrap[:, None]
+    torch.testing.assert_close(advantages, (to_go - values) * mask)
+    torch.testing.assert_close(returns, to_go * mask)
+
+
+def test_lambda_zero_is_the_td_error():
+    rewards, values, _, bootstrap = random_batch(1)
+    advantages, _ = gae(rewards, values, torch.ones_like(rewards), gamma=0.9, lam=0.0, bootstrap=bootstrap)
+    next_values = torch.cat([values[:, 1:], bootstrap[:, None]], dim=1)
+    torch.testing.assert_close(advantages, rewards + 0.9 * next_values - values)
+
+
+@pytest.mark.parametrize("garbage", [1e30, math.nan, math.inf])
+def test_garbage_under_the_mask_changes_nothing(garbage):
+    rewards, values, mask, bootstrap = random_batch(2)
+    clean = gae(rewards, values, mask, gamma=0.9, lam=0.8, bootstrap=bootstrap)
+    dirty_rewards, dirty_values = rewards.masked_fill(~mask, garbage), values.masked_fill(~mask, garbage)
+    dirty_bootstrap = bootstrap.masked_fill(~mask.any(1), garbage)
+    dirty = gae(dirty_rewards, dirty_values, mask, gamma=0.9, lam=0.8, bootstrap=dirty_bootstrap)
+    for expected, got in zip(clean, dirty, strict=True):
+        assert torch.equal(expected, got)
+
+
+def test_results_are_targets_without_gradient():
+    values = torch.zeros(1, 3, requires_grad=True)
+    advantages, returns = gae(torch.zeros(1, 3), values, EVERYTHING, gamma=1.0, lam=1.0)
+    assert not advantages.requires_grad
+    assert not returns.requires_grad
+
+
+def test_inputs_are_not_written_to():
+    rewards, values, mask, bootstrap = random_batch(3)
+    before = rewards.clone(), values.clone()
+    gae(rewards, values, mask, gamma=0.9, lam=0.8, bootstrap=bootstrap)
+    assert torch.equal(rewards, before[0])
+    assert torch.equal(values, before[1])
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
+def test_empty_batch(shape):
+    empty = torch.zeros(shape)
+    advantages, returns = gae(empty, empty, empty, gamma=1.0, lam=1.0)
+    assert advantages.shape == returns.shape == shape
+
+
+def test_wrong_shapes_and_coefficients_are_refused():
+    row = torch.zeros(1, 3)
+    with pytest.raises(ValueError, match=r"rewards \(1, 3\), values \(1, 2\), mask \(1, 3\)"):
+        gae(row, torch.zeros(1, 2), EVERYTHING, gamma=1.0, lam=1.0)
+    with pytest.raises(ValueError, match=r"bootstrap \(1, 1\)"):
+        gae(row, row, EVERYTHING, gamma=1.0, lam=1.0, bootstrap=torch.zeros(1, 1))
+    with pytest.raises(ValueError, match=r"gamma = 1\.5"):
+        gae(row, row, EVERYTHING, gamma=1.5, lam=1.0)
+    with pytest.raises(ValueError, match=r"lam = -0\.1"):
+        gae(row, row, EVERYTHING, gamma=1.0, lam=-0.1)

@@ -1,0 +1,85 @@
+import math
+
+import pytest
+import torch
+
+from rlhf_ray.advantages import kl
+from rlhf_ray.losses import kl_loss
+
+REFERENCE = torch.tensor([0.25, 0.125, 0.625], dtype=torch.float64)
+
+
+def policy_logits():
+    # Probabilities 1/2, 1/4, 1/4: the samples 0, 0, 1, 2 are then exactly an expectation under the policy.
+    return torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log().requires_grad_()
+
+
+def expected_gradient(estimator):
+    """Gradient by the logits of the mean loss over samples in exact proportion to the policy."""
+    logits, samples = policy_logits(), torch.tensor([[0], [0], [1], [2]])
+    logprobs = torch.log_softmax(logits, dim=0)[samples]
+    loss, _ = kl_loss(logprobs, REFERENCE.log()[samples], torch.ones(4, 1), estimator=estimator)
+    return torch.autograd.grad(loss, logits)[0]
+
+
+def gradient_of(divergence):
+    logits = policy_logits()
+    return torch.autograd.grad(divergence(torch.softmax(logits, dim=0)), logits)[0]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_expected_gradient_is_that_of_the_kl(estimator):
+    exact = gradient_of(lambda policy: (policy * (policy / REFERENCE).log()).sum())
+    assert exact.abs().max() > 0.1
+    torch.testing.assert_close(expected_gradient(estimator), exact)
+
+
+def test_expected_gradient_of_abs_is_that_of_the_l1_distance():
+    torch.testing.assert_close(expected_gradient("abs"), gradient_of(lambda policy: (policy - REFERENCE).abs().sum()))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_value_is_the_estimators(estimator):
+    generator = torch.Generator().manual_seed(0)
+    logprobs, ref_logprobs = -3 * torch.rand(2, 5, 6, generator=generator)
+    mask = torch.rand(5, 6, generator=generator) < 0.6
+    loss, metrics = kl_loss(logprobs, ref_logprobs, mask, estimator=estimator)
+    expected = kl(logprobs, ref_logprobs, estimator=estimator)[mask].mean()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(metrics["kl"], expected)
+
+
+def test_hand_computed():
+    # d = ln 0.5 - ln 0.25 = 0.693147 and -0.693147. Mean of k3: (0.193147 + 0.306853) / 2 = 0.25.
+    # Gradient of k2's mean: d / 2.
+    logprobs = torch.tensor([[0.5, 0.25]]).log().requires_grad_()
+    loss, _ = kl_loss(logprobs, torch.tensor([[0.25, 0.5]]).log(), torch.ones(1, 2), estimator="k3")
+    loss.backward()
+    assert loss.item() == pytest.approx(0.25, rel=1e-5)
+    assert logprobs.grad[0].tolist() == pytest.approx([0.346574, -0.346574], rel=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_zero_loss_and_gradient_at_the_reference(estimator):
+    logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    loss, _ = kl_loss(logprobs, logprobs.detach().clone(), torch.ones(1, 2), estimator=estimator)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert logprobs.grad.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+@pytest.mark.parametrize("difference", [1e4, -1e4])
+def test_huge_difference_stays_finite(estimator, difference):
+    logprobs = torch.tensor([[difference]], requires_grad=True)
+    loss, _ = kl_loss(logprobs, torch.zeros(1, 1), torch.ones(1, 1), estimator=estimator)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert math.isfinite(logprobs.grad.item())
+    assert logprobs.grad.item() * difference > 0
+
+
+def test_unknown_estimator_is_refused():
+    row = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="unknown KL estimator"):
+        kl_loss(row, row, row, estimator="forward")

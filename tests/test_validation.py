@@ -1,0 +1,427 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from rlhf_ray import ConfigError, PPOConfig
+from rlhf_ray.settings import Settings, TrainingSettings
+from rlhf_ray.validation import RANGES, section_types, setting_types, typed_value, validate
+
+NUMBERS = {int, float}
+# Checked by a function of their own, because the remedy is not a range.
+NOT_A_RANGE = {"rollouts.top_p", "rollouts.top_k", "rollouts.max_staleness", "learners.num_gpus_per_learner"}
+
+
+def settings(changes: dict[str, Any]) -> Settings:
+    return PPOConfig.from_dict(changes).settings
+
+
+def error_of(changes: dict[str, Any]) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        validate(settings(changes))
+    return caught.value
+
+
+def numbers_in(annotation: Any) -> set[Any]:
+    return {annotation}.union(*(numbers_in(part) for part in get_args(annotation))) & NUMBERS
+
+
+# --- ranges ---------------------------------------------------------------------------------------------------------
+
+# Setting -> (values that pass, values that do not).
+EDGES: dict[str, tuple[list[Any], list[Any]]] = {
+    "data.batch_size": ([1], [0, -4]),
+    "rollouts.num_replicas": ([1, 8], [0]),
+    "rollouts.group_size": ([1], [0]),
+    "rollouts.max_prompt_tokens": ([1, None], [0]),
+    "rollouts.max_new_tokens": ([1], [0]),
+    "rollouts.temperature": ([0.01, 2.0], [0.0, -1.0, math.nan, math.inf]),
+    "rollouts.stop_token_ids": ([[0, 5], []], [[3, -1]]),
+    "rollouts.max_concurrent_groups": ([1, None], [0]),
+    "rollouts.tensor_parallel_size": ([1, 2], [0]),
+    "rollouts.gpu_memory_utilization": ([0.01, 1.0], [0.0, 1.01]),
+    "rollouts.kv_cache_bytes": ([1, None], [0]),
+    "rollouts.num_threads": ([1, None], [0]),
+    "rollouts.timeout_s": ([0.1], [0.0, math.inf]),
+    "rollouts.startup_timeout_s": ([0.1], [0.0]),
+    "rewards.weights": ([[-2.0], [0.5], None], [[math.nan], [math.inf]]),
+    "rewards.num_workers": ([1], [0]),
+    "rewards.timeout_s": ([0.1], [0.0]),
+    "rewards.max_failures": ([0, None], [-1]),
+    "training.iterations": ([1], [0]),
+    "training.lr": ([1e-9], [0.0, -1e-6, math.nan, math.inf]),
+    "training.critic_lr": ([1e-9], [0.0, -1e-6]),
+    "training.lr_warmup_steps": ([0], [-1]),
+    "training.min_lr_ratio": ([0.0, 1.0], [-0.1, 1.1]),
+    "training.weight_decay": ([0.0], [-0.1]),
+    "training.adam_betas": ([(0.0, 0.0), (0.9, 0.999)], [(0.9, 1.0), (-0.1, 0.9)]),
+    "training.adam_eps": ([1e-12], [0.0]),
+    "training.max_grad_norm": ([0.1, None], [0.0]),
+    "training.critic_max_grad_norm": ([0.1, None], [0.0]),
+    "training.num_epochs": ([1], [0]),
+    "training.num_minibatches": ([1], [0]),
+    "training.gamma": ([0.0, 1.0], [-0.1, 1.01]),
+    "training.lambda_": ([0.0, 1.0], [-0.1, 1.01]),
+    "training.clip_low": ([0.01, 0.99], [0.0, 1.0]),
+    "training.clip_high": ([0.01, 5.0], [0.0]),
+    "training.dual_clip": ([1.01, None], [1.0, 0.5]),
+    "training.value_clip": ([0.1, None], [0.0]),
+    "training.entropy_coef": ([0.0], [-0.1]),
+    "training.kl_coef": ([0.0], [-0.1]),
+    "training.critic_warmup_iterations": ([0], [-1]),
+    "learners.num_learners": ([1], [0]),
+    "learners.max_tokens_per_microbatch": ([100], [0]),
+    "learners.num_threads": ([1, None], [0]),
+    "learners.startup_timeout_s": ([0.1], [0.0]),
+    "learners.update_timeout_s": ([0.1], [0.0]),
+    "evaluation.interval": ([0], [-1]),
+    "evaluation.num_prompts": ([1, None], [0]),
+    "evaluation.temperature": ([0.0, 1.0], [-0.1]),
+    "evaluation.max_new_tokens": ([1, None], [0]),
+    "checkpointing.interval": ([0], [-1]),
+    "checkpointing.keep": ([1], [0]),
+    "reporting.completions_interval": ([0], [-1]),
+    "fault_tolerance.max_group_retries": ([0], [-1]),
+    "fault_tolerance.max_learner_restarts": ([0], [-1]),
+    "debugging.seed": ([0, 2**32 - 1], [-1, 2**32]),
+    "resources.cpus_per_replica": ([0.0, 0.5, None], [-1.0]),
+    "resources.cpus_per_learner": ([0.0, None], [-1.0]),
+    "resources.cpus_per_reward_worker": ([0.0, None], [-1.0]),
+}
+
+
+@pytest.mark.parametrize("field", EDGES)
+def test_edges_of_each_range(field: str) -> None:
+    inside, outside = EDGES[field]
+    for value in inside:
+        validate(settings({field: value}))
+    for value in outside:
+        error = error_of({field: value})
+        assert error.field == field
+        assert repr(error.value) == repr(value)
+        assert error.remedy.startswith("give a ")
+
+
+def test_every_number_has_a_range_and_every_range_a_test() -> None:
+    numeric = {
+        f"{section}.{name}"
+        for section in section_types()
+        for name, annotation in setting_types(section).items()
+        if numbers_in(annotation)
+    }
+
+    assert set(RANGES) == numeric - NOT_A_RANGE
+    assert set(EDGES) == set(RANGES)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("training.lr", -1.0, "training.lr = -1.0: give a number greater than 0"),
+        ("training.gamma", 2.0, "training.gamma = 2.0: give a number of at least 0 and at most 1"),
+        ("training.clip_low", 1.0, "training.clip_low = 1.0: give a number greater than 0 and less than 1"),
+        (
+            "training.max_grad_norm",
+            0.0,
+            "training.max_grad_norm = 0.0: give a number greater than 0, or None (no clip)",
+        ),
+        ("rewards.weights", [math.inf], "rewards.weights = [inf]: give a finite number, or None (1 each)"),
+    ],
+)
+def test_a_range_error_reads_well(field: str, value: Any, message: str) -> None:
+    assert str(error_of({field: value})) == message
+
+
+# --- combinations ---------------------------------------------------------------------------------------------------
+
+GSM8K = {"data.path": "train.jsonl", "rewards.functions": ["gsm8k"]}
+
+# Changes, field of the error, part of its remedy.
+IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
+    ({"data.path": 3, "rewards.functions": ["gsm8k"]}, "data.path", "a ray.data.Dataset"),
+    ({"data.path": [], "rewards.functions": ["gsm8k"]}, "data.path", "a list of files"),
+    ({**GSM8K, "data.eval_path": ["a.jsonl", 3]}, "data.eval_path", "a list of files"),
+    ({"data.prompt_template": "Q: {question}"}, "data.prompt_template", "write {prompt}"),
+    ({"data.path": "train.jsonl"}, "rewards.functions", "gsm8k"),
+    ({"data.eval_path": "test.jsonl"}, "rewards.functions", ".rewards(my_reward)"),
+    ({"rewards.functions": ["gsm8k", "exact_mach"]}, "rewards.functions[1]", "'exact_match'"),
+    ({"rewards.functions": [{"name": "gsm9k", "last_number": True}]}, "rewards.functions[0]", "'gsm8k'"),
+    ({**GSM8K, "rewards.weights": [1.0, 0.5]}, "rewards.weights", "one weight a reward function: 1"),
+    ({"rewards.weights": []}, "rewards.weights", "one weight a reward function: 1"),
+    ({**GSM8K, "rewards.weights": [0.0]}, "rewards.weights", "not 0"),
+    ({**GSM8K, "evaluation.interval": 5}, "evaluation.interval", "set data.eval_path"),
+    ({"rollouts.top_p": 0.9}, "rollouts.top_p", "training needs 1.0"),
+    ({"rollouts.top_k": 50}, "rollouts.top_k", "training needs 0"),
+    ({"rollouts.max_staleness": 2}, "rollouts.max_staleness", "use 0"),
+    ({"rollouts.max_staleness": -1}, "rollouts.max_staleness", "use 0"),
+    ({"rollouts.engine_args": {"seed": 1}}, "rollouts.engine_args.seed", "set debugging.seed"),
+    ({"rollouts.engine_args": {"model": "x"}}, "rollouts.engine_args.model", "set model.path"),
+    ({"rollouts.engine_args": {"dtype": "half"}}, "rollouts.engine_args.dtype", "set model.dtype"),
+    ({"rollouts.engine_args": {"max_model_len": 9}}, "rollouts.engine_args.max_model_len", "max_prompt_tokens"),
+    ({"rollouts.engine_args": {"logprobs_mode": "raw_logprobs"}}, "rollouts.engine_args.logprobs_mode", "leave it out"),
+    (
+        {"rollouts.engine_args": {"tensor_parallel_size": 2}},
+        "rollouts.engine_args.tensor_parallel_size",
+        "set rollouts.",
+    ),
+    (
+        {"rollouts.engine_args": {"weight_transfer_config": {}}},
+        "rollouts.engine_args.weight_transfer_config",
+        "set rollouts.weight_transfer",
+    ),
+    (
+        {"data.batch_size": 2, "rollouts.group_size": 2, "training.num_minibatches": 5},
+        "training.num_minibatches",
+        "at most 4",
+    ),
+    (
+        {"rollouts.max_prompt_tokens": 93, "learners.max_tokens_per_microbatch": 100},
+        "learners.max_tokens_per_microbatch",
+        "at least 101",
+    ),
+    (
+        {"rollouts.max_new_tokens": 100, "learners.max_tokens_per_microbatch": 100},
+        "learners.max_tokens_per_microbatch",
+        "at least 101",
+    ),
+    (
+        {"training.iterations": 3, "training.critic_warmup_iterations": 3},
+        "training.critic_warmup_iterations",
+        "less than training.iterations (3)",
+    ),
+    ({"training.iterations": 3, "training.lr_warmup_steps": 7}, "training.lr_warmup_steps", "at most 6"),
+    (
+        {"model.attn_implementation": "flash_attention_2", "resources.device": "cpu"},
+        "model.attn_implementation",
+        "needs a GPU",
+    ),
+    (
+        {"model.attn_implementation": "flash_attention_2", "model.dtype": "float32"},
+        "model.attn_implementation",
+        "no float32 kernel",
+    ),
+    ({"learners.num_gpus_per_learner": 0.5}, "learners.num_gpus_per_learner", "use 0 or 1"),
+    ({"learners.num_gpus_per_learner": 2}, "learners.num_gpus_per_learner", "use 0 or 1"),
+    ({"learners.num_gpus_per_learner": 1, "resources.device": "cpu"}, "learners.num_gpus_per_learner", "device is cpu"),
+    ({"rollouts.tensor_parallel_size": 2, "resources.device": "cpu"}, "rollouts.tensor_parallel_size", "use 1"),
+    ({"rollouts.weight_transfer": "nccl", "resources.device": "cpu"}, "rollouts.weight_transfer", "needs GPUs"),
+    (
+        {"rollouts.weight_transfer": "nccl", "learners.num_gpus_per_learner": 0},
+        "rollouts.weight_transfer",
+        "learners on GPUs",
+    ),
+    ({"data.prompt_column": ""}, "data.prompt_column", "empty text"),
+    ({"rollouts.stop": ["\n", ""]}, "rollouts.stop", "empty text"),
+    ({"training.lr": {"grid_search": [1e-5, 1e-6]}}, "training.lr", "tune.Tuner(..., param_space=config)"),
+]
+
+
+@pytest.mark.parametrize("changes, field, remedy", IMPOSSIBLE, ids=lambda item: item if isinstance(item, str) else "")
+def test_impossible_combinations(changes: dict[str, Any], field: str, remedy: str) -> None:
+    error = error_of(changes)
+
+    assert error.field == field
+    assert remedy in error.remedy
+    assert str(error) == f"{field} = {error.value!r}: {error.remedy}"
+
+
+POSSIBLE: list[dict[str, Any]] = [
+    {},
+    GSM8K,
+    {"model.path": "Qwen/Qwen2.5-1.5B-Instruct"},
+    {"rewards.functions": [len], "rewards.weights": [2.0]},
+    {**GSM8K, "data.eval_path": "test.jsonl", "evaluation.interval": 5},
+    {**GSM8K, "data.path": ["a.jsonl", Path("b.jsonl")]},
+    {**GSM8K, "data.prompt_template": "Q: {prompt}\nA:"},
+    {"evaluation.interval": 10},
+    {"rewards.functions": ["my_module:reward", "rewards.py:reward", {"name": "gsm8k", "last_number": True}]},
+    {"data.batch_size": 2, "rollouts.group_size": 2, "training.num_minibatches": 4},
+    {"rollouts.max_prompt_tokens": 92, "learners.max_tokens_per_microbatch": 100},
+    {"training.iterations": 3, "training.lr_warmup_steps": 6, "training.critic_warmup_iterations": 2},
+    {"model.attn_implementation": "flash_attention_2", "model.dtype": "bfloat16"},
+    {"rollouts.weight_transfer": "nccl", "resources.device": "cuda", "learners.num_gpus_per_learner": 1},
+    {"rollouts.engine_args": {"max_num_seqs": 64}},
+    {"training.kl_coef": 0.01, "training.kl_in": "loss", "training.kl_estimator": "abs"},
+]
+
+
+@pytest.mark.parametrize("changes", POSSIBLE)
+def test_possible_combinations(changes: dict[str, Any]) -> None:
+    validate(settings(changes))
+
+
+def test_a_dataset_object_is_a_data_source() -> None:
+    class Rows:
+        def iter_batches(self) -> None: ...
+        def schema(self) -> None: ...
+
+    validate(settings({"data.path": Rows(), "rewards.functions": ["gsm8k"]}))
+
+
+def test_settings_made_by_hand_are_type_checked_too() -> None:
+    with pytest.raises(ConfigError, match=r"training\.lr = 'fast': give a number"):
+        validate(Settings(training=TrainingSettings(lr="fast")))  # type: ignore[arg-type]
+
+
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["path", "critic_path", "tokenizer_path"])
+@pytest.mark.parametrize("path", ["./missing", "../missing", "~/missing-model-folder", "/missing/model", "a/b/c"])
+def test_a_missing_folder(name: str, path: str) -> None:
+    error = error_of({f"model.{name}": path})
+
+    assert error.field == f"model.{name}"
+    assert "no such folder" in error.remedy
+    assert "hub id" in error.remedy
+
+
+@pytest.mark.parametrize(
+    "name, file, wrong",
+    [
+        ("path", "config.json", "no config.json in"),
+        ("critic_path", "config.json", "no config.json in"),
+        ("tokenizer_path", "tokenizer.json", "no tokenizer_config.json or tokenizer.json in"),
+    ],
+)
+def test_a_folder_without_its_files_is_refused_until_it_has_them(
+    name: str, file: str, wrong: str, tmp_path: Path
+) -> None:
+    error = error_of({f"model.{name}": tmp_path})
+    assert error.field == f"model.{name}"
+    assert f"{wrong} {tmp_path.resolve()}" in error.remedy
+
+    (tmp_path / file).write_text("{}")
+    validate(settings({f"model.{name}": tmp_path}))
+
+
+def test_a_relative_folder_that_exists_is_local(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    validate(settings({"model.path": "models/mine"}))  # elsewhere it is a hub id
+
+    monkeypatch.chdir(tmp_path)
+
+    assert "not a model folder" in error_of({"model.path": "models/mine"}).remedy
+
+
+def test_a_file_is_not_a_model_folder(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.touch()
+
+    assert "is a file" in error_of({"model.path": str(weights)}).remedy
+
+
+# --- types ----------------------------------------------------------------------------------------------------------
+
+# Field, value, remedy; all from Python.
+WRONG_TYPES: list[tuple[str, Any, str]] = [
+    ("training.lr", "1e-6", "give a number"),
+    ("training.lr", True, "give a number"),
+    ("training.lr", None, "give a number"),
+    ("training.iterations", 3.0, "give a whole number"),
+    ("training.iterations", True, "give a whole number"),
+    ("training.iterations", "3", "give a whole number"),
+    ("training.max_grad_norm", "off", "give a number or None"),
+    ("training.whiten_advantages", 1, "give True or False"),
+    ("training.kl_in", "rewards", "give one of 'reward', 'loss'"),
+    ("training.kl_estimator", ["k1"], "give one of 'k1', 'k2', 'k3', 'abs'"),
+    ("training.adam_betas", (0.9,), "give 2 items, each a number"),
+    ("training.adam_betas", 0.9, "give 2 items, each a number"),
+    ("rollouts.stop", "###", "give a list, each item a string"),
+    ("rollouts.stop_token_ids", ["7"], "give a list, each item a whole number"),
+    ("rollouts.engine_args", [1], "give a mapping with string keys"),
+    ("rollouts.engine_args", {1: 2}, "give a mapping with string keys"),
+    ("rewards.functions", [3], "give a list, each item a string or a function or a mapping with string keys"),
+    ("rewards.weights", 1.0, "give a list, each item a number or None"),
+    ("model.path", 7, "give a string or None"),
+    ("data.split", None, "give a string"),
+    ("callbacks.on_train_result", 3, "give a function or None"),
+]
+
+
+@pytest.mark.parametrize("field, value, remedy", WRONG_TYPES)
+def test_wrong_types_from_python(field: str, value: Any, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        typed_value(field, value)
+
+    assert (caught.value.field, caught.value.value, caught.value.remedy) == (field, value, remedy)
+
+
+@pytest.mark.parametrize(
+    "field, value, remedy",
+    [
+        ("training.lr", "fast", "give a number"),
+        ("training.lr", "nan", "give a number"),
+        ("training.iterations", "3", "give a whole number"),
+        ("training.dual_clip", "None", "give a number or null"),
+        ("data.path", "None", "give a value or null"),
+        ("model.path", "None", "give a string (in quotes if YAML reads it otherwise) or null"),
+        ("reporting.run_dir", 2024, "give a string (in quotes if YAML reads it otherwise) or null"),
+        ("data.shuffle", "true", "give true or false"),
+    ],
+)
+def test_wrong_types_from_text(field: str, value: Any, remedy: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        typed_value(field, value, from_text=True)
+
+    assert caught.value.remedy == remedy
+
+
+@pytest.mark.parametrize(
+    "field, given, held",
+    [
+        ("training.lr", 1, 1.0),
+        ("training.adam_betas", [0, 0.5], (0.0, 0.5)),
+        ("rewards.weights", (1, 2), [1.0, 2.0]),
+        ("model.path", Path("models/mine"), "models/mine"),
+        ("data.path", Path("rows.jsonl"), "rows.jsonl"),
+        ("data.path", (Path("a.jsonl"), "b.jsonl"), ["a.jsonl", "b.jsonl"]),
+        ("rewards.functions", ("gsm8k", len), ["gsm8k", len]),
+    ],
+)
+def test_values_are_held_in_one_form(field: str, given: Any, held: Any) -> None:
+    value = typed_value(field, given)
+
+    assert value == held
+    assert type(value) is type(held)
+    if isinstance(held, float):
+        assert isinstance(value, float)
+
+
+def test_numpy_scalars_are_numbers() -> None:
+    numpy = pytest.importorskip("numpy")
+
+    assert type(typed_value("training.iterations", numpy.int64(3))) is int
+    assert type(typed_value("training.lr", numpy.float32(0.5))) is float
+
+
+@pytest.mark.parametrize("text", ["1e-6", "+1E-6", ".5", "2", "2.", "-3.5e+2"])
+def test_a_quoted_number_in_text_is_a_float(text: str) -> None:
+    assert typed_value("training.lr", text, from_text=True) == float(text)
+
+
+def test_containers_are_copied() -> None:
+    given: dict[str, Any] = {"compilation_config": {"sizes": [1]}}
+
+    held = typed_value("rollouts.engine_args", given)
+    given["compilation_config"]["sizes"].append(2)
+
+    assert held == {"compilation_config": {"sizes": [1]}}
+
+
+def test_every_setting_has_a_meaning() -> None:
+    for section in section_types().values():
+        assert all(item.metadata["meaning"] for item in fields(section))
+
+
+def test_a_search_domain_of_ray_tune_passes_the_type_check_only() -> None:
+    domain: Callable[..., Any] = pytest.importorskip("ray.tune").loguniform
+    space = domain(1e-6, 1e-4)
+
+    assert typed_value("training.lr", space) is space
+    assert "tune.Tuner" in error_of({"training.lr": space}).remedy
