@@ -1,0 +1,1 @@
+"""Stage 6 of the loop: the new policy reaches every replica, versioned."""

@@ -1,0 +1,329 @@
+"""Builds a run's parts from its settings, cheap checks first, then everything slow side by side.
+
+The order matters to the user: what can be wrong with names, files and models is found in seconds, before any engine
+starts.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.algorithms.ray_session import RaySession
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.learner.group import LearnerGroup
+from rlhf_ray.learner.learner import LearnerSpec
+from rlhf_ray.prompts.evaluation_prompts import load_prompts
+from rlhf_ray.prompts.stream import PromptStream
+from rlhf_ray.prompts.tokenizer import load_tokenizer
+from rlhf_ray.reporting.reporter_set import ReporterSet
+from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.rewards.functions import resolve_rewards
+from rlhf_ray.rewards.pool import RewardPool
+from rlhf_ray.rollouts.app import RolloutApp
+from rlhf_ray.rollouts.controller import RolloutController
+from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
+from rlhf_ray.schedule import Schedule
+from rlhf_ray.settings import DataSettings, Settings
+from rlhf_ray.types import Prompt, SamplingSettings
+from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, Publisher
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["Inputs", "Parts", "check_inputs", "start_parts"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What was read and checked before anything was started."""
+
+    policy_path: str
+    critic_path: str
+    tokenizer_path: str
+    model_config: PretrainedConfig
+    max_prompt_tokens: int
+    prompts: PromptStream
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The running parts of an algorithm."""
+
+    session: RaySession
+    learners: LearnerGroup
+    app: RolloutApp
+    rewards: RewardPool
+    controller: RolloutController
+    publisher: Publisher
+
+    def stop(self) -> None:
+        """Stop all, in an order in which nobody waits for one that is gone."""
+        for part in (self.controller, self.rewards, self.app, self.learners, self.session):
+            part.stop()
+
+
+def check_inputs(settings: Settings) -> Inputs:
+    """Read model, tokenizer, rewards and data far enough to know that the run can start.
+
+    Raises:
+        ConfigError: A model, tokenizer, reward or length is wrong.
+        DataError: The dataset is missing, empty or lacks a column.
+    """
+    from rlhf_ray.quickstart import model_path
+
+    policy_path = _expanded(settings.model.path) or model_path()
+    tokenizer_path = _expanded(settings.model.tokenizer_path) or policy_path
+    critic_path = _expanded(settings.model.critic_path)
+    trust = settings.model.trust_remote_code
+    resolve_rewards(settings.rewards)
+    load_tokenizer(tokenizer_path, trust_remote_code=trust)
+    config = _model_config("model.path", policy_path, trust)
+    if critic_path is not None:
+        _model_config("model.critic_path", critic_path, trust)
+    prompt_tokens = max_prompt_tokens(settings.rollouts, config)
+
+    def stream(data: DataSettings) -> PromptStream:
+        return PromptStream(
+            data,
+            tokenizer_path=tokenizer_path,
+            max_prompt_tokens=prompt_tokens,
+            seed=settings.debugging.seed,
+            trust_remote_code=trust,
+        )
+
+    prompts = stream(settings.data)
+    prompts.check()
+    if settings.data.eval_path is not None:
+        held_out = replace(settings.data, path=settings.data.eval_path, split=settings.data.eval_split)
+        stream(held_out).check()
+    return Inputs(
+        policy_path=policy_path,
+        critic_path=critic_path or policy_path,
+        tokenizer_path=tokenizer_path,
+        model_config=config,
+        max_prompt_tokens=prompt_tokens,
+        prompts=prompts,
+    )
+
+
+def evaluation_prompts(settings: Settings, inputs: Inputs) -> tuple[str, tuple[Prompt, ...]] | None:
+    """Name and prompts of the held-out set; ``None`` when the run has none."""
+    data = settings.data
+    if data.eval_path is None and data.path is not None:
+        return None
+    prompts = load_prompts(
+        data,
+        tokenizer_path=inputs.tokenizer_path,
+        max_prompt_tokens=inputs.max_prompt_tokens,
+        limit=settings.evaluation.num_prompts,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    return _dataset_name(data.eval_path), prompts
+
+
+def start_parts(
+    settings: Settings, inputs: Inputs, run_dir: RunDirectory, reporters: ReporterSet, session: RaySession
+) -> Parts:
+    """Start learners, replicas and reward workers side by side and wait until all are ready."""
+    run_id = f"{run_dir.name}-{uuid.uuid4().hex[:6]}"
+    learners = _learner_group(settings, inputs, run_id, run_dir, session)
+    app = _rollout_app(settings, inputs, run_id, learners.bridge, session)
+    rewards = RewardPool(
+        settings.rewards,
+        tokenizer_path=inputs.tokenizer_path,
+        num_cpus=session.shares.reward_worker,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+    try:
+        learners.start()
+        app.start()
+        # The dataset is read in this thread while the others wait for processes.
+        inputs.prompts.open()
+        _wait(learners, app, rewards, reporters)
+    except BaseException:
+        for part in (rewards, app, learners):
+            part.stop()
+        raise
+    controller = RolloutController(
+        generate=app.handle.generate.remote,
+        scorer=rewards,
+        prompts=inputs.prompts,
+        sampling=training_sampling(settings),
+        batch_size=settings.data.batch_size,
+        max_staleness=settings.rollouts.max_staleness,
+        max_concurrent=settings.rollouts.max_concurrent_groups or settings.data.batch_size,
+        max_retries=settings.fault_tolerance.max_group_retries,
+        max_failures=_first_given(settings.rewards.max_failures, settings.data.batch_size),
+        timeout_s=settings.rollouts.timeout_s,
+        seed=settings.debugging.seed,
+    )
+    publisher = NcclPublisher if _uses_nccl(settings, session) else ObjectStorePublisher
+    return Parts(
+        session=session,
+        learners=learners,
+        app=app,
+        rewards=rewards,
+        controller=controller,
+        publisher=publisher(source=learners, handle=app.handle),
+    )
+
+
+def training_sampling(settings: Settings) -> SamplingSettings:
+    """How completions are drawn in training."""
+    rollouts = settings.rollouts
+    return SamplingSettings(
+        group_size=rollouts.group_size,
+        max_new_tokens=rollouts.max_new_tokens,
+        temperature=rollouts.temperature,
+        top_p=rollouts.top_p,
+        top_k=rollouts.top_k,
+        stop=tuple(rollouts.stop),
+        stop_token_ids=tuple(rollouts.stop_token_ids),
+    )
+
+
+def evaluation_sampling(settings: Settings) -> SamplingSettings:
+    """How completions are drawn in evaluation: one a prompt, greedy by default."""
+    rollouts, evaluation = settings.rollouts, settings.evaluation
+    return SamplingSettings(
+        group_size=1,
+        max_new_tokens=evaluation.max_new_tokens or rollouts.max_new_tokens,
+        temperature=evaluation.temperature,
+        stop=tuple(rollouts.stop),
+        stop_token_ids=tuple(rollouts.stop_token_ids),
+    )
+
+
+def _wait(learners: LearnerGroup, app: RolloutApp, rewards: RewardPool, reporters: ReporterSet) -> None:
+    """Wait for all three; the first that fails ends the wait for the others."""
+    with ThreadPoolExecutor(3, "start-up") as pool:
+        pending = {
+            pool.submit(learners.wait_ready): "learners",
+            pool.submit(app.wait_ready): "rollout replicas",
+            pool.submit(rewards.start): "reward workers",
+        }
+        try:
+            _report_progress(pending, reporters)
+        except BaseException:
+            # The other waits end when what they wait for is stopped.
+            for part in (rewards, app, learners):
+                part.stop()
+            raise
+
+
+def _report_progress(pending: dict[Any, str], reporters: ReporterSet) -> None:
+    from concurrent.futures import FIRST_COMPLETED, wait
+
+    while pending:
+        reporters.phase("starting " + ", ".join(sorted(pending.values())))
+        done, _ = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            pending.pop(future)
+            future.result()
+
+
+def _learner_group(
+    settings: Settings, inputs: Inputs, run_id: str, run_dir: RunDirectory, session: RaySession
+) -> LearnerGroup:
+    learners, model = settings.learners, settings.model
+    dtype = _dtype(settings, session)
+    spec = LearnerSpec(
+        training=settings.training,
+        policy_path=inputs.policy_path,
+        critic_path=inputs.critic_path,
+        attn_implementation=model.attn_implementation,
+        trust_remote_code=model.trust_remote_code,
+        gradient_checkpointing=learners.gradient_checkpointing,
+        dtype=dtype,
+        wire_dtype=dtype,
+        temperature=settings.rollouts.temperature,
+        max_new_tokens=settings.rollouts.max_new_tokens,
+        total_steps=Schedule.of(settings).total_optimiser_steps,
+        on_gpu=session.on_gpu,
+        num_threads=learners.num_threads,
+    )
+    return LearnerGroup(
+        spec=spec,
+        run_id=run_id,
+        num_learners=learners.num_learners,
+        num_cpus=session.shares.learner,
+        # Ray Train's own bookkeeping; hidden, since nothing in it is for the user.
+        storage_path=str(run_dir.path / ".ray_train"),
+        startup_timeout_s=learners.startup_timeout_s,
+        update_timeout_s=learners.update_timeout_s,
+        max_restarts=settings.fault_tolerance.max_learner_restarts,
+        tensor_parallel_size=settings.rollouts.tensor_parallel_size,
+    )
+
+
+def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, session: RaySession) -> RolloutApp:
+    rollouts = settings.rollouts
+    spec = engine_spec(
+        settings.model,
+        rollouts,
+        model_path=inputs.policy_path,
+        tokenizer_path=inputs.tokenizer_path,
+        config=inputs.model_config,
+        prompt_tokens=inputs.max_prompt_tokens,
+        groups_in_flight=rollouts.max_concurrent_groups or settings.data.batch_size,
+        seed=settings.debugging.seed,
+        on_gpu=session.on_gpu,
+        dtype=_dtype(settings, session),
+    )
+    return RolloutApp(
+        run_id=run_id,
+        spec=spec,
+        num_replicas=rollouts.num_replicas,
+        num_cpus=session.shares.replica,
+        bridge=bridge,
+        startup_timeout_s=rollouts.startup_timeout_s,
+    )
+
+
+def _model_config(field: str, path: str, trust_remote_code: bool) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(field, path, f"is no model folder or reachable hub id: {reason}") from error
+
+
+def _dtype(settings: Settings, session: RaySession) -> str:
+    if settings.model.dtype == "auto":
+        return "bfloat16" if session.on_gpu else "float32"
+    return settings.model.dtype
+
+
+def _uses_nccl(settings: Settings, session: RaySession) -> bool:
+    from rlhf_ray.rollouts.engine_spec import weight_transfer
+
+    return weight_transfer(settings.rollouts.weight_transfer, on_gpu=session.on_gpu) == "nccl"
+
+
+def _expanded(path: str | None) -> str | None:
+    """A local folder as an absolute path: workers have other working directories."""
+    from pathlib import Path
+
+    if path is None:
+        return None
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path
+
+
+def _dataset_name(path: Any) -> str:
+    from pathlib import Path
+
+    if path is None:
+        return "quickstart"
+    return Path(path).stem if isinstance(path, str) else "dataset"
+
+
+def _first_given(value: int | None, default: int) -> int:
+    return default if value is None else value

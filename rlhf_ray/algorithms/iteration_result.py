@@ -1,0 +1,131 @@
+"""Turns what one iteration produced into the nested result dictionary; keys are declared in reporting/metrics.py."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.packing import UpdatePlan
+from rlhf_ray.rollouts.controller import Collected
+from rlhf_ray.types import RewardFailure, ScoredGroup
+from rlhf_ray.weight_sync.publisher import Publication
+
+__all__ = ["evaluation_metrics", "iteration_result"]
+
+_TIMERS = ("advantage_s", "update_s")
+
+
+def iteration_result(
+    collected: Collected,
+    batch: SequenceBatch,
+    plan: UpdatePlan,
+    figures: dict[str, float],
+    publication: Publication,
+    *,
+    version: int,
+    iteration_s: float,
+    dropped_prompts: int,
+    reward_workers_replaced: int,
+) -> dict[str, Any]:
+    """Assemble the result of one iteration.
+
+    Args:
+        collected: The scored groups and how they came about.
+        batch: The same as sequences.
+        plan: How they were split.
+        figures: The learners' answer.
+        publication: The weight sync that followed.
+        version: Policy version that the iteration began with.
+        iteration_s: Seconds of the whole iteration.
+        dropped_prompts: Over-long prompts so far.
+        reward_workers_replaced: Reward actors replaced so far.
+    """
+    timers = {name: figures.pop(name) for name in _TIMERS}
+    learner_s = sum(timers.values())
+    tokens = int(batch.lengths.sum())
+    return {
+        "rollouts": _rollout_metrics(collected, batch, version) | {"dropped_prompts": dropped_prompts},
+        "rewards": _reward_metrics(collected),
+        "learner": figures
+        | {
+            "num_tokens": tokens,
+            "num_microbatches": sum(len(m.microbatches) for m in plan.ranks[0].minibatches),
+            "padding_fraction": plan.padding_fraction,
+            "tokens_per_s": tokens / learner_s,
+            "policy_version": publication.version,
+        },
+        "weight_sync": {
+            "size_bytes": publication.size_bytes,
+            "pause_s": publication.pause_s,
+            "num_replicas": publication.num_replicas,
+        },
+        "timers": timers
+        | {
+            "rollout_s": collected.rollout_s,
+            "reward_s": collected.reward_s,
+            "weight_sync_s": publication.weight_sync_s,
+            "iteration_s": iteration_s,
+        },
+        "fault_tolerance": {
+            "group_retries": collected.retries,
+            "reward_workers_replaced": reward_workers_replaced,
+        },
+    }
+
+
+def evaluation_metrics(outcomes: Sequence[ScoredGroup | RewardFailure]) -> dict[str, Any]:
+    """Figures of one held-out set; failed rewards are counted and left out of the mean."""
+    scored = [outcome for outcome in outcomes if isinstance(outcome, ScoredGroup)]
+    rewards = np.concatenate([group.rewards for group in scored]) if scored else np.zeros(0)
+    completions = [c for group in scored for c in group.group.completions]
+    return {
+        "reward_mean": float(rewards.mean()) if len(rewards) else float("nan"),
+        "num_prompts": len(outcomes),
+        "failures": len(outcomes) - len(scored),
+        "completion_tokens_mean": float(np.mean([len(c.token_ids) for c in completions])) if completions else 0.0,
+        "truncated_fraction": float(np.mean([c.truncated for c in completions])) if completions else 0.0,
+    }
+
+
+def _rollout_metrics(collected: Collected, batch: SequenceBatch, version: int) -> dict[str, Any]:
+    staleness = np.asarray([version - v for v in _token_versions(collected.groups)])
+    return {
+        "reward_mean": float(batch.rewards.mean()),
+        "reward_std": float(batch.rewards.std()),
+        "completion_tokens_mean": float(batch.completion_lengths.mean()),
+        "completion_tokens_max": int(batch.completion_lengths.max()),
+        "prompt_tokens_mean": float(batch.prompt_lengths.mean()),
+        "truncated_fraction": float(batch.truncated.mean()),
+        "tokens_per_s": float(batch.completion_lengths.sum()) / collected.rollout_s,
+        "staleness_mean": float(staleness.mean()),
+        "staleness_max": int(staleness.max()),
+        "num_groups": len(collected.groups),
+        "num_completions": len(batch),
+    }
+
+
+def _token_versions(groups: Iterable[ScoredGroup]) -> list[int]:
+    return [
+        span.version
+        for scored in groups
+        for completion in scored.group.completions
+        for span in completion.version_spans
+        for _ in range(span.end - span.start)
+    ]
+
+
+def _reward_metrics(collected: Collected) -> dict[str, Any]:
+    by_function: defaultdict[str, list[np.ndarray[Any, Any]]] = defaultdict(list)
+    for scored in collected.groups:
+        for name, values in scored.rewards_by_function.items():
+            by_function[name].append(values)
+    metrics: dict[str, Any] = {}
+    for name, parts in by_function.items():
+        values = np.concatenate(parts)
+        applied = values[~np.isnan(values)]
+        metrics[name] = {"mean": float(applied.mean()) if len(applied) else float("nan")}
+    return metrics | {"failures": dict(collected.failures)}

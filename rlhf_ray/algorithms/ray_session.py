@@ -1,0 +1,102 @@
+"""The Ray cluster under a run: joins or starts one, derives shares of it, and shuts down only what it started."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import ray
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.settings import Settings
+
+__all__ = ["RaySession", "Shares", "cpu_shares"]
+
+# Left free on a small machine: Ray Data's readers and whatever else asks for a little.
+_SPARE_CPUS = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """CPUs reserved a replica, a learner and a reward worker."""
+
+    replica: float
+    learner: float
+    reward_worker: float
+
+
+def cpu_shares(settings: Settings, cluster_cpus: float) -> Shares:
+    """Reservations that fit the cluster: one CPU each, or a fair share where there are fewer CPUs than actors.
+
+    Raises:
+        ConfigError: The reservations asked for exceed the cluster.
+    """
+    resources = settings.resources
+    asked = [
+        (resources.cpus_per_replica, settings.rollouts.num_replicas),
+        (resources.cpus_per_learner, settings.learners.num_learners),
+        (resources.cpus_per_reward_worker, settings.rewards.num_workers),
+    ]
+    fixed = sum(cpus * count for cpus, count in asked if cpus is not None)
+    open_actors = sum(count for cpus, count in asked if cpus is None)
+    room = cluster_cpus - _SPARE_CPUS - fixed
+    if fixed > cluster_cpus or (open_actors and room <= 0):
+        raise ConfigError(
+            "resources.cpus_per_replica / cpus_per_learner / cpus_per_reward_worker",
+            fixed,
+            f"replicas, learners and reward workers need more than the cluster's {cluster_cpus:g} CPUs; lower them",
+        )
+    # Ray counts fractions in ten-thousandths, and only below one.
+    share = 1.0 if room >= open_actors else math.floor(room / open_actors * 100) / 100
+    replica, learner, reward_worker = (share if cpus is None else cpus for cpus, _ in asked)
+    return Shares(replica=replica, learner=learner, reward_worker=reward_worker)
+
+
+class RaySession:
+    """A connection to Ray.
+
+    Args:
+        settings: The run's settings: address, device and noise.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._owned = not ray.is_initialized()
+        if self._owned:
+            ray.init(
+                address=settings.resources.ray_address,
+                namespace="rlhf_ray",
+                log_to_driver=settings.debugging.log_to_driver,
+                logging_level=logging.getLevelName(settings.debugging.log_level),
+                configure_logging=True,
+            )
+        self._quieten(settings.debugging.log_level)
+        self.on_gpu = self._resolve_device(settings)
+        self.shares = cpu_shares(settings, ray.cluster_resources().get("CPU", 0.0))
+
+    def stop(self) -> None:
+        """Leave the cluster; one that this session started ends with it."""
+        if self._owned and ray.is_initialized():
+            ray.shutdown()
+
+    @staticmethod
+    def _quieten(level: str) -> None:
+        for name in ("ray.serve", "ray.data", "ray.train"):
+            logging.getLogger(name).setLevel(level)
+
+    @staticmethod
+    def _resolve_device(settings: Settings) -> bool:
+        gpus = ray.cluster_resources().get("GPU", 0.0)
+        on_gpu = settings.resources.device == "cuda" or (settings.resources.device == "auto" and gpus > 0)
+        needed = (
+            settings.rollouts.num_replicas * settings.rollouts.tensor_parallel_size + settings.learners.num_learners
+        )
+        if on_gpu and needed > gpus:
+            raise ConfigError(
+                "resources.device",
+                settings.resources.device,
+                f"{settings.rollouts.num_replicas} replicas of {settings.rollouts.tensor_parallel_size} GPUs and "
+                f"{settings.learners.num_learners} learners need {needed} GPUs, the cluster has {gpus:g}; lower "
+                "rollouts.num_replicas or learners.num_learners, or set resources.device = cpu",
+            )
+        return on_gpu

@@ -1,0 +1,74 @@
+"""The sequences of one update, flat and variable-length: what travels from the Algorithm to a learner rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import numpy.typing as npt
+
+from rlhf_ray.types import Float32Array, Int32Array, ScoredGroup
+
+__all__ = ["SequenceBatch"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SequenceBatch:
+    """N sequences (prompt and completion) laid end to end."""
+
+    token_ids: Int32Array
+    """``[sum(P + T)]``"""
+    prompt_lengths: Int32Array
+    """``[N]``, P"""
+    completion_lengths: Int32Array
+    """``[N]``, T"""
+    sampling_logprobs: Float32Array
+    """``[sum(T)]``"""
+    rewards: Float32Array
+    """``[N]``"""
+    truncated: npt.NDArray[np.bool_]
+    """``[N]``, cut by a length limit: bootstraps from the critic"""
+
+    @classmethod
+    def from_groups(cls, groups: Sequence[ScoredGroup]) -> SequenceBatch:
+        """Lay out the completions of all groups, in order."""
+        rows = [(scored.group.prompt, c) for scored in groups for c in scored.group.completions]
+        return cls(
+            token_ids=np.concatenate([piece for prompt, c in rows for piece in (prompt.token_ids, c.token_ids)]),
+            prompt_lengths=np.asarray([len(prompt.token_ids) for prompt, _ in rows], dtype=np.int32),
+            completion_lengths=np.asarray([len(c.token_ids) for _, c in rows], dtype=np.int32),
+            sampling_logprobs=np.concatenate([c.sampling_logprobs for _, c in rows]),
+            rewards=np.concatenate([scored.rewards for scored in groups]),
+            truncated=np.asarray([c.truncated for _, c in rows], dtype=np.bool_),
+        )
+
+    def __len__(self) -> int:
+        return len(self.prompt_lengths)
+
+    @property
+    def lengths(self) -> Int32Array:
+        """``[N]``, P + T."""
+        return self.prompt_lengths + self.completion_lengths
+
+    def select(self, indices: Sequence[int]) -> SequenceBatch:
+        """The given sequences, in that order."""
+        order = np.asarray(indices, dtype=np.int64)
+        return SequenceBatch(
+            token_ids=_select_ragged(self.token_ids, self.lengths, order),
+            prompt_lengths=self.prompt_lengths[order],
+            completion_lengths=self.completion_lengths[order],
+            sampling_logprobs=_select_ragged(self.sampling_logprobs, self.completion_lengths, order),
+            rewards=self.rewards[order],
+            truncated=self.truncated[order],
+        )
+
+    def size_bytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+
+def _select_ragged(values: npt.NDArray[np.generic], lengths: Int32Array, order: npt.NDArray[np.int64]) -> npt.NDArray:  # type: ignore[type-arg]
+    ends = np.cumsum(lengths)
+    pieces = [values[ends[i] - lengths[i] : ends[i]] for i in order]
+    return np.concatenate(pieces) if pieces else values[:0]

@@ -1,0 +1,207 @@
+"""The learner workers as the Algorithm sees them: one Ray Train ``TorchTrainer`` run, driven step by step.
+
+``TorchTrainer.fit()`` runs in a thread for the whole run; commands go through the bridge actor to all ranks and their
+answers come back the same way.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import ray
+
+from rlhf_ray.errors import LearnerError
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.bridge import RankFailure, bridge_actor
+from rlhf_ray.learner.learner import LearnerSpec
+from rlhf_ray.learner.packing import UpdatePlan
+from rlhf_ray.weight_sync.manifest import WeightManifest
+
+__all__ = ["LearnerGroup"]
+
+_LOG = logging.getLogger(__name__)
+_STOP_TIMEOUT_S = 30.0
+# How often a wait looks whether the Ray Train run has ended under it.
+_CHECK_S = 1.0
+
+
+class LearnerGroup:
+    """Starts, commands and stops the learner ranks.
+
+    Args:
+        spec: How each rank builds its models.
+        run_id: Names the Ray Train run.
+        num_learners: Ranks.
+        num_cpus: CPUs reserved a rank.
+        storage_path: Folder for Ray Train's own files.
+        startup_timeout_s: Longest wait for the ranks to load their models.
+        update_timeout_s: Longest wait for one command.
+        max_restarts: Times that Ray Train starts the group again.
+        tensor_parallel_size: Engine workers a replica, for the NCCL group.
+    """
+
+    def __init__(
+        self,
+        *,
+        spec: LearnerSpec,
+        run_id: str,
+        num_learners: int,
+        num_cpus: float,
+        storage_path: str,
+        startup_timeout_s: float,
+        update_timeout_s: float,
+        max_restarts: int,
+        tensor_parallel_size: int,
+    ) -> None:
+        self._spec = spec
+        self._run_id = run_id
+        self.num_learners = num_learners
+        self._num_cpus = num_cpus
+        self._storage_path = storage_path
+        self._startup_timeout_s = startup_timeout_s
+        self._update_timeout_s = update_timeout_s
+        self._max_restarts = max_restarts
+        self._tensor_parallel_size = tensor_parallel_size
+        self._ended = threading.Event()
+        self._error: BaseException | None = None
+        self._thread: threading.Thread | None = None
+        self.bridge: Any = bridge_actor(num_learners)
+
+    @property
+    def packed(self) -> bool:
+        """Whether the learners read packed rows."""
+        return self._spec.packed
+
+    def start(self) -> None:
+        """Begin to start the ranks and return at once; :meth:`wait_ready` waits for them."""
+        self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
+        self._thread.start()
+
+    def wait_ready(self) -> None:
+        """Wait until every rank has loaded its models.
+
+        Raises:
+            LearnerError: A rank failed, or the time is over.
+        """
+        ready = self._await(self.bridge.wait_ready.remote(self._startup_timeout_s), "to start")
+        if ready is False:
+            raise LearnerError(
+                f"the learners did not start within learners.startup_timeout_s = {self._startup_timeout_s:g} s; "
+                "are there enough CPUs and GPUs in the cluster?"
+            )
+
+    def update(self, batch: SequenceBatch, plan: UpdatePlan, *, version: int, update_policy: bool) -> dict[str, float]:
+        """Train on a batch, after which the policy is ``version``; each rank gets its own sequences by reference."""
+        # These references must outlive the command.
+        refs = [ray.put(batch.select(indices)) for indices in plan.sequences]
+        arguments = [(ref, rank, update_policy, version) for ref, rank in zip(refs, plan.ranks, strict=True)]
+        figures: dict[str, float] = self._execute("update", arguments)[0]
+        return figures
+
+    def publish(self) -> tuple[WeightManifest, list[Any]]:
+        """Gather the policy into the object store; returns where it is."""
+        published: tuple[WeightManifest, list[Any]] = self._execute("publish", (None,))[0]
+        return published
+
+    def send(self, replica_ids: tuple[str, ...]) -> int:
+        """Send the policy to the replicas over NCCL; returns its size in bytes."""
+        argument = (f"{self._run_id}-rollout", "RolloutReplica", self._tensor_parallel_size, replica_ids)
+        size_bytes: int = self._execute("send", (argument,))[0]
+        return size_bytes
+
+    def save(self, folder: str) -> None:
+        """Write a distributed checkpoint."""
+        self._execute("save", (folder,))
+
+    def load(self, folder: str, version: int) -> None:
+        """Restore a distributed checkpoint of policy ``version``."""
+        self._execute("load", ((folder, version),))
+
+    def export(self, folder: str) -> None:
+        """Write Hugging Face folders."""
+        self._execute("export", (folder,))
+
+    def stop(self) -> None:
+        """End the ranks and the bridge."""
+        if self._thread is None or not ray.is_initialized():
+            return
+        if self._thread.is_alive():
+            try:
+                ray.get(self.bridge.execute.remote("stop", (None,), _STOP_TIMEOUT_S), timeout=_STOP_TIMEOUT_S)
+            except ray.exceptions.RayError as error:  # the group is half-started or gone: abort it instead
+                _LOG.info("the learners did not take the stop command: %r", error)
+            self._thread.join(timeout=5.0)
+        if self._thread.is_alive():
+            self._abort()
+            self._thread.join(timeout=_STOP_TIMEOUT_S)
+        self._thread = None
+        ray.kill(self.bridge)
+
+    def _execute(self, verb: str, arguments: Sequence[Any]) -> list[Any]:
+        answers = self._await(self.bridge.execute.remote(verb, tuple(arguments), self._update_timeout_s), f"to {verb}")
+        if answers is None:
+            raise LearnerError(
+                f"the learners took longer than learners.update_timeout_s = {self._update_timeout_s:g} s to {verb}"
+            )
+        return list(answers)
+
+    def _await(self, ref: Any, purpose: str) -> Any:
+        """Wait for the bridge's answer, or for the end of the Ray Train run, whichever is first."""
+        while True:
+            done, _ = ray.wait([ref], timeout=_CHECK_S)
+            if done:
+                answer = ray.get(ref)
+                if isinstance(answer, RankFailure):
+                    raise LearnerError(f"learner rank {answer.rank} failed {purpose}:\n{answer.message}")
+                return answer
+            if self._ended.is_set():
+                raise LearnerError(f"the learners ended when asked {purpose}: {self._error!r}") from self._error
+
+    def _fit(self) -> None:
+        try:
+            self._trainer().fit()
+        except BaseException as error:  # kept for the Algorithm's thread, which raises it with its own context
+            self._error = error
+        finally:
+            self._ended.set()
+
+    def _trainer(self) -> Any:
+        # Read when fit() begins; without it Ray Train notices a worker's end only seconds later.
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        from rlhf_ray.learner.controller_callback import announce_controller
+        from rlhf_ray.learner.train_loop import train_loop
+
+        resources = {"CPU": self._num_cpus}
+        if self._spec.on_gpu:
+            resources["GPU"] = 1
+        return TorchTrainer(
+            train_loop,
+            train_loop_config={"spec": self._spec, "bridge": self.bridge},
+            torch_config=TorchConfig(backend="nccl" if self._spec.on_gpu else "gloo"),
+            scaling_config=ScalingConfig(
+                num_workers=self.num_learners, use_gpu=self._spec.on_gpu, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=f"{self._run_id}-learners",
+                storage_path=self._storage_path,
+                callbacks=[announce_controller(self.bridge)],
+                failure_config=FailureConfig(max_failures=self._max_restarts),
+            ),
+        )
+
+    def _abort(self) -> None:
+        """End a group that does not listen: still starting, or stuck in a command."""
+        controller = ray.get(self.bridge.controller.remote(), timeout=_STOP_TIMEOUT_S)
+        if controller is None:
+            return
+        try:
+            ray.get(controller.abort.remote(), timeout=_STOP_TIMEOUT_S)
+        except ray.exceptions.RayActorError:
+            _LOG.debug("the Ray Train controller ended with the abort, as it should")

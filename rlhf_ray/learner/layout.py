@@ -1,0 +1,133 @@
+"""Lays a microbatch out as the model reads it, and reads per-token results back.
+
+Two layouts, one interface: rows padded on the right without a mask (CPU: a causal model never looks at what comes
+after), or one packed row whose positions restart at 0 (GPU: flash attention keeps the sequences apart). Results come
+back as ``[B, T]``: row b holds the T completion tokens of sequence b from the left; ``mask`` says which are real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rlhf_ray.learner.batch import SequenceBatch
+
+__all__ = ["Microbatch", "lay_out", "pad_completions"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Microbatch:
+    """Tensors of one forward pass on the learner's device."""
+
+    rows: torch.Tensor
+    """``[B]`` indices of its sequences in the rank's batch."""
+    input_ids: torch.Tensor
+    """``[B, L]`` padded or ``[1, sum(L)]`` packed."""
+    position_ids: torch.Tensor | None
+    """Like ``input_ids`` when packed, restarting at 0; ``None`` when padded."""
+    kept: torch.Tensor
+    """``[K]`` columns of ``input_ids`` whose logits are needed: those before a completion token."""
+    targets: torch.Tensor
+    """``[rows of input_ids, K]``, the token that follows each kept column."""
+    completion_index: torch.Tensor
+    """``[B, T]`` where completion token t of sequence b lies among the flattened targets."""
+    value_index: torch.Tensor
+    """``[B, T]`` where the state before that token lies in the flattened ``input_ids``."""
+    last_index: torch.Tensor
+    """``[B]`` where the state after the last token lies in the flattened ``input_ids``."""
+    mask: torch.Tensor
+    """``[B, T]`` bool, true at real completion tokens."""
+    num_tokens: int
+    """Tokens in the forward pass, padding included."""
+
+
+def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: torch.device) -> Microbatch:
+    """Build the tensors of one microbatch.
+
+    An empty one becomes a single two-token dummy whose mask is empty: collectives of other ranks need a partner.
+    """
+    selected = batch.select(rows) if rows else None
+    if selected is None:
+        prompt = np.asarray([1])
+        completion = np.asarray([1])
+        tokens = np.zeros(2, dtype=np.int32)
+        real = np.zeros(1, dtype=np.int64)
+    else:
+        prompt, completion, tokens = selected.prompt_lengths, selected.completion_lengths, selected.token_ids
+        real = completion.astype(np.int64)
+    lengths = (prompt + completion).astype(np.int64)
+    starts = _starts(lengths, packed=packed)
+    ids, positions = _input_ids(tokens, lengths, packed=packed)
+    # Position of the state before completion token t: the last prompt token for t = 0.
+    steps = np.arange(int(completion.max()))
+    states = (starts + prompt - 1)[:, None] + steps[None, :]
+    mask = steps[None, :] < real[:, None]
+    kept, targets, index = _kept_columns(ids, prompt.astype(np.int64), states, mask, packed=packed)
+
+    def tensor(array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
+
+    return Microbatch(
+        rows=tensor(np.asarray(rows)),
+        input_ids=tensor(ids),
+        position_ids=tensor(positions) if packed else None,
+        kept=tensor(kept),
+        targets=tensor(targets),
+        completion_index=tensor(np.where(mask, index, 0)),
+        value_index=tensor(np.where(mask, states, 0)),
+        last_index=tensor(starts + lengths - 1),
+        mask=torch.from_numpy(mask).to(device),
+        num_tokens=int(ids.size),
+    )
+
+
+def pad_completions(flat: np.ndarray, lengths: np.ndarray, *, device: torch.device) -> torch.Tensor:  # type: ignore[type-arg]
+    """``[sum(T)]`` values of completion tokens to ``[N, T]``, zero where there is no token."""
+    width = int(lengths.max()) if len(lengths) else 0
+    mask = np.arange(width)[None, :] < lengths[:, None]
+    padded = np.zeros(mask.shape, dtype=flat.dtype)
+    padded[mask] = flat
+    return torch.from_numpy(padded).to(device)
+
+
+def _starts(lengths: np.ndarray, *, packed: bool) -> np.ndarray:  # type: ignore[type-arg]
+    """Where each sequence starts in the flattened ``input_ids``."""
+    if packed:
+        return np.cumsum(lengths) - lengths
+    return np.arange(len(lengths)) * int(lengths.max())
+
+
+def _input_ids(tokens: np.ndarray, lengths: np.ndarray, *, packed: bool) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    positions = np.concatenate([np.arange(length) for length in lengths])
+    if packed:
+        return tokens[None, :], positions[None, :]
+    width = int(lengths.max())
+    # The padding's id never matters: no real token attends to it and no mask reads it.
+    ids = np.zeros((len(lengths), width), dtype=np.int64)
+    ids[np.arange(width)[None, :] < lengths[:, None]] = tokens
+    return ids, positions
+
+
+def _kept_columns(
+    ids: np.ndarray,  # type: ignore[type-arg]
+    prompt: np.ndarray,  # type: ignore[type-arg]
+    states: np.ndarray,  # type: ignore[type-arg]
+    mask: np.ndarray,  # type: ignore[type-arg]
+    *,
+    packed: bool,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    """Columns whose logits are needed, their targets, and each completion token's place among the targets."""
+    if packed:
+        kept = states[mask] if mask.any() else states[:, 0]
+        index = np.zeros(mask.shape, dtype=np.int64)
+        index[mask] = np.arange(int(mask.sum()))
+        return kept, ids[:, kept + 1], index
+    first, last = int(prompt.min()) - 1, ids.shape[1] - 1
+    kept = np.arange(first, last)
+    steps = np.arange(mask.shape[1])
+    columns = (prompt - 1 - first)[:, None] + steps[None, :]
+    rows = np.arange(len(prompt))[:, None] * len(kept)
+    return kept, ids[:, first + 1 : last + 1], rows + columns

@@ -1,0 +1,53 @@
+"""Adds up a rank's metrics over microbatches and merges them over ranks into the figures of one update."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["MetricSums"]
+
+
+class MetricSums:
+    """Token-weighted means, maxima, and losses an optimiser step.
+
+    ``add`` takes means over a microbatch's tokens and their number, ``add_loss`` a microbatch's share of a loss;
+    ``merge`` returns means over all tokens of all ranks, so the figures do not depend on how the batch was split.
+    """
+
+    def __init__(self) -> None:
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._weights: defaultdict[str, float] = defaultdict(float)
+        self._losses: defaultdict[str, float] = defaultdict(float)
+        self._maxima: dict[str, float] = {}
+
+    def add_loss(self, name: str, value: torch.Tensor) -> None:
+        """Add a microbatch's share of a loss that was divided by its minibatch's global denominator."""
+        self._losses[name] += float(value.detach())
+
+    def add(self, means: Mapping[str, float | torch.Tensor], weight: float) -> None:
+        """Add means that stand for ``weight`` tokens; names ending in ``_max`` are combined by the maximum."""
+        if weight == 0:
+            return
+        for name, value in means.items():
+            if name.endswith("_max"):
+                self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
+            else:
+                self._sums[name] += float(value) * weight
+                self._weights[name] += weight
+
+    def merge(self, num_steps: int) -> dict[str, float]:
+        """Combine over ranks; every rank gets the result. Losses are means over ``num_steps`` optimiser steps."""
+        parts: list[MetricSums] = [self] * dist.get_world_size()
+        dist.all_gather_object(parts, self)
+        merged: dict[str, float] = {}
+        for name in {name for part in parts for name in part._maxima}:
+            merged[name] = max(part._maxima[name] for part in parts if name in part._maxima)
+        for name in {name for part in parts for name in part._losses}:
+            merged[name] = sum(part._losses[name] for part in parts) / num_steps
+        for name in {name for part in parts for name in part._sums}:
+            merged[name] = sum(part._sums[name] for part in parts) / sum(part._weights[name] for part in parts)
+        return merged

@@ -1,0 +1,120 @@
+"""Loads policy, critic and reference as Hugging Face models and shards them with FSDP2."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["attention_kernel", "load_critic", "load_policy", "shard"]
+
+
+def attention_kernel(setting: str, device: torch.device) -> str:
+    """Resolve ``model.attn_implementation``: flash attention on GPUs where it is installed, else SDPA."""
+    if setting != "auto":
+        return setting
+    if device.type == "cuda":
+        from transformers.utils import is_flash_attn_2_available
+
+        if is_flash_attn_2_available():
+            return "flash_attention_2"
+    return "sdpa"
+
+
+def load_policy(path: str, *, attn_implementation: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a causal language model in float32, without dropout.
+
+    Raises:
+        ConfigError: The folder or hub id cannot be loaded as a causal language model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    return _load(AutoModelForCausalLM, "model.path", path, attn_implementation, trust_remote_code)[0]
+
+
+def load_critic(path: str, *, attn_implementation: str, trust_remote_code: bool) -> PreTrainedModel:
+    """Load a backbone with a one-number head a token: the critic.
+
+    A head that the checkpoint brings (a saved critic, a reward model) is kept. Where it brings none, the head starts
+    at zero, so that the first values are exactly 0 and the first advantages are the returns.
+
+    Raises:
+        ConfigError: The folder or hub id cannot be loaded with a token head.
+    """
+    from transformers import AutoModelForTokenClassification
+
+    critic, info = _load(
+        AutoModelForTokenClassification,
+        "model.critic_path",
+        path,
+        attn_implementation,
+        trust_remote_code,
+        num_labels=1,
+    )
+    if any(name.startswith("score.") for name in info["missing_keys"]):
+        for parameter in critic.score.parameters():
+            nn.init.zeros_(parameter)
+    return critic
+
+
+def shard(
+    model: PreTrainedModel, mesh: DeviceMesh, *, compute_dtype: torch.dtype, gradient_checkpointing: bool
+) -> PreTrainedModel:
+    """Shard a model over the mesh: one FSDP2 unit a decoder layer, one for the rest.
+
+    Weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced in
+    float32.
+    """
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = MixedPrecisionPolicy()
+    if compute_dtype != torch.float32:
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for layer in _decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    names = set(model._no_split_modules or ())
+    return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def _load(
+    auto_class: Any, field: str, path: str, attn_implementation: str, trust_remote_code: bool, **kwargs: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    try:
+        model, info = auto_class.from_pretrained(
+            path,
+            dtype=torch.float32,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **kwargs,
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigError(field, path, f"cannot be loaded as {auto_class.__name__}: {error}") from error
+    model.config.use_cache = False
+    _without_dropout(model)
+    # Training mode, since gradient checkpointing is off in evaluation mode.
+    return model.train(), info
+
+
+def _without_dropout(model: PreTrainedModel) -> None:
+    """Sampling has no dropout, so log-probabilities may have none either."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0

@@ -1,0 +1,130 @@
+"""Plans an update on the driver: which sequence is in which minibatch, on which rank, in which microbatch.
+
+Consumes lengths only. A sequence keeps its minibatch, rank and microbatch for the whole update, so that old and new
+log-probabilities are computed in the same packing and the first ratio is exactly 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ["Minibatch", "RankPlan", "UpdatePlan", "plan_update"]
+
+Indices = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Minibatch:
+    """What one optimiser step reads."""
+
+    microbatches: tuple[Indices, ...]
+    """Indices into the rank's own sequences; an empty entry keeps ranks in step where one has less to do."""
+    completion_lengths: tuple[int, ...]
+    """T of every sequence of the minibatch over *all* ranks: the loss's global denominator."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankPlan:
+    """One rank's share."""
+
+    minibatches: tuple[Minibatch, ...]
+    epochs: tuple[Indices, ...]
+    """Order of the minibatches in each epoch."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpdatePlan:
+    """The whole update."""
+
+    sequences: tuple[Indices, ...]
+    """Per rank: which sequences of the batch it holds, in its local order."""
+    ranks: tuple[RankPlan, ...]
+    padding_fraction: float
+    """Share of the planned tokens that is padding."""
+
+
+def plan_update(
+    lengths: Sequence[int],
+    completion_lengths: Sequence[int],
+    *,
+    num_minibatches: int,
+    num_epochs: int,
+    num_ranks: int,
+    max_tokens: int,
+    packed: bool,
+    seed: int,
+) -> UpdatePlan:
+    """Split a batch.
+
+    Minibatches are a seeded random partition (sizes differ by at most one) and do not depend on the number of ranks.
+    Within one, sequences are dealt to ranks in order of length, then cut into microbatches of at most ``max_tokens``:
+    the padded rectangle, or the sum of lengths where rows are ``packed``.
+
+    Args:
+        lengths: ``[N]`` prompt plus completion tokens.
+        completion_lengths: ``[N]`` completion tokens.
+        num_minibatches: Optimiser steps an epoch.
+        num_epochs: Passes over the batch; the order of minibatches is drawn anew for each after the first.
+        num_ranks: Learners.
+        max_tokens: Tokens in a microbatch; a longer sequence is alone in its own.
+        packed: Whether rows are packed instead of padded.
+        seed: Of the partition.
+    """
+    rng = np.random.default_rng(seed)
+    parts = np.array_split(rng.permutation(len(lengths)), num_minibatches)
+    epochs = tuple(
+        tuple(range(num_minibatches)) if epoch == 0 else tuple(int(i) for i in rng.permutation(num_minibatches))
+        for epoch in range(num_epochs)
+    )
+    local: list[list[int]] = [[] for _ in range(num_ranks)]
+    minibatches: list[list[Minibatch]] = [[] for _ in range(num_ranks)]
+    planned = 0
+    for part in parts:
+        shares = _deal([int(i) for i in part], lengths, num_ranks)
+        split = [_microbatches(share, lengths, max_tokens, packed=packed) for share in shares]
+        count = max(len(microbatches) for microbatches in split)
+        totals = tuple(int(completion_lengths[i]) for i in part)
+        for rank, microbatches in enumerate(split):
+            planned += sum(_cost([lengths[i] for i in m], packed=packed) for m in microbatches)
+            start = {index: len(local[rank]) + k for k, index in enumerate(i for m in microbatches for i in m)}
+            local[rank].extend(start)
+            renumbered = [tuple(start[i] for i in m) for m in microbatches]
+            renumbered += [()] * (count - len(renumbered))
+            minibatches[rank].append(Minibatch(microbatches=tuple(renumbered), completion_lengths=totals))
+    return UpdatePlan(
+        sequences=tuple(tuple(indices) for indices in local),
+        ranks=tuple(RankPlan(minibatches=tuple(m), epochs=epochs) for m in minibatches),
+        padding_fraction=1.0 - sum(lengths) / planned if planned else 0.0,
+    )
+
+
+def _deal(indices: list[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Longest first, back and forth over the ranks, so that all hold about the same tokens."""
+    ordered = sorted(indices, key=lambda i: (-lengths[i], i))
+    shares: list[list[int]] = [[] for _ in range(num_ranks)]
+    for position, index in enumerate(ordered):
+        turn, place = divmod(position, num_ranks)
+        shares[place if turn % 2 == 0 else num_ranks - 1 - place].append(index)
+    return shares
+
+
+def _microbatches(ordered: list[int], lengths: Sequence[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
+    microbatches: list[list[int]] = []
+    tokens = 0
+    for index in ordered:
+        # Longest first: the first of a microbatch sets the width of the padded rectangle.
+        added = lengths[index] if packed or not microbatches else lengths[microbatches[-1][0]]
+        if not microbatches or tokens + added > max_tokens:
+            microbatches.append([index])
+            tokens = lengths[index]
+        else:
+            microbatches[-1].append(index)
+            tokens += added
+    return microbatches
+
+
+def _cost(lengths: list[int], *, packed: bool) -> int:
+    return sum(lengths) if packed else max(lengths) * len(lengths)

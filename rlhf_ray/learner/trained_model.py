@@ -1,0 +1,114 @@
+"""A sharded model with its optimiser and learning-rate schedule: what one PPO step changes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from rlhf_ray.settings import TrainingSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["TrainedModel", "learning_rate_factor"]
+
+
+def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
+    """Learning rate of optimiser step ``step`` (from 0) as a share of the peak.
+
+    Linear warm-up over ``warmup_steps``, then ``constant``, or down to ``min_ratio`` at ``total_steps`` on a straight
+    (``linear``) or a half-cosine (``cosine``) line; ``min_ratio`` after that.
+    """
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    shape = 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return min_ratio + (1.0 - min_ratio) * shape
+
+
+class TrainedModel:
+    """One of policy and critic.
+
+    Args:
+        model: The sharded model.
+        training: The training section.
+        lr: Peak learning rate.
+        max_grad_norm: Clip of the gradient's norm; none: no clip.
+        total_steps: Optimiser steps of the run, for the schedule.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        training: TrainingSettings,
+        *,
+        lr: float,
+        max_grad_norm: float | None,
+        total_steps: int,
+    ) -> None:
+        self.model = model
+        self._max_grad_norm = max_grad_norm
+        self._optimizer = torch.optim.AdamW(
+            _parameter_groups(model, training.weight_decay), lr=lr, betas=training.adam_betas, eps=training.adam_eps
+        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer,
+            lambda step: learning_rate_factor(
+                step,
+                schedule=training.lr_schedule,
+                warmup_steps=training.lr_warmup_steps,
+                total_steps=total_steps,
+                min_ratio=training.min_lr_ratio,
+            ),
+        )
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the next step."""
+        return float(self._schedule.get_last_lr()[0])
+
+    def sync_gradients(self, enabled: bool) -> None:
+        """Reduce gradients over ranks in the coming backward passes, or only add them up."""
+        self.model.set_requires_gradient_sync(enabled)
+
+    def step(self) -> float:
+        """Clip, update the weights, clear the gradients; returns the norm before the clip."""
+        limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def checkpoint_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Sharded tensors under their checkpoint names, tied ones under each of their names."""
+        return self.model.named_parameters(remove_duplicate=False)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sharded state for a distributed checkpoint."""
+        weights, optimizer = get_state_dict(self.model, self._optimizer)
+        return {"weights": weights, "optimizer": optimizer, "steps": torch.tensor(self._schedule.last_epoch)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave."""
+        set_state_dict(
+            self.model, self._optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"]
+        )
+        self._schedule.last_epoch = int(state["steps"]) - 1
+        self._schedule.step()
+
+
+def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; norms and biases do not."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,150 @@
+"""The Serve application of the rollout replicas: start, handle, stop.
+
+Consumes an engine spec; produces a handle that the controller calls. Owns what it started in Serve and nothing else.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.schema import LoggingConfig
+
+from rlhf_ray.errors import RolloutError
+from rlhf_ray.rollouts.engine import EngineSpec
+from rlhf_ray.rollouts.replica import RolloutReplica
+
+__all__ = ["RolloutApp"]
+
+_DEPLOYMENT = "RolloutReplica"
+# A replica takes requests without bound: vLLM schedules them, and the controller limits groups in flight.
+_MAX_ONGOING_REQUESTS = 100_000
+
+
+class RolloutApp:
+    """The Serve pool ``{run_id}-rollout``.
+
+    Args:
+        run_id: Names the application.
+        spec: How each replica starts its engine.
+        num_replicas: Size of the pool.
+        num_cpus: CPUs reserved a replica.
+        bridge: Handle of the learners' bridge actor.
+        startup_timeout_s: Longest wait for the replicas.
+    """
+
+    def __init__(
+        self,
+        *,
+        run_id: str,
+        spec: EngineSpec,
+        num_replicas: int,
+        num_cpus: float,
+        bridge: Any,
+        startup_timeout_s: float,
+    ) -> None:
+        self.name = f"{run_id}-rollout"
+        self._spec = spec
+        self._num_replicas = num_replicas
+        self._num_cpus = num_cpus
+        self._bridge = bridge
+        self._startup_timeout_s = startup_timeout_s
+        self._started_serve = False
+        self._deploying: Future[Any] | None = None
+        self.handle: Any = None
+
+    def start(self) -> None:
+        """Begin to deploy the replicas in a thread and return at once; :meth:`wait_ready` waits for them."""
+        self._started_serve = not _serve_is_running()
+        self._deploying = ThreadPoolExecutor(1, "rollout-app").submit(self._deploy)
+
+    def wait_ready(self) -> Any:
+        """Wait until every replica answers; returns the handle that calls them.
+
+        Raises:
+            RolloutError: A replica cannot start, or the time is over; says why.
+        """
+        assert self._deploying is not None, "start() comes first"
+        try:
+            self.handle = self._deploying.result(self._startup_timeout_s)
+        except TimeoutError:
+            reason = f"not ready within rollouts.startup_timeout_s = {self._startup_timeout_s:g} s"
+            raise RolloutError(f"the rollout replicas cannot start: {reason}; {self._message()}\n{_REMEDY}") from None
+        except RuntimeError as error:  # what serve.run raises when a deployment fails
+            raise RolloutError(f"the rollout replicas cannot start: {self._message() or error}\n{_REMEDY}") from error
+        return self.handle
+
+    @property
+    def failed(self) -> bool:
+        """Whether the start has already failed, so that a wait for something else can end early."""
+        return self._deploying is not None and self._deploying.done() and self._deploying.exception() is not None
+
+    def num_running(self) -> int:
+        """Replicas that Serve reports as running."""
+        deployment = serve.status().applications[self.name].deployments[_DEPLOYMENT]
+        return int(deployment.replica_states.get("RUNNING", 0))
+
+    def stop(self) -> None:
+        """Delete the application, and Serve too if this pool started it and nobody else uses it."""
+        if self._deploying is None or not ray.is_initialized():
+            return
+        self._deploying = None
+        if not _serve_is_running():
+            return
+        serve.delete(self.name)
+        if self._started_serve and not serve.status().applications:
+            serve.shutdown()
+
+    def _deploy(self) -> Any:
+        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
+        serve.start(proxy_location="Disabled", logging_config=quiet)
+        application = self._deployment().bind(self._spec, self._bridge)
+        return serve.run(application, name=self.name, route_prefix=None, logging_config=quiet)
+
+    def _message(self) -> str:
+        application = serve.status().applications.get(self.name)
+        if application is None:
+            return ""
+        messages = [deployment.message for deployment in application.deployments.values()]
+        return next((message for message in messages if message), application.message)
+
+    def _deployment(self) -> Any:
+        options: dict[str, Any] = {"num_cpus": self._num_cpus, "runtime_env": {"env_vars": self._spec.env}}
+        extra: dict[str, Any] = {}
+        if self._spec.on_gpu and self._spec.tensor_parallel_size == 1:
+            options["num_gpus"] = 1
+        elif self._spec.on_gpu:
+            # vLLM's Ray executor puts one worker on each bundle; the replica itself needs a CPU of the first.
+            bundle = {"CPU": self._num_cpus, "GPU": 1}
+            extra["placement_group_bundles"] = [bundle] + [{"GPU": 1}] * (self._spec.tensor_parallel_size - 1)
+            extra["placement_group_strategy"] = "STRICT_PACK"
+        return serve.deployment(
+            RolloutReplica,
+            name=_DEPLOYMENT,
+            num_replicas=self._num_replicas,
+            max_ongoing_requests=_MAX_ONGOING_REQUESTS,
+            # A model that cannot be loaded will not load at the third try either.
+            max_constructor_retry_count=1,
+            health_check_period_s=1.0,
+            health_check_timeout_s=30.0,
+            graceful_shutdown_wait_loop_s=0.1,
+            graceful_shutdown_timeout_s=5.0,
+            ray_actor_options=options,
+            **extra,
+        )
+
+
+_REMEDY = (
+    "Check that vLLM can load the model: `rlhf-ray doctor` starts one engine and shows its output; "
+    "the full log is in the Serve logs of the Ray session (/tmp/ray/session_latest/logs/serve)."
+)
+
+
+def _serve_is_running() -> bool:
+    try:
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+    except ValueError:
+        return False
+    return True

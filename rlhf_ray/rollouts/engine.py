@@ -1,0 +1,177 @@
+"""The sampling engine of one replica: vLLM's ``AsyncLLM`` behind prompts in, completions out, weights in.
+
+Plain class, no Ray: the Serve deployment (replica.py) constructs it and forwards to it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rlhf_ray.types import Completion, Prompt, SamplingSettings, VersionSpan
+from rlhf_ray.weight_sync.manifest import WeightManifest
+
+__all__ = ["EngineSpec", "LoadReport", "RolloutEngine"]
+
+# Weights reach the engine's own process through files here: a tmpfs on Linux, so no byte touches a disk.
+_SHARED_MEMORY = "/dev/shm"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSpec:
+    """What a replica needs to start its engine; made once on the driver (engine_spec.py)."""
+
+    engine_args: dict[str, Any]
+    """Keyword arguments of ``vllm.AsyncEngineArgs``."""
+    env: dict[str, str]
+    """Environment of the replica's process."""
+    eos_token_ids: tuple[int, ...]
+    weight_transfer: str
+    """``shared_memory`` or ``nccl``."""
+    tensor_parallel_size: int
+    on_gpu: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """A replica's answer to a publication."""
+
+    replica_id: str
+    version: int
+    pause_s: float
+    """Seconds during which generation stood still."""
+
+
+class RolloutEngine:
+    """Draws completions with log-probabilities and policy versions; loads published weights between tokens."""
+
+    def __init__(self, spec: EngineSpec) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        self._spec = spec
+        self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec.engine_args))
+        self._requests = 0
+        self._paused_at = 0.0
+        self.version = -1
+        """Policy version that the engine samples from."""
+        self.pause_s = 0.0
+        """How long the last update held generation up, in seconds."""
+
+    async def start(self, version: int) -> None:
+        """Prepare weight transfer and label the weights read from the model folder with ``version``."""
+        if self._spec.weight_transfer == "shared_memory":
+            await self.init_weight_transfer({})
+        await self._engine.update_weight_version(str(version))
+        self.version = version
+
+    async def init_weight_transfer(self, init_info: dict[str, Any]) -> None:
+        """Hand the transfer backend what it needs to reach the learners."""
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+
+    async def generate(self, prompt: Prompt, sampling: SamplingSettings, *, seed: int) -> tuple[Completion, ...]:
+        """Draw ``sampling.group_size`` completions of one prompt; the i-th one's seed is ``seed + i``."""
+        self._requests += 1
+        request = self._engine.generate(
+            {"prompt_token_ids": prompt.token_ids.tolist()},
+            self._sampling_params(sampling, seed),
+            request_id=f"{prompt.prompt_id}-{self._requests}",
+        )
+        output = None
+        async for output in request:
+            pass
+        if output is None or not output.finished:
+            raise RuntimeError(f"the engine ended prompt {prompt.prompt_id} without an output")
+        return tuple(_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index))
+
+    async def load_weights(self, manifest: WeightManifest, buckets: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """Load one published version through shared memory; sequences in flight go on under the new weights."""
+        from rlhf_ray.weight_sync.shared_memory_engine import update_info
+
+        with tempfile.TemporaryDirectory(prefix="rlhf-ray-weights-", dir=_SHARED_MEMORY) as folder:
+            updates = []
+            for index, (layout, data) in enumerate(zip(manifest.buckets, buckets, strict=True)):
+                path = Path(folder) / f"{index}.bin"
+                data.tofile(path)
+                updates.append(update_info(layout, str(path)))
+            await self.begin_update()
+            for update in updates:
+                await self.apply_update(update)
+            await self.finish_update(manifest.version)
+
+    async def begin_update(self) -> None:
+        """Pause between two tokens and prepare for new weights.
+
+        When anything fails from here on the engine stays paused: half-loaded weights must never sample a token.
+        """
+        self._paused_at = time.perf_counter()
+        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        await self._engine.start_weight_update()
+
+    async def apply_update(self, update: dict[str, Any]) -> None:
+        """Load what the transfer backend describes or receives."""
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update))
+
+    async def finish_update(self, version: int) -> None:
+        """Resume under the new weights, labelled ``version``."""
+        await self._engine.finish_weight_update(weight_version=str(version))
+        await self._engine.resume_generation()
+        self.version = version
+        self.pause_s = time.perf_counter() - self._paused_at
+
+    async def check_health(self) -> None:
+        """Raise when the engine's process is gone."""
+        await self._engine.check_health()
+
+    def shutdown(self) -> None:
+        """End the engine's process."""
+        self._engine.shutdown()
+
+    def _sampling_params(self, sampling: SamplingSettings, seed: int) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        greedy = sampling.temperature == 0.0
+        return SamplingParams(
+            n=sampling.group_size,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            seed=None if greedy else seed,
+            stop=list(sampling.stop) or None,
+            stop_token_ids=[*self._spec.eos_token_ids, *sampling.stop_token_ids],
+            # The engine stops at the ids above; its own EOS handling needs the tokenizer, which it does not load.
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=bool(sampling.stop),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+
+def _completion(choice: Any) -> Completion:
+    token_ids = np.asarray(choice.token_ids, dtype=np.int32)
+    logprobs = np.asarray(choice.logprobs.logprobs, dtype=np.float32)
+    if len(logprobs) != len(token_ids):
+        raise RuntimeError(f"the engine gave {len(logprobs)} log-probabilities for {len(token_ids)} tokens")
+    spans = tuple(
+        VersionSpan(version=int(span.version), start=span.start, end=span.end) for span in choice.weight_versions
+    )
+    return Completion(
+        token_ids=token_ids,
+        sampling_logprobs=logprobs,
+        version_spans=spans,
+        finish_reason=choice.finish_reason,
+    )

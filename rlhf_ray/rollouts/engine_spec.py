@@ -1,0 +1,175 @@
+"""Turns the rollout settings into the exact vLLM arguments and environment of a replica; runs once on the driver."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rollouts.engine import EngineSpec
+from rlhf_ray.settings import ModelSettings, RolloutSettings
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["engine_spec", "eos_token_ids", "max_prompt_tokens", "weight_transfer"]
+
+# The engine reserves the cache at start-up, so a CPU engine must not take what the learners need.
+_MAX_CPU_CACHE_BYTES = 4 * 1024**3
+_MAX_SEQUENCES = 1024
+
+
+def weight_transfer(setting: str, *, on_gpu: bool) -> str:
+    """Resolve ``rollouts.weight_transfer``: NCCL between GPUs, shared memory elsewhere."""
+    if setting == "auto":
+        return "nccl" if on_gpu else "shared_memory"
+    return setting
+
+
+def max_prompt_tokens(rollouts: RolloutSettings, config: PretrainedConfig) -> int:
+    """Longest prompt that leaves room for ``max_new_tokens`` in the model's context.
+
+    Raises:
+        ConfigError: The context cannot hold the asked-for prompt and completion.
+    """
+    context = int(config.get_text_config().max_position_embeddings)
+    room = context - rollouts.max_new_tokens
+    if room < 1:
+        raise ConfigError(
+            "rollouts.max_new_tokens", rollouts.max_new_tokens, f"must be less than the model's context of {context}"
+        )
+    if rollouts.max_prompt_tokens is None:
+        return room
+    if rollouts.max_prompt_tokens > room:
+        raise ConfigError(
+            "rollouts.max_prompt_tokens",
+            rollouts.max_prompt_tokens,
+            f"with max_new_tokens = {rollouts.max_new_tokens} the model's context of {context} leaves {room}; "
+            "lower one of the two",
+        )
+    return rollouts.max_prompt_tokens
+
+
+def eos_token_ids(model_path: str, config: PretrainedConfig) -> tuple[int, ...]:
+    """Token ids that end a completion: the model's generation config, else its config."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(model_path).eos_token_id
+    except OSError:  # no generation_config.json: older or hand-made checkpoints
+        eos = None
+    if eos is None:
+        eos = config.get_text_config().eos_token_id
+    if eos is None:
+        raise ConfigError(
+            "model.path", model_path, "its config.json names no eos_token_id; add one, completions could never end"
+        )
+    return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+
+
+def engine_spec(
+    model: ModelSettings,
+    rollouts: RolloutSettings,
+    *,
+    model_path: str,
+    tokenizer_path: str,
+    config: PretrainedConfig,
+    prompt_tokens: int,
+    groups_in_flight: int,
+    seed: int,
+    on_gpu: bool,
+    dtype: str,
+) -> EngineSpec:
+    """Derive the engine's arguments.
+
+    Args:
+        model: The model section.
+        rollouts: The rollouts section.
+        model_path: Folder or hub id the replicas load.
+        tokenizer_path: Folder or hub id of the tokenizer.
+        config: The model's Hugging Face config.
+        prompt_tokens: Longest prompt in tokens.
+        groups_in_flight: Groups that may run at once over all replicas.
+        seed: Seed of whatever the engine draws beside the seeded requests.
+        on_gpu: Whether replicas run on GPUs.
+        dtype: ``float32`` or ``bfloat16``.
+    """
+    max_length = prompt_tokens + rollouts.max_new_tokens
+    sequences = math.ceil(groups_in_flight / rollouts.num_replicas) * rollouts.group_size
+    sequences = min(sequences, _MAX_SEQUENCES)
+    transfer = weight_transfer(rollouts.weight_transfer, on_gpu=on_gpu)
+    arguments: dict[str, Any] = {
+        "model": model_path,
+        "tokenizer": tokenizer_path,
+        "trust_remote_code": model.trust_remote_code,
+        "dtype": dtype,
+        "seed": seed,
+        "max_model_len": max_length,
+        "max_num_seqs": max(sequences, rollouts.group_size),
+        "tensor_parallel_size": rollouts.tensor_parallel_size,
+        "enforce_eager": rollouts.enforce_eager,
+        # Prompts are token ids; only stop strings need text, and so the tokenizer.
+        "skip_tokenizer_init": not rollouts.stop,
+        # The log-probability of the distribution sampled from: after temperature, not before.
+        "logprobs_mode": "processed_logprobs",
+        "disable_log_stats": True,
+        "generation_config": "vllm",
+        "worker_extension_cls": "rlhf_ray.weight_sync.shared_memory_engine.SharedMemoryExtension",
+        "weight_transfer_config": {"backend": "rlhf_ray_shared_memory" if transfer == "shared_memory" else "nccl"},
+    }
+    if on_gpu:
+        arguments |= _gpu_arguments(rollouts)
+    else:
+        arguments |= _cpu_arguments(rollouts, config, tokens=sequences * max_length, max_length=max_length, dtype=dtype)
+    arguments |= rollouts.engine_args
+    return EngineSpec(
+        engine_args=arguments,
+        env=_environment(rollouts, on_gpu=on_gpu),
+        eos_token_ids=eos_token_ids(model_path, config),
+        weight_transfer=transfer,
+        tensor_parallel_size=rollouts.tensor_parallel_size,
+        on_gpu=on_gpu,
+    )
+
+
+def _gpu_arguments(rollouts: RolloutSettings) -> dict[str, Any]:
+    executor = "ray" if rollouts.tensor_parallel_size > 1 else "uni"
+    return {"gpu_memory_utilization": rollouts.gpu_memory_utilization, "distributed_executor_backend": executor}
+
+
+def _cpu_arguments(
+    rollouts: RolloutSettings, config: PretrainedConfig, *, tokens: int, max_length: int, dtype: str
+) -> dict[str, Any]:
+    return {
+        # Without dynamo (see the environment) vLLM cannot compile, and says so unless told not to try.
+        "enforce_eager": True,
+        "kv_cache_memory_bytes": rollouts.kv_cache_bytes or _cache_bytes(config, tokens, max_length, dtype),
+        # One process less than the default executor: start-up is bound by imports.
+        "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+    }
+
+
+def _cache_bytes(config: PretrainedConfig, tokens: int, max_length: int, dtype: str) -> int:
+    """Key-value cache for ``tokens``, at most 4 GiB, never less than two longest sequences."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    token_bytes = 2 * text.num_hidden_layers * heads * head_size * (2 if dtype == "bfloat16" else 4)
+    # Blocks are filled unevenly; a quarter more keeps the last sequences from being preempted.
+    wanted = int(1.25 * tokens) * token_bytes
+    return max(min(wanted, _MAX_CPU_CACHE_BYTES), 2 * (max_length + 256) * token_bytes)
+
+
+def _environment(rollouts: RolloutSettings, *, on_gpu: bool) -> dict[str, str]:
+    env = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if not on_gpu:
+        threads = rollouts.num_threads or max(1, (os.cpu_count() or 1) // rollouts.num_replicas)
+        env |= {
+            "OMP_NUM_THREADS": str(threads),
+            # The default binds every engine of a machine to the same cores.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # Compiling the log-probability kernel costs 15-32 s at the first request and gains nothing on CPUs.
+            "TORCHDYNAMO_DISABLE": "1",
+        }
+    return env

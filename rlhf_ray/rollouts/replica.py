@@ -1,0 +1,113 @@
+"""The Serve shell around a rollout engine: constructs it, keeps it on the newest weights, forwards calls.
+
+One deployment, no HTTP. A replica that starts late or again pulls the newest published weights from the learners'
+bridge before it is ready, and a request names the version it needs, so that none is ever answered by older weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ray import serve
+
+from rlhf_ray.rollouts.engine import EngineSpec, LoadReport, RolloutEngine
+from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings
+from rlhf_ray.weight_sync.manifest import WeightManifest
+
+__all__ = ["RolloutReplica"]
+
+
+class RolloutReplica:
+    """One vLLM engine in the Serve pool.
+
+    Args:
+        spec: How to start the engine.
+        bridge: Handle of the learners' bridge actor, which holds the newest published weights.
+    """
+
+    async def __init__(self, spec: EngineSpec, bridge: Any) -> None:  # type: ignore[misc]
+        self._bridge = bridge
+        self._failure: BaseException | None = None
+        self._updating = asyncio.Lock()
+        self.replica_id = serve.get_replica_context().replica_id.unique_id
+        self._engine = RolloutEngine(spec)
+        await self._engine.start(version=0)
+        await self._catch_up(await bridge.newest_version.remote())
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int
+    ) -> RolloutGroup:
+        """Write one rollout group with weights of ``min_version`` or newer."""
+        await self._catch_up(min_version)
+        completions = await self._engine.generate(prompt, sampling, seed=seed)
+        return RolloutGroup(
+            group_id=prompt.prompt_id, prompt=prompt, completions=completions, replica_id=self.replica_id
+        )
+
+    async def load_weights(self, manifest: WeightManifest, refs: list[Any]) -> LoadReport:
+        """Load a published version from the object store, unless this replica has it or a newer one already."""
+        async with self._updating:
+            if self._engine.version < manifest.version:
+                with self._failing():
+                    await self._engine.load_weights(manifest, await asyncio.gather(*refs))
+        return self._report()
+
+    async def init_weight_transfer(self, init_infos: dict[str, dict[str, Any]]) -> LoadReport:
+        """Join the transfer group under this replica's own rank offset (NCCL)."""
+        await self._engine.init_weight_transfer(init_infos[self.replica_id])
+        return self._report()
+
+    async def begin_update(self) -> LoadReport:
+        """Pause for weights that the learners are about to send (NCCL)."""
+        await self._updating.acquire()
+        with self._failing():
+            await self._engine.begin_update()
+        return self._report()
+
+    async def apply_update(self, update: dict[str, Any]) -> LoadReport:
+        """Receive weights from the learners (NCCL)."""
+        with self._failing():
+            await self._engine.apply_update(update)
+        return self._report()
+
+    async def finish_update(self, version: int) -> LoadReport:
+        """Resume under what was received (NCCL)."""
+        with self._failing():
+            await self._engine.finish_update(version)
+        self._updating.release()
+        return self._report()
+
+    async def status(self) -> LoadReport:
+        """Which replica this is and which version it serves."""
+        return self._report()
+
+    async def check_health(self) -> None:
+        """Raise when the engine died or an update failed half-way, so that Serve replaces this replica."""
+        if self._failure is not None:
+            raise RuntimeError(f"replica {self.replica_id} failed") from self._failure
+        await self._engine.check_health()
+
+    def __del__(self) -> None:
+        """End the engine's process with the replica; Serve calls this on a graceful stop."""
+        if hasattr(self, "_engine"):
+            self._engine.shutdown()
+
+    async def _catch_up(self, version: int) -> None:
+        if self._engine.version < version:
+            manifest, refs = await self._bridge.newest_weights.remote(version)
+            await self.load_weights(manifest, refs)
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        """Remember an error that leaves the engine paused with half-loaded weights."""
+        try:
+            yield
+        except BaseException as error:
+            self._failure = error
+            raise
+
+    def _report(self) -> LoadReport:
+        return LoadReport(replica_id=self.replica_id, version=self._engine.version, pause_s=self._engine.pause_s)

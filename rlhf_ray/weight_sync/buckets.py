@@ -1,0 +1,93 @@
+"""Learner side of a publication: gather sharded parameters, bucket by bucket, into flat byte buffers.
+
+Consumes the policy's (sharded) parameters; produces ``(layout, bytes)`` on rank 0. A gather is a collective, so every
+rank must iterate to the end, in step; the other ranks receive ``None`` for the bytes and hold no full tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout
+
+__all__ = ["DEFAULT_BUCKET_BYTES", "gather_buckets", "unpack_bucket"]
+
+DEFAULT_BUCKET_BYTES = 256 * 1024 * 1024
+# Views into a bucket must start on an address that every dtype can be read from.
+_ALIGNMENT_BYTES = 64
+
+ByteArray = npt.NDArray[np.uint8]
+
+
+def gather_buckets(
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    *,
+    dtype: torch.dtype,
+    keep: bool,
+    bucket_bytes: int = DEFAULT_BUCKET_BYTES,
+) -> Iterator[tuple[BucketLayout, ByteArray | None]]:
+    """Yield the parameters as flat buckets of at most ``bucket_bytes`` (one tensor may exceed it alone).
+
+    Args:
+        parameters: Checkpoint name and (possibly sharded) tensor, in the same order on every rank.
+        dtype: Type on the wire; floating-point tensors are cast to it.
+        keep: Whether this rank wants the bytes (rank 0) or only takes part in the gathers.
+        bucket_bytes: Size limit of a bucket in bytes.
+
+    Yields:
+        The layout, and the bytes or ``None`` where ``keep`` is false.
+    """
+    tensors: list[TensorLayout] = []
+    pieces: list[torch.Tensor] = []
+    filled = 0
+    for name, parameter in parameters:
+        wire_dtype = dtype if parameter.dtype.is_floating_point else parameter.dtype
+        size = parameter.numel() * wire_dtype.itemsize
+        if tensors and filled + size > bucket_bytes:
+            yield _bucket(tensors, pieces, filled, keep=keep)
+            tensors, pieces, filled = [], [], 0
+        full = _full_tensor(parameter.detach())
+        if keep:
+            pieces.append(full.to("cpu", wire_dtype))
+        tensors.append(
+            TensorLayout(
+                name=name,
+                shape=tuple(parameter.shape),
+                dtype=str(wire_dtype).removeprefix("torch."),
+                offset_bytes=filled,
+                size_bytes=size,
+            )
+        )
+        filled += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
+    if tensors:
+        yield _bucket(tensors, pieces, filled, keep=keep)
+
+
+def unpack_bucket(layout: BucketLayout, data: ByteArray) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield name and tensor for each entry; the tensors are views of ``data``."""
+    flat = torch.from_numpy(data)
+    for tensor in layout.tensors:
+        piece = flat[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]
+        yield tensor.name, piece.view(getattr(torch, tensor.dtype)).view(tensor.shape)
+
+
+def _full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    gather = getattr(tensor, "full_tensor", None)
+    return gather() if gather is not None else tensor
+
+
+def _bucket(
+    tensors: list[TensorLayout], pieces: list[torch.Tensor], size_bytes: int, *, keep: bool
+) -> tuple[BucketLayout, ByteArray | None]:
+    layout = BucketLayout(size_bytes=size_bytes, tensors=tuple(tensors))
+    if not keep:
+        return layout, None
+    data = np.empty(size_bytes, dtype=np.uint8)
+    for tensor, piece in zip(tensors, pieces, strict=True):
+        raw = piece.contiguous().view(-1).view(torch.uint8).numpy()
+        data[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes] = raw
+    return layout, data

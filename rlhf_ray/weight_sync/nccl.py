@@ -1,0 +1,145 @@
+"""Publication between GPUs: vLLM's NCCL engine, one group of learner rank 0 and every engine worker.
+
+vLLM's trainer engine drives the round inside the learner ranks: all gather, rank 0 broadcasts, the replicas receive.
+Its stock client hands every replica the same rank offset, so that two replicas would claim the same ranks;
+:class:`ReplicaClient` gives each its own.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
+
+__all__ = ["NcclSender", "ReplicaClient", "ShardedSource", "rank_offsets"]
+
+_TIMEOUT_S = 600.0
+
+
+def rank_offsets(replica_ids: Iterable[str], tensor_parallel_size: int) -> dict[str, int]:
+    """First NCCL rank of each replica: the sender is rank 0, then replica after replica."""
+    return {name: 1 + index * tensor_parallel_size for index, name in enumerate(sorted(replica_ids))}
+
+
+class ShardedSource(WeightSource):  # type: ignore[misc]
+    """The policy's sharded parameters under their checkpoint names, gathered one by one in the wire type.
+
+    Args:
+        parameters: Gives name and sharded tensor, in the same order on every rank.
+        dtype: Type on the wire.
+    """
+
+    def __init__(self, parameters: Callable[[], Iterable[tuple[str, torch.Tensor]]], dtype: torch.dtype) -> None:
+        self._parameters = parameters
+        self._dtype = dtype
+
+    def metadata(self) -> list[ParamMeta]:
+        """Names, types and full shapes, without a gather."""
+        return [ParamMeta(name, self._dtype, tuple(p.shape)) for name, p in self._parameters()]
+
+    def size_bytes(self) -> int:
+        """Bytes on the wire."""
+        return sum(p.numel() for _, p in self._parameters()) * self._dtype.itemsize
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self._parameters():
+            full = parameter.detach()
+            gather = getattr(full, "full_tensor", None)
+            yield name, (gather() if gather is not None else full).to(self._dtype)
+
+
+class ReplicaClient:
+    """vLLM's weight-sync client over the rollout app's Serve handle; used by learner rank 0.
+
+    Args:
+        handle: The Serve handle.
+        replica_ids: The replicas of the group.
+        tensor_parallel_size: Engine workers a replica.
+    """
+
+    def __init__(self, handle: Any, replica_ids: list[str], tensor_parallel_size: int) -> None:
+        self._handle = handle
+        self._offsets = rank_offsets(replica_ids, tensor_parallel_size)
+        self.version = 0
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Every replica joins under its own rank offset."""
+        infos = {name: init_info | {"rank_offset": offset} for name, offset in self._offsets.items()}
+        self._all("init_weight_transfer", infos)
+
+    def start_weight_update(self) -> None:
+        """Pause the engines and prepare them."""
+        self._all("begin_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """The engines receive; returns when all have."""
+        self._all("apply_update", update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        """The engines resume under the new version; vLLM's trainer engine names none, so ours is used."""
+        self._all("finish_update", int(weight_version) if weight_version is not None else self.version)
+
+    def _all(self, method: str, *arguments: Any) -> None:
+        answers = self._handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S)
+        if len(answers) != len(self._offsets):
+            raise RuntimeError(f"{len(answers)} of {len(self._offsets)} replicas answered {method}")
+
+
+class NcclSender:
+    """The learner ranks' side of a publication; made on every rank.
+
+    Args:
+        app_name: The rollout application.
+        deployment_name: Its deployment.
+        rank: This learner's rank.
+        source: The weights.
+        tensor_parallel_size: Engine workers a replica.
+    """
+
+    def __init__(
+        self, *, app_name: str, deployment_name: str, rank: int, source: ShardedSource, tensor_parallel_size: int
+    ) -> None:
+        self._app_name = app_name
+        self._deployment_name = deployment_name
+        self._rank = rank
+        self._source = source
+        self._tensor_parallel_size = tensor_parallel_size
+        self._group: tuple[str, ...] = ()
+        self._engine: NCCLTrainerWeightTransferEngine | None = None
+
+    def send(self, version: int, replica_ids: tuple[str, ...]) -> None:
+        """Send the current weights as ``version`` to exactly these replicas; called on every rank, in step."""
+        if self._engine is None or replica_ids != self._group:
+            self._connect(replica_ids)
+        assert self._engine is not None
+        self._engine.client.version = version
+        self._engine.send_weights()
+
+    def _connect(self, replica_ids: tuple[str, ...]) -> None:
+        """Join a new group: at the first publication, and after a replica was replaced."""
+        from ray import serve
+
+        if self._engine is not None:
+            self._engine.shutdown()
+        handle = serve.get_deployment_handle(self._deployment_name, self._app_name)
+        self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
+            NCCLTrainerInitInfo(
+                rank=self._rank,
+                master_address=socket.gethostbyname(socket.gethostname()),
+                master_port=_free_port(),
+                world_size=1 + len(replica_ids) * self._tensor_parallel_size,
+            ),
+            client=ReplicaClient(handle, list(replica_ids), self._tensor_parallel_size),
+            source=self._source,
+        )
+        self._group = replica_ids
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])

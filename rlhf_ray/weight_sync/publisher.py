@@ -1,0 +1,141 @@
+"""Publishes the learners' policy to every replica and checks what they acknowledge.
+
+Consumes an updated policy; produces replicas that all serve the new version. Between CPUs the buckets go through the
+object store and shared memory; between GPUs the learners send them over NCCL (nccl.py).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.rollouts.engine import LoadReport
+from rlhf_ray.weight_sync.manifest import WeightManifest
+
+__all__ = ["NcclPublisher", "ObjectStorePublisher", "Publication", "Publisher", "checked_pause"]
+
+_TIMEOUT_S = 600.0
+
+
+class WeightSource(Protocol):
+    """What a publisher needs of the learner group."""
+
+    def publish(self) -> tuple[WeightManifest, list[Any]]:
+        """Gather the policy into the object store."""
+        ...
+
+    def send(self, replica_ids: tuple[str, ...]) -> int:
+        """Send the policy to the replicas over NCCL; returns its size in bytes."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Publication:
+    """What one publication did."""
+
+    version: int
+    size_bytes: int
+    pause_s: float
+    """Longest time a replica's generation stood still."""
+    num_replicas: int
+    """Replicas that acknowledged; one that is starting pulls the version itself."""
+    weight_sync_s: float
+
+
+class Publisher(Protocol):
+    """Brings a version to every replica."""
+
+    def publish(self, version: int) -> Publication:
+        """Send the learners' current policy, which is ``version``.
+
+        Raises:
+            WeightSyncError: A replica failed to load it, or acknowledged another version.
+        """
+        ...
+
+
+class ObjectStorePublisher:
+    """Publication through the object store and shared memory.
+
+    Args:
+        source: The learner group.
+        handle: The rollout app's Serve handle.
+    """
+
+    def __init__(self, *, source: WeightSource, handle: Any) -> None:
+        self._source = source
+        self._handle = handle
+
+    def publish(self, version: int) -> Publication:
+        """See :meth:`Publisher.publish`."""
+        started = time.perf_counter()
+        manifest, refs = self._source.publish()
+        if manifest.version != version:
+            raise WeightSyncError(f"the learners published version {manifest.version} where {version} was due")
+        reports = _ask_all(self._handle, "load_weights", manifest, refs)
+        return Publication(
+            version=version,
+            size_bytes=manifest.size_bytes,
+            pause_s=checked_pause(version, reports),
+            num_replicas=len(reports),
+            weight_sync_s=time.perf_counter() - started,
+        )
+
+
+class NcclPublisher:
+    """Publication from GPU to GPU; a replica that died since the last one is left out of the new group.
+
+    Args:
+        source: The learner group.
+        handle: The rollout app's Serve handle.
+    """
+
+    def __init__(self, *, source: WeightSource, handle: Any) -> None:
+        self._source = source
+        self._handle = handle
+
+    def publish(self, version: int) -> Publication:
+        """See :meth:`Publisher.publish`."""
+        started = time.perf_counter()
+        before = [a.replica_id for a in _ask_all(self._handle, "status") if isinstance(a, LoadReport)]
+        size_bytes = self._source.send(tuple(sorted(before)))
+        reports = _ask_all(self._handle, "status")
+        return Publication(
+            version=version,
+            size_bytes=size_bytes,
+            pause_s=checked_pause(version, reports),
+            num_replicas=len(reports),
+            weight_sync_s=time.perf_counter() - started,
+        )
+
+
+def checked_pause(version: int, answers: list[LoadReport | BaseException]) -> float:
+    """Check that every answer acknowledges ``version``; returns the longest pause in seconds.
+
+    A replica that died meanwhile is Serve's to replace, and the new one pulls the version itself; a live one that
+    failed or serves something else is an error, and so is a pool of which nobody answered.
+
+    Raises:
+        WeightSyncError: As said.
+    """
+    from ray.exceptions import RayActorError
+
+    reports = [answer for answer in answers if isinstance(answer, LoadReport)]
+    failures = [a for a in answers if not isinstance(a, (LoadReport, RayActorError))]
+    if failures:
+        raise WeightSyncError(f"a replica could not load policy version {version}: {failures[0]!r}")
+    if not reports:
+        raise WeightSyncError(f"no replica acknowledged policy version {version}: none is running")
+    wrong = [report for report in reports if report.version < version]
+    if wrong:
+        raise WeightSyncError(
+            f"replica {wrong[0].replica_id} serves version {wrong[0].version} after version {version} was published"
+        )
+    return max(report.pause_s for report in reports)
+
+
+def _ask_all(handle: Any, method: str, *arguments: Any) -> list[LoadReport | BaseException]:
+    answers = handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S, return_exceptions=True)
+    return list(answers)
