@@ -1,0 +1,1 @@
+"""Around the loop: the Algorithm that composes the six stages, and the algorithms there are."""

@@ -44,13 +44,13 @@ def iteration_result(
         dropped_prompts: Over-long prompts so far.
         reward_workers_replaced: Reward actors replaced so far.
     """
-    timers = {name: figures.pop(name) for name in _TIMERS}
+    timers = {name: figures[name] for name in _TIMERS}
     learner_s = sum(timers.values())
     tokens = int(batch.lengths.sum())
     return {
         "rollouts": _rollout_metrics(collected, batch, version) | {"dropped_prompts": dropped_prompts},
         "rewards": _reward_metrics(collected),
-        "learner": figures
+        "learner": {name: value for name, value in figures.items() if name not in _TIMERS}
         | {
             "num_tokens": tokens,
             "num_microbatches": sum(len(m.microbatches) for m in plan.ranks[0].minibatches),

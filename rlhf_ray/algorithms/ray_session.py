@@ -15,6 +15,7 @@ __all__ = ["RaySession", "Shares", "cpu_shares"]
 
 # Left free on a small machine: Ray Data's readers and whatever else asks for a little.
 _SPARE_CPUS = 0.2
+_SMALLEST_SHARE = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +42,7 @@ def cpu_shares(settings: Settings, cluster_cpus: float) -> Shares:
     fixed = sum(cpus * count for cpus, count in asked if cpus is not None)
     open_actors = sum(count for cpus, count in asked if cpus is None)
     room = cluster_cpus - _SPARE_CPUS - fixed
-    if fixed > cluster_cpus or (open_actors and room <= 0):
+    if fixed > cluster_cpus or (open_actors and room < open_actors * _SMALLEST_SHARE):
         raise ConfigError(
             "resources.cpus_per_replica / cpus_per_learner / cpus_per_reward_worker",
             fixed,

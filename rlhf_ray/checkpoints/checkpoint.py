@@ -73,7 +73,7 @@ class Checkpoint:
         """
         try:
             raw = json.loads(self.state.read_text())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise DataError(
                 f"{self.path} holds no complete checkpoint: {self.state.name}, which is written last, is missing"
             ) from None

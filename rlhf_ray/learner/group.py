@@ -69,6 +69,7 @@ class LearnerGroup:
         self._ended = threading.Event()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
+        self._listening = False
         self.bridge: Any = bridge_actor(num_learners)
 
     @property
@@ -93,6 +94,7 @@ class LearnerGroup:
                 f"the learners did not start within learners.startup_timeout_s = {self._startup_timeout_s:g} s; "
                 "are there enough CPUs and GPUs in the cluster?"
             )
+        self._listening = True
 
     def update(self, batch: SequenceBatch, plan: UpdatePlan, *, version: int, update_policy: bool) -> dict[str, float]:
         """Train on a batch, after which the policy is ``version``; each rank gets its own sequences by reference."""
@@ -129,12 +131,12 @@ class LearnerGroup:
         """End the ranks and the bridge."""
         if self._thread is None or not ray.is_initialized():
             return
-        if self._thread.is_alive():
+        if self._thread.is_alive() and self._listening:
             try:
                 ray.get(self.bridge.execute.remote("stop", (None,), _STOP_TIMEOUT_S), timeout=_STOP_TIMEOUT_S)
-            except ray.exceptions.RayError as error:  # the group is half-started or gone: abort it instead
+                self._thread.join(timeout=5.0)
+            except ray.exceptions.RayError as error:  # the bridge is gone, and with it the way to the ranks
                 _LOG.info("the learners did not take the stop command: %r", error)
-            self._thread.join(timeout=5.0)
         if self._thread.is_alive():
             self._abort()
             self._thread.join(timeout=_STOP_TIMEOUT_S)

@@ -11,11 +11,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.types import Float32Array, Int32Array
 
 __all__ = ["Microbatch", "lay_out", "pad_completions"]
+
+_Integers = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+_Int64Array = npt.NDArray[np.int64]
+_Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +73,7 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
     mask = steps[None, :] < real[:, None]
     kept, targets, index = _kept_columns(ids, prompt.astype(np.int64), states, mask, packed=packed)
 
-    def tensor(array: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+    def tensor(array: _Integers) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
 
     return Microbatch(
@@ -84,7 +90,7 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
     )
 
 
-def pad_completions(flat: np.ndarray, lengths: np.ndarray, *, device: torch.device) -> torch.Tensor:  # type: ignore[type-arg]
+def pad_completions(flat: Float32Array, lengths: Int32Array, *, device: torch.device) -> torch.Tensor:
     """``[sum(T)]`` values of completion tokens to ``[N, T]``, zero where there is no token."""
     width = int(lengths.max()) if len(lengths) else 0
     mask = np.arange(width)[None, :] < lengths[:, None]
@@ -93,14 +99,15 @@ def pad_completions(flat: np.ndarray, lengths: np.ndarray, *, device: torch.devi
     return torch.from_numpy(padded).to(device)
 
 
-def _starts(lengths: np.ndarray, *, packed: bool) -> np.ndarray:  # type: ignore[type-arg]
+def _starts(lengths: _Int64Array, *, packed: bool) -> _Int64Array:
     """Where each sequence starts in the flattened ``input_ids``."""
     if packed:
-        return np.cumsum(lengths) - lengths
+        starts: _Int64Array = np.cumsum(lengths) - lengths
+        return starts
     return np.arange(len(lengths)) * int(lengths.max())
 
 
-def _input_ids(tokens: np.ndarray, lengths: np.ndarray, *, packed: bool) -> tuple[np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+def _input_ids(tokens: Int32Array, lengths: _Int64Array, *, packed: bool) -> tuple[_Integers, _Int64Array]:
     positions = np.concatenate([np.arange(length) for length in lengths])
     if packed:
         return tokens[None, :], positions[None, :]
@@ -112,13 +119,8 @@ def _input_ids(tokens: np.ndarray, lengths: np.ndarray, *, packed: bool) -> tupl
 
 
 def _kept_columns(
-    ids: np.ndarray,  # type: ignore[type-arg]
-    prompt: np.ndarray,  # type: ignore[type-arg]
-    states: np.ndarray,  # type: ignore[type-arg]
-    mask: np.ndarray,  # type: ignore[type-arg]
-    *,
-    packed: bool,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # type: ignore[type-arg]
+    ids: _Integers, prompt: _Int64Array, states: _Int64Array, mask: _Mask, *, packed: bool
+) -> tuple[_Int64Array, _Integers, _Int64Array]:
     """Columns whose logits are needed, their targets, and each completion token's place among the targets."""
     if packed:
         kept = states[mask] if mask.any() else states[:, 0]

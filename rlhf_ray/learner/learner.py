@@ -111,7 +111,7 @@ class Learner:
         self._world_size = dist.get_world_size()
         mesh = init_device_mesh(device.type, (self._world_size,))
         compute_dtype: torch.dtype = getattr(torch, spec.dtype)
-        loading = {
+        loading: dict[str, Any] = {
             "attn_implementation": attention_kernel(spec.attn_implementation, device),
             "trust_remote_code": spec.trust_remote_code,
         }
@@ -204,7 +204,7 @@ class Learner:
     def _state(self) -> dict[str, Any]:
         return {"policy": self.policy.state_dict(), "critic": self.critic.state_dict()}
 
-    @torch.no_grad()
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def _estimate(
         self,
         batch: SequenceBatch,
@@ -216,7 +216,8 @@ class Learner:
         training = self._training
         kl_in_reward = training.kl_coef > 0 and training.kl_in == "reward"
         sampling = pad_completions(batch.sampling_logprobs, batch.completion_lengths, device=self._device)
-        lengths = torch.from_numpy(batch.completion_lengths).to(self._device)
+        # Copies: arrays from the object store are read-only, which PyTorch's tensors cannot be.
+        lengths = torch.tensor(batch.completion_lengths, device=self._device)
         mask = torch.arange(sampling.shape[1], device=self._device)[None, :] < lengths[:, None]
         estimates = _Estimates(
             mask=mask,
@@ -239,7 +240,7 @@ class Learner:
                     _put(estimates.proximal_logprobs, micro, self._logprobs(self.policy.model, micro))
                 if self._reference is not None and estimates.ref_logprobs is not None:
                     _put(estimates.ref_logprobs, micro, self._logprobs(self._reference, micro))
-        estimates.bootstrap *= torch.from_numpy(batch.truncated).to(self._device)
+        estimates.bootstrap *= torch.tensor(batch.truncated, device=self._device)
         return estimates
 
     def _set_advantages(self, batch: SequenceBatch, estimates: _Estimates, metrics: MetricSums) -> dict[str, float]:
@@ -251,7 +252,7 @@ class Learner:
             metrics.add({"kl_to_reference": _mean(penalty, mask)}, float(mask.sum()))
         in_reward = training.kl_in == "reward"
         rewards = kl_penalised_rewards(
-            torch.from_numpy(batch.rewards).to(self._device),
+            torch.tensor(batch.rewards, device=self._device),
             mask,
             kl=penalty if in_reward else None,
             coef=training.kl_coef if in_reward else 0.0,
@@ -347,7 +348,7 @@ class Learner:
         proximal = (
             logprobs.detach() if estimates.proximal_logprobs is None else _take(estimates.proximal_logprobs, micro)
         )
-        aggregated = {"aggregation": training.loss_aggregation, "normalizer": normalizer}
+        aggregated: dict[str, Any] = {"aggregation": training.loss_aggregation, "normalizer": normalizer}
         loss, means = ppo_loss(
             logprobs,
             proximal,
@@ -360,7 +361,8 @@ class Learner:
         )
         total = loss
         if with_gradient:
-            total = total - training.entropy_coef * entropy_bonus(entropies, micro.mask, **aggregated)
+            bonus, _ = entropy_bonus(entropies, micro.mask, **aggregated)
+            total = total - training.entropy_coef * bonus
         if training.kl_coef > 0 and training.kl_in == "loss":
             assert estimates.ref_logprobs is not None
             divergence, of_kl = kl_loss(
@@ -404,7 +406,7 @@ class Learner:
 
     def _values(self, micro: Microbatch) -> torch.Tensor:
         """``[tokens of input_ids]``, the critic's value of the state after each token."""
-        output = self.critic.model(input_ids=micro.input_ids, position_ids=micro.position_ids)
+        output = self.critic.model(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
         return output.logits.float().flatten()
 
     def _logprobs(self, model: PreTrainedModel, micro: Microbatch) -> torch.Tensor:
@@ -415,7 +417,9 @@ class Learner:
 
     @staticmethod
     def _logits(model: PreTrainedModel, micro: Microbatch) -> torch.Tensor:
-        output = model(input_ids=micro.input_ids, position_ids=micro.position_ids, logits_to_keep=micro.kept)
+        output = model(
+            input_ids=micro.input_ids, position_ids=micro.position_ids, logits_to_keep=micro.kept, use_cache=False
+        )
         return output.logits
 
 

@@ -34,25 +34,28 @@ def load_policy(path: str, *, attn_implementation: str, trust_remote_code: bool)
     """Load a causal language model in float32, without dropout.
 
     Raises:
-        ConfigError: The folder or hub id cannot be loaded as a causal language model.
+        ConfigError: The folder or hub id cannot be loaded as a causal language model, or lacks some of its weights.
     """
     from transformers import AutoModelForCausalLM
 
-    return _load(AutoModelForCausalLM, "model.path", path, attn_implementation, trust_remote_code)[0]
+    policy, missing = _load(AutoModelForCausalLM, "model.path", path, attn_implementation, trust_remote_code)
+    _check_complete("model.path", path, missing)
+    return policy
 
 
 def load_critic(path: str, *, attn_implementation: str, trust_remote_code: bool) -> PreTrainedModel:
     """Load a backbone with a one-number head a token: the critic.
 
-    A head that the checkpoint brings (a saved critic, a reward model) is kept. Where it brings none, the head starts
-    at zero, so that the first values are exactly 0 and the first advantages are the returns.
+    A head that the checkpoint brings (a saved critic, a reward model) is kept. What it lacks of one starts at zero:
+    without a head the first values are exactly 0 and the first advantages are the returns.
 
     Raises:
-        ConfigError: The folder or hub id cannot be loaded with a token head.
+        ConfigError: The folder or hub id cannot be loaded with a token head, has one of several numbers, or lacks some
+            of the backbone's weights.
     """
     from transformers import AutoModelForTokenClassification
 
-    critic, info = _load(
+    critic, missing = _load(
         AutoModelForTokenClassification,
         "model.critic_path",
         path,
@@ -60,9 +63,10 @@ def load_critic(path: str, *, attn_implementation: str, trust_remote_code: bool)
         trust_remote_code,
         num_labels=1,
     )
-    if any(name.startswith("score.") for name in info["missing_keys"]):
-        for parameter in critic.score.parameters():
-            nn.init.zeros_(parameter)
+    backbone = f"{critic.base_model_prefix}."
+    _check_complete("model.critic_path", path, [name for name in missing if name.startswith(backbone)])
+    for name in missing:
+        nn.init.zeros_(critic.get_parameter(name))
     return critic
 
 
@@ -92,7 +96,8 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def _load(
     auto_class: Any, field: str, path: str, attn_implementation: str, trust_remote_code: bool, **kwargs: Any
-) -> tuple[PreTrainedModel, dict[str, Any]]:
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of the weights that its files do not hold."""
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     try:
         model, info = auto_class.from_pretrained(
@@ -101,14 +106,27 @@ def _load(
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
+            # Not to load them: the error that follows here names them, transformers' own points to its log.
+            ignore_mismatched_sizes=True,
             **kwargs,
         )
     except (OSError, ValueError) as error:
         raise ConfigError(field, path, f"cannot be loaded as {auto_class.__name__}: {error}") from error
-    model.config.use_cache = False
+    if info["mismatched_keys"]:
+        name, found, wanted = min(info["mismatched_keys"])
+        raise ConfigError(
+            field, path, f"its {name} is {list(found)} where {type(model).__name__} needs {list(wanted)}; use another"
+        )
+    # For an export: a critic that began as a policy still calls itself one.
+    model.config.architectures = [type(model).__name__]
     _without_dropout(model)
     # Training mode, since gradient checkpointing is off in evaluation mode.
-    return model.train(), info
+    return model.train(), sorted(info["missing_keys"])
+
+
+def _check_complete(field: str, path: str, missing: list[str]) -> None:
+    if missing:
+        raise ConfigError(field, path, f"its files lack {len(missing)} weights, {missing[0]} first; use a complete one")
 
 
 def _without_dropout(model: PreTrainedModel) -> None:

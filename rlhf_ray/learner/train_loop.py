@@ -1,12 +1,13 @@
 """The Ray Train loop around a learner: waits for commands at the bridge, carries them out, answers.
 
-Consumes ``update``, ``publish``, ``send``, ``save``, ``load``, ``export`` and ``stop``; each rank answers for itself and the
-Algorithm is unblocked by the last answer. ``ray.train.report`` is far too slow for a step and is not used.
+Consumes ``update``, ``publish``, ``send``, ``save``, ``load``, ``export`` and ``stop``; each rank answers for itself
+and the Algorithm is unblocked by the last answer. ``ray.train.report`` is far too slow for a step and is not used.
 """
 
 from __future__ import annotations
 
 import traceback
+import uuid
 from typing import Any
 
 import ray
@@ -76,7 +77,7 @@ class _Worker:
                 refs.append(ray.put(data))
         if self._rank != 0:
             return None
-        manifest = WeightManifest(version=self._version, buckets=tuple(layouts))
+        manifest = WeightManifest(version=self._version, publication=uuid.uuid4().hex, buckets=tuple(layouts))
         ray.get(self._bridge.set_weights.remote(manifest, refs))
         self._published = refs
         return manifest, refs

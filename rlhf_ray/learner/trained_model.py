@@ -56,7 +56,12 @@ class TrainedModel:
         self.model = model
         self._max_grad_norm = max_grad_norm
         self._optimizer = torch.optim.AdamW(
-            _parameter_groups(model, training.weight_decay), lr=lr, betas=training.adam_betas, eps=training.adam_eps
+            _parameter_groups(model, training.weight_decay),
+            lr=lr,
+            betas=training.adam_betas,
+            eps=training.adam_eps,
+            # One call for all tensors: the default on CPUs dispatches every operation on every shard, 10x slower.
+            fused=True,
         )
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer,
@@ -71,8 +76,9 @@ class TrainedModel:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next step."""
-        return float(self._schedule.get_last_lr()[0])
+        """Learning rate of the last step taken; before there was one, that of the first."""
+        taken = max(0, self._schedule.last_epoch - 1)
+        return float(self._schedule.base_lrs[0] * self._schedule.lr_lambdas[0](taken))
 
     def sync_gradients(self, enabled: bool) -> None:
         """Reduce gradients over ranks in the coming backward passes, or only add them up."""
@@ -90,11 +96,16 @@ class TrainedModel:
 
     def checkpoint_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Sharded tensors under their checkpoint names, tied ones under each of their names."""
-        return self.model.named_parameters(remove_duplicate=False)
+        yield from self.model.named_parameters(remove_duplicate=False)
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded state for a distributed checkpoint."""
+        untouched = not self._optimizer.state
         weights, optimizer = get_state_dict(self.model, self._optimizer)
+        if untouched:
+            # To have a state to give, PyTorch takes a step of size 0, and counts it: a save would change the run.
+            for state in self._optimizer.state.values():
+                state["step"].zero_()
         return {"weights": weights, "optimizer": optimizer, "steps": torch.tensor(self._schedule.last_epoch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

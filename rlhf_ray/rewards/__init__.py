@@ -1,0 +1,47 @@
+"""Rewards, step three of the loop: rollout groups in, scored groups out.
+
+``resolve_rewards`` turns settings into functions, ``RewardScorer`` scores one group with them, and ``RewardPool`` does
+so on Ray actors with a time limit. The built-in rewards are factories: ``gsm8k(last_number=True)`` is a function.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.rewards.builtin.exact_match import exact_match
+from rlhf_ray.rewards.builtin.format import format
+from rlhf_ray.rewards.builtin.gsm8k import gsm8k
+from rlhf_ray.rewards.builtin.length import length
+from rlhf_ray.rewards.builtin.math_equivalence import math_equivalence
+from rlhf_ray.rewards.builtin.overlong import overlong
+from rlhf_ray.rewards.functions import NamedReward, resolve_rewards
+
+if TYPE_CHECKING:
+    from rlhf_ray.rewards.pool import RewardPool
+    from rlhf_ray.rewards.scoring import RewardScorer
+
+__all__ = [
+    "NamedReward",
+    "RewardPool",
+    "RewardScorer",
+    "exact_match",
+    "format",
+    "gsm8k",
+    "length",
+    "math_equivalence",
+    "overlong",
+    "resolve_rewards",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import what needs Ray or NumPy when it is first asked for."""
+    if name == "RewardPool":
+        from rlhf_ray.rewards.pool import RewardPool
+
+        return RewardPool
+    if name == "RewardScorer":
+        from rlhf_ray.rewards.scoring import RewardScorer
+
+        return RewardScorer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

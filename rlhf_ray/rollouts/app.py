@@ -15,8 +15,11 @@ from ray.serve.schema import LoggingConfig
 from rlhf_ray.errors import RolloutError
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
+from rlhf_ray.rollouts.start_failure import root_cause
 
 __all__ = ["RolloutApp"]
+
+_START_ERROR = "RuntimeError: EngineStartError: "
 
 _DEPLOYMENT = "RolloutReplica"
 # A replica takes requests without bound: vLLM schedules them, and the controller limits groups in flight.
@@ -73,18 +76,11 @@ class RolloutApp:
             reason = f"not ready within rollouts.startup_timeout_s = {self._startup_timeout_s:g} s"
             raise RolloutError(f"the rollout replicas cannot start: {reason}; {self._message()}\n{_REMEDY}") from None
         except RuntimeError as error:  # what serve.run raises when a deployment fails
-            raise RolloutError(f"the rollout replicas cannot start: {self._message() or error}\n{_REMEDY}") from error
+            cause = root_cause(self._message().splitlines()) or str(error)
+            raise RolloutError(
+                f"the rollout replicas cannot start: {cause.removeprefix(_START_ERROR)}\n{_REMEDY}"
+            ) from error
         return self.handle
-
-    @property
-    def failed(self) -> bool:
-        """Whether the start has already failed, so that a wait for something else can end early."""
-        return self._deploying is not None and self._deploying.done() and self._deploying.exception() is not None
-
-    def num_running(self) -> int:
-        """Replicas that Serve reports as running."""
-        deployment = serve.status().applications[self.name].deployments[_DEPLOYMENT]
-        return int(deployment.replica_states.get("RUNNING", 0))
 
     def stop(self) -> None:
         """Delete the application, and Serve too if this pool started it and nobody else uses it."""
@@ -108,7 +104,7 @@ class RolloutApp:
         if application is None:
             return ""
         messages = [deployment.message for deployment in application.deployments.values()]
-        return next((message for message in messages if message), application.message)
+        return str(next((message for message in messages if message), application.message))
 
     def _deployment(self) -> Any:
         options: dict[str, Any] = {"num_cpus": self._num_cpus, "runtime_env": {"env_vars": self._spec.env}}

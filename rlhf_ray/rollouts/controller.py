@@ -164,6 +164,7 @@ class RolloutController:
         batch: list[ScoredGroup] = []
         failures: Counter[str] = Counter()
         self._last_completion = started
+        done: set[asyncio.Task[ScoredGroup | RewardFailure]] = set()
         pending: set[asyncio.Task[ScoredGroup | RewardFailure]] = set()
         try:
             while len(batch) < self._batch_size:
@@ -176,7 +177,8 @@ class RolloutController:
                         self._accepted += 1
                         batch.append(outcome)
         finally:
-            await _cancel(pending)
+            # Also the finished ones: of several that fail at once only the first error is raised.
+            await _cancel(pending | done)
         ended = time.perf_counter()
         return Collected(
             groups=tuple(sorted(batch, key=lambda scored: scored.group.group_id)),
@@ -195,7 +197,8 @@ class RolloutController:
             running=running,
             accepted=self._accepted,
         )
-        sampled = (next(self._prompts) for _ in range(capacity))
+        # All of them before the first task: a stream that fails must leave nothing running.
+        sampled = [next(self._prompts) for _ in range(capacity)]
         return {asyncio.create_task(self._rollout(prompt, self._sampling, version)) for prompt in sampled}
 
     async def _score_prompts(

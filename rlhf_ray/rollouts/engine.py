@@ -87,8 +87,8 @@ class RolloutEngine:
             request_id=f"{prompt.prompt_id}-{self._requests}",
         )
         output = None
-        async for output in request:
-            pass
+        async for answer in request:
+            output = answer
         if output is None or not output.finished:
             raise RuntimeError(f"the engine ended prompt {prompt.prompt_id} without an output")
         return tuple(_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index))

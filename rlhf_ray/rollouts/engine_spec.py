@@ -155,7 +155,7 @@ def _cache_bytes(config: PretrainedConfig, tokens: int, max_length: int, dtype: 
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes = 2 * text.num_hidden_layers * heads * head_size * (2 if dtype == "bfloat16" else 4)
+    token_bytes: int = 2 * text.num_hidden_layers * heads * head_size * (2 if dtype == "bfloat16" else 4)
     # Blocks are filled unevenly; a quarter more keeps the last sequences from being preempted.
     wanted = int(1.25 * tokens) * token_bytes
     return max(min(wanted, _MAX_CPU_CACHE_BYTES), 2 * (max_length + 256) * token_bytes)

@@ -14,6 +14,7 @@ from typing import Any
 from ray import serve
 
 from rlhf_ray.rollouts.engine import EngineSpec, LoadReport, RolloutEngine
+from rlhf_ray.rollouts.start_failure import engine_start_failure
 from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
@@ -32,8 +33,12 @@ class RolloutReplica:
         self._bridge = bridge
         self._failure: BaseException | None = None
         self._updating = asyncio.Lock()
+        self._publication: str | None = None
         self.replica_id = serve.get_replica_context().replica_id.unique_id
-        self._engine = RolloutEngine(spec)
+        try:
+            self._engine = RolloutEngine(spec)
+        except Exception as error:
+            raise RuntimeError(f"EngineStartError: {engine_start_failure(error)}") from error
         await self._engine.start(version=0)
         await self._catch_up(await bridge.newest_version.remote())
 
@@ -48,11 +53,12 @@ class RolloutReplica:
         )
 
     async def load_weights(self, manifest: WeightManifest, refs: list[Any]) -> LoadReport:
-        """Load a published version from the object store, unless this replica has it or a newer one already."""
+        """Load a published version from the object store, unless this replica has pulled it already."""
         async with self._updating:
-            if self._engine.version < manifest.version:
+            if self._publication != manifest.publication:
                 with self._failing():
                     await self._engine.load_weights(manifest, await asyncio.gather(*refs))
+                self._publication = manifest.publication
         return self._report()
 
     async def init_weight_transfer(self, init_infos: dict[str, dict[str, Any]]) -> LoadReport:

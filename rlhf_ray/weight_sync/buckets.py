@@ -48,7 +48,7 @@ def gather_buckets(
         wire_dtype = dtype if parameter.dtype.is_floating_point else parameter.dtype
         size = parameter.numel() * wire_dtype.itemsize
         if tensors and filled + size > bucket_bytes:
-            yield _bucket(tensors, pieces, filled, keep=keep)
+            yield _bucket(tensors, pieces, keep=keep)
             tensors, pieces, filled = [], [], 0
         full = _full_tensor(parameter.detach())
         if keep:
@@ -64,7 +64,7 @@ def gather_buckets(
         )
         filled += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
     if tensors:
-        yield _bucket(tensors, pieces, filled, keep=keep)
+        yield _bucket(tensors, pieces, keep=keep)
 
 
 def unpack_bucket(layout: BucketLayout, data: ByteArray) -> Iterator[tuple[str, torch.Tensor]]:
@@ -81,8 +81,9 @@ def _full_tensor(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _bucket(
-    tensors: list[TensorLayout], pieces: list[torch.Tensor], size_bytes: int, *, keep: bool
+    tensors: list[TensorLayout], pieces: list[torch.Tensor], *, keep: bool
 ) -> tuple[BucketLayout, ByteArray | None]:
+    size_bytes = tensors[-1].offset_bytes + tensors[-1].size_bytes
     layout = BucketLayout(size_bytes=size_bytes, tensors=tuple(tensors))
     if not keep:
         return layout, None

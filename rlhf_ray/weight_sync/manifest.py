@@ -36,6 +36,8 @@ class WeightManifest:
     """All buckets of one policy version."""
 
     version: int
+    publication: str
+    """Unique; a restored run publishes a version that a replica may have seen with other weights."""
     buckets: tuple[BucketLayout, ...]
 
     @property

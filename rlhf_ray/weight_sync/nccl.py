@@ -43,7 +43,8 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
 
     def size_bytes(self) -> int:
         """Bytes on the wire."""
-        return sum(p.numel() for _, p in self._parameters()) * self._dtype.itemsize
+        size: int = sum(p.numel() for _, p in self._parameters()) * self._dtype.itemsize
+        return size
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters():

@@ -128,7 +128,7 @@ def checked_pause(version: int, answers: list[LoadReport | BaseException]) -> fl
         raise WeightSyncError(f"a replica could not load policy version {version}: {failures[0]!r}")
     if not reports:
         raise WeightSyncError(f"no replica acknowledged policy version {version}: none is running")
-    wrong = [report for report in reports if report.version < version]
+    wrong = [report for report in reports if report.version != version]
     if wrong:
         raise WeightSyncError(
             f"replica {wrong[0].replica_id} serves version {wrong[0].version} after version {version} was published"

@@ -28,12 +28,12 @@ BACKEND = "rlhf_ray_shared_memory"
 
 
 @dataclass
-class SharedMemoryInitInfo(WeightTransferInitInfo):
+class SharedMemoryInitInfo(WeightTransferInitInfo):  # type: ignore[misc]
     """Nothing to agree on beforehand."""
 
 
 @dataclass
-class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):
+class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     """One bucket: the file that holds it and, per tensor, ``(name, shape, dtype, offset_bytes, size_bytes)``."""
 
     path: str
@@ -47,7 +47,7 @@ def update_info(layout: BucketLayout, path: str) -> dict[str, Any]:
     return {"path": path, "size_bytes": layout.size_bytes, "tensors": tensors}
 
 
-class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):
+class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):  # type: ignore[misc]
     """Loads buckets that another process of this machine wrote to shared memory."""
 
     init_info_cls = SharedMemoryInitInfo

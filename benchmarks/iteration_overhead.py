@@ -1,0 +1,247 @@
+"""Where a quickstart iteration's time goes, beside the raw cost of the same work.
+
+Runs the quickstart to a steady state and takes the median of each phase. Then, with all stopped, the same prompts
+go through a bare vLLM engine with the same sampling settings, and the same microbatches through bare PyTorch models:
+the same passes, backward passes and optimiser steps, without Ray, FSDP or our losses. What an iteration takes beyond
+these two is overhead.
+
+    python benchmarks/iteration_overhead.py [--iterations 12] [section.field=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from provenance import write_result
+
+WARM_UP = 4
+PHASES = ("rollout_s", "reward_s", "advantage_s", "update_s", "weight_sync_s", "iteration_s")
+
+
+def measure_loop(overrides: list[str], iterations: int, folder: Path) -> dict[str, float]:
+    """Median seconds of each phase; leaves the exported policy and the completions in ``folder``."""
+    from rlhf_ray import PPOConfig
+
+    config = PPOConfig().reporting(run_dir=str(folder / "run"), progress="off").apply_overrides(overrides)
+    algorithm = config.build_algo()
+    try:
+        results = [algorithm.train()["timers"] for _ in range(WARM_UP + iterations)][WARM_UP:]
+        algorithm.export_hf(folder / "policy")
+        resolved = algorithm.algorithm_config.to_yaml()
+    finally:
+        algorithm.stop()
+    (folder / "config.yaml").write_text(resolved)
+    return {phase: statistics.median(timers[phase] for timers in results) for phase in PHASES}
+
+
+def raw_generation(folder: Path, repeats: int) -> float:
+    """Median seconds in which a bare engine answers the last iteration's prompts."""
+    from rlhf_ray import PPOConfig
+    from rlhf_ray.algorithms.assembly import check_inputs, training_sampling
+    from rlhf_ray.rollouts.engine_spec import engine_spec
+    from rlhf_ray.rollouts.seeds import group_seed
+
+    settings = PPOConfig.from_yaml(folder / "config.yaml").settings
+    inputs = check_inputs(settings)
+    spec = engine_spec(
+        settings.model,
+        settings.rollouts,
+        model_path=str(folder / "policy"),
+        tokenizer_path=str(folder / "policy"),
+        config=inputs.model_config,
+        prompt_tokens=inputs.max_prompt_tokens,
+        groups_in_flight=settings.data.batch_size,
+        seed=0,
+        on_gpu=False,
+        dtype="float32",
+    )
+    os.environ.update(spec.env)
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    sampling = training_sampling(settings)
+    prompts = _prompt_tokens(folder)
+
+    async def one(engine: Any, index: int, repeat: int) -> None:
+        params = SamplingParams(
+            n=sampling.group_size,
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=group_seed(0, repeat, index),
+            stop_token_ids=list(spec.eos_token_ids),
+            ignore_eos=True,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        async for _ in engine.generate({"prompt_token_ids": prompts[index]}, params, f"{repeat}-{index}"):
+            pass
+
+    async def run() -> list[float]:
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec.engine_args))
+        times = []
+        for repeat in range(repeats + 2):
+            await engine.reset_prefix_cache()
+            started = time.perf_counter()
+            await asyncio.gather(*(one(engine, index, repeat) for index in range(len(prompts))))
+            times.append(time.perf_counter() - started)
+        engine.shutdown()
+        return times[2:]
+
+    return statistics.median(asyncio.run(run()))
+
+
+def raw_training(folder: Path, repeats: int) -> float:
+    """Median seconds of the same passes and optimiser steps on bare PyTorch models."""
+    import torch
+
+    from rlhf_ray import PPOConfig
+    from rlhf_ray.learner.batch import SequenceBatch
+    from rlhf_ray.learner.layout import lay_out
+    from rlhf_ray.learner.models import load_critic, load_policy
+    from rlhf_ray.learner.packing import plan_update
+
+    settings = PPOConfig.from_yaml(folder / "config.yaml").settings
+    training = settings.training
+    if settings.learners.num_threads is not None:
+        torch.set_num_threads(settings.learners.num_threads)
+    batch = _batch(folder, SequenceBatch)
+    plan = plan_update(
+        batch.lengths.tolist(),
+        batch.completion_lengths.tolist(),
+        num_minibatches=training.num_minibatches,
+        num_epochs=training.num_epochs,
+        num_ranks=1,
+        max_tokens=settings.learners.max_tokens_per_microbatch,
+        packed=False,
+        seed=0,
+    )
+    batch = batch.select(plan.sequences[0])
+    path = str(folder / "policy")
+    policy = load_policy(path, attn_implementation="sdpa", trust_remote_code=False)
+    critic = load_critic(path, attn_implementation="sdpa", trust_remote_code=False)
+    optimizers = [
+        torch.optim.AdamW(policy.parameters(), lr=1e-8, fused=True),
+        torch.optim.AdamW(critic.parameters(), lr=1e-8, fused=True),
+    ]
+    minibatches = [
+        [lay_out(batch, rows, packed=False, device=torch.device("cpu")) for rows in minibatch.microbatches]
+        for minibatch in plan.ranks[0].minibatches
+    ]
+    needs_old = len(minibatches) > 1 or training.num_epochs > 1
+
+    def policy_loss(micro: Any) -> torch.Tensor:
+        logits = policy(input_ids=micro.input_ids, logits_to_keep=micro.kept).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), micro.targets.flatten())
+
+    def critic_loss(micro: Any) -> torch.Tensor:
+        return critic(input_ids=micro.input_ids).logits.square().mean()
+
+    def iteration() -> None:
+        with torch.no_grad():
+            for micro in (m for minibatch in minibatches for m in minibatch):
+                critic_loss(micro)
+                if needs_old:
+                    policy_loss(micro)
+        for _ in range(training.num_epochs):
+            for minibatch in minibatches:
+                for micro in minibatch:
+                    critic_loss(micro).backward()
+                    policy_loss(micro).backward()
+                for model, optimizer in zip((policy, critic), optimizers, strict=True):
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                    optimizer.step()
+                    optimizer.zero_grad()
+
+    times = []
+    for _ in range(repeats + 2):
+        started = time.perf_counter()
+        iteration()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def _completions(folder: Path) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_table(sorted((folder / "run" / "completions").glob("*.parquet"))[-1]).to_pydict()
+
+
+def _prompt_tokens(folder: Path) -> list[list[int]]:
+    from rlhf_ray.prompts.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder / "policy"))
+    table = _completions(folder)
+    by_group = dict(zip(table["group_id"], table["prompt"], strict=True))
+    return [tokenizer(text).input_ids for text in by_group.values()]
+
+
+def _batch(folder: Path, batch_class: Any) -> Any:
+    """Sequences of the last iteration's lengths; the ids themselves do not change the cost."""
+    table = _completions(folder)
+    prompt_length = len(_prompt_tokens(folder)[0])
+    completion_lengths = np.asarray(table["num_tokens"], dtype=np.int32)
+    prompt_lengths = np.full_like(completion_lengths, prompt_length)
+    return batch_class(
+        token_ids=np.ones(int((prompt_lengths + completion_lengths).sum()), dtype=np.int32),
+        prompt_lengths=prompt_lengths,
+        completion_lengths=completion_lengths,
+        sampling_logprobs=np.zeros(int(completion_lengths.sum()), dtype=np.float32),
+        rewards=np.zeros(len(completion_lengths), dtype=np.float32),
+        truncated=np.zeros(len(completion_lengths), dtype=np.bool_),
+    )
+
+
+def in_process_of_its_own(stage: str, folder: Path, repeats: int) -> float:
+    """Run one raw measurement with fresh thread pools and nothing else in memory."""
+    command = [sys.executable, __file__, "--stage", stage, "--folder", str(folder), "--iterations", str(repeats)]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return float(output.split("RESULT")[-1])
+
+
+def main() -> None:
+    """Measure, print a table, write results/iteration_overhead.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="section.field=value")
+    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--stage", choices=["generation", "training"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage is not None:
+        raw = raw_generation if arguments.stage == "generation" else raw_training
+        print("RESULT", raw(arguments.folder, arguments.iterations))
+        return
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        phases = measure_loop(arguments.overrides, arguments.iterations, folder)
+        generation = in_process_of_its_own("generation", folder, arguments.iterations)
+        training = in_process_of_its_own("training", folder, arguments.iterations)
+    overhead = phases["iteration_s"] - generation - training
+    rows = [
+        ("rollout + reward", phases["rollout_s"] + phases["reward_s"], "raw vLLM generation", generation),
+        ("advantage + update", phases["advantage_s"] + phases["update_s"], "raw forward + backward", training),
+        ("weight sync", phases["weight_sync_s"], "", 0.0),
+        ("whole iteration", phases["iteration_s"], "raw work", generation + training),
+    ]
+    print(f"{'phase':<22}{'seconds':>9}   {'raw':<24}{'seconds':>9}{'beyond raw':>13}")
+    for phase, seconds, raw_name, raw_seconds in rows:
+        print(f"{phase:<22}{seconds:>9.3f}   {raw_name:<24}{raw_seconds:>9.3f}{seconds - raw_seconds:>13.3f}")
+    print(f"overhead of everything else: {overhead * 1000:.0f} ms an iteration")
+    result = {"phases_s": phases, "raw_generation_s": generation, "raw_training_s": training, "overhead_s": overhead}
+    print("written to", write_result("iteration_overhead", {"iterations": arguments.iterations} | result))
+
+
+if __name__ == "__main__":
+    main()

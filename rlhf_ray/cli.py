@@ -1,0 +1,309 @@
+"""Around the loop: the ``rlhf-ray`` command. It builds a configuration, drives ``Algorithm`` and shows what came out.
+
+Heavy modules are imported by the command that needs them, so that ``--help`` and mistakes answer at once.
+
+Exit codes: 0 done; 1 the run failed; 2 wrong command line, settings or data; 130 Ctrl-C; 143 SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+from rlhf_ray.errors import ConfigError, DataError, RLHFRayError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rlhf_ray.algorithms.algorithm import Algorithm
+    from rlhf_ray.config import AlgorithmConfig
+    from rlhf_ray.reporting.summary import RunSummary
+
+__all__ = ["load_config", "main"]
+
+_FAILED, _WRONG_INPUT, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+_QUICKSTART_EVALUATION_INTERVAL = 10
+
+_EXAMPLES = """\
+examples:
+  rlhf-ray quickstart
+  rlhf-ray config training.lr=1e-6 > conf.yaml
+  rlhf-ray doctor conf.yaml
+  rlhf-ray train conf.yaml training.lr=2e-6 rollouts.group_size=8
+  rlhf-ray train training.iterations=10 --run-dir runs/first
+  rlhf-ray evaluate conf.yaml model.path=runs/first/model
+"""
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived: how ``ray job stop``, Kubernetes and Slurm end a process."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program's name; none: those of this process.
+
+    Returns:
+        The exit code (see the module's docstring).
+    """
+    args = _parse(argv)
+    try:
+        with _sigterm_raises():
+            code: int = args.run(args)
+            return code
+    except RLHFRayError as error:
+        _say(f"error: {error}")
+        return _WRONG_INPUT if isinstance(error, (ConfigError, DataError)) else _FAILED
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except (_Terminated, SystemExit):
+        # Until the algorithm is built, ray.init's own SIGTERM handler is in place, which ends by SystemExit.
+        return _TERMINATED
+    except Exception:
+        # The end of an error that nobody expected: the user gets its traceback and the shell a failure.
+        traceback.print_exc()
+        return _FAILED
+
+
+def load_config(path: str | None, overrides: Sequence[str]) -> AlgorithmConfig:
+    """Read a configuration.
+
+    Args:
+        path: YAML file; none: the defaults, which are the quickstart task.
+        overrides: ``section.field=value``, applied in order.
+
+    Raises:
+        ConfigError: There is no such file, or a setting in it or in ``overrides`` is wrong.
+    """
+    from rlhf_ray.algorithms.ppo import PPOConfig
+    from rlhf_ray.config import AlgorithmConfig
+
+    config = PPOConfig() if path is None else AlgorithmConfig.from_yaml(Path(path))
+    return config.apply_overrides(overrides)
+
+
+# --- the command line ---
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    args, late = parser.parse_known_args(argv)
+    if unknown := [text for text in late if text.startswith("-")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    # argparse fills a "*" positional once: what follows an option comes back as unknown.
+    given: list[str] = [*args.settings, *late]
+    args.conf = given.pop(0) if args.takes_file and given and not _is_override(given[0]) else None
+    if wrong := [text for text in given if not _is_override(text)]:
+        parser.error(f"{wrong[0]!r} is not an override; write section.field=value, for example training.lr=2e-6")
+    args.overrides = given
+    return args
+
+
+def _is_override(text: str) -> bool:
+    """Tell ``training.lr=1`` from ``runs/lr=1/conf.yaml``: before the = of an override are names and dots alone."""
+    return _OVERRIDE.match(text) is not None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rlhf-ray",
+        description="Reinforcement learning for language models on Ray.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    train = _command(commands, "train", _train, "train a model")
+    train.add_argument("--run-dir", metavar="DIR", help="folder of the run (reporting.run_dir)")
+    evaluate = _command(commands, "evaluate", _evaluate, "measure a model on the held-out prompts; keeps no files")
+    evaluate.add_argument("--checkpoint", metavar="PATH", help="checkpoint of a run, instead of model.path")
+    _command(commands, "config", _config, "print the resolved settings as YAML, and the schedule they lead to")
+    _command(commands, "quickstart", _quickstart, "train the built-in model on the built-in task", takes_file=False)
+    doctor = _command(commands, "doctor", _doctor, "check this machine and the settings before a run")
+    doctor.add_argument("--skip-engine", action="store_true", help="do not start a vLLM engine (about half a minute)")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    summary: str,
+    *,
+    takes_file: bool = True,
+) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+    metavar = "CONF.yaml | section.field=value" if takes_file else "section.field=value"
+    wanted = "a YAML file, then settings that replace the file's" if takes_file else "settings that replace defaults"
+    command.add_argument("settings", nargs="*", metavar=metavar, help=wanted)
+    command.set_defaults(run=run, takes_file=takes_file)
+    return command
+
+
+# --- the commands ---
+
+
+def _train(args: argparse.Namespace) -> int:
+    config = _with_display(load_config(args.conf, args.overrides))
+    if args.run_dir is not None:
+        config.reporting(run_dir=args.run_dir)
+    with _running(config.build_algo) as algo:
+        run = _train_to_the_end(algo)
+    from rlhf_ray.reporting.summary import show_summary
+
+    show_summary(_stdout(), run)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    conf = args.conf
+    if conf is None and args.checkpoint is not None:
+        conf = _config_of_checkpoint(Path(args.checkpoint))
+    config = _with_display(load_config(conf, args.overrides))
+    with tempfile.TemporaryDirectory(prefix="rlhf-ray-") as folder:
+        run_dir = str(Path(folder) / "run")
+        config.reporting(run_dir=run_dir, tensorboard=False, wandb_project=None, completions_interval=0)
+        with _running(lambda: _build(config, args.checkpoint), keeps_files=False) as algo:
+            metrics = algo.evaluate()
+    from rlhf_ray.reporting.summary import show_evaluation
+
+    show_evaluation(_stdout(), metrics)
+    return 0
+
+
+def _config(args: argparse.Namespace) -> int:
+    config = load_config(args.conf, args.overrides)
+    rows = config.schedule().rows()
+    width = max(len(name) for name, _ in rows)
+    # As comments, so that `rlhf-ray config > conf.yaml` is a configuration.
+    schedule = "\n".join(f"#   {name:<{width}}  {value}" for name, value in rows)
+    sys.stdout.write(f"{config.to_yaml().rstrip()}\n\n# What follows from these settings:\n{schedule}\n")
+    return 0
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    config = load_config(None, [f"evaluation.interval={_QUICKSTART_EVALUATION_INTERVAL}", *args.overrides])
+    from rlhf_ray.reporting.summary import show_accuracy, show_quickstart
+
+    with _running(_with_display(config).build_algo) as algo:
+        before = algo.evaluate()
+        show_accuracy(_stdout(), "before training", before)
+        run = _train_to_the_end(algo)
+        after = algo.evaluate()
+    show_quickstart(_stdout(), before, after, run)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    config = load_config(args.conf, args.overrides).validate()
+    from rlhf_ray.doctor.examination import examine
+
+    return examine(config.settings, console=_stdout(), skip_engine=args.skip_engine)
+
+
+def _build(config: AlgorithmConfig, checkpoint: str | None) -> Algorithm:
+    if checkpoint is None:
+        return config.build_algo()
+    return config.algorithm_class.from_checkpoint(checkpoint, config=config)
+
+
+def _config_of_checkpoint(checkpoint: Path) -> str:
+    """Find the settings that a checkpoint was made with: in it, or in the run directory around it."""
+    if not checkpoint.is_dir():
+        raise ConfigError("--checkpoint", str(checkpoint), "no such folder")
+    absolute = checkpoint.absolute()
+    for folder in (absolute, *absolute.parents[:2]):
+        if (folder / "config.yaml").is_file():
+            return str(folder / "config.yaml")
+    raise ConfigError("--checkpoint", str(checkpoint), "no config.yaml in it or its run directory: name CONF.yaml too")
+
+
+def _with_display(config: AlgorithmConfig) -> AlgorithmConfig:
+    """Show lines where a panel cannot be drawn; a script may stay silent there, a command may not."""
+    if config.settings.reporting.progress == "auto" and not _stdout().is_terminal:
+        config.reporting(progress="plain")
+    return config
+
+
+# --- a run ---
+
+
+@contextmanager
+def _running(build: Callable[[], Algorithm], *, keeps_files: bool = True) -> Iterator[Algorithm]:
+    """Build an algorithm and stop it in the end, however the end comes."""
+    algo = build()
+    try:
+        _install_sigterm()  # Again: ray.init puts its own in place, which ends Ray's processes before ours could stop.
+        yield algo
+    except (KeyboardInterrupt, _Terminated):
+        _say(f"stopping; what the run wrote is in {algo.run_dir}" if keeps_files else "stopping")
+        raise
+    finally:
+        algo.stop()
+
+
+def _train_to_the_end(algo: Algorithm) -> RunSummary:
+    """Run the iterations that are left and export the trained model."""
+    from rlhf_ray.reporting.run_directory import RunDirectory
+    from rlhf_ray.reporting.summary import RunSummary
+
+    run = RunSummary(run_dir=RunDirectory(Path(algo.run_dir)))
+    started = time.monotonic()
+    while algo.iteration < algo.settings.training.iterations:
+        run.record(algo.train())
+    run.elapsed_s = time.monotonic() - started
+    algo.export_hf(str(run.run_dir.model))
+    return run
+
+
+def _install_sigterm() -> None:
+    def raise_terminated(signum: int, frame: object) -> NoReturn:
+        # Schedulers repeat themselves; the second one must not cut the clean stop short.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise _Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, raise_terminated)
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    previous = signal.getsignal(signal.SIGTERM)
+    _install_sigterm()
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, previous)
+
+
+# --- output ---
+
+
+def _stdout() -> Console:
+    # The global console is the live panel's too: what is printed through it appears above the panel.
+    import rich
+
+    return rich.get_console()
+
+
+def _say(text: str) -> None:
+    # sys.stderr itself, not a console on it: while the live panel is up it stands for a place above the panel.
+    sys.stderr.write(f"{text}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+"""Before a run: what a check of the doctor answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["Check", "Status", "failed", "in_units", "passed", "warned"]
+
+Status = Literal["ok", "warn", "fail"]
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was looked at."""
+
+    name: str
+    status: Status
+    """``fail``: a run cannot work; ``warn``: it may not, or not well."""
+    detail: str
+    """What was found."""
+    remedy: str = ""
+    """What to do about it; empty when there is nothing to do."""
+
+
+def passed(name: str, detail: str) -> Check:
+    """Make a check that found all well."""
+    return Check(name, "ok", detail)
+
+
+def warned(name: str, detail: str, remedy: str) -> Check:
+    """Make a check that found something doubtful."""
+    return Check(name, "warn", detail, remedy)
+
+
+def failed(name: str, detail: str, remedy: str) -> Check:
+    """Make a check that found what stops a run."""
+    return Check(name, "fail", detail, remedy)
+
+
+def in_units(size_bytes: float) -> str:
+    """Write a number of bytes as ``512 B``, ``3.1 MiB`` or ``24 GiB``."""
+    size, power = float(size_bytes), 0
+    while size >= 1024 and power < len(_UNITS) - 1:
+        size, power = size / 1024, power + 1
+    return f"{size:.1f} {_UNITS[power]}" if size < 10 and power else f"{size:.0f} {_UNITS[power]}"

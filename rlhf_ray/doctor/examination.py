@@ -1,0 +1,179 @@
+"""Before a run: the doctor's checks in order, each as far as what the ones before found allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_ray.doctor.check import Check, Status, failed, passed, warned
+from rlhf_ray.doctor.cluster import check_ray
+from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
+from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
+from rlhf_ray.doctor.model import ModelFacts, check_model
+from rlhf_ray.doctor.packages import check_packages, check_python, check_torchvision
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.rollouts.engine import EngineSpec
+from rlhf_ray.settings import Settings
+
+__all__ = ["checks", "examine", "table"]
+
+_STYLES: dict[Status, str] = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+
+
+def examine(settings: Settings, *, console: Console, skip_engine: bool = False) -> int:
+    """Run every check and print what was found.
+
+    Args:
+        settings: Validated settings of the run to come.
+        console: Where to print.
+        skip_engine: Whether to leave out the start of a vLLM engine.
+
+    Returns:
+        0 if nothing failed, else 1.
+    """
+    found = []
+    with console.status("looking around") as status:
+        for check in checks(settings, skip_engine=skip_engine, say=status.update):
+            found.append(check)
+    console.print(table(found))
+    failures = sum(check.status == "fail" for check in found)
+    warnings = sum(check.status == "warn" for check in found)
+    verdict = f"{failures} failed, {warnings} to look at" if failures or warnings else "all well"
+    console.print(verdict, style=_STYLES["fail" if failures else "warn" if warnings else "ok"], highlight=False)
+    return 1 if failures else 0
+
+
+def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] = lambda text: None) -> Iterator[Check]:
+    """Run the checks one after the other.
+
+    Args:
+        settings: Validated settings of the run to come.
+        skip_engine: Whether to leave out the start of a vLLM engine.
+        say: Told before each slow check what it is.
+    """
+    say("looking at packages and machine")
+    yield check_python()
+    yield from check_packages()
+    yield check_torchvision()
+    machine = Machine.here()
+    yield check_cores(machine)
+    yield check_open_files(machine)
+    yield check_gpus(settings, machine, torch_sees=_torch_gpus())
+    on_gpu = settings.resources.device == "cuda" or (settings.resources.device == "auto" and bool(machine.gpus))
+    say("starting Ray")
+    yield check_ray(settings, on_gpu=on_gpu)
+    say("reading the model")
+    policy_check, policy = _policy(settings)
+    yield policy_check
+    critic = policy
+    if settings.model.critic_path is not None:
+        critic_check, critic = check_model("model.critic_path", settings.model.critic_path)
+        yield critic_check
+    if policy is None or critic is None:
+        yield warned("memory, engine", "not looked at without the model", "correct the model first")
+        return
+    yield from _with_models(settings, machine, policy, critic, on_gpu=on_gpu, skip_engine=skip_engine, say=say)
+
+
+def table(found: list[Check]) -> Table:
+    """Lay the checks out; a remedy stands below its finding."""
+    grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    grid.add_column(no_wrap=True, style="cyan")
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for check in found:
+        text = Text(check.detail)
+        if check.remedy:
+            text.append(f"\n-> {check.remedy}", style="bold")
+        grid.add_row(Text(check.name), Text(check.status, style=_STYLES[check.status]), text)
+    return grid
+
+
+def _with_models(
+    settings: Settings,
+    machine: Machine,
+    policy: ModelFacts,
+    critic: ModelFacts,
+    *,
+    on_gpu: bool,
+    skip_engine: bool,
+    say: Callable[[str], None],
+) -> Iterator[Check]:
+    yield _inputs(settings)
+    yield check_disk(settings, policy, critic)
+    yield check_shared_memory(machine, 4 * policy.num_parameters)
+    try:
+        spec, max_tokens = _engine_spec(settings, policy, on_gpu=on_gpu)
+    except ConfigError as error:
+        yield failed(error.field, repr(error.value), error.remedy)
+        return
+    need = MemoryNeed.of(
+        settings,
+        policy,
+        critic,
+        dtype_bytes=2 if spec.engine_args["dtype"] == "bfloat16" else 4,
+        max_tokens=max_tokens,
+        cpu_cache=spec.engine_args.get("kv_cache_memory_bytes") or 0,
+    )
+    yield from check_memory(settings, machine, need, on_gpu=on_gpu)
+    if not skip_engine:
+        from rlhf_ray.doctor.engine import check_engine
+
+        say("starting a vLLM engine, which takes half a minute or more")
+        yield check_engine(spec, timeout_s=settings.rollouts.startup_timeout_s)
+
+
+def _policy(settings: Settings) -> tuple[Check, ModelFacts | None]:
+    from rlhf_ray.quickstart import model_path
+
+    model = settings.model
+    path = model.path or model_path()
+    return check_model(
+        "model.path",
+        path,
+        tokenizer_path=model.tokenizer_path or path,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _inputs(settings: Settings) -> Check:
+    """Look at what the run itself looks at before it starts anything: rewards, lengths and datasets."""
+    from rlhf_ray.algorithms.assembly import check_inputs
+
+    try:
+        check_inputs(settings)
+    except ConfigError as error:
+        return failed(error.field, repr(error.value), error.remedy)
+    except DataError as error:
+        return failed("data", str(error), "correct the data section")
+    return passed("data, rewards", "can be read")
+
+
+def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tuple[EngineSpec, int]:
+    """Make what a replica of this run would be given, and its longest sequence in tokens."""
+    from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
+
+    rollouts, dtype = settings.rollouts, settings.model.dtype
+    prompt_tokens = max_prompt_tokens(rollouts, policy.config)
+    spec = engine_spec(
+        settings.model,
+        rollouts,
+        model_path=policy.path,
+        tokenizer_path=settings.model.tokenizer_path or policy.path,
+        config=policy.config,
+        prompt_tokens=prompt_tokens,
+        groups_in_flight=rollouts.max_concurrent_groups or settings.data.batch_size,
+        seed=settings.debugging.seed,
+        on_gpu=on_gpu,
+        dtype=("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype,
+    )
+    return spec, prompt_tokens + rollouts.max_new_tokens
+
+
+def _torch_gpus() -> int:
+    import torch
+
+    return int(torch.cuda.device_count())

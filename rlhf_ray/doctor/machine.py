@@ -1,0 +1,161 @@
+"""Before a run: what this machine has, and whether that is enough to start with."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_ray.doctor.check import Check, failed, in_units, passed, warned
+from rlhf_ray.settings import Settings
+
+__all__ = ["GPU", "Machine", "check_cores", "check_gpus", "check_open_files", "check_shared_memory"]
+
+_GIB = 1024**3
+_SHARED_MEMORY = Path("/dev/shm")
+_LEAST_SHARED_MEMORY = _GIB // 2
+_LEAST_OPEN_FILES = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GPU:
+    """One NVIDIA GPU."""
+
+    name: str
+    memory_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the processes of a run can use here, container limits included."""
+
+    cores: int
+    memory_bytes: int
+    available_bytes: int
+    """Memory that is free now."""
+    shared_memory_bytes: int | None
+    """Size of /dev/shm; ``None`` where there is none."""
+    open_files: int
+    """Soft limit of open files a process."""
+    gpus: tuple[GPU, ...]
+
+    @classmethod
+    def here(cls) -> Machine:
+        """Look at this machine."""
+        total, available = _memory()
+        return cls(
+            cores=_cores(),
+            memory_bytes=total,
+            available_bytes=available,
+            shared_memory_bytes=shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else None,
+            open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+            gpus=_gpus(),
+        )
+
+
+def check_cores(machine: Machine) -> Check:
+    """Sampling and updating take turns, but Ray, the rewards and the driver want a core too."""
+    detail = f"{machine.cores} cores, {in_units(machine.available_bytes)} of {in_units(machine.memory_bytes)} free"
+    if machine.cores < 2:
+        return warned("machine", detail, "use a machine with two cores or more; on one, everything waits for the rest")
+    return passed("machine", detail)
+
+
+def check_shared_memory(machine: Machine, weights_bytes: int) -> Check:
+    """New weights lie in Ray's object store and once more on their way into an engine, both in /dev/shm."""
+    name, size = "/dev/shm", machine.shared_memory_bytes
+    needed = _LEAST_SHARED_MEMORY + 2 * weights_bytes
+    if size is None:
+        return failed(name, "there is none", "run on Linux; engines receive their weights through /dev/shm")
+    if size >= needed:
+        return passed(name, in_units(size))
+    detail = f"{in_units(size)}, wants {in_units(needed)} for Ray's object store and two copies of the weights"
+    remedy = f"start the container with --shm-size={-(-needed // _GIB)}g, or remount /dev/shm with that size"
+    return failed(name, detail, remedy) if size < weights_bytes + _GIB // 8 else warned(name, detail, remedy)
+
+
+def check_open_files(machine: Machine) -> Check:
+    """Ray opens a socket for every worker and every object in transfer."""
+    if machine.open_files < _LEAST_OPEN_FILES:
+        return warned("ulimit -n", str(machine.open_files), "raise it: ulimit -n 65536, before Ray starts")
+    return passed("ulimit -n", str(machine.open_files))
+
+
+def check_gpus(settings: Settings, machine: Machine, *, torch_sees: int) -> Check:
+    """Compare the GPUs that the settings ask for with those of this machine.
+
+    Args:
+        settings: The run's settings.
+        machine: This machine.
+        torch_sees: ``torch.cuda.device_count()``.
+    """
+    name, gpus, device = "GPUs", machine.gpus, settings.resources.device
+    if not gpus:
+        if device == "cuda" and settings.resources.ray_address is None:
+            return failed(name, "none here, resources.device is cuda", "set resources.device=cpu, or join a cluster")
+        return passed(name, "none, the run uses CPUs" if device != "cuda" else "none here; the cluster's are used")
+    detail = f"{len(gpus)} x {gpus[0].name}, {in_units(min(gpu.memory_bytes for gpu in gpus))}"
+    if device == "cpu":
+        return passed(name, f"{detail}, not used (resources.device is cpu)")
+    if torch_sees == 0:
+        remedy = "install the CUDA builds (rlhf-ray[gpu]), or set resources.device=cpu"
+        return failed(name, f"{detail}, but this torch sees none", remedy)
+    return passed(name, detail)
+
+
+def _cores() -> int:
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _first_line(Path("/sys/fs/cgroup/cpu.max")).split()
+    if len(quota) == 2 and quota[0].isdigit():
+        return max(1, min(allowed, int(quota[0]) // int(quota[1])))
+    return allowed
+
+
+def _memory() -> tuple[int, int]:
+    """Total and available bytes: the machine's, or the container's where that has less."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    available = next(
+        (int(line.split()[1]) * 1024 for line in _lines(Path("/proc/meminfo")) if line.startswith("MemAvailable:")),
+        total,
+    )
+    for limit_file, usage_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        limit, usage = _first_line(Path(limit_file)), _first_line(Path(usage_file))
+        if limit.isdigit() and usage.isdigit() and int(limit) < total:
+            return int(limit), min(available, int(limit) - int(usage))
+    return total, available
+
+
+def _gpus() -> tuple[GPU, ...]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    if shutil.which(query[0]) is None:
+        return ()
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (subprocess.SubprocessError, OSError):
+        # A driver that does not answer offers no GPU; torch_sees tells the same story.
+        return ()
+    return tuple(_gpu(line) for line in answer.splitlines() if line.count(",") == 2)
+
+
+def _gpu(line: str) -> GPU:
+    name, total, free = (part.strip() for part in line.split(","))
+    return GPU(name=name, memory_bytes=int(total) * 1024**2, free_bytes=int(free) * 1024**2)
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        # Not Linux, or not this version of cgroups.
+        return []
+
+
+def _first_line(path: Path) -> str:
+    return next(iter(_lines(path)), "")

@@ -1,0 +1,162 @@
+"""Before a run: the memory and disk space that models, optimisers and caches will take, beside what there is.
+
+Training keeps float32 weights (4 bytes a parameter), gradients (4) and Adam's two moments (8), for the policy and for
+the critic, sharded over the learners; a reference is weights alone. Activations come on top and depend on
+``learners.max_tokens_per_microbatch``.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.doctor.check import Check, failed, in_units, passed, warned
+from rlhf_ray.doctor.machine import Machine
+from rlhf_ray.doctor.model import ModelFacts
+from rlhf_ray.settings import Settings
+
+__all__ = ["MemoryNeed", "check_disk", "check_memory"]
+
+_GIB = 1024**3
+_TRAINED_BYTES = 16
+_FROZEN_BYTES = 4
+_SAVED_BYTES = 12
+"""A checkpoint: weights and Adam's moments."""
+# Resident size of a process with torch and transformers, and of vLLM's two processes, before any weights.
+_LEARNER_PROCESS_BYTES = int(0.7 * _GIB)
+_ENGINE_PROCESSES_BYTES = int(1.3 * _GIB)
+_DRIVER_AND_RAY_BYTES = int(1.5 * _GIB)
+_LOGS_BYTES = _GIB // 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryNeed:
+    """Bytes that a run's models take, without activations and processes."""
+
+    learner: int
+    """Policy, critic, optimisers and reference, a learner."""
+    engine_weights: int
+    """An engine's weights, a GPU of it."""
+    sequence: int
+    """Key-value cache of one longest sequence, a GPU of the engine."""
+    cpu_cache: int
+    """Key-value cache that a CPU engine reserves."""
+
+    @classmethod
+    def of(
+        cls,
+        settings: Settings,
+        policy: ModelFacts,
+        critic: ModelFacts,
+        *,
+        dtype_bytes: int,
+        max_tokens: int,
+        cpu_cache: int = 0,
+    ) -> MemoryNeed:
+        """Work out the need.
+
+        Args:
+            settings: The run's settings.
+            policy: The model to train.
+            critic: The model that the critic starts from.
+            dtype_bytes: Bytes of an engine's weight.
+            max_tokens: Longest prompt and completion together.
+            cpu_cache: Key-value cache that a CPU engine will reserve.
+        """
+        trained = _TRAINED_BYTES * (policy.num_parameters + critic.num_parameters)
+        frozen = _FROZEN_BYTES * policy.num_parameters if settings.training.kl_coef > 0 else 0
+        shards = settings.rollouts.tensor_parallel_size
+        return cls(
+            learner=(trained + frozen) // settings.learners.num_learners,
+            engine_weights=dtype_bytes * policy.num_parameters // shards,
+            sequence=max_tokens * _token_bytes(policy.config, dtype_bytes) // shards,
+            cpu_cache=cpu_cache,
+        )
+
+
+def check_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, on_gpu: bool) -> list[Check]:
+    """Compare the need with this machine; a cluster's nodes are taken to be like it."""
+    if not on_gpu:
+        return [_cpu_memory(settings, machine, need)]
+    learner_on_gpu = settings.learners.num_gpus_per_learner != 0
+    return [
+        _learner_gpu(machine, need) if learner_on_gpu else _cpu_memory(settings, machine, need, engines=False),
+        _engine_gpu(settings, machine, need),
+    ]
+
+
+def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts) -> Check:
+    """Compare the space of the run directory's disk with the checkpoints and the exported model."""
+    wanted = Path(settings.reporting.run_dir or "runs").expanduser().absolute()
+    existing = next(folder for folder in (wanted, *wanted.parents) if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    checkpoint = _SAVED_BYTES * (policy.num_parameters + critic.num_parameters)
+    # The newest is written before the oldest is deleted.
+    kept = settings.checkpointing.keep + 1 if settings.checkpointing.interval else 0
+    needed = _LOGS_BYTES + kept * checkpoint + _FROZEN_BYTES * policy.num_parameters
+    detail = f"{in_units(free)} free at {existing}"
+    if free < needed:
+        text = f"{detail}, wants {in_units(needed)} for {kept} checkpoints, the model and logs"
+        return failed("disk", text, "choose another reporting.run_dir, or a smaller checkpointing.keep")
+    return passed("disk", f"{detail}, the run takes about {in_units(needed)}")
+
+
+def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engines: bool = True) -> Check:
+    learners, replicas = settings.learners.num_learners, settings.rollouts.num_replicas if engines else 0
+    engine = need.engine_weights + need.cpu_cache
+    processes = learners * _LEARNER_PROCESS_BYTES + replicas * _ENGINE_PROCESSES_BYTES + _DRIVER_AND_RAY_BYTES
+    total = learners * need.learner + replicas * engine + processes
+    parts = [f"learners {in_units(learners * need.learner)}"]
+    if engines:
+        parts.append(f"engines {in_units(replicas * engine)} with cache {in_units(need.cpu_cache)} each")
+    parts.append(f"programs {in_units(processes)}")
+    detail = f"{in_units(total)} ({', '.join(parts)}), {in_units(machine.available_bytes)} free"
+    if settings.resources.ray_address is not None:
+        return passed("memory", f"{detail} here; the cluster's nodes share it")
+    if total > machine.available_bytes:
+        return failed("memory", detail, "use a smaller model, fewer replicas or a smaller rollouts.kv_cache_bytes")
+    if total > 0.8 * machine.available_bytes:
+        return warned("memory", detail, "activations may not fit: lower learners.max_tokens_per_microbatch")
+    return passed("memory", detail)
+
+
+def _learner_gpu(machine: Machine, need: MemoryNeed) -> Check:
+    name = "learner memory"
+    detail = f"{in_units(need.learner)} a GPU for weights, gradients and Adam"
+    if not machine.gpus:
+        return passed(name, f"{detail}; no GPU here to compare with")
+    size = min(gpu.memory_bytes for gpu in machine.gpus)
+    detail = f"{detail}, of {in_units(size)}"
+    if need.learner > size:
+        enough = -(-need.learner // int(0.6 * size))
+        return failed(name, detail, f"shard over more GPUs: learners.num_learners times {enough}")
+    if need.learner > 0.7 * size:
+        remedy = "activations may not fit: more num_learners, gradient_checkpointing, or smaller microbatches"
+        return warned(name, detail, remedy)
+    return passed(name, detail)
+
+
+def _engine_gpu(settings: Settings, machine: Machine, need: MemoryNeed) -> Check:
+    name = "engine memory"
+    weights = f"{in_units(need.engine_weights)} of weights a GPU"
+    if not machine.gpus:
+        return passed(name, f"{weights}; no GPU here to compare with")
+    share = int(settings.rollouts.gpu_memory_utilization * min(gpu.memory_bytes for gpu in machine.gpus))
+    sequences = (share - need.engine_weights) // max(1, need.sequence)
+    detail = f"{weights}, of {in_units(share)}; cache for {max(0, sequences)} longest sequences"
+    if sequences < 1:
+        remedy = "raise rollouts.tensor_parallel_size, or lower max_prompt_tokens and max_new_tokens"
+        return failed(name, detail, remedy)
+    if sequences < settings.rollouts.group_size:
+        return warned(name, detail, "not one group fits at its longest: sampling will be slow; shorten or shard")
+    return passed(name, detail)
+
+
+def _token_bytes(config: Any, dtype_bytes: int) -> int:
+    """Key-value cache of one token: a key and a value in each head of each layer."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * head_size * dtype_bytes)

@@ -1,0 +1,107 @@
+"""Before a run: whether a model can be read, and how big it is, without loading its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_ray.doctor.check import Check, failed, passed
+from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = ["ModelFacts", "check_model", "count_parameters"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What is known of a model before it is loaded."""
+
+    path: str
+    num_parameters: int
+    config: PretrainedConfig
+
+
+def check_model(
+    field: str, path: str, *, tokenizer_path: str | None = None, trust_remote_code: bool = False
+) -> tuple[Check, ModelFacts | None]:
+    """Read a model's configuration, tokenizer and the headers of its weights.
+
+    Args:
+        field: The setting that names it, for the report.
+        path: Local folder or hub id.
+        tokenizer_path: Where its tokenizer is; none: no tokenizer is needed.
+        trust_remote_code: Whether to run code that ships with the model.
+
+    Returns:
+        The check, and what was read where that worked.
+    """
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+        return failed(field, f"{path}: no such folder", f"give {field} a Hugging Face model folder or a hub id"), None
+    from transformers import AutoConfig
+
+    from rlhf_ray.prompts.tokenizer import load_tokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        num_parameters = count_parameters(path, config, trust_remote_code=trust_remote_code)
+        if tokenizer_path is not None:
+            load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
+    except ConfigError as error:
+        return failed(field, f"{path}: {error.remedy}", f"correct {error.field}"), None
+    except Exception as error:
+        # transformers has no common error for "this is not a model": each kind of damage raises its own.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        return failed(field, f"{path}: {reason}", f"give {field} a Hugging Face model folder or a hub id"), None
+    kind = (config.architectures or [config.model_type])[0]
+    size = f"{num_parameters / 1e9:.2f}B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.2f}M"
+    return passed(field, f"{path}: {kind}, {size} parameters"), ModelFacts(path, num_parameters, config)
+
+
+def count_parameters(path: str, config: PretrainedConfig, *, trust_remote_code: bool = False) -> int:
+    """Count a model's parameters, from the headers of local safetensors files, else from its architecture.
+
+    Raises:
+        ValueError: A weights file is missing, cut short, or not what its name says.
+    """
+    folder = Path(path).expanduser()
+    files = _weight_files(folder) if folder.is_dir() else []
+    if files:
+        return sum(_header_parameters(file) for file in files)
+    if folder.is_dir() and not any(folder.glob("pytorch_model*.bin")):
+        raise ValueError("the folder holds no weights (*.safetensors)")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return int(model.num_parameters())
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise ValueError(f"{index.name} names {missing[0]}, which is not there ({len(missing)} missing)")
+    return [folder / name for name in sorted(names)]
+
+
+def _header_parameters(file: Path) -> int:
+    """Read a safetensors header: its length (8 bytes), then JSON of name -> dtype, shape, data_offsets."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > size - 8:
+            raise ValueError(f"{file.name} is not a safetensors file (a Git LFS pointer?)")
+        tensors = json.loads(stream.read(length))
+    tensors.pop("__metadata__", None)
+    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    if size < 8 + length + end:
+        raise ValueError(f"{file.name} is cut short: {size} of {8 + length + end} bytes")
+    return sum(math.prod(entry["shape"]) for entry in tensors.values())

@@ -1,0 +1,73 @@
+"""prompts/: the held-out set, all at once and in its own order."""
+
+from __future__ import annotations
+
+import logging
+
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.prompts.builder import Overlong, PromptBuilder
+from rlhf_ray.prompts.check import check_source
+from rlhf_ray.prompts.order import PromptOrder
+from rlhf_ray.prompts.reader import PromptReader
+from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
+from rlhf_ray.prompts.source import find_eval_source
+from rlhf_ray.prompts.tokenizer import load_tokenizer
+from rlhf_ray.settings import DataSettings
+from rlhf_ray.types import Prompt
+
+__all__ = ["load_prompts"]
+
+logger = logging.getLogger(__name__)
+
+
+def load_prompts(
+    settings: DataSettings,
+    *,
+    tokenizer_path: str,
+    max_prompt_tokens: int,
+    limit: int | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[Prompt, ...]:
+    """Load the prompts of ``data.eval_path``; those of the quickstart task where no data is named at all.
+
+    Args:
+        settings: The ``data`` section.
+        tokenizer_path: Local folder or hub id.
+        max_prompt_tokens: Longest prompt in tokens; longer ones are left out, with a warning, or an error.
+        limit: Most prompts, taken from the start of the set; none: all.
+        trust_remote_code: Whether to run code that ships with the tokenizer.
+
+    Returns:
+        The prompts in the order of the rows; ``prompt_id`` is the number of the row.
+
+    Raises:
+        ConfigError: ``data.path`` is set and ``data.eval_path`` is not, a setting does not go with the rows, or the
+            tokenizer cannot be loaded.
+        DataError: The set is missing, cannot be read or is empty, a row makes no prompt, or no prompt fits.
+    """
+    source = find_eval_source(settings)
+    builder = PromptBuilder.from_settings(
+        settings,
+        source_name=source.name,
+        max_prompt_tokens=max_prompt_tokens,
+        tokenizer_name=tokenizer_path,
+    )
+    check_source(source, builder, load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code))
+    store = source.load()
+    order = PromptOrder(store.num_rows, seed=0, shuffle=False)
+    tokenizer = SharedTokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
+    reader = PromptReader(store, order, builder, tokenizer)
+    prompts: list[Prompt] = []
+    dropped = 0
+    for outcome in reader.outcomes(0, store.num_rows):
+        if isinstance(outcome, (DataError, ConfigError)):
+            raise outcome
+        if isinstance(outcome, Overlong):
+            dropped += 1
+            continue
+        prompts.append(outcome)
+        if len(prompts) == limit:
+            break
+    if dropped:
+        logger.warning("%s: %d prompts longer than %d tokens were left out", source.name, dropped, max_prompt_tokens)
+    return tuple(prompts)

@@ -1,0 +1,214 @@
+"""prompts/: JSON, Parquet and CSV files, read by Ray Data in the workers and sampled in this process."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from rlhf_ray.errors import DataError
+from rlhf_ray.prompts.data_context import NUM_CPUS, data_errors, prompt_context
+from rlhf_ray.prompts.json_rows import json_rows
+from rlhf_ray.prompts.row_codec import Row, encode_dataset
+from rlhf_ray.prompts.row_store import RowStore
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+__all__ = ["FileSource", "is_data_file"]
+
+FileFormat: TypeAlias = Literal["json", "parquet", "csv"]
+
+_FORMATS: dict[str, FileFormat] = {
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+_COMPRESSIONS = (".gz", ".bz2", ".zst", ".lz4", ".br")
+
+# Descriptions that dataset repositories keep beside their data.
+_NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+
+# The file names by which the datasets library tells splits apart.
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+# How much of JSON files a check parses: about a quarter of a second.
+_PARSED_BYTES = 32 * 2**20
+_READ_TASKS = 4
+
+
+def is_data_file(path: Path) -> bool:
+    """Tell whether a name ends like a file that can be read."""
+    return _format(path) is not None
+
+
+def _format(path: Path) -> FileFormat | None:
+    name = path.name.lower()
+    stem, _, ending = name.rpartition(".")
+    compressed = f".{ending}" in _COMPRESSIONS
+    file_format = _FORMATS.get(Path(stem if compressed else name).suffix)
+    return None if compressed and file_format == "parquet" else file_format
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileSource:
+    """Files of one format, in the order of their rows."""
+
+    name: str
+    files: tuple[Path, ...]
+    file_format: FileFormat
+    prompt_column: str
+
+    @classmethod
+    def from_paths(cls, files: Sequence[Path], prompt_column: str, *, name: str | None = None) -> FileSource:
+        """Take files in the given order.
+
+        Raises:
+            DataError: One is a folder or of no known format, or they differ in format.
+        """
+        for file in files:
+            if file.is_dir():
+                raise DataError(f"{file} is a folder; a list of data files must name files")
+            if not is_data_file(file):
+                raise DataError(f"{file}: not a data file; a name must end in {', '.join(_FORMATS)}")
+        formats = sorted({file_format for file in files if (file_format := _format(file)) is not None})
+        if len(formats) > 1:
+            raise DataError(
+                f"{name or files[0].parent} holds files of several formats ({', '.join(formats)}); name one"
+            )
+        name = name or (files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more")
+        return cls(name=name, files=tuple(files), file_format=formats[0], prompt_column=prompt_column)
+
+    @classmethod
+    def from_folder(cls, folder: Path, prompt_column: str, *, split: str) -> FileSource:
+        """Take the data files in and below a folder, sorted by path; those of one split where the names tell splits.
+
+        Raises:
+            DataError: There are none, or none of that split, or they differ in format.
+        """
+        found = sorted(path for path in folder.rglob("*") if _is_visible_data(path.relative_to(folder), path))
+        if not found:
+            raise DataError(f"{folder} holds no data file; a name must end in {', '.join(_FORMATS)}")
+        return cls.from_paths(_of_split(folder, found, split), prompt_column, name=str(folder))
+
+    def sample(self, limit: int) -> list[Row]:
+        """Return the first rows; of JSON files, parse some way beyond them.
+
+        Raises:
+            DataError: A file cannot be read or parsed.
+        """
+        rows: list[Row] = []
+        for file in self.files:
+            try:
+                rows += self._sample_file(file, limit - len(rows))
+            except (OSError, ValueError) as failure:  # Arrow's own errors are ValueErrors
+                raise DataError(f"{file}: cannot be read: {failure}") from failure
+            if len(rows) >= limit:
+                break
+        return rows
+
+    def _sample_file(self, file: Path, limit: int) -> list[Row]:
+        if self.file_format == "json":
+            return _sample_json(file, limit)
+        tables = _parquet_tables(file) if self.file_format == "parquet" else _csv_tables(file, self._csv_options())
+        rows = (row for table in tables for row in table.to_pylist())
+        return list(itertools.islice(rows, limit))
+
+    def load(self) -> RowStore:
+        """Read all rows with Ray Data.
+
+        Raises:
+            DataError: A worker cannot read or parse a file.
+        """
+        with prompt_context(), data_errors(f"reading {self.name}"):
+            return RowStore.from_dataset(self._dataset())
+
+    def _dataset(self) -> ray.data.Dataset:
+        import ray.data
+
+        from rlhf_ray.prompts.json_datasource import JsonDatasource
+
+        paths = [str(file) for file in self.files]
+        few_tasks = ray.data.TaskPoolStrategy(size=min(_READ_TASKS, len(paths)))
+        if self.file_format == "json":
+            return ray.data.read_datasource(JsonDatasource(paths), num_cpus=NUM_CPUS, compute=few_tasks)
+        # partitioning=None: a folder called a=b on the way to a file adds no column to its rows.
+        if self.file_format == "parquet":
+            plain = ray.data.read_parquet(paths, num_cpus=NUM_CPUS, partitioning=None)
+        else:
+            plain = ray.data.read_csv(paths, num_cpus=NUM_CPUS, partitioning=None, **self._csv_options())
+        return encode_dataset(plain, num_cpus=NUM_CPUS)
+
+    def _csv_options(self) -> dict[str, Any]:
+        """Let prompts span lines, and stay strings when they are all digits."""
+        import pyarrow as pa
+        from pyarrow import csv
+
+        return {
+            "parse_options": csv.ParseOptions(newlines_in_values=True),
+            "convert_options": csv.ConvertOptions(column_types={self.prompt_column: pa.string()}),
+        }
+
+
+def _is_visible_data(relative: Path, path: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in relative.parts)
+    return not hidden and path.is_file() and is_data_file(path) and path.name not in _NOT_DATA
+
+
+def _of_split(folder: Path, files: Sequence[Path], split: str) -> list[Path]:
+    words = [split.lower(), *_SPLIT_WORDS.get(split.lower(), ())]
+    chosen = [file for file in files if _mentions(file.relative_to(folder), words)]
+    if chosen:
+        return chosen
+    known = sorted(
+        name for name, words in _SPLIT_WORDS.items() if any(_mentions(f.relative_to(folder), words) for f in files)
+    )
+    if known:
+        raise DataError(f"{folder} holds files of split {' and '.join(known)}, but none of split {split!r}")
+    return list(files)
+
+
+def _mentions(relative: Path, words: Sequence[str]) -> bool:
+    pattern = "|".join(map(re.escape, words))
+    return re.search(rf"(?<![a-z0-9])({pattern})(?![a-z0-9])", str(relative).lower()) is not None
+
+
+def _sample_json(file: Path, limit: int) -> list[Row]:
+    import pyarrow as pa
+
+    rows: list[Row] = []
+    parsed = 0
+    with pa.input_stream(str(file), compression="detect") as stream:
+        for row, size_bytes in json_rows(io.BufferedReader(stream), file.name):
+            if len(rows) < limit:
+                rows.append(row)
+            parsed += size_bytes
+            if len(rows) == limit and parsed > _PARSED_BYTES:
+                break
+    return rows
+
+
+def _parquet_tables(file: Path) -> Iterator[pa.RecordBatch]:
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as opened:
+        yield from opened.iter_batches(batch_size=1024)
+
+
+def _csv_tables(file: Path, options: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    import pyarrow as pa
+    from pyarrow import csv
+
+    with pa.input_stream(str(file), compression="detect") as stream:
+        yield from csv.open_csv(stream, **options)

@@ -1,0 +1,72 @@
+"""prompts/ and all that decodes: the one place where a tokenizer is loaded."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["load_tokenizer"]
+
+# A folder with none of these holds no tokenizer that transformers can load; asked all the same, it makes an empty one
+# for some architectures.
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "tekken.json",
+)
+_REMEDY = "name a tokenizer's folder or hub id in model.tokenizer_path, or a model that has one in model.path"
+
+
+@functools.cache
+def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer once a process; later calls return the same object, so do not change it.
+
+    Args:
+        path: Local folder or hub id.
+        trust_remote_code: Whether to run code that ships with the tokenizer.
+
+    Raises:
+        ConfigError: The folder is missing or holds no tokenizer, the hub has none under that id or cannot be reached,
+            or the files cannot be loaded.
+    """
+    local = Path(path).expanduser()
+    if local.is_dir():
+        if not any((local / name).is_file() for name in _TOKENIZER_FILES):
+            raise ConfigError("model.path", path, f"the folder holds no tokenizer ({_TOKENIZER_FILES[0]}); {_REMEDY}")
+        path = str(local)
+    elif local.exists():
+        raise ConfigError("model.path", path, f"it is a file, not a folder; {_REMEDY}")
+    elif _looks_local(path):
+        raise ConfigError("model.path", path, f"there is no such folder ({local.absolute()}); {_REMEDY}")
+    return _load(path, trust_remote_code=trust_remote_code)
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or path.count("/") > 1
+
+
+def _load(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    # A damaged file, an unknown class, a missing package and an unreachable hub each have a type of their own.
+    except Exception as failure:
+        remedy = f"no tokenizer could be loaded ({type(failure).__name__}: {_first_line(failure)}); {_REMEDY}"
+        raise ConfigError("model.path", path, remedy) from failure
+    return tokenizer
+
+
+def _first_line(failure: Exception) -> str:
+    return next(iter(str(failure).splitlines()), "")

@@ -1,0 +1,103 @@
+"""After each iteration: what the model wrote and what it got for it, as a Parquet table."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_ray.reporting.reporter import Reporter
+from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.settings import Settings
+from rlhf_ray.types import Completion, PromptText, ScoredGroup
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+__all__ = ["CompletionsReporter", "completions_path"]
+
+
+def completions_path(run_dir: RunDirectory, step: int) -> Path:
+    """Name the table of one iteration."""
+    return run_dir.completions / f"step_{step:06d}.parquet"
+
+
+class CompletionsReporter(Reporter):
+    """Writes ``completions/step_000001.parquet`` every ``reporting.completions_interval`` iterations.
+
+    One row a completion: ``step``, ``group_id``, ``prompt`` (a chat as JSON), ``completion``, ``reward``,
+    ``rewards/<function>`` (null where the function did not apply), ``finish_reason``, ``num_tokens`` and ``version``
+    (the oldest policy version that wrote a token of it).
+    """
+
+    def __init__(self) -> None:
+        self._run_dir: RunDirectory | None = None
+        self._interval = 0
+
+    def start(self, settings: Settings, run_dir: RunDirectory) -> None:
+        """Make the folder."""
+        run_dir.completions.mkdir(exist_ok=True)
+        self._run_dir = run_dir
+        self._interval = settings.reporting.completions_interval
+
+    def report_completions(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+        """Write the iteration's table if it is due."""
+        if self._run_dir is None:
+            raise RuntimeError("report_completions() before start()")
+        if not self._interval or step % self._interval:
+            return
+        import pyarrow.parquet as pq
+
+        path = completions_path(self._run_dir, step)
+        unfinished = path.with_suffix(".tmp")
+        pq.write_table(_table(step, groups), unfinished)
+        # A reader that follows the folder must never open half a table.
+        os.replace(unfinished, path)
+
+
+def _table(step: int, groups: Sequence[ScoredGroup]) -> pa.Table:
+    import pyarrow as pa
+
+    functions = list(dict.fromkeys(name for scored in groups for name in scored.rewards_by_function))
+    schema = pa.schema(
+        [
+            ("step", pa.int64()),
+            ("group_id", pa.int64()),
+            ("prompt", pa.string()),
+            ("completion", pa.string()),
+            ("reward", pa.float32()),
+            *((f"rewards/{name}", pa.float32()) for name in functions),
+            ("finish_reason", pa.string()),
+            ("num_tokens", pa.int32()),
+            ("version", pa.int32()),
+        ]
+    )
+    rows = [_row(step, scored, index) for scored in groups for index in range(len(scored.group.completions))]
+    return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _row(step: int, scored: ScoredGroup, index: int) -> dict[str, Any]:
+    completion = scored.group.completions[index]
+    by_function = {f"rewards/{name}": float(rewards[index]) for name, rewards in scored.rewards_by_function.items()}
+    return {
+        "step": step,
+        "group_id": scored.group.group_id,
+        "prompt": _prompt_text(scored.group.prompt.text),
+        "completion": scored.texts[index],
+        "reward": float(scored.rewards[index]),
+        # NaN stands for a function's None; it is the one number that differs from itself.
+        **{name: reward if reward == reward else None for name, reward in by_function.items()},
+        "finish_reason": completion.finish_reason,
+        "num_tokens": len(completion.token_ids),
+        "version": _oldest_version(completion),
+    }
+
+
+def _prompt_text(text: PromptText) -> str:
+    return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
+
+
+def _oldest_version(completion: Completion) -> int | None:
+    return min((span.version for span in completion.version_spans), default=None)

@@ -1,0 +1,167 @@
+"""After each iteration: what every number in a result means, and results as flat rows.
+
+A result is a nested dictionary; reporters write it flat, keys joined by ``/``. Every key that the library puts there
+is declared here once. ``<name>`` in a key stands for any text.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+__all__ = ["METRICS", "Metric", "Scalar", "flatten", "metric_for"]
+
+Scalar: TypeAlias = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One key of a result."""
+
+    key: str
+    """Joined by ``/``; ``<name>`` stands for any text."""
+    unit: str
+    formula: str
+    """How the number comes about, in one line."""
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric("training_iteration", "iterations", "iterations finished since the run began, restarts included"),
+    Metric("time_this_iter_s", "s", "wall time of this call of train()"),
+    Metric("time_total_s", "s", "sum of time_this_iter_s since the run began"),
+    Metric("timestamp", "s", "Unix time at the end of the iteration"),
+    # What was sampled.
+    Metric("rollouts/num_groups", "groups", "scored groups handed to the learner"),
+    Metric("rollouts/num_completions", "completions", "completions in those groups"),
+    Metric("rollouts/reward_mean", "reward", "mean over completions of the weighted sum over reward functions"),
+    Metric("rollouts/reward_std", "reward", "standard deviation over completions of the same sum"),
+    Metric("rollouts/prompt_tokens_mean", "tokens", "mean prompt length over groups"),
+    Metric("rollouts/completion_tokens_mean", "tokens", "mean completion length, EOS included"),
+    Metric("rollouts/completion_tokens_max", "tokens", "longest completion, EOS included"),
+    Metric("rollouts/truncated_fraction", "fraction", "completions whose finish_reason is length / completions"),
+    Metric("rollouts/tokens_per_s", "tokens/s", "completion tokens of the iteration / timers/rollout_s"),
+    Metric("rollouts/staleness_mean", "versions", "mean over tokens of the policy version minus the sampling version"),
+    Metric("rollouts/staleness_max", "versions", "largest policy version minus sampling version over tokens"),
+    Metric(
+        "rollouts/dropped_prompts", "prompts", "prompts left out since the run began, longer than max_prompt_tokens"
+    ),
+    # What the reward functions said.
+    Metric("rewards/<function>/mean", "reward", "mean of one function, unweighted, where it did not answer None"),
+    Metric(
+        "rewards/failures/<kind>", "groups", "groups dropped and replaced in this iteration because of this failure"
+    ),
+    # The update; token means are over completion tokens of all optimiser steps of the iteration.
+    Metric("learner/policy_loss", "loss", "clipped surrogate (PPO, arXiv:1707.06347), global denominator"),
+    Metric("learner/value_loss", "reward^2", "half the squared error of the critic, clipped if value_clip is set"),
+    Metric("learner/entropy", "nats", "token mean of the entropy of the policy at the sampling temperature"),
+    Metric("learner/approx_kl", "nats", "token mean of r - 1 - log r, r = current / proximal policy (k3 estimator)"),
+    Metric("learner/clip_fraction", "fraction", "tokens whose gradient the ratio clip cut / tokens"),
+    Metric("learner/clip_fraction_low", "fraction", "the part of clip_fraction cut at 1 - clip_low"),
+    Metric("learner/clip_fraction_high", "fraction", "the part of clip_fraction cut at 1 + clip_high"),
+    Metric("learner/ratio_mean", "ratio", "token mean of the current / proximal probability ratio"),
+    Metric("learner/ratio_max", "ratio", "largest current / proximal probability ratio of a token"),
+    Metric("learner/grad_norm", "norm", "gradient norm of the policy before the clip, mean over optimiser steps"),
+    Metric(
+        "learner/critic_grad_norm", "norm", "gradient norm of the critic before the clip, mean over optimiser steps"
+    ),
+    Metric("learner/value_clip_fraction", "fraction", "tokens whose value the value clip holds / tokens"),
+    Metric("learner/explained_variance", "fraction", "1 - var(return - value) / var(return); 1 is a perfect critic"),
+    Metric("learner/value_mean", "reward", "token mean of the critic's values during the update"),
+    Metric("learner/return_mean", "reward", "token mean of advantage + value"),
+    Metric("learner/advantage_mean", "reward", "token mean of the GAE advantage (arXiv:1506.02438), before whitening"),
+    Metric("learner/advantage_std", "reward", "standard deviation over tokens of the same advantage"),
+    Metric("learner/kl_to_reference", "nats", "token mean of kl_estimator, policy against the frozen reference"),
+    Metric("learner/lr", "1/step", "learning rate of the policy at the last optimiser step"),
+    Metric("learner/critic_lr", "1/step", "learning rate of the critic at the last optimiser step"),
+    # The three below are taken at the first optimiser step, where learner and engine hold the same policy.
+    Metric("learner/sampling_logprob_diff_mean", "nats", "token mean of |log p(learner) - log p(engine)|"),
+    Metric("learner/sampling_logprob_diff_max", "nats", "largest |log p(learner) - log p(engine)| of a token"),
+    Metric("learner/first_ratio_deviation_max", "ratio", "largest |current / proximal - 1| of a token, 0 if exact"),
+    Metric("learner/num_tokens", "tokens", "prompt and completion tokens of the batch, one pass, all learners"),
+    Metric("learner/num_microbatches", "microbatches", "microbatches in one pass over the batch, first learner"),
+    Metric("learner/padding_fraction", "fraction", "padding / (padding + tokens) in the microbatches"),
+    Metric("learner/tokens_per_s", "tokens/s", "learner/num_tokens / (timers/advantage_s + timers/update_s)"),
+    Metric("learner/policy_version", "versions", "updates applied since the run began"),
+    # Where the time went.
+    Metric("timers/rollout_s", "s", "from asking for groups until the last scored group of the batch arrived"),
+    Metric("timers/reward_s", "s", "reward functions of the batch, summed over groups (runs beside sampling)"),
+    Metric("timers/advantage_s", "s", "recomputed log-probabilities, values and advantages"),
+    Metric("timers/update_s", "s", "forward, backward and optimiser steps"),
+    Metric("timers/weight_sync_s", "s", "from the end of the update until every replica serves the new version"),
+    Metric("timers/iteration_s", "s", "the whole training step"),
+    Metric("weight_sync/size_bytes", "bytes", "weights published to each replica"),
+    Metric("weight_sync/num_replicas", "replicas", "replicas that acknowledged the new version"),
+    Metric("weight_sync/pause_s", "s", "longest time for which a replica stood still to load them"),
+    # What was measured on held-out prompts.
+    Metric("evaluation/<dataset>/reward_mean", "reward", "mean reward of a held-out set at evaluation.temperature"),
+    Metric("evaluation/<dataset>/num_prompts", "prompts", "held-out prompts that were sampled"),
+    Metric("evaluation/<dataset>/failures", "prompts", "held-out prompts whose reward failed; left out of reward_mean"),
+    Metric("evaluation/<dataset>/completion_tokens_mean", "tokens", "mean completion length, EOS included"),
+    Metric("evaluation/<dataset>/truncated_fraction", "fraction", "truncated completions / completions"),
+    # What went wrong and was survived, since the run began.
+    Metric("fault_tolerance/group_retries", "groups", "groups sent again because their replica died"),
+    Metric("fault_tolerance/reward_workers_replaced", "actors", "reward actors killed for time or found dead"),
+    Metric("fault_tolerance/replica_restarts", "restarts", "rollout replicas that Serve started again"),
+    Metric("fault_tolerance/learner_restarts", "restarts", "times the learner group was started again"),
+    Metric("reporting/failures", "calls", "calls of a reporter that raised since the run began"),
+)
+
+# Tune adds these to every result; they say which process ran, not how the training goes.
+_BOOKKEEPING = frozenset(
+    {
+        "checkpoint_dir_name",
+        "config",
+        "date",
+        "done",
+        "episodes_total",
+        "experiment_tag",
+        "hostname",
+        "iterations_since_restore",
+        "node_ip",
+        "pid",
+        "should_checkpoint",
+        "time_since_restore",
+        "timesteps_since_restore",
+        "timesteps_total",
+        "trial_id",
+    }
+)
+
+
+def flatten(result: Mapping[str, Any]) -> dict[str, Scalar]:
+    """Turn a nested result into one flat row.
+
+    Args:
+        result: What ``Algorithm.train()`` returns: dictionaries of dictionaries of numbers.
+
+    Returns:
+        Keys joined by ``/`` -> bool, int, float or str, in the result's order. One-element numpy and torch values
+        become Python numbers; Tune's bookkeeping and everything that is not a scalar are left out.
+    """
+    return dict(_leaves({key: value for key, value in result.items() if key not in _BOOKKEEPING}, prefix=""))
+
+
+def metric_for(key: str) -> Metric | None:
+    """Find the declaration of a flat key, ``None`` for a key that the library does not declare."""
+    return next((metric for metric, pattern in _patterns() if pattern.fullmatch(key)), None)
+
+
+def _leaves(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Scalar]]:
+    for key, value in nested.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}/")
+            continue
+        if getattr(value, "shape", None) == ():
+            value = value.item()
+        if isinstance(value, (bool, int, float, str)):
+            yield f"{prefix}{key}", value
+
+
+@functools.cache
+def _patterns() -> tuple[tuple[Metric, re.Pattern[str]], ...]:
+    # The exact keys first: a reward function may be called "failures".
+    ordered = sorted(METRICS, key=lambda metric: "<" in metric.key)
+    return tuple((metric, re.compile(re.sub(r"<\w+>", ".+", metric.key))) for metric in ordered)

@@ -1,0 +1,209 @@
+"""After each iteration: a run's progress as a live panel or as one plain line."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_ray.reporting.progress import Progress
+
+__all__ = ["ProgressPanel", "duration", "plain_line", "short", "sparkline"]
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_ASCII_BLOCKS = "_.,-=+*#"
+_CURVE_WIDTH = 32
+
+
+def sparkline(values: Sequence[float], width: int, *, blocks: str = _BLOCKS) -> str:
+    """Draw a curve in one line of text.
+
+    Args:
+        values: Oldest first; more than ``width`` of them are averaged in equal runs. Non-finite ones are left out.
+        width: Characters at most.
+        blocks: Characters from low to high.
+    """
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) > width:
+        edges = [round(index * len(finite) / width) for index in range(width + 1)]
+        finite = [sum(finite[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    if not finite:
+        return ""
+    low, span = min(finite), max(finite) - min(finite)
+    if span == 0:
+        return blocks[0] * len(finite)
+    top = len(blocks) - 1
+    return "".join(blocks[round((value - low) / span * top)] for value in finite)
+
+
+def duration(seconds: float) -> str:
+    """Write a time as ``48 s``, ``4:07`` or ``2:13:20``."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    minutes, left = divmod(rest, 60)
+    return f"{hours}:{minutes:02d}:{left:02d}" if hours else f"{minutes}:{left:02d}"
+
+
+def short(number: float) -> str:
+    """Write a number with about three figures: ``0.0512``, ``97.3``, ``512``, ``12.3k``, ``1.2e-05``."""
+    size = abs(number)
+    if not math.isfinite(number):
+        return str(number)
+    if size >= 1e4:
+        scale, letter = (1e6, "M") if size >= 1e6 else (1e3, "k")
+        return f"{number / scale:.1f}{letter}"
+    if size >= 100 or number.is_integer():
+        return f"{number:.0f}"
+    return f"{number:#.3g}" if size >= 1e-3 else f"{number:.1e}"
+
+
+def plain_line(progress: Progress) -> str:
+    """Write the newest result as one line of ASCII for logs."""
+    held_out = [
+        ("held-out {}", f"evaluation/{name}/reward_mean")
+        for name in progress.evaluations
+        if f"evaluation/{name}/reward_mean" in progress.row
+    ]
+    fields = [
+        ("reward {}", "rollouts/reward_mean"),
+        *held_out,
+        ("KL {}", "learner/approx_kl"),
+        ("length {}", "rollouts/completion_tokens_mean"),
+        ("{} tok/s", "rollouts/tokens_per_s"),
+        ("{} s", "timers/iteration_s"),
+    ]
+    numbers = ((form, progress.number(key)) for form, key in fields)
+    shown = "  ".join(form.format(short(number)) for form, number in numbers if number is not None)
+    width = len(str(progress.iterations))
+    return f"{progress.iteration:{width}d}/{progress.iterations}  {shown}"
+
+
+class ProgressPanel:
+    """Rich renderable: the state of a run in a box that fits 80 columns; drawn anew at each refresh."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Draw the box for this console."""
+        blocks = _ASCII_BLOCKS if options.ascii_only else _BLOCKS
+        rows = [_phase(self._progress)]
+        if self._progress.row:
+            rows = [_header(self._progress), *rows, _numbers(self._progress, blocks)]
+        yield Panel(Group(*rows), title=Text(self._progress.name), title_align="left", border_style="cyan")
+
+
+def _header(progress: Progress) -> RenderableType:
+    grid = Table.grid(padding=(0, 2), expand=True)
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column(ratio=1, no_wrap=True)
+    grid.add_column(justify="right", no_wrap=True)
+    bar = ProgressBar(total=progress.iterations, completed=progress.iteration)
+    left = f", {duration(progress.remaining_s)} left" if progress.remaining_s else ""
+    grid.add_row(f"{progress.iteration}/{progress.iterations}", bar, f"{duration(progress.elapsed_s)}{left}")
+    return grid
+
+
+def _phase(progress: Progress) -> RenderableType:
+    grid = Table.grid(expand=True)
+    grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    grid.add_column(justify="right", no_wrap=True)
+    grid.add_row(Text(progress.phase, style="dim" if progress.row else "bold"), duration(progress.phase_s))
+    return grid
+
+
+def _numbers(progress: Progress, blocks: str) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="cyan", no_wrap=True, min_width=8)
+    grid.add_column(overflow="ellipsis")
+    for name, curve in _curves(progress):
+        drawn = f"{short(curve[-1]):<7} {sparkline(curve, _CURVE_WIDTH, blocks=blocks)}  from {short(curve[0])}"
+        grid.add_row(Text(name), Text(drawn, no_wrap=True))
+    for name, fields in _ROWS:
+        numbers = ((label, progress.number(key), write) for label, key, write in fields)
+        shown = "  ".join(f"{label} {write(number)}" for label, number, write in numbers if number is not None)
+        if shown:
+            grid.add_row(name, Text(shown, no_wrap=True))
+    if troubles := _troubles(progress):
+        grid.add_row(Text("faults", style="yellow"), Text(troubles, style="yellow"))
+    return grid
+
+
+def _curves(progress: Progress) -> Iterator[tuple[str, Sequence[float]]]:
+    if progress.rewards:
+        yield "reward", progress.rewards
+    several = len(progress.evaluations) > 1
+    for name, curve in progress.evaluations.items():
+        yield (name[-16:] if several else "held-out"), curve
+
+
+def _percent(fraction: float) -> str:
+    return f"{fraction:.1%}"
+
+
+def _seconds(number: float) -> str:
+    return f"{number:.2f}" if number < 10 else f"{number:.0f}"
+
+
+_ROWS: tuple[tuple[str, tuple[tuple[str, str, Callable[[float], str]], ...]], ...] = (
+    (
+        "policy",
+        (
+            ("KL", "learner/approx_kl", short),
+            ("clipped", "learner/clip_fraction", _percent),
+            ("entropy", "learner/entropy", short),
+            ("grad norm", "learner/grad_norm", short),
+        ),
+    ),
+    (
+        "critic",
+        (
+            ("loss", "learner/value_loss", short),
+            ("explained variance", "learner/explained_variance", short),
+        ),
+    ),
+    (
+        "length",
+        (
+            ("mean", "rollouts/completion_tokens_mean", short),
+            ("max", "rollouts/completion_tokens_max", short),
+            ("truncated", "rollouts/truncated_fraction", _percent),
+        ),
+    ),
+    (
+        "tokens/s",
+        (
+            ("sampled", "rollouts/tokens_per_s", short),
+            ("trained", "learner/tokens_per_s", short),
+        ),
+    ),
+    (
+        "seconds",
+        (
+            ("rollout", "timers/rollout_s", _seconds),
+            ("advantage", "timers/advantage_s", _seconds),
+            ("update", "timers/update_s", _seconds),
+            ("sync", "timers/weight_sync_s", _seconds),
+            ("all", "timers/iteration_s", _seconds),
+        ),
+    ),
+)
+
+
+def _troubles(progress: Progress) -> str:
+    counts = (
+        ("reward failures", "rewards/failures/"),
+        ("groups resent", "fault_tolerance/group_retries"),
+        ("replica restarts", "fault_tolerance/replica_restarts"),
+        ("learner restarts", "fault_tolerance/learner_restarts"),
+        ("reporter failures", "reporting/failures"),
+    )
+    return "  ".join(f"{name} {total:.0f}" for name, prefix in counts if (total := progress.total(prefix)))

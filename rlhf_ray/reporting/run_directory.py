@@ -1,0 +1,126 @@
+"""Before the first iteration: the folder of a run and where everything in it lies."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from rlhf_ray.errors import ConfigError
+
+__all__ = ["RunDirectory"]
+
+
+@dataclass(frozen=True, slots=True)
+class RunDirectory:
+    """Paths of one run; made with :meth:`create` or, to go on with a run, :meth:`reopen`."""
+
+    path: Path
+    """Absolute, because Tune trials change the working directory."""
+
+    @classmethod
+    def create(cls, run_dir: str | None, *, algorithm: str, parent: Path = Path("runs")) -> RunDirectory:
+        """Make the folder of a new run.
+
+        Args:
+            run_dir: Where the user wants it (``reporting.run_dir``); none: ``<parent>/<algorithm>-<date>-<time>``,
+                with ``-2``, ``-3``, ... appended while that exists.
+            algorithm: First part of the default name.
+            parent: Folder of runs without a ``run_dir``.
+
+        Raises:
+            ConfigError: ``run_dir`` already holds a run, or the folder cannot be made.
+        """
+        if run_dir is None:
+            return cls(_make_fresh(parent.absolute(), f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"))
+        if "://" in run_dir:
+            raise ConfigError("reporting.run_dir", run_dir, "name a folder of this machine; copy it out after the run")
+        directory = cls(Path(run_dir).expanduser().absolute())
+        if directory.config.exists() or directory.metrics.exists():
+            remedy = "this folder already holds a run; choose another one, or null for a new one under runs/"
+            raise ConfigError("reporting.run_dir", run_dir, remedy)
+        _make(directory.path)
+        return directory
+
+    @classmethod
+    def reopen(cls, path: str | Path) -> RunDirectory:
+        """Name the folder of a run that goes on, for example from a checkpoint; reporters append to it.
+
+        Raises:
+            ConfigError: There is no such folder.
+        """
+        directory = cls(Path(path).expanduser().absolute())
+        if not directory.path.is_dir():
+            raise ConfigError("reporting.run_dir", str(path), "no such folder; name the folder of an earlier run")
+        return directory
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, as YAML."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One flat JSON object an iteration."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def completions(self) -> Path:
+        """Folder of completion tables."""
+        return self.path / "completions"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        """Folder that Weights & Biases writes; it adds this name to the ``dir`` it is given."""
+        return self.path / "wandb"
+
+    @property
+    def model(self) -> Path:
+        """Folder of the trained model in Hugging Face form."""
+        return self.path / "model"
+
+    def write_config(self, text: str) -> None:
+        """Write the resolved configuration."""
+        self.config.write_text(text, encoding="utf-8")
+
+
+def _make_fresh(parent: Path, name: str) -> Path:
+    _make(parent)
+    for attempt in itertools.count(1):
+        path = parent / (name if attempt == 1 else f"{name}-{attempt}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return path
+    raise AssertionError("unreachable: itertools.count does not end")
+
+
+def _make(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    reason = error.strerror or type(error).__name__
+    return ConfigError("reporting.run_dir", str(path), f"the folder cannot be made ({reason}); choose a writable place")

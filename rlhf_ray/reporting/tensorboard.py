@@ -1,0 +1,76 @@
+"""After each iteration: TensorBoard events.
+
+Written with TensorBoard's own event writer: ``torch.utils.tensorboard`` and ``tensorboardX`` wrap the same format and
+import torch, which the driver has no other use for.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_ray.reporting.metrics import flatten
+from rlhf_ray.reporting.reporter import Reporter
+from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.settings import Settings
+
+__all__ = ["TensorBoardReporter"]
+
+
+class TensorBoardReporter(Reporter):
+    """Writes every number of a result as a scalar at its iteration, and the configuration as text."""
+
+    def __init__(self) -> None:
+        self._writer: Any = None
+
+    def start(self, settings: Settings, run_dir: RunDirectory) -> None:
+        """Open the event file and show the configuration."""
+        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+        run_dir.tensorboard.mkdir(exist_ok=True)
+        self._writer = EventFileWriter(str(run_dir.tensorboard))
+        if run_dir.config.exists():
+            self._add(0, [_text("config", f"```yaml\n{run_dir.config.read_text(encoding='utf-8')}\n```")])
+            self._writer.flush()
+
+    def report(self, result: Mapping[str, Any]) -> None:
+        """Write the iteration's scalars."""
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        row = flatten(result)
+        self._add(
+            int(row["training_iteration"]),
+            [
+                Summary.Value(tag=key, simple_value=float(value))
+                for key, value in row.items()
+                if key != "training_iteration" and not isinstance(value, str)
+            ],
+        )
+        self._writer.flush()
+
+    def stop(self) -> None:
+        """Close the event file."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _add(self, step: int, values: list[Any]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        if self._writer is None:
+            raise RuntimeError("report() before start()")
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+
+
+def _text(tag: str, text: str) -> Any:
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.text.metadata import create_summary_metadata
+    from tensorboard.util.tensor_util import make_tensor_proto
+
+    return Summary.Value(
+        tag=f"{tag}/text_summary",
+        metadata=create_summary_metadata(display_name=tag, description=""),
+        tensor=make_tensor_proto([text.encode()], shape=(1,)),
+    )

@@ -1,0 +1,88 @@
+"""After each iteration: Weights & Biases, offline in the run directory unless asked otherwise."""
+
+from __future__ import annotations
+
+import netrc
+import os
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.reporting.metrics import flatten
+from rlhf_ray.reporting.reporter import Reporter
+from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.settings import Settings
+
+__all__ = ["WandbReporter"]
+
+
+class WandbReporter(Reporter):
+    """Logs metrics and configuration to a W&B run named like the run directory; never asks for a login."""
+
+    def __init__(self) -> None:
+        self._run: Any = None
+
+    def start(self, settings: Settings, run_dir: RunDirectory) -> None:
+        """Start the W&B run.
+
+        Raises:
+            ConfigError: ``wandb_mode`` is ``online`` and there is no API key.
+        """
+        import wandb
+
+        mode = settings.reporting.wandb_mode
+        if mode == "online":
+            _require_api_key(wandb.setup().settings)
+        self._run = wandb.init(
+            project=settings.reporting.wandb_project,
+            name=run_dir.name,
+            dir=str(run_dir.path),
+            config=_config(run_dir),
+            mode=mode,
+            # Two algorithms in one process are two W&B runs.
+            reinit="create_new",
+            # The console belongs to the live display, and W&B's capture would record its redraws.
+            settings=wandb.Settings(console="off", silent=True),
+        )
+
+    def report(self, result: Mapping[str, Any]) -> None:
+        """Log the iteration's numbers."""
+        if self._run is None:
+            raise RuntimeError("report() before start()")
+        row = flatten(result)
+        self._run.log(row, step=int(row["training_iteration"]))
+
+    def stop(self) -> None:
+        """Finish the W&B run."""
+        if self._run is not None:
+            self._run.finish()
+            self._run = None
+
+
+def _config(run_dir: RunDirectory) -> dict[str, Any]:
+    """Read back the resolved configuration: callables and datasets are plain text there."""
+    if not run_dir.config.exists():
+        return {}
+    return dict(yaml.safe_load(run_dir.config.read_text(encoding="utf-8")))
+
+
+def _require_api_key(settings: Any) -> None:
+    host = urlsplit(settings.base_url).hostname or ""
+    known = settings.api_key or os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")
+    if not known and not _in_netrc(host):
+        raise ConfigError(
+            "reporting.wandb_mode",
+            "online",
+            f"there is no API key for {host}: run `wandb login` or set WANDB_API_KEY, or use offline and `wandb sync`",
+        )
+
+
+def _in_netrc(host: str) -> bool:
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        # No such file, or one that W&B cannot read either: no key.
+        return False

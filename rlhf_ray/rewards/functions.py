@@ -1,0 +1,202 @@
+"""Rewards, before a run starts: what ``rewards.functions`` names becomes checked, weighted callables."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards.registry import build_reward, is_factory, nearest
+from rlhf_ray.settings import RewardFunction, RewardSettings, RewardSpec
+
+__all__ = ["NamedReward", "resolve_rewards"]
+
+DEFAULT_REWARD = "rlhf_ray.quickstart.task:reward"
+"""Scores the quickstart task; used where no function is named."""
+
+_PASSED = ("prompts", "completions", "completion_ids")
+_BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedReward:
+    """A reward function, what reports call it, and its share of the sum."""
+
+    name: str
+    """Unique among a run's reward functions."""
+    weight: float
+    function: RewardFunction
+
+    @property
+    def is_async(self) -> bool:
+        """Whether calling the function gives a coroutine, so that several calls can share a worker."""
+        call = getattr(self.function, "__call__", None)  # noqa: B004  (the method itself is wanted)
+        return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+
+
+def resolve_rewards(settings: RewardSettings) -> tuple[NamedReward, ...]:
+    """Find, build and check the reward functions of a run.
+
+    Each of ``settings.functions`` is a callable; the name of a built-in; ``package.module:function``;
+    ``path/to/file.py:function``, relative to the working directory; or ``{"name": one of these names, **arguments}``,
+    whose arguments a built-in's factory or the function itself receives. No functions: the quickstart task's checker.
+
+    Raises:
+        ConfigError: Something of this is missing, misspelled, or cannot be called as rewards are; or the weights do
+            not fit the functions.
+    """
+    if isinstance(settings.functions, (str, Mapping)) or not isinstance(settings.functions, Sequence):
+        raise ConfigError("rewards.functions", settings.functions, "must be a list of reward functions")
+    specs: Sequence[RewardSpec] = settings.functions or [DEFAULT_REWARD]
+    functions = [_resolve(spec, f"rewards.functions[{index}]") for index, spec in enumerate(specs)]
+    names = _unique([_name_of(function) for function in functions])
+    weights = _checked_weights(settings.weights, len(functions))
+    return tuple(
+        NamedReward(name=name, weight=weight, function=function)
+        for name, weight, function in zip(names, weights, functions, strict=True)
+    )
+
+
+def _resolve(spec: RewardSpec, field: str) -> RewardFunction:
+    if isinstance(spec, str):
+        function = _from_name(spec, {}, field, spec)
+    elif isinstance(spec, Mapping):
+        arguments = dict(spec)
+        name = arguments.pop("name", None)
+        if not isinstance(name, str):
+            raise ConfigError(field, spec, "a mapping needs a name: {name: gsm8k, last_number: true}")
+        function = _from_name(name, arguments, field, spec)
+    else:
+        function = spec
+    _check_signature(function, field, spec)
+    return function
+
+
+def _from_name(name: str, arguments: Mapping[str, Any], field: str, value: object) -> RewardFunction:
+    source, colon, attribute = name.rpartition(":")
+    if not colon:
+        if name.endswith(".py"):
+            raise ConfigError(field, value, f"say which function of the file: '{name}:function'")
+        return build_reward(name, arguments, field=field, value=value)
+    module = _load_file(source, field, value) if source.endswith(".py") else _load_module(source, field, value)
+    if not hasattr(module, attribute):
+        public = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
+        raise ConfigError(field, value, f"{source} has no {attribute!r}; nearest: {nearest(attribute, public)!r}")
+    function: RewardFunction = getattr(module, attribute)
+    if not callable(function):
+        raise ConfigError(field, value, f"{attribute} is no function but {type(function).__name__}")
+    return _bind(function, arguments, field, value) if arguments else function
+
+
+def _load_module(name: str, field: str, value: object) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            remedy = f"no module {error.name!r} on the path: install it, set PYTHONPATH, or name the file: 'file.py:f'"
+            raise ConfigError(field, value, remedy) from error
+        raise _import_failure(name, error, field, value) from error
+    except Exception as error:  # A user's module may raise anything when it is imported.
+        raise _import_failure(name, error, field, value) from error
+
+
+def _load_file(source: str, field: str, value: object) -> ModuleType:
+    path = Path(source).expanduser().resolve()
+    if not path.is_file():
+        raise ConfigError(field, value, f"there is no file {path}")
+    # A name of its own keeps two files called rewards.py apart, and can be imported nowhere: such functions travel
+    # to the workers by value, so that the file need not lie on their machines.
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(field, value, f"{path} cannot be imported as Python")
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module  # Dataclasses look their module up while it is being run.
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:  # A user's file may raise anything when it is imported.
+        del sys.modules[name]
+        raise _import_failure(str(path), error, field, value) from error
+    return module
+
+
+def _import_failure(source: str, error: Exception, field: str, value: object) -> ConfigError:
+    return ConfigError(field, value, f"importing {source} raised {type(error).__name__}: {error}")
+
+
+def _bind(function: RewardFunction, arguments: Mapping[str, Any], field: str, value: object) -> RewardFunction:
+    parameters = inspect.signature(function).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for argument in arguments:
+        if argument not in parameters and not takes_any:
+            raise ConfigError(
+                field, value, f"the function takes no {argument!r}; nearest: {nearest(argument, parameters)!r}"
+            )
+    return functools.partial(function, **arguments)
+
+
+def _check_signature(function: object, field: str, value: object) -> None:
+    if not callable(function):
+        raise ConfigError(
+            field, value, "must be a callable, a name, 'module:function', 'file.py:function' or {name: ...}"
+        )
+    if is_factory(function):
+        name = getattr(function, "__name__", "it")
+        raise ConfigError(field, value, f"{name} makes reward functions and is none: write {name}() or {name!r}")
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # Some callables written in C do not tell their signature.
+        return
+    needed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
+    if needed:
+        raise ConfigError(field, value, f"rewards are called with keywords, but {', '.join(needed)} is positional only")
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return
+    missing = [name for name in _PASSED if name not in {p.name for p in parameters if p.kind in _BY_KEYWORD}]
+    if missing:
+        raise ConfigError(
+            field,
+            value,
+            f"is called as f(prompts=, completions=, completion_ids=, **columns), but does not take "
+            f"{', '.join(missing)}: add **columns to its parameters",
+        )
+
+
+def _name_of(function: RewardFunction) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    name = getattr(function, "__name__", None) or type(function).__name__
+    return str(name).strip("<>")
+
+
+def _unique(names: Sequence[str]) -> list[str]:
+    taken: list[str] = []
+    for name in names:
+        candidate, count = name, 1
+        while candidate in taken:
+            count += 1
+            candidate = f"{name}_{count}"
+        taken.append(candidate)
+    return taken
+
+
+def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    if len(weights) != count:
+        raise ConfigError("rewards.weights", weights, f"needs one weight for each of the {count} reward functions")
+    for index, weight in enumerate(weights):
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
+            raise ConfigError(f"rewards.weights[{index}]", weight, "must be a finite number")
+    return [float(weight) for weight in weights]

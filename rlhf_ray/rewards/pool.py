@@ -1,0 +1,309 @@
+"""Rewards, step three of the loop: rollout groups go to a pool of Ray actors and come back scored.
+
+Consumes finished ``RolloutGroup``s; produces ``ScoredGroup``s or counted ``RewardFailure``s. A group waits for a free
+worker, and no longer than ``rewards.timeout_s`` for its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import Counter
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from rlhf_ray.errors import RewardError
+from rlhf_ray.rewards.functions import resolve_rewards
+from rlhf_ray.rewards.scoring import Scores, Tokenizer
+from rlhf_ray.rewards.shipping import pack, pack_rewards
+from rlhf_ray.rewards.worker import ConcurrentRewardWorker, SequentialRewardWorker
+from rlhf_ray.settings import RewardSettings
+from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
+
+__all__ = ["RewardPool"]
+
+logger = logging.getLogger(__name__)
+
+CONCURRENT_GROUPS = 16
+"""Groups that one worker scores at once when all functions are async."""
+DEATH_RETRIES = 1
+"""Times a group is sent again after the worker that scored it died by itself."""
+SHUTDOWN_S = 5.0
+"""Longest wait, in seconds, for running calls to notice that their workers were ended."""
+
+
+@dataclass(slots=True, eq=False)
+class _Worker:
+    """A reward actor, as the pool sees it."""
+
+    actor: Any
+    turn: asyncio.Semaphore
+    """Held by the groups that the actor works on; those sent ahead wait for it, in the order they were sent."""
+    retired: bool = False
+    """Gets no more groups: it is dead or being killed."""
+    killed: bool = False
+    """The pool killed it; the other groups it worked on are not to blame."""
+
+
+class RewardPool:
+    """Reward actors with an enforced time limit.
+
+    The pool keeps its books on an event loop in a thread of its own: :meth:`score` may be awaited on any loop, hundreds
+    of times at once, and time limits hold while those loops are busy.
+
+    Args:
+        settings: The functions, how many workers, and the time limit.
+        tokenizer_path: Folder or hub id of the tokenizer that turns completions into text.
+        num_cpus: CPUs that Ray reserves for a worker.
+        trust_remote_code: Run code that ships with the tokenizer.
+        tokenizer: A tokenizer to send along instead of loading ``tokenizer_path``.
+        startup_timeout_s: Longest wait for workers to start, in seconds.
+
+    Attributes:
+        failures: Groups that could not be scored since the start, by ``RewardFailure.kind``.
+        workers_replaced: Workers that died, or were killed at the time limit, since the start.
+
+    Raises:
+        ConfigError: A reward function or weight is wrong.
+    """
+
+    def __init__(
+        self,
+        settings: RewardSettings,
+        *,
+        tokenizer_path: str,
+        num_cpus: float,
+        trust_remote_code: bool,
+        tokenizer: Tokenizer | None = None,
+        startup_timeout_s: float = 300.0,
+    ) -> None:
+        rewards = resolve_rewards(settings)
+        concurrent = all(reward.is_async for reward in rewards)
+        self.failures: Counter[str] = Counter()
+        self.workers_replaced = 0
+        self._settings = settings
+        self._num_cpus = num_cpus
+        self._startup_timeout_s = startup_timeout_s
+        self._worker_class = ConcurrentRewardWorker if concurrent else SequentialRewardWorker
+        self._concurrency = CONCURRENT_GROUPS if concurrent else 1
+        # A lone worker gets its next group while it works, which hides the way there and back. Of several, another may
+        # be free before it.
+        self._slots = self._concurrency + (1 if settings.num_workers == 1 else 0)
+        source = tokenizer_path if tokenizer is None else pack(tokenizer, defined_by=tokenizer)
+        self._worker_arguments = (pack_rewards(rewards), source, trust_remote_code)
+        self._last_failure: RewardFailure | None = None
+        self._workers: list[_Worker] = []
+        # One entry a free slot, oldest first; None wakes those that wait when the pool closes.
+        self._free: asyncio.Queue[_Worker | None] = asyncio.Queue()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._loop: asyncio.AbstractEventLoop
+        self._thread: threading.Thread | None = None
+        self._closed: str | None = "the reward pool is not started"
+        # Held while a call enters the loop, so that none enters one that is being stopped and waits for ever.
+        self._door = threading.Lock()
+
+    def start(self) -> None:
+        """Start the workers and wait until they stand.
+
+        Raises:
+            RewardError: They do not, within ``startup_timeout_s``; or the pool was started before.
+        """
+        if self._thread is not None:
+            raise RewardError("the reward pool was started before: make a new one")
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="reward-pool", daemon=True)
+        self._thread.start()
+        self._workers = [self._new_worker() for _ in range(self._settings.num_workers)]
+        try:
+            ray.get([worker.actor.ready.remote() for worker in self._workers], timeout=self._startup_timeout_s)
+        except RayError as error:
+            self.stop()
+            raise RewardError(self._startup_failure(error)) from error
+        self._closed = None
+        self._loop.call_soon_threadsafe(self._offer, list(self._workers))
+
+    async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
+        """Score ``group`` on the next free worker.
+
+        Raises:
+            RewardError: The pool is not started or is stopped, or its last worker could not be replaced.
+            DataError: A dataset column has the name of an argument that every reward function receives.
+        """
+        with self._door:
+            if self._closed is not None:
+                raise RewardError(self._closed)
+            scoring = asyncio.run_coroutine_threadsafe(self._score(group), self._loop)
+        return await asyncio.wrap_future(scoring)
+
+    def stop(self) -> None:
+        """End the workers; groups that are being scored or wait for a worker raise ``RewardError``."""
+        with self._door:
+            self._closed = "the reward pool is stopped"
+        if self._thread is None or not self._thread.is_alive():
+            return
+        asyncio.run_coroutine_threadsafe(self._shut_down(self._closed), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def failures_message(self) -> str:
+        """How many groups failed and why, with the last failure's own words; for the error that ends a run."""
+        if self._last_failure is None:
+            return "no reward failed"
+        failures, last = self.failures.copy(), self._last_failure
+        kinds = ", ".join(f"{count} {kind}" for kind, count in failures.most_common())
+        return f"{failures.total()} groups could not be scored ({kinds}); the last, {last.group_id}: {last.message}"
+
+    async def _score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
+        retries = DEATH_RETRIES
+        while True:
+            worker = await self._free_worker()
+            # Shielded: when the caller gives up, the worker is still busy and its time limit must still be kept.
+            outcome: Scores | RewardFailure | None = await asyncio.shield(self._spawn(self._attempt(worker, group)))
+            if isinstance(outcome, Scores):
+                return outcome.of(group)
+            if outcome is None:
+                continue
+            if outcome.kind == "worker_died" and retries > 0:
+                retries -= 1
+                continue
+            self._count(outcome)
+            return outcome
+
+    async def _free_worker(self) -> _Worker:
+        while self._closed is None:
+            worker = await self._free.get()
+            if worker is None:
+                self._free.put_nowait(None)
+            elif not worker.retired:
+                return worker
+        raise RewardError(self._closed)
+
+    async def _attempt(self, worker: _Worker, group: RolloutGroup) -> Scores | RewardFailure | None:
+        """One call of a worker; None when it ended through no fault of this group."""
+        answer = worker.actor.score.remote(group)
+        try:
+            async with worker.turn:
+                return None if worker.retired else await self._answer(worker, group, answer)
+        finally:
+            self._free.put_nowait(worker)
+
+    async def _answer(self, worker: _Worker, group: RolloutGroup, answer: Any) -> Scores | RewardFailure | None:
+        try:
+            outcome: Scores | RewardFailure = await asyncio.wait_for(answer, self._settings.timeout_s)
+            return outcome
+        except RayTaskError:
+            raise
+        except TimeoutError:
+            worker.killed = True
+            self._replace(worker)
+            limit = f"no reward after {self._settings.timeout_s:g} s (rewards.timeout_s); the worker was killed"
+            return RewardFailure(group_id=group.group_id, kind="timeout", message=limit)
+        except RayError as error:
+            if worker.killed:
+                return None
+            self._replace(worker)
+            return RewardFailure(
+                group_id=group.group_id,
+                kind="worker_died",
+                message=f"the reward worker died, {1 + DEATH_RETRIES} times: {_one_line(error)}",
+            )
+
+    def _new_worker(self) -> _Worker:
+        actor_class = ray.remote(self._worker_class).options(
+            num_cpus=self._num_cpus,
+            max_restarts=0,
+            max_concurrency=self._concurrency,
+            # Inside a Tune trial, actors would otherwise look for room in the trial's own placement group.
+            scheduling_strategy="DEFAULT",
+            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
+        )
+        return _Worker(actor_class.remote(*self._worker_arguments), asyncio.Semaphore(self._concurrency))
+
+    def _replace(self, worker: _Worker) -> None:
+        if worker.retired:
+            return
+        worker.retired = True
+        self._workers.remove(worker)
+        _kill(worker)
+        self.workers_replaced += 1
+        self._spawn(self._start_replacement())
+
+    async def _start_replacement(self) -> None:
+        worker = self._new_worker()
+        self._workers.append(worker)
+        try:
+            await asyncio.wait_for(worker.actor.ready.remote(), self._startup_timeout_s)
+        except (RayError, TimeoutError) as error:
+            if worker.retired:
+                return
+            worker.retired = True
+            self._workers.remove(worker)
+            _kill(worker)
+            logger.warning("%s; %d workers are left", self._startup_failure(error), len(self._workers))
+            if not self._workers:
+                self._close(self._startup_failure(error))
+            return
+        if self._closed is not None:
+            _kill(worker)
+            return
+        self._offer([worker])
+
+    def _offer(self, workers: Sequence[_Worker]) -> None:
+        """Take turns, so that the first groups do not all go to the first worker."""
+        for _ in range(self._slots):
+            for worker in workers:
+                self._free.put_nowait(worker)
+
+    async def _shut_down(self, reason: str) -> None:
+        self._close(reason)
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        if others:
+            _, late = await asyncio.wait(others, timeout=SHUTDOWN_S)
+            for task in late:
+                task.cancel()
+
+    def _close(self, reason: str) -> None:
+        self._closed = reason
+        for worker in self._workers:
+            worker.killed = worker.retired = True
+            _kill(worker)
+        self._workers = []
+        self._free.put_nowait(None)
+
+    def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = self._loop.create_task(work)
+        self._tasks.add(task)  # The loop itself holds tasks weakly only.
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    def _count(self, failure: RewardFailure) -> None:
+        first = failure.kind not in self.failures
+        self.failures[failure.kind] += 1
+        self._last_failure = failure
+        # The first of each kind is news; the rest are in the counters.
+        level = logging.WARNING if first else logging.DEBUG
+        logger.log(level, "group %d has no reward (%s): %s", failure.group_id, failure.kind, failure.message)
+
+    def _startup_failure(self, error: Exception) -> str:
+        if isinstance(error, (GetTimeoutError, TimeoutError)):
+            return (
+                f"a reward worker did not start in {self._startup_timeout_s:g} s: are {self._num_cpus:g} CPUs free for "
+                f"each of {self._settings.num_workers} (resources.cpus_per_reward_worker, rewards.num_workers)?"
+            )
+        return f"a reward worker cannot start: {_one_line(error)}"
+
+
+def _kill(worker: _Worker) -> None:
+    if ray.is_initialized():  # A cluster that is gone took its actors along, and ray.kill would start a new one.
+        ray.kill(worker.actor)
+
+
+def _one_line(error: Exception) -> str:
+    """The end of Ray's many lines, which is where the cause stands."""
+    return " ".join(str(error).split())[-500:]

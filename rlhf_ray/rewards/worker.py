@@ -1,0 +1,68 @@
+"""Rewards, inside a Ray actor: a scorer and the two ways to call it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import cast
+
+from rlhf_ray.rewards.scoring import RewardScorer, Scores, ScoringError, Tokenizer
+from rlhf_ray.rewards.shipping import unpack, unpack_rewards
+from rlhf_ray.types import RewardFailure, RolloutGroup
+
+__all__ = ["ConcurrentRewardWorker", "SequentialRewardWorker"]
+
+
+class SequentialRewardWorker:
+    """One group at a time, on the actor's main thread.
+
+    Python delivers signals to the main thread only, so a function that limits its own time with ``signal.alarm``, as
+    math-verify does, works here and would not in a thread.
+
+    Args:
+        parcels: From ``pack_rewards``.
+        tokenizer: A folder or hub id, or a tokenizer from ``pack``.
+        trust_remote_code: Run code that ships with the tokenizer.
+    """
+
+    def __init__(self, parcels: Sequence[bytes], tokenizer: str | bytes, trust_remote_code: bool) -> None:
+        rewards = unpack_rewards(parcels)
+        self._scorer = RewardScorer(rewards, _tokenizer(tokenizer, trust_remote_code), threaded=False)
+        # One loop for the worker's life: async functions may keep sessions and locks that belong to it.
+        self._loop = asyncio.new_event_loop()
+
+    def ready(self) -> None:
+        """Answer once the worker stands."""
+
+    def score(self, group: RolloutGroup) -> Scores | RewardFailure:
+        """Score ``group``; a failure is an answer, not an exception."""
+        return self._loop.run_until_complete(_score(self._scorer, group))
+
+
+class ConcurrentRewardWorker:
+    """Several groups at once, for functions that are all async; arguments as :class:`SequentialRewardWorker`."""
+
+    def __init__(self, parcels: Sequence[bytes], tokenizer: str | bytes, trust_remote_code: bool) -> None:
+        self._scorer = RewardScorer(unpack_rewards(parcels), _tokenizer(tokenizer, trust_remote_code))
+
+    async def ready(self) -> None:
+        """Answer once the worker stands."""
+
+    async def score(self, group: RolloutGroup) -> Scores | RewardFailure:
+        """Score ``group``; a failure is an answer, not an exception."""
+        return await _score(self._scorer, group)
+
+
+async def _score(scorer: RewardScorer, group: RolloutGroup) -> Scores | RewardFailure:
+    try:
+        return await scorer.scores(group)
+    except ScoringError as error:
+        return RewardFailure(group_id=group.group_id, kind=error.kind, message=error.message)
+
+
+def _tokenizer(source: str | bytes, trust_remote_code: bool) -> Tokenizer:
+    if isinstance(source, bytes):
+        return cast(Tokenizer, unpack(source))
+    from transformers import AutoTokenizer
+
+    return cast(Tokenizer, AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code))

@@ -1,0 +1,43 @@
+"""Finds the one line that says why an engine could not start.
+
+vLLM runs its engine in a process of its own; that process's traceback goes to the replica's log, and the replica itself
+only hears that "initialization failed".
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["engine_start_failure", "root_cause"]
+
+_ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit): .+)$")
+# What names no cause by itself: vLLM's and Ray's wrappers around the line that does.
+_WRAPPERS = ("Engine core initialization failed", "Engine core proc", "ray.exceptions.", "Traceback")
+_LOG_BYTES = 64 * 1024
+
+
+def root_cause(lines: Iterable[str]) -> str | None:
+    """The last line that names an exception other than a wrapper's; ``None`` when there is none."""
+    found = (_ERROR_LINE.search(line.rstrip()) for line in lines)
+    causes = [match.group(1) for match in found if match is not None]
+    causes = [cause for cause in causes if not any(wrapper in cause for wrapper in _WRAPPERS)]
+    return causes[-1] if causes else None
+
+
+def engine_start_failure(error: BaseException) -> str:
+    """Say in one line why the engine of this process could not start."""
+    return root_cause(_own_log()) or f"{type(error).__name__}: {error}"
+
+
+def _own_log() -> list[str]:
+    """The end of the file that this process's standard error is redirected to; empty where it is no file."""
+    if not stat.S_ISREG(os.fstat(2).st_mode):
+        return []
+    path = Path("/proc/self/fd/2")
+    with path.open("rb") as log:
+        log.seek(max(0, path.stat().st_size - _LOG_BYTES))
+        return log.read().decode(errors="replace").splitlines()

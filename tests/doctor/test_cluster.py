@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.doctor import cluster
+from rlhf_ray.doctor.check import Check
+from rlhf_ray.doctor.child import ChildFailure
+from rlhf_ray.settings import LearnerSettings, ResourceSettings, RolloutSettings, Settings
+
+
+def judged(settings: Settings, *, cpus: float = 8, gpus: float = 0, on_gpu: bool = False) -> Check:
+    found = {"CPU": cpus, "GPU": gpus, "object_store_memory": 4 * 1024**3}
+    return cluster.judge_resources(settings, found, address=None, on_gpu=on_gpu)
+
+
+def test_what_ray_has_is_told() -> None:
+    check = judged(Settings())
+    assert check.status == "ok"
+    assert "8 CPUs, 0 GPUs, 4.0 GiB object store" in check.detail
+    assert "1 a replica" in check.detail
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(8, "ok"), (7, "fail")])
+def test_gpus_of_replicas_and_learners_add_up(gpus: int, status: str) -> None:
+    settings = Settings(
+        rollouts=RolloutSettings(num_replicas=2, tensor_parallel_size=2), learners=LearnerSettings(num_learners=4)
+    )
+    assert judged(settings, gpus=gpus, on_gpu=True).status == status
+    assert judged(settings, gpus=gpus).status == "ok"
+
+
+def test_reservations_beyond_the_cluster_would_wait_for_ever() -> None:
+    settings = Settings(resources=ResourceSettings(cpus_per_replica=4, cpus_per_learner=5))
+    assert judged(settings, cpus=8).status == "fail"
+    assert judged(settings, cpus=16).status == "ok"
+
+
+@pytest.mark.parametrize(("address", "told"), [(None, "cannot start"), ("head:6379", "head:6379 cannot be joined")])
+def test_no_ray_is_a_failure_with_its_log(monkeypatch: pytest.MonkeyPatch, address: str | None, told: str) -> None:
+    def no_ray(*_: Any, **__: Any) -> dict[str, float]:
+        raise ChildFailure("ConnectionError: nobody there", Path("log.txt"))
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster, "run_child", no_ray)
+    check = cluster.check_ray(Settings(resources=ResourceSettings(ray_address=address)), on_gpu=False)
+    assert check.status == "fail"
+    assert told in check.detail
+    assert "nobody there" in check.detail
+    assert "log.txt" in check.remedy
+
+
+def test_ray_address_of_the_environment_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def join(module: str, address: str | None, **_: Any) -> dict[str, float]:
+        asked.append(address)
+        return {"CPU": 8.0}
+
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(cluster, "run_child", join)
+    assert "joined 10.0.0.1:6379" in cluster.check_ray(Settings(), on_gpu=False).detail
+    assert asked == ["10.0.0.1:6379"]

@@ -1,0 +1,157 @@
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from transformers import Qwen2Config
+
+from rlhf_ray.doctor.check import Check
+from rlhf_ray.doctor.machine import Machine
+from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
+from rlhf_ray.doctor.model import ModelFacts
+from rlhf_ray.settings import (
+    CheckpointingSettings,
+    LearnerSettings,
+    ReportingSettings,
+    ResourceSettings,
+    RolloutSettings,
+    Settings,
+    TrainingSettings,
+)
+
+MakeMachine = Callable[..., Machine]
+GIB = 1024**3
+BILLION = 10**9
+
+
+def model(num_parameters: int) -> ModelFacts:
+    """28 layers, 2 key-value heads of 128: 28,672 numbers of cache a token."""
+    config = Qwen2Config(num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2, hidden_size=1536)
+    return ModelFacts("model", num_parameters, config)
+
+
+def need(settings: Settings, *, policy: int = BILLION, critic: int | None = None, **given: Any) -> MemoryNeed:
+    facts = model(policy)
+    values: dict[str, Any] = {"dtype_bytes": 2, "max_tokens": 1000, **given}
+    return MemoryNeed.of(settings, facts, facts if critic is None else model(critic), **values)
+
+
+def test_sixteen_bytes_a_trained_parameter() -> None:
+    # 4 weights + 4 gradients + 8 Adam, for policy and critic.
+    assert need(Settings()).learner == 32 * BILLION
+    assert need(Settings(), critic=BILLION // 2).learner == 24 * BILLION
+
+
+def test_a_reference_is_weights_alone() -> None:
+    assert need(Settings(training=TrainingSettings(kl_coef=0.1))).learner == 36 * BILLION
+
+
+def test_learners_share() -> None:
+    assert need(Settings(learners=LearnerSettings(num_learners=4))).learner == 8 * BILLION
+
+
+def test_an_engine_holds_weights_and_cache() -> None:
+    one = need(Settings())
+    assert one.engine_weights == 2 * BILLION
+    # keys and values * layers * heads * head size * bytes * tokens
+    assert one.sequence == 2 * 28 * 2 * 128 * 2 * 1000
+    two = need(Settings(rollouts=RolloutSettings(tensor_parallel_size=2)))
+    assert (two.engine_weights, two.sequence) == (BILLION, one.sequence // 2)
+
+
+def on_cpu(available_gib: float, machine: MakeMachine, settings: Settings | None = None, **given: Any) -> Check:
+    settings = settings or Settings()
+    needed = need(settings, policy=BILLION // 10, dtype_bytes=4, cpu_cache=GIB, **given)
+    (check,) = check_memory(settings, machine(available_gib=available_gib), needed, on_gpu=False)
+    return check
+
+
+def test_a_cpu_machine_must_hold_everything(machine: MakeMachine) -> None:
+    # Learner 3.2e9 B = 3.0 GiB; engine 0.37 + 1 GiB; programs 0.7 + 1.3 + 1.5 GiB: 7.9 GiB.
+    assert on_cpu(12, machine).status == "ok"
+    assert on_cpu(9, machine).status == "warn"
+    assert on_cpu(7, machine).status == "fail"
+    assert "7.9 GiB" in on_cpu(12, machine).detail
+
+
+def test_every_replica_of_a_cpu_machine_counts(machine: MakeMachine) -> None:
+    assert on_cpu(12, machine, Settings(rollouts=RolloutSettings(num_replicas=4))).status == "fail"
+
+
+def test_a_cluster_is_not_judged_by_this_machine(machine: MakeMachine) -> None:
+    assert on_cpu(1, machine, Settings(resources=ResourceSettings(ray_address="head:6379"))).status == "ok"
+
+
+def statuses(checks: Iterable[Check]) -> dict[str, str]:
+    return {check.name: check.status for check in checks}
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "learner", "engine"),
+    [
+        (80, "ok", "ok"),  # a learner takes 29.8 GiB
+        (40, "warn", "ok"),
+        (24, "fail", "ok"),
+        (2, "fail", "fail"),
+    ],
+)
+def test_gpus(machine: MakeMachine, gpu_gib: float, learner: str, engine: str) -> None:
+    settings = Settings()
+    found = check_memory(settings, machine(gpus=1, gpu_gib=gpu_gib), need(settings), on_gpu=True)
+    assert statuses(found) == {"learner memory": learner, "engine memory": engine}
+
+
+def test_the_remedy_shards_enough(machine: MakeMachine) -> None:
+    settings = Settings()
+    learner, _ = check_memory(settings, machine(gpus=8, gpu_gib=24), need(settings), on_gpu=True)
+    assert "times 3" in learner.remedy  # 29.8 GiB over three GPUs of 24, 40 % left for activations
+
+
+def test_a_group_that_does_not_fit_is_slow(machine: MakeMachine) -> None:
+    settings = Settings(rollouts=RolloutSettings(group_size=64))
+    # 0.85 * 4 GiB - 1.86 GiB leave 1.54 GiB; a sequence of 1,000 tokens takes 27 MiB: 57 of them.
+    _, engine = check_memory(settings, machine(gpus=1, gpu_gib=4), need(settings), on_gpu=True)
+    assert engine.status == "warn"
+    assert "57 longest sequences" in engine.detail
+
+
+def test_learners_on_the_cpu_beside_engines_on_gpus(machine: MakeMachine) -> None:
+    settings = Settings(learners=LearnerSettings(num_gpus_per_learner=0))
+    found = check_memory(settings, machine(gpus=1, available_gib=24), need(settings), on_gpu=True)
+    assert statuses(found) == {"memory": "fail", "engine memory": "ok"}
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.mark.parametrize(
+    ("free_gib", "interval", "status"),
+    [
+        (5, 0, "ok"),  # 0.25 of logs and 3.7 of the exported model
+        (3, 0, "fail"),
+        (5, 10, "fail"),  # and (2 + 1) checkpoints of 24e9 B
+        (75, 10, "ok"),
+    ],
+)
+def test_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free_gib: int, interval: int, status: str) -> None:
+    looked_at: list[Path] = []
+
+    def usage(path: Path) -> Usage:
+        looked_at.append(path)
+        return Usage(0, 0, free_gib * GIB)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    settings = replace(
+        Settings(),
+        checkpointing=CheckpointingSettings(interval=interval, keep=2),
+        reporting=ReportingSettings(run_dir=str(tmp_path / "not" / "there" / "yet")),
+    )
+    assert check_disk(settings, model(BILLION), model(BILLION)).status == status
+    assert looked_at == [tmp_path]

@@ -1,0 +1,297 @@
+"""The examples without engines: what they configure, parse and compute. Real runs are in the integration tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rlhf_ray import ConfigError, PPOConfig, cli
+from rlhf_ray.rewards.functions import resolve_rewards
+from rlhf_ray.rewards.registry import build_reward
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+YAML = EXAMPLES / "gsm8k_ppo.yaml"
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def gsm8k_ppo() -> ModuleType:
+    return example("gsm8k_ppo")
+
+
+@pytest.fixture(scope="module")
+def custom_reward() -> ModuleType:
+    return example("custom_reward")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all of a small model but its weights: the byte tokenizer and a context of 2,048."""
+    from transformers import Qwen2Config
+
+    from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, build_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    build_tokenizer(max_length=2048).save_pretrained(folder)
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        eos_token_id=EOS_TOKEN_ID,
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def problems(tmp_path: Path) -> Path:
+    """GSM8K's columns and the lengths of its prompts."""
+    path = tmp_path / "train.jsonl"
+    rows = [
+        {"question": f"How much is {n} and {n}? " * 15, "answer": f"It is {2 * n}.\n#### {2 * n}"} for n in range(8)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+# --- gsm8k_ppo.yaml ---------------------------------------------------------------------------------------------------
+
+
+def test_the_file_is_valid_as_it_is_and_uses_the_critic() -> None:
+    config = PPOConfig.from_yaml(YAML).validate()
+    assert config.settings.model.path == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert config.settings.training.critic_lr > config.settings.training.lr
+    schedule = config.schedule()
+    assert (schedule.completions, schedule.minibatch_size, schedule.optimiser_steps) == (256, 64, 4)
+
+
+def test_two_overrides_make_it_a_local_run_that_asks_no_hub(model: Path, problems: Path, no_hub: None) -> None:
+    from rlhf_ray.algorithms.assembly import check_inputs, evaluation_prompts
+
+    config = cli.load_config(str(YAML), [f"data.path={problems}", f"model.path={model}"]).validate()
+    inputs = check_inputs(config.settings)
+    assert (inputs.policy_path, inputs.critic_path, inputs.tokenizer_path) == (str(model),) * 3
+    assert inputs.max_prompt_tokens == 1024
+    assert evaluation_prompts(config.settings, inputs) is None
+
+
+def test_a_local_test_set_can_be_measured_on_the_way(model: Path, problems: Path, no_hub: None) -> None:
+    from rlhf_ray.algorithms.assembly import check_inputs
+
+    overrides = [f"data.path={problems}", f"data.eval_path={problems}", f"model.path={model}", "evaluation.interval=10"]
+    config = cli.load_config(str(YAML), overrides).validate()
+    check_inputs(config.settings)
+    assert config.schedule().evaluations == 20
+
+
+def test_prompts_are_chats_that_ask_for_the_marker(model: Path, problems: Path) -> None:
+    from rlhf_ray.prompts.builder import NumberedRow, PromptBuilder
+    from rlhf_ray.prompts.tokenizer import load_tokenizer
+    from rlhf_ray.types import Prompt
+
+    settings = PPOConfig.from_yaml(YAML).settings
+    builder = PromptBuilder.from_settings(
+        settings.data,
+        source_name="gsm8k",
+        max_prompt_tokens=1024,
+        tokenizer_path=str(model),
+        trust_remote_code=False,
+    )
+    row = json.loads(problems.read_text().splitlines()[3])
+    (prompt,) = builder.build([NumberedRow(prompt_id=0, dataset_row=3, row=row)])
+    assert isinstance(prompt, Prompt)
+    assert isinstance(prompt.text, list)
+    (message,) = prompt.text
+    assert message["role"] == "user"
+    assert message["content"].startswith(row["question"])
+    assert "####" in message["content"]
+    assert load_tokenizer(str(model)).decode(prompt.token_ids.tolist()).endswith("final number.\nassistant: ")
+    assert prompt.columns == {"answer": row["answer"]}
+
+
+def test_its_reward_reads_the_datasets_answers() -> None:
+    (spec,) = PPOConfig.from_yaml(YAML).settings.rewards.functions
+    assert isinstance(spec, dict)
+    reward = build_reward(spec["name"], {}, field="rewards.functions", value=spec)
+    completions = [[{"role": "assistant", "content": text}] for text in ("3 + 4 = 7\n#### 7", "#### 8", "so it is 7")]
+    assert reward(completions=completions, answer=["3 and 4 is <<3+4=7>>7\n#### 7"] * 3) == [1.0, 0.0, 0.0]
+
+
+# --- gsm8k_ppo.py -----------------------------------------------------------------------------------------------------
+
+
+def test_script_and_file_say_the_same(gsm8k_ppo: ModuleType) -> None:
+    assert gsm8k_ppo.gsm8k() == PPOConfig.from_yaml(YAML)
+
+
+def test_the_script_reads_its_command_line(gsm8k_ppo: ModuleType) -> None:
+    args = gsm8k_ppo.parse(["--config", "conf.yaml", "training.lr=2e-6", "data.batch_size=8"])
+    assert (args.config, args.overrides) == ("conf.yaml", ["training.lr=2e-6", "data.batch_size=8"])
+    args = gsm8k_ppo.parse(["training.lr=2e-6", "--config", "conf.yaml"])
+    assert (args.config, args.overrides) == ("conf.yaml", ["training.lr=2e-6"])
+    with pytest.raises(SystemExit):
+        gsm8k_ppo.parse(["--learning-rate", "1"])
+
+
+def test_the_hubs_test_set_goes_with_the_hubs_training_set_alone(gsm8k_ppo: ModuleType) -> None:
+    hub = gsm8k_ppo.with_test_set(gsm8k_ppo.gsm8k()).settings.data
+    assert (hub.subset, hub.eval_path, hub.split, hub.eval_split) == ("main", "openai/gsm8k", "train", "test")
+    chosen = gsm8k_ppo.with_test_set(gsm8k_ppo.gsm8k().data(subset="socratic")).settings.data
+    assert chosen.subset == "socratic"
+    local = gsm8k_ppo.with_test_set(gsm8k_ppo.gsm8k().data(path="train.jsonl")).settings.data
+    assert (local.subset, local.eval_path) == (None, None)
+
+
+class FakeAlgorithm:
+    """Counts; gets a tenth better an iteration."""
+
+    built: list[FakeAlgorithm]
+    fails = False
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.settings = config.settings
+        self.run_dir = Path("runs/fake")
+        self.iteration = 0
+        self.calls: list[str] = []
+        type(self).built.append(self)
+
+    def evaluate(self) -> dict[str, Any]:
+        self.calls.append("evaluate")
+        if self.settings.data.eval_path is None:
+            return {}
+        return {"gsm8k": {"reward_mean": self.iteration / 10, "num_prompts": 4}}
+
+    def train(self) -> dict[str, Any]:
+        self.calls.append("train")
+        if self.fails:
+            raise RuntimeError("no")
+        self.iteration += 1
+        return {
+            "training_iteration": self.iteration,
+            "rollouts": {"reward_mean": 0.25, "completion_tokens_mean": 12.0},
+            "timers": {"iteration_s": 1.5},
+        }
+
+    def export_hf(self, path: Path) -> Path:
+        self.calls.append("export")
+        return path
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+
+
+@pytest.fixture
+def algorithm(monkeypatch: pytest.MonkeyPatch) -> type[FakeAlgorithm]:
+    fresh = type("Fake", (FakeAlgorithm,), {"built": []})
+    monkeypatch.setattr(PPOConfig, "algorithm_class", fresh)
+    return fresh
+
+
+@pytest.mark.parametrize("source", [[], ["--config", str(YAML)]])
+def test_the_script_measures_trains_measures_and_stops(
+    gsm8k_ppo: ModuleType, algorithm: type[FakeAlgorithm], source: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gsm8k_ppo.main([*source, "training.iterations=2", "training.lr=2e-6"])
+    (algo,) = algorithm.built
+    assert algo.calls == ["evaluate", "train", "train", "evaluate", "export", "stop"]
+    assert algo.settings.training.lr == 2e-6
+    assert capsys.readouterr().out.splitlines() == [
+        "before training: 0.0% of 4 problems of gsm8k are right",
+        "iteration 1: reward 0.250, 12 tokens a completion, 1.5 s",
+        "iteration 2: reward 0.250, 12 tokens a completion, 1.5 s",
+        "after training: 20.0% of 4 problems of gsm8k are right",
+        f"trained model: {Path('runs/fake/model')}",
+    ]
+
+
+def test_the_script_says_so_without_a_test_set(
+    gsm8k_ppo: ModuleType, algorithm: type[FakeAlgorithm], capsys: pytest.CaptureFixture[str]
+) -> None:
+    gsm8k_ppo.main(["training.iterations=1", "data.path=train.jsonl"])
+    assert "before training: no held-out set; name one in data.eval_path" in capsys.readouterr().out
+
+
+def test_the_script_stops_the_run_when_it_fails(gsm8k_ppo: ModuleType, algorithm: type[FakeAlgorithm]) -> None:
+    algorithm.fails = True
+    with pytest.raises(RuntimeError, match="no"):
+        gsm8k_ppo.main([])
+    assert algorithm.built[0].calls[-1] == "stop"
+
+
+def test_the_script_refuses_a_wrong_setting_before_it_builds(
+    gsm8k_ppo: ModuleType, algorithm: type[FakeAlgorithm]
+) -> None:
+    with pytest.raises(ConfigError, match=r"training\.lr"):
+        gsm8k_ppo.main(["training.learning_rate=1"])
+    assert algorithm.built == []
+
+
+# --- custom_reward.py -------------------------------------------------------------------------------------------------
+
+
+def test_the_custom_rewards_by_hand(custom_reward: ModuleType) -> None:
+    # 132 is right; 122 is 10 away, half of the scale; 100 is more than the scale away; the last two are no numbers.
+    completions, answer = ["132", "122", "100", "", "13x"], ["132"] * 5
+    assert custom_reward.correct(completions=completions, answer=answer) == [1.0, 0.0, 0.0, 0.0, 0.0]
+    assert custom_reward.near(scale=20)(completions=completions, answer=answer) == [1.0, 0.5, 0.0, None, None]
+
+
+def test_the_custom_run_is_valid_and_its_functions_reach_the_workers(custom_reward: ModuleType) -> None:
+    from rlhf_ray.rewards.shipping import pack_rewards, unpack_rewards
+
+    config = custom_reward.config().validate()
+    rewards = unpack_rewards(pack_rewards(resolve_rewards(config.settings.rewards)))
+    assert [(reward.name, reward.weight) for reward in rewards] == [("correct", 1.0), ("near", 0.2)]
+    arguments = {"prompts": ["1+1="], "completions": ["3"], "completion_ids": [[51]], "answer": ["2"]}
+    assert [reward.function(**arguments) for reward in rewards] == [[0.0], [0.95]]
+    assert config.settings.data.path is None
+
+
+def test_accuracy_is_of_the_one_function_and_leaves_failures_out(custom_reward: ModuleType) -> None:
+    import numpy as np
+
+    from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, ScoredGroup
+
+    def scored(correct: float) -> ScoredGroup:
+        prompt = Prompt(prompt_id=0, token_ids=np.zeros(1, np.int32), text="1+1=")
+        return ScoredGroup(
+            group=RolloutGroup(group_id=0, prompt=prompt, completions=(), replica_id="r"),
+            rewards=np.full(1, 0.7, np.float32),
+            rewards_by_function={"correct": np.full(1, correct, np.float32), "near": np.full(1, 0.9, np.float32)},
+            texts=("",),
+            reward_s=0.0,
+        )
+
+    class Evaluated:
+        def sample_evaluation(self) -> tuple[ScoredGroup | RewardFailure, ...]:
+            return scored(1.0), scored(0.0), RewardFailure(group_id=2, kind="raised", message=""), scored(1.0)
+
+    assert custom_reward.accuracy(Evaluated()) == pytest.approx(2 / 3)

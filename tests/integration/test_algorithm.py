@@ -1,0 +1,154 @@
+"""The whole loop on the real stack: Ray Data, Serve with two vLLM replicas, reward actors, two FSDP2 learners."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import ray
+import torch
+import yaml
+from ray.util.state import list_actors, list_placement_groups
+
+from rlhf_ray import PPOConfig, RolloutError
+from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.reporting.metrics import flatten, metric_for
+from rlhf_ray.rollouts.engine import LoadReport
+
+pytestmark = pytest.mark.engine
+
+
+def replica_reports(algorithm: Algorithm) -> list[LoadReport]:
+    parts = algorithm._running()
+    return list(parts.app.handle.broadcast("status").results(timeout_s=60))
+
+
+def test_iterations_are_exact_and_reported(algorithm: Algorithm) -> None:
+    first, second = algorithm.train(), algorithm.train()
+    for result in (first, second):
+        # The second batch was sampled by weights that went through a publication, on both replicas.
+        assert result["learner"]["sampling_logprob_diff_max"] < 1e-3
+        assert result["learner"]["first_ratio_deviation_max"] == 0.0
+        assert result["rollouts"]["num_groups"] == 12
+        assert result["rollouts"]["num_completions"] == 48
+        assert result["rollouts"]["staleness_max"] == 0
+    assert first["training_iteration"] == 1
+    assert second["learner"]["policy_version"] == algorithm.policy_version == 2
+    undeclared = [key for key in flatten(second) if metric_for(key) is None]
+    assert undeclared == []
+
+
+def test_every_replica_serves_the_published_version(algorithm: Algorithm) -> None:
+    algorithm.train()
+    reports = replica_reports(algorithm)
+    assert len({report.replica_id for report in reports}) == 2
+    assert {report.version for report in reports} == {algorithm.policy_version}
+
+
+def test_both_replicas_write_rollouts(algorithm: Algorithm) -> None:
+    groups = algorithm._running().controller.collect(algorithm.policy_version).groups
+    assert len({scored.group.replica_id for scored in groups}) == 2
+    spans = [span for scored in groups for c in scored.group.completions for span in c.version_spans]
+    assert {span.version for span in spans} == {algorithm.policy_version}
+    # These groups were taken out of the loop: the next version must not count them as trained on.
+    algorithm._running().controller.resume(algorithm.policy_version)
+
+
+def test_run_directory(algorithm: Algorithm) -> None:
+    result = algorithm.train()
+    lines = [json.loads(line) for line in (algorithm.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["training_iteration"] == result["training_iteration"] == len(lines)
+    assert lines[-1]["rollouts/reward_mean"] == pytest.approx(result["rollouts"]["reward_mean"])
+    table = pq.read_table(algorithm.run_dir / "completions" / "step_000001.parquet")
+    assert table.num_rows == 48
+    resolved = PPOConfig.from_yaml(algorithm.run_dir / "config.yaml")
+    assert resolved.settings.rollouts.num_replicas == 2
+    assert yaml.safe_load((algorithm.run_dir / "config.yaml").read_text())["data"]["batch_size"] == 12
+    assert list(algorithm.run_dir.rglob("events.out.tfevents.*"))
+    assert list(algorithm.run_dir.rglob("offline-run-*"))
+
+
+def test_evaluation_is_greedy_and_repeatable(algorithm: Algorithm) -> None:
+    first, second = algorithm.evaluate(), algorithm.evaluate()
+    assert first["quickstart"]["num_prompts"] == 32
+    assert 0.0 <= first["quickstart"]["reward_mean"] <= 1.0
+    assert first == second
+
+
+def test_save_restore_and_export(algorithm: Algorithm, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+
+    checkpoint = algorithm.save_to_path(tmp_path / "checkpoint")
+    version, position = algorithm.policy_version, algorithm._inputs.prompts.state()
+    before = algorithm.evaluate()
+    algorithm.export_hf(tmp_path / "before")
+    algorithm.train()
+    algorithm.restore_from_path(checkpoint)
+    assert (algorithm.policy_version, algorithm._inputs.prompts.state()) == (version, position)
+    algorithm.export_hf(tmp_path / "after")
+    old = AutoModelForCausalLM.from_pretrained(tmp_path / "before")
+    new = AutoModelForCausalLM.from_pretrained(tmp_path / "after")
+    for (name, a), (_, b) in zip(old.state_dict().items(), new.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    assert AutoTokenizer.from_pretrained(tmp_path / "after")("1+1=").input_ids
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "after" / "critic")
+    assert critic.score.weight.abs().sum() > 0
+    # The replicas went back to the restored weights, under a version that they had left behind.
+    assert {report.version for report in replica_reports(algorithm)} == {version}
+    assert algorithm.evaluate() == before
+
+
+def test_the_exported_policy_samples_what_the_replicas_sample(algorithm: Algorithm, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(algorithm.export_hf(tmp_path / "export"))
+    scored = algorithm.sample_evaluation()[0]
+    prompt, completion = scored.group.prompt, scored.group.completions[0]
+    ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion.token_ids]).astype(np.int64))[None]
+    with torch.no_grad():
+        greedy = model(ids).logits[0, len(prompt.token_ids) - 1 : -1].argmax(-1)
+    assert greedy.tolist() == completion.token_ids.tolist()
+
+
+def test_a_killed_replica_is_survived_and_comes_back_with_the_newest_weights(algorithm: Algorithm) -> None:
+    algorithm.train()
+    victim = next(actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if "RolloutReplica" in actor.name)
+    os.kill(victim.pid, signal.SIGKILL)
+    result = algorithm.train()
+    assert result["rollouts"]["num_groups"] == 12
+    assert result["learner"]["sampling_logprob_diff_max"] < 1e-3
+    deadline = time.monotonic() + 240
+    while len(replica_reports(algorithm)) < 2:
+        assert time.monotonic() < deadline, "the replica was not replaced"
+        time.sleep(2)
+    assert {report.version for report in replica_reports(algorithm)} == {algorithm.policy_version}
+    assert algorithm.train()["learner"]["sampling_logprob_diff_max"] < 1e-3
+
+
+def test_stop_leaves_nothing_behind(algorithm: Algorithm) -> None:
+    """The last test of the session's algorithm."""
+    algorithm.stop()
+    algorithm.stop()
+    deadline = time.monotonic() + 30
+    while list_actors(filters=[("state", "=", "ALIVE")]) and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert list_actors(filters=[("state", "=", "ALIVE")]) == []
+    assert [g for g in list_placement_groups() if g.state == "CREATED"] == []
+    with pytest.raises(RuntimeError, match="stopped"):
+        algorithm.train()
+
+
+def test_a_replica_that_cannot_start_says_why_and_leaves_nothing(cluster: None, tmp_path: Path) -> None:
+    config = (
+        PPOConfig().reporting(run_dir=str(tmp_path / "run")).rollouts(engine_args={"quantization": "no-such-thing"})
+    )
+    with pytest.raises(RolloutError, match="no-such-thing"):
+        config.build_algo()
+    assert [g for g in list_placement_groups() if g.state == "CREATED"] == []
+    assert ray.is_initialized()

@@ -1,0 +1,204 @@
+"""Runs of a learner on a tiny model, for comparison: in the test's own process or, as a script, on several ranks.
+
+``python learner_scenarios.py FOLDER RANK WORLD_SIZE`` runs every scenario of ``SCENARIOS`` and leaves the outcomes in
+``FOLDER/rank<RANK>.pt``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.learner import Learner, LearnerSpec
+from rlhf_ray.learner.packing import RankPlan, plan_update
+from rlhf_ray.learner.trained_model import TrainedModel
+from rlhf_ray.settings import TrainingSettings
+
+VOCABULARY = 64
+MAX_NEW_TOKENS = 12
+AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
+WALL_TIMES = ("advantage_s", "update_s")
+
+Figures = dict[str, float]
+Weights = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """One run: how the learner is set and what it is given."""
+
+    training: dict[str, Any] = field(default_factory=dict)
+    spec: dict[str, Any] = field(default_factory=dict)
+    critic: str = "critic"
+    num_sequences: int = 9
+    num_minibatches: int = 2
+    num_epochs: int = 1
+    max_tokens: int = 1000
+    update_policy: tuple[bool, ...] = (True, True)
+    """One update an entry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a run did, the same on every rank."""
+
+    figures: list[Figures]
+    policy: Weights
+    critic: Weights
+
+
+def scenarios() -> dict[str, Scenario]:
+    """Every run that is made on two ranks; a name with ``tiny`` cuts the one without it into small microbatches."""
+    whole: dict[str, Scenario] = {mode: Scenario(training={"loss_aggregation": mode}) for mode in AGGREGATIONS}
+    whole["kl_in_reward"] = Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2)
+    whole["kl_in_loss"] = Scenario(
+        training={"kl_coef": 0.3, "kl_in": "loss", "entropy_coef": 0.1, "dual_clip": 3.0, "max_grad_norm": 0.05}
+    )
+    whole["one_step"] = Scenario(num_minibatches=1)
+    whole["critic_warmup"] = Scenario(update_policy=(False, True))
+    whole["gradient_checkpointing"] = Scenario(spec={"gradient_checkpointing": True})
+    # Two sequences in two minibatches: the second of two ranks holds no sequence at all.
+    whole["idle_rank"] = Scenario(num_sequences=2)
+    # Three sequences in one minibatch, each in a microbatch of its own: one rank's second microbatch is empty.
+    whole["empty_microbatch"] = Scenario(num_sequences=3, num_minibatches=1)
+    cut = {f"{name}/tiny": replace(scenario, max_tokens=12) for name, scenario in whole.items()}
+    return whole | cut
+
+
+def save_models(folder: Path) -> None:
+    """Write ``policy`` (tied embeddings, dropout) and ``critic`` (a head of its own) as Hugging Face folders."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
+
+    torch.manual_seed(3)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        # Large enough that the distributions are far from uniform.
+        initializer_range=0.2,
+        attention_dropout=0.5,
+        eos_token_id=1,
+    )
+    Qwen2ForCausalLM(config).save_pretrained(folder / "policy")
+    critic = Qwen2ForTokenClassification(Qwen2Config(**config.to_dict() | {"num_labels": 1}))
+    critic.save_pretrained(folder / "critic")
+
+
+def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
+    # An epsilon that is large beside rounding: without it Adam would blow differences of 1e-9 up to a whole step.
+    numbers = {"adam_eps": 1e-3, "lr": 3e-3, "critic_lr": 5e-3, "weight_decay": 0.1, "lambda_": 0.9, "gamma": 0.98}
+    training = TrainingSettings(**numbers | {"lr_schedule": "linear", "lr_warmup_steps": 2} | scenario.training)
+    arguments: dict[str, Any] = {
+        "training": training,
+        "policy_path": str(folder / "policy"),
+        "critic_path": str(folder / scenario.critic),
+        "attn_implementation": "auto",
+        "trust_remote_code": False,
+        "gradient_checkpointing": False,
+        "dtype": "float32",
+        "wire_dtype": "float32",
+        "temperature": 0.8,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "total_steps": 12,
+        "on_gpu": False,
+        "num_threads": 1,
+    }
+    return LearnerSpec(**arguments | scenario.spec)
+
+
+def make_batch(num_sequences: int, seed: int) -> SequenceBatch:
+    """Random sequences, with completions of 1 to ``MAX_NEW_TOKENS`` tokens, read-only as the object store gives them."""
+    rng = np.random.default_rng(seed)
+    prompts = rng.integers(2, 9, size=num_sequences).astype(np.int32)
+    completions = rng.integers(2, MAX_NEW_TOKENS + 1, size=num_sequences).astype(np.int32)
+    completions[0] = 1
+    batch = SequenceBatch(
+        token_ids=rng.integers(2, VOCABULARY, size=int((prompts + completions).sum())).astype(np.int32),
+        prompt_lengths=prompts,
+        completion_lengths=completions,
+        sampling_logprobs=-rng.exponential(2.0, size=int(completions.sum())).astype(np.float32),
+        rewards=rng.normal(size=num_sequences).astype(np.float32),
+        truncated=rng.random(num_sequences) < 0.4,
+    )
+    for array in fields(batch):
+        getattr(batch, array.name).setflags(write=False)
+    return batch
+
+
+def share_of(batch: SequenceBatch, scenario: Scenario, seed: int = 0) -> tuple[SequenceBatch, RankPlan]:
+    """What this rank is given of a batch."""
+    plan = plan_update(
+        batch.lengths.tolist(),
+        batch.completion_lengths.tolist(),
+        num_minibatches=scenario.num_minibatches,
+        num_epochs=scenario.num_epochs,
+        num_ranks=dist.get_world_size(),
+        max_tokens=scenario.max_tokens,
+        packed=False,
+        seed=seed,
+    )
+    rank = dist.get_rank()
+    return batch.select(plan.sequences[rank]), plan.ranks[rank]
+
+
+def update(learner: Learner, scenario: Scenario, number: int) -> Figures:
+    """The run's update ``number``, from 0."""
+    batch, plan = share_of(make_batch(scenario.num_sequences, seed=100 + number), scenario, seed=number)
+    return learner.update(batch, plan, update_policy=scenario.update_policy[number])
+
+
+def run(scenario: Scenario, folder: Path) -> Outcome:
+    """Build a learner and make all its updates."""
+    learner = Learner(make_spec(folder, scenario))
+    figures = [update(learner, scenario, number) for number in range(len(scenario.update_policy))]
+    return Outcome(figures=figures, policy=full_weights(learner.policy), critic=full_weights(learner.critic))
+
+
+def full_weights(trained: TrainedModel) -> Weights:
+    """The gathered weights; a collective."""
+    return {name: parameter.detach().full_tensor().clone() for name, parameter in trained.checkpoint_parameters()}
+
+
+# Three updates, of which the first is made on one set of ranks and the others, after a restart, on another.
+RESUMED = Scenario(num_epochs=2, update_policy=(True, True, True))
+
+
+def save_after_one_update(folder: Path, checkpoint: Path) -> None:
+    """The first part of ``RESUMED``."""
+    learner = Learner(make_spec(folder, RESUMED))
+    update(learner, RESUMED, 0)
+    learner.save(str(checkpoint))
+
+
+def main(folder: Path, rank: int, world_size: int) -> None:
+    """One rank's part of everything that is made on several."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    outcomes: dict[str, Outcome] = {name: run(scenario, folder) for name, scenario in scenarios().items()}
+    save_after_one_update(folder, folder / "checkpoint")
+    learner = Learner(make_spec(folder, Scenario()))
+    buckets = list(learner.weight_buckets())
+    learner.export(str(folder / "export"))
+    torch.save({"outcomes": outcomes, "buckets": buckets}, folder / f"rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+def without_wall_times(figures: Sequence[Figures]) -> list[Figures]:
+    return [{name: value for name, value in one.items() if name not in WALL_TIMES} for one in figures]
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

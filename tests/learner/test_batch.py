@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import numpy as np
+
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
+
+
+def scored_group(group_id: int, prompt: list[int], completions: list[tuple[list[int], str]]) -> ScoredGroup:
+    """A group whose log-probabilities and rewards tell where they came from."""
+    written = tuple(
+        Completion(
+            token_ids=np.asarray(ids, dtype=np.int32),
+            sampling_logprobs=np.asarray([-(group_id + i / 10 + t / 100) for t in range(len(ids))], dtype=np.float32),
+            version_spans=(VersionSpan(version=0, start=0, end=len(ids)),),
+            finish_reason=reason,
+        )
+        for i, (ids, reason) in enumerate(completions)
+    )
+    row = Prompt(prompt_id=group_id, token_ids=np.asarray(prompt, dtype=np.int32), text="")
+    return ScoredGroup(
+        group=RolloutGroup(group_id=group_id, prompt=row, completions=written, replica_id="r"),
+        rewards=np.asarray([group_id + i / 10 for i in range(len(written))], dtype=np.float32),
+        rewards_by_function={},
+        texts=("",) * len(written),
+        reward_s=0.0,
+    )
+
+
+def two_groups() -> SequenceBatch:
+    return SequenceBatch.from_groups(
+        [
+            scored_group(1, [1, 2], [([3], "stop"), ([4, 5, 6], "length")]),
+            scored_group(2, [7], [([8, 9], "stop")]),
+        ]
+    )
+
+
+def test_from_groups_lays_the_completions_out_in_order_each_after_its_prompt() -> None:
+    batch = two_groups()
+
+    assert len(batch) == 3
+    assert batch.token_ids.tolist() == [1, 2, 3, 1, 2, 4, 5, 6, 7, 8, 9]
+    assert batch.prompt_lengths.tolist() == [2, 2, 1]
+    assert batch.completion_lengths.tolist() == [1, 3, 2]
+    assert batch.lengths.tolist() == [3, 5, 3]
+    assert batch.truncated.tolist() == [False, True, False]
+    np.testing.assert_allclose(batch.rewards, [1.0, 1.1, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(batch.sampling_logprobs, [-1.0, -1.1, -1.11, -1.12, -2.0, -2.01], rtol=1e-6)
+
+
+def test_from_groups_keeps_the_narrow_types_that_travel() -> None:
+    batch = two_groups()
+
+    assert batch.token_ids.dtype == batch.prompt_lengths.dtype == batch.completion_lengths.dtype == np.int32
+    assert batch.lengths.dtype == np.int32
+    assert batch.sampling_logprobs.dtype == batch.rewards.dtype == np.float32
+
+
+def test_select_takes_ragged_pieces_in_the_order_asked_for() -> None:
+    picked = two_groups().select([2, 0])
+
+    assert picked.token_ids.tolist() == [7, 8, 9, 1, 2, 3]
+    assert picked.prompt_lengths.tolist() == [1, 2]
+    assert picked.completion_lengths.tolist() == [2, 1]
+    assert picked.truncated.tolist() == [False, False]
+    np.testing.assert_allclose(picked.rewards, [2.0, 1.0])
+    np.testing.assert_allclose(picked.sampling_logprobs, [-2.0, -2.01, -1.0], rtol=1e-6)
+
+
+def test_select_all_in_order_changes_nothing_and_selections_compose() -> None:
+    batch = two_groups()
+
+    same = batch.select(range(3))
+    twice = batch.select([2, 1, 0]).select([1, 2])
+    once = batch.select([1, 0])
+
+    for name in SequenceBatch.__slots__:
+        np.testing.assert_array_equal(getattr(same, name), getattr(batch, name))
+        np.testing.assert_array_equal(getattr(twice, name), getattr(once, name))
+
+
+def test_a_rank_without_work_gets_an_empty_batch_of_the_same_types() -> None:
+    batch = two_groups()
+    empty = batch.select([])
+
+    assert len(empty) == 0
+    for name in SequenceBatch.__slots__:
+        assert getattr(empty, name).shape == (0,)
+        assert getattr(empty, name).dtype == getattr(batch, name).dtype
+
+
+def test_size_bytes_counts_every_array() -> None:
+    # 11 tokens, 2 x 3 lengths, 6 log-probabilities and 3 rewards of 4 bytes, and 3 flags.
+    assert two_groups().size_bytes() == 4 * (11 + 6 + 6 + 3) + 3

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.layout import Microbatch, lay_out, pad_completions
+
+CPU = torch.device("cpu")
+
+
+def batch_of(*sequences: tuple[list[int], list[int]]) -> SequenceBatch:
+    """Sequences given as prompt and completion ids."""
+    completions = [completion for _, completion in sequences]
+    return SequenceBatch(
+        token_ids=np.asarray([t for prompt, completion in sequences for t in prompt + completion], dtype=np.int32),
+        prompt_lengths=np.asarray([len(prompt) for prompt, _ in sequences], dtype=np.int32),
+        completion_lengths=np.asarray([len(completion) for completion in completions], dtype=np.int32),
+        sampling_logprobs=np.zeros(sum(map(len, completions)), dtype=np.float32),
+        rewards=np.zeros(len(sequences), dtype=np.float32),
+        truncated=np.zeros(len(sequences), dtype=np.bool_),
+    )
+
+
+THREE = batch_of(([10, 11, 12], [13, 14]), ([20], [21, 22, 23]), ([30, 31], [32]))
+
+
+def completion_tokens(micro: Microbatch) -> list[list[int]]:
+    """Read the completions back through the targets, as log-probabilities are."""
+    rows = micro.targets.flatten()[micro.completion_index]
+    return [row[real].tolist() for row, real in zip(rows, micro.mask, strict=True)]
+
+
+def states_before(micro: Microbatch) -> list[list[int]]:
+    """The token at each state that a completion token's value is read from."""
+    rows = micro.input_ids.flatten()[micro.value_index]
+    return [row[real].tolist() for row, real in zip(rows, micro.mask, strict=True)]
+
+
+def test_padded_by_hand() -> None:
+    micro = lay_out(THREE, (0, 1, 2), packed=False, device=CPU)
+
+    assert micro.input_ids.tolist() == [[10, 11, 12, 13, 14], [20, 21, 22, 23, 0], [30, 31, 32, 0, 0]]
+    assert micro.position_ids is None
+    # The first completion token that anybody has is at column 1, so logits are needed from column 0 on.
+    assert micro.kept.tolist() == [0, 1, 2, 3]
+    assert micro.targets.tolist() == [[11, 12, 13, 14], [21, 22, 23, 0], [31, 32, 0, 0]]
+    assert micro.mask.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
+    assert micro.completion_index[micro.mask].tolist() == [2, 3, 4, 5, 6, 9]
+    assert micro.value_index[micro.mask].tolist() == [2, 3, 5, 6, 7, 11]
+    assert micro.last_index.tolist() == [4, 8, 12]
+    assert micro.num_tokens == 15
+
+
+def test_packed_by_hand() -> None:
+    micro = lay_out(THREE, (0, 1, 2), packed=True, device=CPU)
+
+    assert micro.input_ids.tolist() == [[10, 11, 12, 13, 14, 20, 21, 22, 23, 30, 31, 32]]
+    assert micro.position_ids is not None
+    assert micro.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
+    assert micro.kept.tolist() == [2, 3, 5, 6, 7, 10]
+    assert micro.targets.tolist() == [[13, 14, 21, 22, 23, 32]]
+    assert micro.completion_index[micro.mask].tolist() == [0, 1, 2, 3, 4, 5]
+    assert micro.value_index[micro.mask].tolist() == [2, 3, 5, 6, 7, 10]
+    assert micro.last_index.tolist() == [4, 8, 11]
+    assert micro.num_tokens == 12
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [(0, 1, 2), (2, 0), (1,), (2,)])
+def test_both_layouts_read_the_same_tokens_and_states(packed: bool, rows: Sequence[int]) -> None:
+    micro = lay_out(THREE, rows, packed=packed, device=CPU)
+
+    assert completion_tokens(micro) == [[[13, 14], [21, 22, 23], [32]][row] for row in rows]
+    assert states_before(micro) == [[[12, 13], [20, 21, 22], [31]][row] for row in rows]
+    assert micro.input_ids.flatten()[micro.last_index].tolist() == [[14, 23, 32][row] for row in rows]
+    assert micro.rows.tolist() == list(rows)
+    # A state's target is what follows it.
+    assert (micro.input_ids.flatten()[micro.value_index + 1] * micro.mask).tolist() == (
+        micro.targets.flatten()[micro.completion_index] * micro.mask
+    ).tolist()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_single_token_completion(packed: bool) -> None:
+    micro = lay_out(batch_of(([5, 6, 7], [8])), (0,), packed=packed, device=CPU)
+
+    assert micro.kept.tolist() == [2]
+    assert completion_tokens(micro) == [[8]]
+    assert states_before(micro) == [[7]]
+    assert micro.last_index.tolist() == [3]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_empty_microbatch_is_a_dummy_of_two_tokens_that_counts_nowhere(packed: bool) -> None:
+    micro = lay_out(THREE, (), packed=packed, device=CPU)
+
+    assert micro.input_ids.shape == (1, 2)
+    assert micro.kept.tolist() == [0]
+    assert micro.targets.shape == (1, 1)
+    assert micro.mask.tolist() == [[False]]
+    assert len(micro.rows) == 0
+    assert micro.completion_index.tolist() == micro.value_index.tolist() == [[0]]
+    if packed:
+        assert micro.position_ids is not None
+        assert micro.position_ids.tolist() == [[0, 1]]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_indices_at_padding_stay_in_range(packed: bool) -> None:
+    micro = lay_out(THREE, (0, 1, 2), packed=packed, device=CPU)
+
+    assert int(micro.completion_index.max()) < micro.targets.numel()
+    assert int(micro.value_index.max()) < micro.input_ids.numel()
+    assert all(t.dtype == torch.int64 for t in (micro.input_ids, micro.targets, micro.kept, micro.completion_index))
+
+
+def test_pad_completions_puts_each_row_to_the_left() -> None:
+    flat = np.asarray([1, 2, 3, 4, 5, 6], dtype=np.float32)
+
+    padded = pad_completions(flat, np.asarray([2, 3, 1], dtype=np.int32), device=CPU)
+
+    assert padded.tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]
+    assert padded.dtype == torch.float32
+
+
+def test_pad_completions_of_nothing() -> None:
+    padded = pad_completions(np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32), device=CPU)
+
+    assert padded.shape == (0, 0)

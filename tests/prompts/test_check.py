@@ -1,0 +1,72 @@
+from typing import Any
+
+import pytest
+
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.prompts.builder import PromptBuilder
+from rlhf_ray.prompts.check import check_source
+from rlhf_ray.prompts.row_codec import Row
+from rlhf_ray.prompts.row_store import RowStore
+from rlhf_ray.prompts.tokenizer import load_tokenizer
+from rlhf_ray.settings import DataSettings
+
+
+class Rows:
+    """A source of rows that are here."""
+
+    name = "data.jsonl"
+
+    def __init__(self, *rows: Row) -> None:
+        self._rows = list(rows)
+
+    def sample(self, limit: int) -> list[Row]:
+        return self._rows[:limit]
+
+    def load(self) -> RowStore:
+        raise AssertionError("a check reads no more than a sample")
+
+
+def check(tokenizer_path: str, *rows: Row, max_prompt_tokens: int = 10, **settings: Any) -> None:
+    builder = PromptBuilder.from_settings(
+        DataSettings(**settings),
+        source_name="data.jsonl",
+        max_prompt_tokens=max_prompt_tokens,
+        tokenizer_name=tokenizer_path,
+    )
+    check_source(Rows(*rows), builder, load_tokenizer(tokenizer_path))
+
+
+def test_good_rows_pass(tokenizer_path: str) -> None:
+    check(tokenizer_path, {"prompt": "1+1="}, {"prompt": "too long, and dropped"})
+
+
+def test_no_rows(tokenizer_path: str) -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl is empty: it has no rows"):
+        check(tokenizer_path)
+
+
+def test_the_first_bad_row_is_named(tokenizer_path: str) -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl, row 1 \(from 0\): the prompt in column 'prompt' is null"):
+        check(tokenizer_path, {"prompt": "a"}, {"prompt": None}, {})
+
+
+def test_a_row_beyond_the_sample_is_not_looked_at(tokenizer_path: str) -> None:
+    check(tokenizer_path, *[{"prompt": "a"}] * 1000, {"prompt": None})
+
+
+def test_settings_that_do_not_go_with_the_rows(tokenizer_path: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.system_prompt"):
+        check(tokenizer_path, {"prompt": "a"}, system_prompt="Be brief.")
+
+
+def test_rows_that_are_all_too_long(tokenizer_path: str) -> None:
+    with pytest.raises(
+        DataError,
+        match=r"none of the first 2 rows fits rollouts\.max_prompt_tokens = 2; the shortest prompt has 3 tokens",
+    ):
+        check(tokenizer_path, {"prompt": "abcd"}, {"prompt": "abc"}, max_prompt_tokens=2)
+
+
+def test_one_that_is_too_long_where_that_is_an_error(tokenizer_path: str) -> None:
+    with pytest.raises(DataError, match=r"row 1 \(from 0\): the prompt has 3 tokens"):
+        check(tokenizer_path, {"prompt": "a"}, {"prompt": "abc"}, max_prompt_tokens=2, overlong_prompts="error")

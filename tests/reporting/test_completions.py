@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf_ray.reporting import RunDirectory
+from rlhf_ray.reporting.completions import CompletionsReporter, completions_path
+from rlhf_ray.settings import ReportingSettings, Settings
+from rlhf_ray.types import ScoredGroup
+
+
+def started(run_dir: RunDirectory, interval: int = 1) -> CompletionsReporter:
+    reporter = CompletionsReporter()
+    reporter.start(Settings(reporting=ReportingSettings(completions_interval=interval)), run_dir)
+    return reporter
+
+
+def test_one_row_a_completion(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    started(run_dir).report_completions(1, groups)
+    path = run_dir.completions / "step_000001.parquet"
+    assert path == completions_path(run_dir, 1)
+    rows = pq.read_table(path).to_pylist()
+    assert rows[0] == {
+        "step": 1,
+        "group_id": 7,
+        "prompt": "1+1=",
+        "completion": "2",
+        "reward": 1.0,
+        "rewards/reward": 1.0,
+        "rewards/style": 0.5,
+        "finish_reason": "stop",
+        "num_tokens": 2,
+        "version": 3,
+    }
+    assert [row["completion"] for row in rows] == ["2", "3", "Hallo"]
+    assert [row["version"] for row in rows] == [3, 2, 3]
+
+
+def test_a_function_that_does_not_apply_is_null(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    started(run_dir).report_completions(1, groups)
+    table = pq.read_table(completions_path(run_dir, 1))
+    assert table.column("rewards/style").to_pylist() == [0.5, None, 0.25]
+    assert table.column("rewards/style").null_count == 1
+
+
+def test_a_chat_prompt_is_json(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    started(run_dir).report_completions(1, groups)
+    prompt = pq.read_table(completions_path(run_dir, 1)).column("prompt").to_pylist()[2]
+    assert json.loads(prompt) == [{"role": "user", "content": "Grüße?"}]
+    assert "Grüße" in prompt
+
+
+def test_groups_without_a_function_get_null_for_it(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    alone = replace(groups[0], rewards_by_function={"reward": groups[0].rewards})
+    started(run_dir).report_completions(1, [alone, groups[1]])
+    assert pq.read_table(completions_path(run_dir, 1)).column("rewards/style").to_pylist() == [None, None, 0.25]
+
+
+@pytest.mark.parametrize(("interval", "written"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (0, [])])
+def test_the_interval_is_kept(
+    run_dir: RunDirectory, groups: list[ScoredGroup], interval: int, written: list[int]
+) -> None:
+    reporter = started(run_dir, interval)
+    for step in range(1, 5):
+        reporter.report_completions(step, groups)
+    assert sorted(run_dir.completions.iterdir()) == [completions_path(run_dir, step) for step in written]

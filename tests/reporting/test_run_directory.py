@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.reporting.run_directory import RunDirectory
+
+
+def test_the_default_name_says_algorithm_and_time(tmp_path: Path) -> None:
+    directory = RunDirectory.create(None, algorithm="PPO", parent=tmp_path / "runs")
+    assert re.fullmatch(r"PPO-\d{8}-\d{6}(-\d+)?", directory.name)
+    assert directory.path.is_dir()
+
+
+def test_runs_started_in_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    directories = [RunDirectory.create(None, algorithm="PPO", parent=tmp_path) for _ in range(3)]
+    assert len({directory.path for directory in directories}) == 3
+
+
+def test_the_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert RunDirectory.create("here", algorithm="PPO").path == tmp_path / "here"
+    assert RunDirectory.create(None, algorithm="PPO").path.parent == tmp_path / "runs"
+
+
+@pytest.mark.parametrize("trace", ["config.yaml", "metrics.jsonl"])
+def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path, trace: str) -> None:
+    (tmp_path / trace).touch()
+    with pytest.raises(ConfigError, match="choose another") as caught:
+        RunDirectory.create(str(tmp_path), algorithm="PPO")
+    assert caught.value.field == "reporting.run_dir"
+
+
+def test_a_folder_with_other_things_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    assert RunDirectory.create(str(tmp_path), algorithm="PPO").path == tmp_path
+
+
+def test_a_place_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="writable"):
+        RunDirectory.create(str(tmp_path / "file" / "run"), algorithm="PPO")
+    with pytest.raises(ConfigError, match="writable"):
+        RunDirectory.create(None, algorithm="PPO", parent=tmp_path / "file")
+
+
+def test_an_address_is_refused() -> None:
+    with pytest.raises(ConfigError, match="folder of this machine"):
+        RunDirectory.create("s3://bucket/run", algorithm="PPO")
+
+
+def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert RunDirectory.create(os.path.join("~", "run"), algorithm="PPO").path == tmp_path / "run"
+
+
+def test_reopen_takes_a_run_and_refuses_what_is_not_there(tmp_path: Path) -> None:
+    made = RunDirectory.create(str(tmp_path / "run"), algorithm="PPO")
+    made.write_config("algorithm: PPO\n")
+    again = RunDirectory.reopen(made.path)
+    assert again == made
+    assert again.config.read_text() == "algorithm: PPO\n"
+    with pytest.raises(ConfigError, match="no such folder"):
+        RunDirectory.reopen(tmp_path / "other")

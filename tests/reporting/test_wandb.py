@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.reporting import RunDirectory
+from rlhf_ray.reporting.wandb import WandbReporter
+from rlhf_ray.settings import ReportingSettings, Settings
+
+
+def asking_for(mode: str) -> Settings:
+    return Settings(reporting=ReportingSettings(wandb_project="test", wandb_mode=mode))  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the user's own W&B settings out of the test, and the test out of them."""
+    for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setenv("WANDB_CONFIG_DIR", str(tmp_path / "config"))
+
+
+def written(path: Path, expected: bytes, timeout_s: float = 20.0) -> bytes:
+    """Read a file that W&B's own process may still be writing."""
+    deadline = time.monotonic() + timeout_s
+    while expected not in (stored := path.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert expected in stored
+    return stored
+
+
+def test_an_offline_run_lies_in_the_run_directory(run_dir: RunDirectory, result: dict[str, Any]) -> None:
+    reporter = WandbReporter()
+    reporter.start(asking_for("offline"), run_dir)
+    reporter.report(result)
+    reporter.stop()
+    runs = list(run_dir.wandb.glob("offline-run-*"))
+    assert len(runs) == 1
+    stored = written(next(runs[0].glob("*.wandb")), b"openai/gsm8k/reward_mean")
+    assert b"rollouts/reward_mean" in stored
+    assert b"lr" in stored  # the configuration
+
+
+def test_online_without_a_key_is_refused_not_asked(run_dir: RunDirectory) -> None:
+    with pytest.raises(ConfigError, match="wandb login") as caught:
+        WandbReporter().start(asking_for("online"), run_dir)
+    assert caught.value.field == "reporting.wandb_mode"

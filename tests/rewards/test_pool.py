@@ -1,0 +1,369 @@
+"""The pool on a real local Ray: every way a reward function can fail, and what the other groups see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from rlhf_ray.errors import ConfigError, DataError, RewardError
+from rlhf_ray.rewards import RewardPool, math_equivalence
+from rlhf_ray.settings import RewardSettings
+from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
+
+GroupOf = Callable[..., RolloutGroup]
+Outcome = ScoredGroup | RewardFailure
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A local Ray, unless one runs already; only what is started here is shut down."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@contextmanager
+def started(*functions: Any, tokenizer: Any, tokenizer_path: str = "unused", **settings: Any) -> Iterator[RewardPool]:
+    rewards = RewardSettings(functions=list(functions), **settings)
+    pool = RewardPool(
+        rewards, tokenizer_path=tokenizer_path, tokenizer=tokenizer, num_cpus=0.1, trust_remote_code=False
+    )
+    pool.start()
+    try:
+        yield pool
+    finally:
+        pool.stop()
+
+
+@pytest.fixture(scope="module")
+def pool(cluster: None, tokenizer: Any) -> Iterator[RewardPool]:
+    """One worker that runs ``behave``."""
+    with started(behave, tokenizer=tokenizer, timeout_s=3.0) as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def async_pool(cluster: None, tokenizer: Any) -> Iterator[RewardPool]:
+    """One worker that runs a ``Meeting``."""
+    with started(Meeting(), tokenizer=tokenizer, timeout_s=3.0) as pool:
+        yield pool
+
+
+@contextmanager
+def counted(pool: RewardPool, *, replaced: int = 0, **failures: int) -> Iterator[None]:
+    """Check that within, so many workers are replaced and so many groups of each kind fail."""
+    before, before_replaced = Counter(pool.failures), pool.workers_replaced
+    yield
+    assert pool.failures - before == Counter(failures)
+    assert pool.workers_replaced - before_replaced == replaced
+
+
+def run(work: Callable[[], Awaitable[Any]]) -> Any:
+    """Run a test's coroutine, in a thread as the rollout controller does."""
+    answers: list[Any] = []
+
+    async def limited() -> Any:
+        return await asyncio.wait_for(work(), 120)
+
+    def target() -> None:
+        try:
+            answers.append(asyncio.run(limited()))
+        except BaseException as error:  # Raised again in the test's own thread.
+            answers.append(error)
+
+    thread = threading.Thread(target=target)
+    thread.start()
+    thread.join()
+    if isinstance(answers[0], BaseException):
+        raise answers[0]
+    return answers[0]
+
+
+def score_all(pool: RewardPool, groups: list[RolloutGroup]) -> list[Outcome]:
+    async def together() -> list[Outcome]:
+        return await asyncio.gather(*(pool.score(group) for group in groups))
+
+    return run(together)
+
+
+def behave(*, completions: list[str], marker: list[str] | None = None, **columns: Any) -> list[Any]:
+    """A reward that does what its first completion says."""
+    word = completions[0]
+    if word == "raise":
+        raise ValueError("cannot grade this")
+    if word == "hang":
+        time.sleep(60)
+    if word == "die" or (word == "die once" and marker and not Path(marker[0]).exists()):
+        if marker:
+            Path(marker[0]).touch()
+        os._exit(1)
+    if word == "nap":
+        time.sleep(0.8)
+    answers = {
+        "short": [1.0] * (len(completions) - 1),
+        "nan": [float("nan")] * len(completions),
+        "none": [None] * len(completions),
+        "text": ["1"] * len(completions),
+        "pid": [float(os.getpid())],
+        "threads": [float(os.environ["OMP_NUM_THREADS"])],
+    }
+    return answers.get(word, [float(len(text)) for text in completions])
+
+
+class Meeting:
+    """Answers, after a while, how many calls run in its worker; or hangs."""
+
+    def __init__(self) -> None:
+        self._running = 0
+
+    async def __call__(self, *, completions: list[str], **columns: Any) -> list[float]:
+        self._running += 1
+        count = self._running
+        await asyncio.sleep(60 if completions[0] == "hang" else 0.3)
+        self._running -= 1
+        return [float(count)] * len(completions)
+
+
+def test_groups_come_back_scored(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
+    offset = 0.25
+
+    def closure(*, completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+        return [offset + float(text == gold) for text, gold in zip(completions, answer, strict=True)]
+
+    async def judge(*, completions: list[str], **columns: Any) -> list[float]:
+        await asyncio.sleep(0)
+        return [10.0] * len(completions)
+
+    def pid(*, completions: list[str], **columns: Any) -> list[float]:
+        return [float(os.getpid())] * len(completions)
+
+    groups = [group_of(["4", "5"], group_id=index, answer="4") for index in range(40)]
+    functions = (closure, "length", judge, pid)
+    with started(*functions, tokenizer=tokenizer, weights=[2.0, 1.0, 1.0, 0.0], num_workers=2) as pool:
+        outcomes = score_all(pool, groups)
+    assert all(outcome.group is group for outcome, group in zip(outcomes, groups, strict=True))
+    for outcome in outcomes:
+        assert outcome.rewards_by_function["closure"].tolist() == [1.25, 0.25]
+        np.testing.assert_allclose(outcome.rewards, [12.5 - 0.002, 10.5 - 0.002], rtol=1e-6)
+        assert outcome.texts == ("4", "5")
+        assert outcome.reward_s > 0
+    assert len({outcome.rewards_by_function["pid"][0] for outcome in outcomes}) == 2
+    assert pool.failures == {}
+    assert pool.failures_message() == "no reward failed"
+
+
+def test_a_tokenizer_is_loaded_from_its_folder(cluster: None, group_of: GroupOf, tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+
+    backend = Tokenizer(models.WordLevel({"<eos>": 0, "<unk>": 1, "o": 111, "n": 110, "e": 101}, unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([AddedToken("<eos>", special=True)])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with started("length", tokenizer=None, tokenizer_path=str(tmp_path), timeout_s=60.0) as pool:
+        (outcome,) = score_all(pool, [group_of(["one"])])
+    assert outcome.texts == ("one",)
+
+
+def test_failures_are_counted_and_never_zero(pool: RewardPool, group_of: GroupOf) -> None:
+    kinds = {
+        "raise": "raised",
+        "short": "wrong_length",
+        "nan": "not_finite",
+        "none": "all_none",
+        "text": "wrong_type",
+    }
+    with counted(pool, raised=1, wrong_length=1, not_finite=1, all_none=1, wrong_type=1):
+        *failures, fine = score_all(
+            pool, [group_of([word, "x"], group_id=i) for i, word in enumerate([*kinds, "fine"])]
+        )
+    assert [(failure.group_id, failure.kind) for failure in failures] == list(enumerate(kinds.values()))
+    assert "behave raised ValueError: cannot grade this" in failures[0].message
+    assert f"({__file__}:" in failures[0].message
+    assert fine.rewards.tolist() == [4.0, 1.0]
+
+
+def test_the_last_failure_is_told(pool: RewardPool, group_of: GroupOf) -> None:
+    score_all(pool, [group_of(["raise"], group_id=123)])
+    message = pool.failures_message()
+    assert message.startswith(f"{pool.failures.total()} groups could not be scored (")
+    assert f"{pool.failures['raised']} raised" in message
+    assert "; the last, 123: behave raised ValueError: cannot grade this" in message
+
+
+def test_a_hanging_function_is_killed_and_its_worker_replaced(pool: RewardPool, group_of: GroupOf) -> None:
+    words = ["pid", "hang", "pid", "fine"]
+    with counted(pool, timeout=1, replaced=1):
+        before, failure, after, fine = score_all(pool, [group_of([word], group_id=i) for i, word in enumerate(words)])
+    assert failure.kind == "timeout"
+    assert failure.group_id == 1
+    assert "no reward after 3 s (rewards.timeout_s)" in failure.message
+    assert after.rewards[0] != before.rewards[0]
+    assert fine.rewards.tolist() == [4.0]
+
+
+def test_the_time_limit_does_not_count_the_wait_for_a_worker(pool: RewardPool, group_of: GroupOf) -> None:
+    start = time.perf_counter()
+    with counted(pool):
+        outcomes = score_all(pool, [group_of(["nap"], group_id=i) for i in range(5)])
+    assert time.perf_counter() - start > 3.0
+    assert all(isinstance(outcome, ScoredGroup) for outcome in outcomes)
+
+
+def test_a_function_that_kills_its_worker(pool: RewardPool, group_of: GroupOf) -> None:
+    # The last group is sent ahead and goes down with the worker both times, but had not begun.
+    with counted(pool, worker_died=1, replaced=2):
+        outcomes = score_all(pool, [group_of([word], group_id=i) for i, word in enumerate(["fine", "die", "fine"])])
+    assert [isinstance(outcome, ScoredGroup) for outcome in outcomes] == [True, False, True]
+    assert "died, 2 times" in outcomes[1].message
+
+
+def test_a_worker_that_dies_once_costs_no_group(pool: RewardPool, group_of: GroupOf, tmp_path: Path) -> None:
+    with counted(pool, replaced=1):
+        (outcome,) = score_all(pool, [group_of(["die once"], marker=str(tmp_path / "died"))])
+    assert outcome.rewards.tolist() == [8.0]
+
+
+def test_workers_take_one_computing_thread(pool: RewardPool, group_of: GroupOf) -> None:
+    assert score_all(pool, [group_of(["threads"])])[0].rewards.tolist() == [1.0]
+
+
+def test_a_cancelled_caller_leaves_the_worker_usable(pool: RewardPool, group_of: GroupOf) -> None:
+    async def impatient() -> list[Outcome]:
+        words = ["nap", "nap", "hang"]  # being scored, sent ahead, and waiting for a worker
+        tasks = [asyncio.create_task(pool.score(group_of([word]))) for word in words]
+        await asyncio.sleep(0.2)
+        for task in tasks:
+            task.cancel()
+        return [await pool.score(group_of(["nap"], group_id=i)) for i in range(2)]
+
+    with counted(pool):
+        outcomes = run(impatient)
+    assert all(isinstance(outcome, ScoredGroup) for outcome in outcomes)
+
+
+def test_a_bad_column_is_an_error_of_the_data(pool: RewardPool, group_of: GroupOf) -> None:
+    with counted(pool):
+        with pytest.raises(DataError, match="'prompts'"):
+            score_all(pool, [group_of(["x"], prompts="x")])
+        assert isinstance(score_all(pool, [group_of(["fine"])])[0], ScoredGroup)
+
+
+def test_async_functions_share_a_worker(async_pool: RewardPool, group_of: GroupOf) -> None:
+    with counted(async_pool):
+        outcomes = score_all(async_pool, [group_of(["x"], group_id=i) for i in range(40)])
+    assert max(outcome.rewards[0] for outcome in outcomes) == 16
+
+
+def test_groups_beside_a_hanging_one_are_sent_again(async_pool: RewardPool, group_of: GroupOf) -> None:
+    async def staggered() -> list[Outcome]:
+        hanging = asyncio.create_task(async_pool.score(group_of(["hang"])))
+        await asyncio.sleep(2.9)
+        return await asyncio.gather(hanging, *(async_pool.score(group_of(["x"], group_id=i)) for i in range(4)))
+
+    with counted(async_pool, timeout=1, replaced=1):
+        hanging, *others = run(staggered)
+    assert hanging.kind == "timeout"
+    assert all(isinstance(outcome, ScoredGroup) for outcome in others)
+
+
+def test_functions_may_use_signals(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
+    group = group_of(["$10^{10^{10}}$", "\\boxed{0.5}"], answer="\\frac{1}{2}")
+    with started(math_equivalence(timeout_s=1), tokenizer=tokenizer, timeout_s=60.0) as pool:
+        (outcome,) = score_all(pool, [group])
+    assert outcome.rewards.tolist() == [0.0, 1.0]
+    assert pool.workers_replaced == 0
+
+
+def test_stop_ends_every_wait(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
+    async def stopped(pool: RewardPool) -> list[Any]:
+        scoring = [asyncio.create_task(pool.score(group_of(["hang"], group_id=i))) for i in range(3)]
+        await asyncio.sleep(0.3)
+        await asyncio.to_thread(pool.stop)
+        return await asyncio.wait_for(asyncio.gather(*scoring, return_exceptions=True), 10)
+
+    with started(behave, tokenizer=tokenizer) as pool:
+        errors = run(lambda: stopped(pool))
+    assert [type(error) for error in errors] == [RewardError] * 3
+    assert "the reward pool is stopped" in str(errors[0])
+    assert pool.workers_replaced == 0
+    with pytest.raises(RewardError, match="the reward pool is stopped"):
+        score_all(pool, [group_of()])
+    pool.stop()
+
+
+def test_workers_that_cannot_be_replaced_end_the_waits(
+    cluster: None, tokenizer: Any, group_of: GroupOf, tmp_path: Path
+) -> None:
+    judge = Judge(tmp_path / "gone")
+
+    async def together(pool: RewardPool) -> list[Any]:
+        scoring = (pool.score(group_of(["x"], group_id=i)) for i in range(3))
+        return await asyncio.gather(*scoring, return_exceptions=True)
+
+    with started(judge, tokenizer=tokenizer) as pool:
+        errors = run(lambda: together(pool))
+    assert [type(error) for error in errors] == [RewardError] * 3
+    assert "cannot start" in str(errors[0])
+    assert "the judge's model is gone" in str(errors[0])
+    with pytest.raises(RewardError, match="cannot start"), started(judge, tokenizer=tokenizer):
+        pass
+
+
+class Judge:
+    """Dies when it is called, and cannot be loaded again."""
+
+    def __init__(self, gone: Path) -> None:
+        self._gone = gone
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self._gone.exists():
+            raise OSError("the judge's model is gone")
+
+    def __call__(self, **columns: Any) -> list[float]:
+        self._gone.touch()
+        os._exit(1)
+
+
+def test_score_needs_a_started_pool(tokenizer: Any, group_of: GroupOf) -> None:
+    settings = RewardSettings(functions=["length"])
+    pool = RewardPool(settings, tokenizer_path="", tokenizer=tokenizer, num_cpus=0.1, trust_remote_code=False)
+    with pytest.raises(RewardError, match="not started"):
+        asyncio.run(pool.score(group_of()))
+
+
+def test_a_pool_starts_once(pool: RewardPool) -> None:
+    with pytest.raises(RewardError, match="started before"):
+        pool.start()
+
+
+def test_wrong_settings_fail_before_anything_starts(tokenizer: Any) -> None:
+    settings = RewardSettings(functions=["no_such_reward"])
+    with pytest.raises(ConfigError, match=r"rewards\.functions\[0\]"):
+        RewardPool(settings, tokenizer_path="", tokenizer=tokenizer, num_cpus=0.1, trust_remote_code=False)
+
+
+def test_a_worker_that_finds_no_cpu_says_so(cluster: None, tokenizer: Any) -> None:
+    settings = RewardSettings(functions=["length"])
+    pool = RewardPool(
+        settings, tokenizer_path="", tokenizer=tokenizer, num_cpus=1e6, trust_remote_code=False, startup_timeout_s=0.5
+    )
+    with pytest.raises(RewardError, match=r"did not start in 0\.5 s.*cpus_per_reward_worker"):
+        pool.start()

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards import resolve_rewards
+from rlhf_ray.rewards.shipping import pack, pack_rewards, unpack, unpack_rewards
+from rlhf_ray.settings import RewardSettings
+
+ELSEWHERE = """
+import sys
+from rlhf_ray.rewards.shipping import unpack_rewards
+(reward,) = unpack_rewards([sys.stdin.buffer.read()])
+print(reward.name, reward.weight, reward.function(completion_ids=[[1, 2, 3]]))
+"""
+
+
+def call_elsewhere(parcel: bytes) -> str:
+    """What the reward says in a process that has none of this one's modules."""
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], input=parcel, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout.decode().strip()
+
+
+def test_a_function_of_a_lone_file_travels_with_what_it_uses(tmp_path: Path) -> None:
+    path = tmp_path / "my_rewards.py"
+    path.write_text(
+        "SCALE = 2.0\n\ndef count(ids):\n    return len(ids)\n\n"
+        "def score(*, completion_ids, **columns):\n    return [SCALE * count(ids) for ids in completion_ids]\n"
+    )
+    rewards = resolve_rewards(RewardSettings(functions=[f"{path}:score"], weights=[0.5]))
+    (parcel,) = pack_rewards(rewards)
+    path.unlink()
+    assert call_elsewhere(parcel) == "score 0.5 [6.0]"
+
+
+def test_closures_and_built_ins_travel() -> None:
+    scale = 3.0
+    rewards = resolve_rewards(
+        RewardSettings(functions=[lambda *, completion_ids, **columns: [scale * len(completion_ids[0])], "length"])
+    )
+    parcels = pack_rewards(rewards)
+    assert call_elsewhere(parcels[0]) == "lambda 1.0 [9.0]"
+    assert call_elsewhere(parcels[1]) == "length 1.0 [-0.003]"
+
+
+def test_packing_leaves_no_module_marked() -> None:
+    from ray import cloudpickle
+
+    before = cloudpickle.list_registry_pickle_by_value()
+    pack_rewards(resolve_rewards(RewardSettings(functions=[lambda **columns: [1.0]])))
+    assert cloudpickle.list_registry_pickle_by_value() == before
+
+
+def test_what_cannot_travel_is_refused_by_name() -> None:
+    lock = threading.Lock()
+
+    def guarded(**columns: Any) -> list[float]:
+        with lock:
+            return [1.0]
+
+    with pytest.raises(ConfigError, match=r"guarded.*cannot be sent to a reward worker.*lock"):
+        pack_rewards(resolve_rewards(RewardSettings(functions=["length", guarded])))
+
+
+def test_other_values_come_back() -> None:
+    assert unpack(pack({"a": [1]}, defined_by=dict)) == {"a": [1]}
+
+
+def test_rewards_come_back_in_order() -> None:
+    rewards = resolve_rewards(RewardSettings(functions=["length", "gsm8k"], weights=[1, 2]))
+    assert [(r.name, r.weight) for r in unpack_rewards(pack_rewards(rewards))] == [("length", 1.0), ("gsm8k", 2.0)]

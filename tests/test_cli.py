@@ -1,0 +1,419 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rlhf_ray import cli
+from rlhf_ray.algorithms.ppo import PPOConfig
+from rlhf_ray.errors import ConfigError, DataError, LearnerError, RewardError
+from rlhf_ray.reporting import RunDirectory
+from rlhf_ray.reporting.completions import CompletionsReporter
+from rlhf_ray.settings import Settings
+from rlhf_ray.types import ScoredGroup
+
+
+class FakeAlgorithm:
+    """Stands where the algorithm stands: counts, writes the run directory, learns one point an iteration."""
+
+    built: list[FakeAlgorithm]
+    error: BaseException | None
+
+    def __init__(self, config: PPOConfig) -> None:
+        self.config = config
+        self.settings: Settings = config.settings
+        directory = RunDirectory.create(self.settings.reporting.run_dir, algorithm="PPO")
+        directory.write_config(config.to_yaml())
+        self.directory = directory
+        self.run_dir: Path = directory.path
+        self.iteration = 0
+        self.restored: str | None = None
+        self.stopped = 0
+        type(self).built.append(self)
+
+    @classmethod
+    def from_checkpoint(cls, path: str, config: PPOConfig) -> FakeAlgorithm:
+        algorithm = cls(config)
+        algorithm.restored = path
+        return algorithm
+
+    def train(self) -> dict[str, Any]:
+        if self.error is not None and self.iteration == 1:
+            raise self.error
+        self.iteration += 1
+        result: dict[str, Any] = {
+            "training_iteration": self.iteration,
+            "rollouts": {"reward_mean": self.iteration / 10},
+        }
+        if self.settings.evaluation.interval and self.iteration % self.settings.evaluation.interval == 0:
+            result["evaluation"] = self.evaluate()
+        return result
+
+    def evaluate(self) -> dict[str, Any]:
+        return {"held-out": {"reward_mean": 0.4 + self.iteration / 100}}
+
+    def export_hf(self, path: str) -> None:
+        Path(path).mkdir()
+
+    def stop(self) -> None:
+        self.stopped += 1
+
+
+@pytest.fixture
+def algorithm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> type[FakeAlgorithm]:
+    """Let PPO be the fake, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    fresh = type("Fake", (FakeAlgorithm,), {"built": [], "error": None})
+    monkeypatch.setattr(PPOConfig, "algorithm_class", fresh)
+    return fresh
+
+
+def test_train_runs_all_iterations_exports_stops_and_sums_up(
+    algorithm: type[FakeAlgorithm], capsys: pytest.CaptureFixture[str]
+) -> None:
+    code = cli.main(["train", "training.iterations=3", "evaluation.interval=3", "--run-dir", "here"])
+    assert code == 0
+    (algo,) = algorithm.built
+    assert (algo.iteration, algo.stopped) == (3, 1)
+    assert algo.run_dir == Path.cwd() / "here"
+    assert (algo.run_dir / "model").is_dir()
+    text = capsys.readouterr().out
+    assert "0.100 -> 0.300" in text
+    assert "evaluation/held-out/reward_mean  0.430" in text
+    assert str(algo.run_dir) in text
+
+
+def test_train_reads_a_file_and_overrides_it(algorithm: type[FakeAlgorithm], tmp_path: Path) -> None:
+    Path("lr=1").mkdir()
+    conf = Path("lr=1/conf.yaml")
+    conf.write_text("training:\n  iterations: 2\n  lr: 0.5\n  gamma: 0.9\n")
+    assert cli.main(["train", f"./{conf}", "training.lr=1e-4"]) == 0
+    training = algorithm.built[0].settings.training
+    assert (training.iterations, training.lr, training.gamma) == (2, 1e-4, 0.9)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["train", "training.iterations=1", "--run-dir", "a", "training.lr=0.5"],
+        ["train", "--run-dir", "a", "training.iterations=1", "training.lr=0.5"],
+        ["train", "training.iterations=1", "training.lr=0.1", "training.lr=0.5", "--run-dir=a"],
+    ],
+)
+def test_options_and_overrides_mix(algorithm: type[FakeAlgorithm], argv: list[str]) -> None:
+    assert cli.main(argv) == 0
+    assert algorithm.built[0].settings.training.lr == 0.5
+    assert algorithm.built[0].run_dir.name == "a"
+
+
+def test_a_command_is_never_silent_where_no_panel_can_be_drawn(algorithm: type[FakeAlgorithm]) -> None:
+    cli.main(["train", "training.iterations=1"])
+    cli.main(["train", "training.iterations=1", "reporting.progress=live"])
+    assert [algo.settings.reporting.progress for algo in algorithm.built] == ["plain", "live"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["train", "a.yaml", "b.yaml"], "'b.yaml' is not an override"),
+        (["train", "training.lr"], "cannot read"),
+        (["quickstart", "conf.yaml"], "'conf.yaml' is not an override"),
+        (["train", "--rundir", "a"], "--rundir"),
+        (["train", "--run", "a"], "--run"),
+        (["fly"], "fly"),
+        ([], "COMMAND"),
+    ],
+)
+def test_a_wrong_command_line_exits_2_and_says_why(
+    argv: list[str], told: str, capsys: pytest.CaptureFixture[str], algorithm: type[FakeAlgorithm]
+) -> None:
+    try:
+        code: object = cli.main(argv)
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    assert told in capsys.readouterr().err
+    assert algorithm.built == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        (["train", "missing.yaml"], "missing.yaml"),
+        (["train", "training.learning_rate=1"], "training.lr"),
+        (["train", "training.lr=-1"], "training.lr"),
+        (["evaluate", "--checkpoint", "nowhere"], "no such folder"),
+        (["config", "training.lr=fast"], "training.lr"),
+        (["doctor", "training.gamma=2"], "training.gamma"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_on_stderr_and_exits_2(
+    argv: list[str], told: str, capsys: pytest.CaptureFixture[str], algorithm: type[FakeAlgorithm]
+) -> None:
+    assert cli.main(argv) == 2
+    streams = capsys.readouterr()
+    assert streams.out == ""
+    assert streams.err.startswith("error: ")
+    assert told in streams.err
+    assert len(streams.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConfigError("data.path", "x", "no"), 2),
+        (DataError("no rows"), 2),
+        (LearnerError("gone"), 1),
+        (RewardError("too many"), 1),
+    ],
+)
+def test_an_error_of_the_library_is_a_message_and_stops_the_run(
+    algorithm: type[FakeAlgorithm], error: Exception, code: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    algorithm.error = error
+    assert cli.main(["train"]) == code
+    assert algorithm.built[0].stopped == 1
+    err = capsys.readouterr().err
+    assert err == f"error: {error}\n"
+
+
+def test_any_other_error_keeps_its_traceback(
+    algorithm: type[FakeAlgorithm], capsys: pytest.CaptureFixture[str]
+) -> None:
+    algorithm.error = ZeroDivisionError("by zero")
+    assert cli.main(["train"]) == 1
+    assert algorithm.built[0].stopped == 1
+    err = capsys.readouterr().err
+    assert "Traceback" in err
+    assert "raise self.error" in err
+
+
+def test_ctrl_c_stops_the_run_and_says_where_it_is(
+    algorithm: type[FakeAlgorithm], capsys: pytest.CaptureFixture[str]
+) -> None:
+    algorithm.error = KeyboardInterrupt()
+    assert cli.main(["train"]) == 130
+    (algo,) = algorithm.built
+    assert algo.stopped == 1
+    assert capsys.readouterr().err == f"stopping; what the run wrote is in {algo.run_dir}\n"
+
+
+def test_the_signal_handler_of_before_is_put_back(algorithm: type[FakeAlgorithm]) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    cli.main(["train", "training.iterations=1"])
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_evaluate_prints_metrics_and_leaves_no_files(
+    algorithm: type[FakeAlgorithm], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert cli.main(["evaluate", "evaluation.temperature=0.5"]) == 0
+    (algo,) = algorithm.built
+    assert capsys.readouterr().out.split() == ["held-out/reward_mean", "0.400"]
+    assert list(tmp_path.iterdir()) == []
+    assert not algo.run_dir.exists()
+    assert algo.settings.evaluation.temperature == 0.5
+    assert (algo.iteration, algo.stopped, algo.restored) == (0, 1, None)
+
+
+def test_evaluate_takes_a_checkpoint_with_the_settings_of_its_run(algorithm: type[FakeAlgorithm]) -> None:
+    run = Path("runs/first")
+    checkpoint = run / "checkpoints" / "step_000002"
+    checkpoint.mkdir(parents=True)
+    config = PPOConfig().training(gamma=0.5).reporting(run_dir=str(run), wandb_project="gsm8k")
+    config.to_yaml(run / "config.yaml")
+    assert cli.main(["evaluate", "--checkpoint", str(checkpoint), "evaluation.temperature=0.7"]) == 0
+    (algo,) = algorithm.built
+    assert algo.restored == str(checkpoint)
+    assert (algo.settings.training.gamma, algo.settings.evaluation.temperature) == (0.5, 0.7)
+    assert algo.settings.reporting.wandb_project is None
+    assert sorted(run.iterdir()) == [run / "checkpoints", run / "config.yaml"]
+
+
+def test_a_checkpoint_without_settings_needs_a_file(
+    algorithm: type[FakeAlgorithm], capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a/b/c/checkpoint").mkdir(parents=True)
+    assert cli.main(["evaluate", "--checkpoint", "a/b/c/checkpoint"]) == 2
+    assert "name CONF.yaml" in capsys.readouterr().err
+    Path("conf.yaml").write_text("training:\n  gamma: 0.5\n")
+    assert cli.main(["evaluate", "conf.yaml", "--checkpoint", "a/b/c/checkpoint"]) == 0
+    assert algorithm.built[0].settings.training.gamma == 0.5
+
+
+def test_config_prints_yaml_that_makes_the_same_config(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "training.lr=1e-5", "rollouts.group_size=8"]) == 0
+    text = capsys.readouterr().out
+    expected = PPOConfig().training(lr=1e-5).rollouts(group_size=8)
+    assert PPOConfig.from_yaml(text) == expected
+    assert yaml.safe_load(text)["training"]["lr"] == 1e-5
+    schedule = [line for line in text.splitlines() if line.startswith("#   ")]
+    assert len(schedule) == len(expected.schedule().rows())
+    assert all(value in text for _, value in expected.schedule().rows())
+    assert max(len(line) for line in schedule) <= 80
+
+
+def test_quickstart_measures_before_and_after(
+    algorithm: type[FakeAlgorithm], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["quickstart", "training.iterations=20"]) == 0
+    (algo,) = algorithm.built
+    assert (algo.iteration, algo.stopped, algo.settings.evaluation.interval) == (20, 1, 10)
+    text = capsys.readouterr().out
+    assert text.index("before training (greedy): 40.0%") < text.index("after training (greedy): 60.0%")
+    assert f"tensorboard --logdir {algo.run_dir}" in text
+
+
+def test_quickstart_shows_what_the_model_wrote(
+    algorithm: type[FakeAlgorithm], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = FakeAlgorithm.train
+
+    def train_and_write(self: FakeAlgorithm) -> dict[str, Any]:
+        reporter = CompletionsReporter()
+        reporter.start(self.settings, self.directory)
+        reporter.report_completions(self.iteration + 1, [addition(1, "47+85=", "132", 1.0)])
+        return train(self)
+
+    monkeypatch.setattr(algorithm, "train", train_and_write)
+    assert cli.main(["quickstart", "training.iterations=1"]) == 0
+    assert ["47+85=", "132", "right"] in [line.split() for line in capsys.readouterr().out.splitlines()]
+
+
+def addition(group_id: int, prompt: str, completion: str, reward: float) -> ScoredGroup:
+    import numpy as np
+
+    from rlhf_ray.types import Completion, Prompt, RolloutGroup, VersionSpan
+
+    tokens = np.frombuffer(completion.encode(), dtype=np.uint8).astype(np.int32)
+    written = Completion(
+        token_ids=tokens,
+        sampling_logprobs=np.zeros(len(tokens), dtype=np.float32),
+        version_spans=(VersionSpan(version=0, start=0, end=len(tokens)),),
+        finish_reason="stop",
+    )
+    rewards = np.array([reward], dtype=np.float32)
+    return ScoredGroup(
+        group=RolloutGroup(
+            group_id=group_id,
+            prompt=Prompt(prompt_id=group_id, token_ids=tokens, text=prompt),
+            completions=(written,),
+            replica_id="replica",
+        ),
+        rewards=rewards,
+        rewards_by_function={"reward": rewards},
+        texts=(completion,),
+        reward_s=0.0,
+    )
+
+
+# --- in processes of their own ---
+
+
+@pytest.mark.parametrize(
+    "argv", [["--help"], ["train", "--help"], ["doctor", "--help"], ["config"], ["train", "x=1"], ["doctor", "x=1"]]
+)
+def test_help_settings_and_mistakes_import_nothing_heavy(argv: list[str]) -> None:
+    script = f"""
+import sys
+from rlhf_ray.cli import main
+try:
+    main({argv!r})
+except SystemExit:
+    pass
+heavy = {{"ray", "torch", "vllm", "transformers", "numpy", "pyarrow", "wandb", "datasets"}} & sys.modules.keys()
+assert not heavy, heavy
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60, capture_output=True)
+
+
+ENDLESS = """
+import signal, sys, time
+from pathlib import Path
+from rlhf_ray import cli
+from rlhf_ray.algorithms.ppo import PPOConfig
+
+class Endless:
+    iteration = 0
+    run_dir = Path("runs/endless")
+
+    def __init__(self, config):
+        self.settings = config.settings
+        # What ray.init does, after ending Ray's own processes.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        if {slow_build}:
+            self.wait("building")
+
+    def wait(self, what):
+        print(what, flush=True)
+        time.sleep(60)
+
+    def train(self):
+        self.wait("training")
+
+    def stop(self):
+        print("asked to stop", flush=True)
+        time.sleep(0.5)
+        print("stopped", flush=True)
+
+PPOConfig.algorithm_class = Endless
+sys.exit(cli.main(["train"]))
+"""
+
+
+def interrupted(signals: list[int], *, slow_build: bool) -> tuple[int, str]:
+    """Start an endless run, send the signals once it is under way, and return its code and output."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(ENDLESS).replace("{slow_build}", str(slow_build))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    try:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        for number in signals:
+            time.sleep(0.1)
+            process.send_signal(number)
+        rest, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    return process.returncode, first + rest
+
+
+def test_sigterm_is_a_clean_stop() -> None:
+    code, output = interrupted([signal.SIGTERM], slow_build=False)
+    assert code == 143
+    assert output.splitlines() == [
+        "training",
+        "stopping; what the run wrote is in runs/endless",
+        "asked to stop",
+        "stopped",
+    ]
+
+
+def test_a_second_sigterm_does_not_cut_the_stop_short() -> None:
+    code, output = interrupted([signal.SIGTERM, signal.SIGTERM], slow_build=False)
+    assert code == 143
+    assert output.splitlines()[-1] == "stopped"
+
+
+def test_a_second_ctrl_c_does() -> None:
+    code, output = interrupted([signal.SIGINT, signal.SIGINT], slow_build=False)
+    assert code == 130
+    assert output.splitlines()[-1] == "asked to stop"
+
+
+def test_sigterm_during_start_up_ends_with_its_own_code() -> None:
+    code, output = interrupted([signal.SIGTERM], slow_build=True)
+    assert code == 143
+    assert output.splitlines() == ["building"]
