@@ -1,0 +1,183 @@
+"""Makes the embedded quickstart model: supervised learning on the task, stopped where PPO can take over.
+
+Run it with ``python -m rlhf_ray.quickstart.make_model --output DIR``; the same seed gives the same model on the same
+machine and versions. It stops at the first check at which the sampled accuracy reaches the target: an early point of a
+run that would go on climbing, since a fully annealed optimum of the same accuracy is much harder to move.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from rlhf_ray.quickstart.task import eval_rows, train_rows
+from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID, PAD_TOKEN_ID, VOCAB_SIZE, build_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import Qwen2ForCausalLM
+
+__all__ = ["Accuracy", "main", "make_model", "measure", "new_model"]
+
+_LOG = logging.getLogger(__name__)
+_POSITIONS = 2048
+_IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accuracy:
+    """Shares of held-out sums answered right."""
+
+    sampled: float
+    """Expected at temperature 1: the mean probability of the right answer."""
+    greedy: float
+
+
+def new_model(seed: int) -> Qwen2ForCausalLM:
+    """A freshly initialised Qwen2 of 0.8 million parameters."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=_POSITIONS,
+        tie_word_embeddings=True,
+        # Wider than the usual 0.02: a model this narrow leaves the first plateau three times sooner.
+        initializer_range=0.06,
+        bos_token_id=None,
+        eos_token_id=EOS_TOKEN_ID,
+        pad_token_id=PAD_TOKEN_ID,
+    )
+    return Qwen2ForCausalLM(config)
+
+
+@torch.no_grad()
+def measure(model: Qwen2ForCausalLM, rows: Sequence[dict[str, str]]) -> Accuracy:
+    """Measure both accuracies in one teacher-forced pass.
+
+    A greedy answer is right exactly when every token of the right answer is the likeliest after those before it.
+    """
+    ids, labels = _tensors(rows)
+    logits = model(ids).logits[:, :-1].float()
+    targets = labels[:, 1:]
+    counted = targets != _IGNORED
+    logprobs = logits.log_softmax(-1).gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    right = (logits.argmax(-1) == targets) | ~counted
+    return Accuracy(sampled=float((logprobs * counted).sum(1).exp().mean()), greedy=float(right.all(1).float().mean()))
+
+
+def make_model(
+    output: Path,
+    *,
+    seed: int = 0,
+    target: float = 0.24,
+    learning_rate: float = 1e-3,
+    batch_size: int = 128,
+    max_steps: int = 2000,
+    check_interval: int = 10,
+) -> Accuracy:
+    """Train, stop at the target, write model and tokenizer.
+
+    Args:
+        output: Folder to write.
+        seed: Of the initialisation and the order of the rows.
+        target: Sampled held-out accuracy to stop at.
+        learning_rate: AdamW's, constant after 50 steps of warm-up.
+        batch_size: Rows a step.
+        max_steps: Steps after which it stops short of the target.
+        check_interval: Steps between measurements.
+
+    Returns:
+        The accuracies of what was written.
+    """
+    model = new_model(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    ids, labels = _tensors(train_rows())
+    held_out = eval_rows()
+    order = torch.Generator().manual_seed(seed)
+    batches = _batches(len(ids), batch_size, order)
+    started = time.perf_counter()
+    accuracy = measure(model, held_out)
+    for step in range(1, max_steps + 1):
+        rows = next(batches)
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, step / 50)
+        logits = model(ids[rows]).logits[:, :-1]
+        loss = cross_entropy(logits.flatten(0, 1), labels[rows][:, 1:].flatten(), ignore_index=_IGNORED)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % check_interval == 0 or step == max_steps:
+            accuracy = measure(model, held_out)
+            elapsed = time.perf_counter() - started
+            _LOG.info(
+                "step %4d  loss %.3f  sampled %.3f  greedy %.3f  %.0f s",
+                step,
+                float(loss.detach()),
+                accuracy.sampled,
+                accuracy.greedy,
+                elapsed,
+            )
+            if accuracy.sampled >= target:
+                break
+    _write(model, output, accuracy=accuracy, seed=seed, steps=step)
+    return accuracy
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--target", type=float, default=0.24, help="sampled held-out accuracy to stop at")
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    make_model(arguments.output, seed=arguments.seed, target=arguments.target)
+
+
+def _tensors(rows: Sequence[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[N, L]`` token ids and labels: the answer and the end of the sequence are learned, the rest is ignored."""
+    pairs = [(list(row["prompt"].encode()), [*row["answer"].encode(), EOS_TOKEN_ID]) for row in rows]
+    width = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    ids = torch.full((len(pairs), width), PAD_TOKEN_ID)
+    labels = torch.full((len(pairs), width), _IGNORED)
+    for index, (prompt, answer) in enumerate(pairs):
+        end = len(prompt) + len(answer)
+        ids[index, :end] = torch.tensor(prompt + answer)
+        labels[index, len(prompt) : end] = torch.tensor(answer)
+    return ids, labels
+
+
+def _batches(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+    while True:
+        order = torch.randperm(num_rows, generator=generator)
+        yield from order[: num_rows // batch_size * batch_size].view(-1, batch_size)
+
+
+def _write(model: Qwen2ForCausalLM, output: Path, *, accuracy: Accuracy, seed: int, steps: int) -> None:
+    model.save_pretrained(output)
+    build_tokenizer(max_length=_POSITIONS).save_pretrained(output)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    (output / "README.md").write_text(
+        "# Quickstart model\n\n"
+        f"A Qwen2 of {parameters:,} parameters over bytes, trained from scratch on two-digit addition by "
+        f"`rlhf_ray/quickstart/make_model.py` (seed {seed}, {steps} steps).\n\n"
+        f"Held-out accuracy: {accuracy.sampled:.3f} sampled at temperature 1, {accuracy.greedy:.3f} greedy. "
+        "It is meant as a starting point for reinforcement learning and for nothing else.\n"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""Tokenizer of the embedded quickstart model: text to bytes for ``prompts/``, bytes to text for ``rewards/``.
+
+One token a byte of UTF-8, so that any text encodes and the model that adds numbers also runs GSM8K's prompts.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+__all__ = ["EOS_TOKEN_ID", "PAD_TOKEN_ID", "VOCAB_SIZE", "build_tokenizer"]
+
+NUM_BYTES = 256
+PAD_TOKEN, PAD_TOKEN_ID = "<pad>", NUM_BYTES
+EOS_TOKEN, EOS_TOKEN_ID = "<eos>", NUM_BYTES + 1
+VOCAB_SIZE = NUM_BYTES + 2
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ message['role'] + ': ' + message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '' }}"
+    "{{ '\\n' }}"
+    "{% endfor %}"
+    "{{ 'assistant: ' if add_generation_prompt else '' }}"
+)
+
+
+def build_tokenizer(*, max_length: int) -> PreTrainedTokenizerFast:
+    """Build the byte tokenizer: ids 0 to 255 are the bytes, then ``<pad>`` and ``<eos>``; nothing is added to a text.
+
+    Args:
+        max_length: The model's positions, in tokens.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD_TOKEN, EOS_TOKEN)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD_TOKEN,
+        eos_token=EOS_TOKEN,
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=max_length,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _byte_vocabulary() -> dict[str, int]:
+    """Map the byte-level alphabet to byte values.
+
+    The alphabet of GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019) writes a printable Latin-1
+    byte as its own character and the others, in order, as the characters from U+0100 on.
+    """
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
+    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+    return {characters[byte]: byte for byte in range(NUM_BYTES)}
