@@ -43,10 +43,17 @@ class ModelSettings:
     """Which weights are trained."""
 
     path: str | None = setting(None, "local folder or hub id of the policy; none: the embedded quickstart model")
-    critic_path: str | None = setting(None, "local folder or hub id of the critic; none: the policy's weights with a value head")
+    critic_path: str | None = setting(
+        None, "local folder or hub id of the critic; none: the policy's weights with a value head"
+    )
     tokenizer_path: str | None = setting(None, "local folder or hub id of the tokenizer; none: the policy's")
-    dtype: Literal["auto", "float32", "bfloat16"] = setting("auto", "compute type; auto: bfloat16 on GPUs, float32 on CPUs; trained weights are kept in float32")
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting("auto", "attention kernel of the learner; auto: flash attention with packed rows where it is installed, else sdpa")
+    dtype: Literal["auto", "float32", "bfloat16"] = setting(
+        "auto", "compute type; auto: bfloat16 on GPUs, float32 on CPUs; trained weights are kept in float32"
+    )
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting(
+        "auto",
+        "attention kernel of the learner; auto: flash attention with packed rows where it is installed, else sdpa",
+    )
     trust_remote_code: bool = setting(False, "run code that ships with the model")
 
 
@@ -54,7 +61,9 @@ class ModelSettings:
 class DataSettings:
     """Where prompts come from."""
 
-    path: Any = setting(None, "JSONL, Parquet or CSV file or folder, hub id, or a ray.data.Dataset; none: the quickstart task")
+    path: Any = setting(
+        None, "JSONL, Parquet or CSV file or folder, hub id, or a ray.data.Dataset; none: the quickstart task"
+    )
     subset: str | None = setting(None, "configuration name of a hub dataset")
     split: str = setting("train", "split of a hub dataset")
     eval_path: Any = setting(None, "held-out dataset, as path")
@@ -65,7 +74,9 @@ class DataSettings:
     as_chat: bool = setting(False, "wrap a string prompt as a user message and apply the chat template")
     batch_size: int = setting(64, "prompts an iteration")
     shuffle: bool = setting(True, "shuffle every epoch, seeded by debugging.seed")
-    overlong_prompts: Literal["drop", "error"] = setting("drop", "what happens to a prompt longer than rollouts.max_prompt_tokens")
+    overlong_prompts: Literal["drop", "error"] = setting(
+        "drop", "what happens to a prompt longer than rollouts.max_prompt_tokens"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +85,9 @@ class RolloutSettings:
 
     num_replicas: int = setting(1, "vLLM replicas in the Serve pool")
     group_size: int = setting(4, "completions a prompt")
-    max_prompt_tokens: int | None = setting(None, "longest prompt in tokens; none: what the model's context leaves beside max_new_tokens")
+    max_prompt_tokens: int | None = setting(
+        None, "longest prompt in tokens; none: what the model's context leaves beside max_new_tokens"
+    )
     max_new_tokens: int = setting(8, "longest completion in tokens")
     temperature: float = setting(1.0, "sampling temperature")
     top_p: float = setting(1.0, "nucleus mass; training needs 1.0")
@@ -85,10 +98,14 @@ class RolloutSettings:
     max_concurrent_groups: int | None = setting(None, "groups in flight at once; none: data.batch_size")
     tensor_parallel_size: int = setting(1, "GPUs a replica")
     gpu_memory_utilization: float = setting(0.85, "share of a GPU's memory that an engine may take")
-    kv_cache_bytes: int | None = setting(None, "key-value cache of a CPU engine in bytes; none: sized for max_concurrent_groups")
+    kv_cache_bytes: int | None = setting(
+        None, "key-value cache of a CPU engine in bytes; none: sized for max_concurrent_groups"
+    )
     num_threads: int | None = setting(None, "threads of a CPU engine; none: its share of the machine's cores")
     enforce_eager: bool = setting(False, "skip CUDA graph capture")
-    weight_transfer: Literal["auto", "shared_memory", "nccl"] = setting("auto", "how weights reach the engines; auto: nccl when learners and engines are on GPUs")
+    weight_transfer: Literal["auto", "shared_memory", "nccl"] = setting(
+        "auto", "how weights reach the engines; auto: nccl when learners and engines are on GPUs"
+    )
     engine_args: dict[str, Any] = setting({}, "further vLLM AsyncEngineArgs, passed as they are")
     timeout_s: float = setting(600.0, "longest wait for one group, in seconds")
     startup_timeout_s: float = setting(900.0, "longest wait for the replicas to start, in seconds")
@@ -98,11 +115,16 @@ class RolloutSettings:
 class RewardSettings:
     """How completions are scored."""
 
-    functions: list[RewardSpec] = setting([], "callables, names of built-in rewards, 'module:function', 'file.py:function', or {name: ..., arguments}; none: the quickstart task's checker")
+    functions: list[RewardSpec] = setting(
+        [],
+        "callables, names of built-in rewards, 'module:function', 'file.py:function', or {name: ..., arguments}; none: the quickstart task's checker",
+    )
     weights: list[float] | None = setting(None, "one weight a function; none: 1 each")
     num_workers: int = setting(1, "reward actors")
     timeout_s: float = setting(30.0, "time limit of one group's reward, in seconds; the actor is killed and replaced")
-    max_failures: int | None = setting(None, "failed groups in one iteration before the run stops; none: data.batch_size")
+    max_failures: int | None = setting(
+        None, "failed groups in one iteration before the run stops; none: data.batch_size"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +134,9 @@ class TrainingSettings:
     iterations: int = setting(40, "iterations of a run")
     lr: float = setting(2e-4, "policy learning rate")
     critic_lr: float = setting(1e-3, "critic learning rate")
-    lr_schedule: Literal["constant", "linear", "cosine"] = setting("constant", "shape of both learning rates after warm-up, over training.iterations")
+    lr_schedule: Literal["constant", "linear", "cosine"] = setting(
+        "constant", "shape of both learning rates after warm-up, over training.iterations"
+    )
     lr_warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
     min_lr_ratio: float = setting(0.0, "learning rate at the end of the schedule, as a share of the peak")
     weight_decay: float = setting(0.0, "AdamW weight decay of matrices (not of norms and biases)")
@@ -133,7 +157,9 @@ class TrainingSettings:
     kl_coef: float = setting(0.0, "weight of the KL to the frozen reference; 0 starts no reference")
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = setting("k1", "estimator of the KL to the reference")
     kl_in: Literal["reward", "loss"] = setting("reward", "where the KL to the reference enters")
-    loss_aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = setting("token_mean", "how token losses become one number")
+    loss_aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
+        setting("token_mean", "how token losses become one number")
+    )
     critic_warmup_iterations: int = setting(0, "first iterations that update the critic alone")
 
 
@@ -173,10 +199,14 @@ class ReportingSettings:
     """Where a run is seen."""
 
     run_dir: str | None = setting(None, "folder of the run; none: runs/<algorithm>-<date>-<time>")
-    progress: Literal["auto", "live", "plain", "off"] = setting("auto", "console display; auto: live on a terminal, off in scripts, plain lines under the command line")
+    progress: Literal["auto", "live", "plain", "off"] = setting(
+        "auto", "console display; auto: live on a terminal, off in scripts, plain lines under the command line"
+    )
     tensorboard: bool = setting(True, "write TensorBoard events")
     wandb_project: str | None = setting(None, "Weights & Biases project; none: off")
-    wandb_mode: Literal["online", "offline"] = setting("offline", "offline writes to the run directory; sync it later with wandb sync")
+    wandb_mode: Literal["online", "offline"] = setting(
+        "offline", "offline writes to the run directory; sync it later with wandb sync"
+    )
     completions_interval: int = setting(1, "iterations between completion tables; 0: none")
 
 
@@ -201,7 +231,9 @@ class DebuggingSettings:
 class CallbackSettings:
     """User functions called on the driver."""
 
-    on_train_result: Callable[..., None] | None = setting(None, "f(algorithm=, result=) after each iteration; may change the result")
+    on_train_result: Callable[..., None] | None = setting(
+        None, "f(algorithm=, result=) after each iteration; may change the result"
+    )
     on_evaluate_end: Callable[..., None] | None = setting(None, "f(algorithm=, metrics=) after each evaluation")
     on_checkpoint: Callable[..., None] | None = setting(None, "f(algorithm=, path=) after each checkpoint")
 
@@ -212,9 +244,15 @@ class ResourceSettings:
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda when the Ray cluster has GPUs")
     ray_address: str | None = setting(None, "Ray cluster to join; none: RAY_ADDRESS, else a Ray on this machine")
-    cpus_per_replica: float | None = setting(None, "CPUs reserved a replica; none: 1, or a fair share where the cluster is small")
-    cpus_per_learner: float | None = setting(None, "CPUs reserved a learner; none: 1, or a fair share where the cluster is small")
-    cpus_per_reward_worker: float | None = setting(None, "CPUs reserved a reward actor; none: 1, or a fair share where the cluster is small")
+    cpus_per_replica: float | None = setting(
+        None, "CPUs reserved a replica; none: 1, or a fair share where the cluster is small"
+    )
+    cpus_per_learner: float | None = setting(
+        None, "CPUs reserved a learner; none: 1, or a fair share where the cluster is small"
+    )
+    cpus_per_reward_worker: float | None = setting(
+        None, "CPUs reserved a reward actor; none: 1, or a fair share where the cluster is small"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,6 +137,7 @@ def start_parts(
         tokenizer_path=inputs.tokenizer_path,
         num_cpus=session.shares.reward_worker,
         trust_remote_code=settings.model.trust_remote_code,
+        tokenizer=_portable_tokenizer(settings, inputs),
     )
     try:
         learners.start()
@@ -282,6 +283,15 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
         bridge=bridge,
         startup_timeout_s=rollouts.startup_timeout_s,
     )
+
+
+def _portable_tokenizer(settings: Settings, inputs: Inputs) -> Any:
+    """The tokenizer itself for the reward workers, which saves them the import of most of transformers.
+
+    ``None`` where its class came with the model: that can be imported only from the model's own files.
+    """
+    tokenizer = load_tokenizer(inputs.tokenizer_path, trust_remote_code=settings.model.trust_remote_code)
+    return tokenizer if type(tokenizer).__module__.startswith("transformers.") else None
 
 
 def _model_config(field: str, path: str, trust_remote_code: bool) -> PretrainedConfig:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from dataclasses import dataclass
 
 import ray
@@ -49,7 +50,7 @@ def cpu_shares(settings: Settings, cluster_cpus: float) -> Shares:
             f"replicas, learners and reward workers need more than the cluster's {cluster_cpus:g} CPUs; lower them",
         )
     # Ray counts fractions in ten-thousandths, and only below one.
-    share = 1.0 if room >= open_actors else math.floor(room / open_actors * 100) / 100
+    share = 1.0 if not open_actors or room >= open_actors else math.floor(room / open_actors * 100) / 100
     replica, learner, reward_worker = (share if cpus is None else cpus for cpus, _ in asked)
     return Shares(replica=replica, learner=learner, reward_worker=reward_worker)
 
@@ -64,6 +65,10 @@ class RaySession:
     def __init__(self, settings: Settings) -> None:
         self._owned = not ray.is_initialized()
         if self._owned:
+            # A busy laptop needs more than Ray's half minute.
+            os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+            # Says at every local start that tokens protect the cluster: nothing that the user can or need do.
+            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
             ray.init(
                 address=settings.resources.ray_address,
                 namespace="rlhf_ray",

@@ -164,6 +164,7 @@ class Learner:
             for index in epoch:
                 self._step(plan.minibatches[index], microbatches, estimates, metrics, update_policy, first=first)
                 first = False
+        self._reshard()
         figures |= metrics.merge(len(plan.minibatches) * len(plan.epochs))
         figures["lr"], figures["critic_lr"] = self.policy.lr, self.critic.lr
         ended = time.perf_counter()
@@ -200,6 +201,12 @@ class Learner:
             if dist.get_rank() == 0:
                 _write_pretrained(model, full, path)
             dist.barrier()
+
+    def _reshard(self) -> None:
+        """A forward pass without a backward one leaves a model's outermost weights gathered on every rank."""
+        for model in (self.policy.model, self._reference):
+            if model is not None:
+                model.reshard()
 
     def _state(self) -> dict[str, Any]:
         return {"policy": self.policy.state_dict(), "critic": self.critic.state_dict()}

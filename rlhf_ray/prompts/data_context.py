@@ -13,7 +13,7 @@ from rlhf_ray.errors import DataError, RLHFRayError
 if TYPE_CHECKING:
     import ray.data
 
-__all__ = ["NUM_CPUS", "RUN_NAME", "configure", "data_errors", "prompt_context"]
+__all__ = ["NUM_CPUS", "RUN_NAME", "STALL_TIMEOUT_S", "configure", "data_errors", "prompt_context"]
 
 NUM_CPUS = 0.1
 """CPUs that a reading or tokenising task reserves: replicas and learners may leave no whole one on a small machine."""
@@ -27,11 +27,15 @@ STALL_TIMEOUT_S = 300.0
 
 @contextlib.contextmanager
 def prompt_context() -> Iterator[None]:
-    """Give datasets created inside a context of their own, made from the user's."""
+    """Give datasets created inside a context of their own, made from the user's.
+
+    The current context belongs to the whole process, so create a dataset inside and run it outside.
+    """
     from ray.data import DataContext
 
     context = DataContext.get_current().copy()
     configure(context)
+    context.max_errored_blocks = 0  # a block left out for an error would give its prompt ids to the next one
     with DataContext.current(context):
         yield
 

@@ -19,7 +19,7 @@ __all__ = ["json_rows"]
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
-def json_rows(stream: IO[bytes], name: str) -> Iterator[tuple[Row, int]]:
+def json_rows(stream: IO[bytes], name: str) -> Iterator[Row]:
     """Parse JSON lines, or one JSON array of objects.
 
     Args:
@@ -27,7 +27,7 @@ def json_rows(stream: IO[bytes], name: str) -> Iterator[tuple[Row, int]]:
         name: What to call the file in an error.
 
     Yields:
-        Each row and the bytes it took in the file (0 in an array).
+        The rows in order.
 
     Raises:
         DataError: A line is not JSON, not UTF-8 or not an object; names the line.
@@ -41,12 +41,12 @@ def json_rows(stream: IO[bytes], name: str) -> Iterator[tuple[Row, int]]:
         yield from _array_rows(b"".join(line for _, line in itertools.chain([first], numbered)), name)
         return
     for number, line in itertools.chain([first], numbered):
-        yield _object(_parse(line, f"{name}, line {number}"), f"{name}, line {number}"), len(line)
+        yield _object(_parse(line, f"{name}, line {number}"), f"{name}, line {number}")
 
 
-def _array_rows(text: bytes, name: str) -> Iterator[tuple[Row, int]]:
+def _array_rows(text: bytes, name: str) -> Iterator[Row]:
     for index, value in enumerate(_parse(text, name)):
-        yield _object(value, f"{name}, element {index}"), 0
+        yield _object(value, f"{name}, element {index}")
 
 
 def _parse(text: bytes, where: str) -> Any:

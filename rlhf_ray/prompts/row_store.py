@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rlhf_ray.prompts.data_context import RUN_NAME
+from rlhf_ray.prompts.data_context import RUN_NAME, STALL_TIMEOUT_S
 from rlhf_ray.prompts.order import Int64Array
 
 if TYPE_CHECKING:
@@ -40,7 +40,8 @@ class RowStore:
         blocks = dataset.to_arrow_refs()
         # Where a block lies is for Ray to know: its rows are counted there, not here.
         count = ray.remote(num_cpus=0)(_num_rows)
-        return cls(blocks, ray.get([count.remote(block) for block in blocks]))
+        block_rows = ray.get([count.remote(block) for block in blocks], timeout=STALL_TIMEOUT_S)
+        return cls(blocks, block_rows)
 
     @classmethod
     def from_tables(cls, tables: Iterable[pa.Table]) -> RowStore:

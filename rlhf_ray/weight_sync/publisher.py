@@ -74,12 +74,12 @@ class ObjectStorePublisher:
         manifest, refs = self._source.publish()
         if manifest.version != version:
             raise WeightSyncError(f"the learners published version {manifest.version} where {version} was due")
-        reports = _ask_all(self._handle, "load_weights", manifest, refs)
+        answers = _ask_all(self._handle, "load_weights", manifest, refs)
         return Publication(
             version=version,
             size_bytes=manifest.size_bytes,
-            pause_s=checked_pause(version, reports),
-            num_replicas=len(reports),
+            pause_s=checked_pause(version, answers),
+            num_replicas=len(_reports(answers)),
             weight_sync_s=time.perf_counter() - started,
         )
 
@@ -99,14 +99,14 @@ class NcclPublisher:
     def publish(self, version: int) -> Publication:
         """See :meth:`Publisher.publish`."""
         started = time.perf_counter()
-        before = [a.replica_id for a in _ask_all(self._handle, "status") if isinstance(a, LoadReport)]
+        before = [report.replica_id for report in _reports(_ask_all(self._handle, "status"))]
         size_bytes = self._source.send(tuple(sorted(before)))
-        reports = _ask_all(self._handle, "status")
+        answers = _ask_all(self._handle, "status")
         return Publication(
             version=version,
             size_bytes=size_bytes,
-            pause_s=checked_pause(version, reports),
-            num_replicas=len(reports),
+            pause_s=checked_pause(version, answers),
+            num_replicas=len(_reports(answers)),
             weight_sync_s=time.perf_counter() - started,
         )
 
@@ -122,7 +122,7 @@ def checked_pause(version: int, answers: list[LoadReport | BaseException]) -> fl
     """
     from ray.exceptions import RayActorError
 
-    reports = [answer for answer in answers if isinstance(answer, LoadReport)]
+    reports = _reports(answers)
     failures = [a for a in answers if not isinstance(a, (LoadReport, RayActorError))]
     if failures:
         raise WeightSyncError(f"a replica could not load policy version {version}: {failures[0]!r}")
@@ -137,5 +137,12 @@ def checked_pause(version: int, answers: list[LoadReport | BaseException]) -> fl
 
 
 def _ask_all(handle: Any, method: str, *arguments: Any) -> list[LoadReport | BaseException]:
-    answers = handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S, return_exceptions=True)
+    try:
+        answers = handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S, return_exceptions=True)
+    except TimeoutError:
+        raise WeightSyncError(f"the replicas did not answer {method} within {_TIMEOUT_S:g} s") from None
     return list(answers)
+
+
+def _reports(answers: list[LoadReport | BaseException]) -> list[LoadReport]:
+    return [answer for answer in answers if isinstance(answer, LoadReport)]

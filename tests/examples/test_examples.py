@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -112,29 +113,11 @@ def test_a_local_test_set_can_be_measured_on_the_way(model: Path, problems: Path
     assert config.schedule().evaluations == 20
 
 
-def test_prompts_are_chats_that_ask_for_the_marker(model: Path, problems: Path) -> None:
-    from rlhf_ray.prompts.builder import NumberedRow, PromptBuilder
-    from rlhf_ray.prompts.tokenizer import load_tokenizer
-    from rlhf_ray.types import Prompt
-
-    settings = PPOConfig.from_yaml(YAML).settings
-    builder = PromptBuilder.from_settings(
-        settings.data,
-        source_name="gsm8k",
-        max_prompt_tokens=1024,
-        tokenizer_path=str(model),
-        trust_remote_code=False,
-    )
-    row = json.loads(problems.read_text().splitlines()[3])
-    (prompt,) = builder.build([NumberedRow(prompt_id=0, dataset_row=3, row=row)])
-    assert isinstance(prompt, Prompt)
-    assert isinstance(prompt.text, list)
-    (message,) = prompt.text
-    assert message["role"] == "user"
-    assert message["content"].startswith(row["question"])
-    assert "####" in message["content"]
-    assert load_tokenizer(str(model)).decode(prompt.token_ids.tolist()).endswith("final number.\nassistant: ")
-    assert prompt.columns == {"answer": row["answer"]}
+def test_prompts_are_chats_that_ask_for_the_marker_that_the_reward_reads() -> None:
+    data = PPOConfig.from_yaml(YAML).settings.data
+    assert (data.prompt_column, data.as_chat) == ("question", True)
+    assert data.prompt_template is not None
+    assert re.fullmatch(r"\{prompt\}\n\n[^\n]*####[^\n]*", data.prompt_template)
 
 
 def test_its_reward_reads_the_datasets_answers() -> None:

@@ -1,7 +1,7 @@
 """Runs of a learner on a tiny model, for comparison: in the test's own process or, as a script, on several ranks.
 
-``python learner_scenarios.py FOLDER RANK WORLD_SIZE`` runs every scenario of ``SCENARIOS`` and leaves the outcomes in
-``FOLDER/rank<RANK>.pt``.
+``python learner_scenarios.py FOLDER RANK WORLD_SIZE`` runs every scenario of ``SCENARIOS`` in small microbatches and
+leaves a ``RankResult`` in ``FOLDER/rank<RANK>.pt``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.packing import RankPlan, plan_update
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.settings import TrainingSettings
+from rlhf_ray.weight_sync.buckets import ByteArray
+from rlhf_ray.weight_sync.manifest import BucketLayout
 
 VOCABULARY = 64
 MAX_NEW_TOKENS = 12
@@ -42,8 +44,22 @@ class Scenario:
     num_minibatches: int = 2
     num_epochs: int = 1
     max_tokens: int = 1000
+    small_max_tokens: int = 16
+    """Of the same run in small microbatches."""
     update_policy: tuple[bool, ...] = (True, True)
     """One update an entry."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankResult:
+    """What one of several ranks leaves behind."""
+
+    outcomes: dict[str, Outcome]
+    """Scenario -> outcome, in small microbatches."""
+    in_large_microbatches: Outcome
+    """Of ``token_mean``."""
+    buckets: list[tuple[BucketLayout, ByteArray | None]]
+    """What this rank was given of the weights before any update."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,22 +71,24 @@ class Outcome:
     critic: Weights
 
 
-def scenarios() -> dict[str, Scenario]:
-    """Every run that is made on two ranks; a name with ``tiny`` cuts the one without it into small microbatches."""
-    whole: dict[str, Scenario] = {mode: Scenario(training={"loss_aggregation": mode}) for mode in AGGREGATIONS}
-    whole["kl_in_reward"] = Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2)
-    whole["kl_in_loss"] = Scenario(
+SCENARIOS: dict[str, Scenario] = {
+    **{mode: Scenario(training={"loss_aggregation": mode}) for mode in AGGREGATIONS},
+    "kl_in_reward": Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2),
+    "kl_in_loss": Scenario(
         training={"kl_coef": 0.3, "kl_in": "loss", "entropy_coef": 0.1, "dual_clip": 3.0, "max_grad_norm": 0.05}
-    )
-    whole["one_step"] = Scenario(num_minibatches=1)
-    whole["critic_warmup"] = Scenario(update_policy=(False, True))
-    whole["gradient_checkpointing"] = Scenario(spec={"gradient_checkpointing": True})
+    ),
+    "one_step": Scenario(num_minibatches=1),
+    "critic_warmup": Scenario(update_policy=(False, True)),
     # Two sequences in two minibatches: the second of two ranks holds no sequence at all.
-    whole["idle_rank"] = Scenario(num_sequences=2)
+    "idle_rank": Scenario(num_sequences=2),
     # Three sequences in one minibatch, each in a microbatch of its own: one rank's second microbatch is empty.
-    whole["empty_microbatch"] = Scenario(num_sequences=3, num_minibatches=1)
-    cut = {f"{name}/tiny": replace(scenario, max_tokens=12) for name, scenario in whole.items()}
-    return whole | cut
+    "empty_microbatch": Scenario(num_sequences=3, num_minibatches=1, small_max_tokens=1),
+}
+
+
+def in_small_microbatches(scenario: Scenario) -> Scenario:
+    """The same run cut so small that few sequences share a microbatch."""
+    return replace(scenario, max_tokens=scenario.small_max_tokens)
 
 
 def save_models(folder: Path) -> None:
@@ -120,7 +138,7 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
 
 
 def make_batch(num_sequences: int, seed: int) -> SequenceBatch:
-    """Random sequences, with completions of 1 to ``MAX_NEW_TOKENS`` tokens, read-only as the object store gives them."""
+    """Random sequences with completions of 1 to ``MAX_NEW_TOKENS`` tokens, read-only as from the object store."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(2, 9, size=num_sequences).astype(np.int32)
     completions = rng.integers(2, MAX_NEW_TOKENS + 1, size=num_sequences).astype(np.int32)
@@ -187,12 +205,14 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     """One rank's part of everything that is made on several."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
-    outcomes: dict[str, Outcome] = {name: run(scenario, folder) for name, scenario in scenarios().items()}
+    outcomes = {name: run(in_small_microbatches(scenario), folder) for name, scenario in SCENARIOS.items()}
+    large = run(SCENARIOS["token_mean"], folder)
     save_after_one_update(folder, folder / "checkpoint")
     learner = Learner(make_spec(folder, Scenario()))
     buckets = list(learner.weight_buckets())
     learner.export(str(folder / "export"))
-    torch.save({"outcomes": outcomes, "buckets": buckets}, folder / f"rank{rank}.pt")
+    result = RankResult(outcomes=outcomes, in_large_microbatches=large, buckets=buckets)
+    torch.save(result, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -201,4 +221,7 @@ def without_wall_times(figures: Sequence[Figures]) -> list[Figures]:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    # Under its own name, or the results would be pickled as classes of ``__main__``.
+    import learner_scenarios
+
+    learner_scenarios.main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

@@ -52,7 +52,7 @@ def test_a_broken_line_beyond_the_sample_is_found(tmp_path: Path) -> None:
 
 
 def test_a_check_of_a_huge_file_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "_PARSED_BYTES", 100)
+    monkeypatch.setattr(files, "_PARSED_ROWS", 10)
     path = tmp_path / "data.jsonl"
     path.write_text('{"prompt": "a"}\n' * 40 + "{broken\n")
     assert len(source(path).sample(3)) == 3

@@ -56,13 +56,14 @@ def test_a_cluster_without_a_free_cpu_is_an_error_and_not_a_hang(
             pass
 
     monkeypatch.setattr(data_context, "STALL_TIMEOUT_S", 2.0)
-    free_cpus = ray.available_resources()["CPU"]
-    holder = ray.remote(num_cpus=free_cpus)(Holder).remote()
-    ray.get(holder.ready.remote(), timeout=60)
-    starved = make_reader(tokenizer_path, rows(3, blocks=1), PromptOrder(3, seed=0, shuffle=True))
-    with pytest.raises(DataError, match=r"making prompts stood still for 2 s: Ray Data needs 0\.1 CPU"):
-        next(starved.outcomes(0))
-    ray.kill(holder)
+    holder = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(Holder).remote()
+    try:
+        ray.get(holder.ready.remote(), timeout=60)
+        starved = make_reader(tokenizer_path, rows(3, blocks=1), PromptOrder(3, seed=0, shuffle=True))
+        with pytest.raises(DataError, match=r"making prompts stood still for 2 s: Ray Data needs 0\.1 CPU"):
+            next(starved.outcomes(0))
+    finally:
+        ray.kill(holder)
 
 
 class StallingRun:

@@ -226,18 +226,16 @@ def test_the_time_limit_does_not_count_the_wait_for_a_worker(pool: RewardPool, g
     assert all(isinstance(outcome, ScoredGroup) for outcome in outcomes)
 
 
-def test_a_function_that_kills_its_worker(pool: RewardPool, group_of: GroupOf) -> None:
-    # The last group is sent ahead and goes down with the worker both times, but had not begun.
-    with counted(pool, worker_died=1, replaced=2):
-        outcomes = score_all(pool, [group_of([word], group_id=i) for i, word in enumerate(["fine", "die", "fine"])])
-    assert [isinstance(outcome, ScoredGroup) for outcome in outcomes] == [True, False, True]
-    assert "died, 2 times" in outcomes[1].message
-
-
-def test_a_worker_that_dies_once_costs_no_group(pool: RewardPool, group_of: GroupOf, tmp_path: Path) -> None:
-    with counted(pool, replaced=1):
-        (outcome,) = score_all(pool, [group_of(["die once"], marker=str(tmp_path / "died"))])
-    assert outcome.rewards.tolist() == [8.0]
+def test_a_function_that_kills_its_worker(cluster: None, tokenizer: Any, group_of: GroupOf, tmp_path: Path) -> None:
+    words = ["fine", "die once", "die", "fine"]
+    groups = [group_of([word], group_id=i, marker=str(tmp_path / word)) for i, word in enumerate(words)]
+    with started(behave, tokenizer=tokenizer, timeout_s=60.0) as pool:
+        outcomes = score_all(pool, groups)
+    # The last group is sent ahead, and goes down with a worker that it had not begun on each time.
+    assert [isinstance(outcome, ScoredGroup) for outcome in outcomes] == [True, True, False, True]
+    assert outcomes[2].kind == "worker_died"
+    assert "died, 2 times" in outcomes[2].message
+    assert (pool.failures, pool.workers_replaced) == ({"worker_died": 1}, 3)
 
 
 def test_workers_take_one_computing_thread(pool: RewardPool, group_of: GroupOf) -> None:

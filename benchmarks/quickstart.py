@@ -1,0 +1,75 @@
+"""The quickstart's learning curve: trains (or reads a run), writes results/quickstart.png and quickstart.json.
+
+python benchmarks/quickstart.py                 # trains with the quickstart's own settings
+python benchmarks/quickstart.py runs/ppo-...    # draws a run that is there
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+from provenance import RESULTS, write_result
+
+from rlhf_ray import PPOConfig
+
+HELD_OUT = "evaluation/quickstart/reward_mean"
+
+
+def read_run(run_dir: Path) -> list[dict[str, Any]]:
+    """One flat dictionary an iteration."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Mean training reward of each iteration, and greedy held-out accuracy where it was measured."""
+    figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
+    iterations = [row["training_iteration"] for row in rows]
+    axes.plot(
+        iterations, [row["rollouts/reward_mean"] for row in rows], color="#9aa7b8", label="training reward, sampled"
+    )
+    measured = [row for row in rows if HELD_OUT in row]
+    axes.plot(
+        [row["training_iteration"] for row in measured],
+        [row[HELD_OUT] for row in measured],
+        color="#c2410c",
+        marker="o",
+        label="held-out accuracy, greedy",
+    )
+    axes.set(xlabel="iteration", ylabel="share of sums right", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right", frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+    """Train or read, then draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run_dir", nargs="?", type=Path)
+    run_dir = parser.parse_args().run_dir
+    if run_dir is None:
+        run_dir = Path(tempfile.mkdtemp()) / "run"
+        command = [sys.executable, "-c", "import sys; from rlhf_ray.cli import main; sys.exit(main(sys.argv[1:]))"]
+        subprocess.run([*command, "quickstart", f"reporting.run_dir={run_dir}"], check=True)
+    rows = read_run(run_dir)
+    draw(rows, RESULTS / "quickstart.png")
+    settings = PPOConfig.from_yaml(run_dir / "config.yaml").settings
+    result = {
+        "seed": settings.debugging.seed,
+        "iterations": len(rows),
+        "held_out_accuracy": {row["training_iteration"]: row[HELD_OUT] for row in rows if HELD_OUT in row},
+        "training_reward_last_10": sum(row["rollouts/reward_mean"] for row in rows[-10:]) / len(rows[-10:]),
+        "sampling_logprob_diff_max": max(row["learner/sampling_logprob_diff_max"] for row in rows),
+        "iteration_s_median": sorted(row["timers/iteration_s"] for row in rows)[len(rows) // 2],
+    }
+    print("written to", write_result("quickstart", result), "and quickstart.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_ray.algorithms.iteration_result import evaluation_metrics, iteration_result
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.packing import plan_update
+from rlhf_ray.reporting.metrics import flatten, metric_for
+from rlhf_ray.rollouts.controller import Collected
+from rlhf_ray.types import Completion, Prompt, RewardFailure, RolloutGroup, ScoredGroup, VersionSpan
+from rlhf_ray.weight_sync.publisher import Publication
+
+NAN = float("nan")
+
+
+def completion(length: int, *spans: tuple[int, int, int], finish_reason: str = "stop") -> Completion:
+    return Completion(
+        token_ids=np.arange(length, dtype=np.int32),
+        sampling_logprobs=np.zeros(length, dtype=np.float32),
+        version_spans=tuple(VersionSpan(version=v, start=start, end=end) for v, start, end in spans),
+        finish_reason=finish_reason,
+    )
+
+
+def scored(
+    group_id: int, prompt_tokens: int, completions: list[Completion], rewards: list[float], **by_function: list[float]
+) -> ScoredGroup:
+    prompt = Prompt(prompt_id=group_id, token_ids=np.arange(prompt_tokens, dtype=np.int32), text="")
+    group = RolloutGroup(group_id=group_id, prompt=prompt, completions=tuple(completions), replica_id="r")
+    return ScoredGroup(
+        group=group,
+        rewards=np.asarray(rewards, dtype=np.float32),
+        rewards_by_function={name: np.asarray(values, dtype=np.float32) for name, values in by_function.items()},
+        texts=("",) * len(completions),
+        reward_s=0.1,
+    )
+
+
+# The policy is version 5; two completions were begun by version 4.
+GROUPS = (
+    scored(
+        8,
+        3,
+        [completion(4, (4, 0, 3), (5, 3, 4)), completion(2, (5, 0, 2), finish_reason="length")],
+        [1.0, 0.0],
+        exact=[1.0, 0.0],
+        form=[NAN, 0.5],
+    ),
+    scored(9, 5, [completion(1, (5, 0, 1)), completion(1, (4, 0, 1))], [2.0, 1.0], exact=[2.0, 1.0], form=[NAN, NAN]),
+)
+FIGURES = {"policy_loss": -0.5, "entropy": 1.5, "lr": 1e-6, "advantage_s": 0.5, "update_s": 1.5}
+
+
+def make_result(**overrides: Any) -> dict[str, Any]:
+    collected = Collected(groups=GROUPS, failures=Counter(timeout=2, raised=1), retries=3, rollout_s=2.0, reward_s=0.25)
+    batch = SequenceBatch.from_groups(GROUPS)
+    arguments: dict[str, Any] = {
+        "collected": collected,
+        "batch": batch,
+        "plan": plan_update(
+            batch.lengths.tolist(),
+            batch.completion_lengths.tolist(),
+            num_minibatches=2,
+            num_epochs=1,
+            num_ranks=2,
+            max_tokens=1,
+            packed=False,
+            seed=0,
+        ),
+        "figures": dict(FIGURES),
+        "publication": Publication(version=6, size_bytes=3000, pause_s=0.03, num_replicas=2, weight_sync_s=0.125),
+        "version": 5,
+        "iteration_s": 4.5,
+        "dropped_prompts": 7,
+        "reward_workers_replaced": 1,
+    }
+    return iteration_result(**arguments | overrides)
+
+
+def test_rollouts_by_hand() -> None:
+    assert make_result()["rollouts"] == {
+        "num_groups": 2,
+        "num_completions": 4,
+        "reward_mean": pytest.approx(1.0),
+        "reward_std": pytest.approx(math.sqrt(0.5)),
+        # Over completions: 3, 3, 5 and 5.
+        "prompt_tokens_mean": pytest.approx(4.0),
+        "completion_tokens_mean": pytest.approx(2.0),
+        "completion_tokens_max": 4,
+        "truncated_fraction": pytest.approx(0.25),
+        "tokens_per_s": pytest.approx(8 / 2.0),
+        # 4 of 8 tokens are one version old.
+        "staleness_mean": pytest.approx(0.5),
+        "staleness_max": 1,
+        "dropped_prompts": 7,
+    }
+
+
+def test_rewards_are_told_by_function_where_it_applies() -> None:
+    assert make_result()["rewards"] == {
+        "exact": {"mean": pytest.approx(1.0)},
+        "form": {"mean": pytest.approx(0.5)},
+        "failures": {"timeout": 2, "raised": 1},
+    }
+
+
+def test_a_function_that_never_applies_has_no_mean() -> None:
+    silent = (scored(1, 1, [completion(1, (5, 0, 1))], [0.0], form=[NAN]),)
+    collected = Collected(groups=silent, failures=Counter(), retries=0, rollout_s=1.0, reward_s=0.0)
+
+    rewards = make_result(collected=collected)["rewards"]
+
+    assert math.isnan(rewards["form"]["mean"])
+    assert rewards["failures"] == {}
+
+
+def test_learner_timers_and_weight_sync() -> None:
+    result = make_result()
+
+    assert result["learner"] == {
+        "policy_loss": -0.5,
+        "entropy": 1.5,
+        "lr": 1e-6,
+        # Prompts of 3, 3, 5, 5 and completions of 4, 2, 1, 1.
+        "num_tokens": 24,
+        # A budget of one token puts each sequence alone; two minibatches of two over two ranks.
+        "num_microbatches": 2,
+        "padding_fraction": 0.0,
+        "tokens_per_s": pytest.approx(24 / 2.0),
+        "policy_version": 6,
+    }
+    assert result["timers"] == {
+        "rollout_s": 2.0,
+        "reward_s": 0.25,
+        "advantage_s": 0.5,
+        "update_s": 1.5,
+        "weight_sync_s": 0.125,
+        "iteration_s": 4.5,
+    }
+    assert result["weight_sync"] == {"size_bytes": 3000, "pause_s": 0.03, "num_replicas": 2}
+    assert result["fault_tolerance"] == {"group_retries": 3, "reward_workers_replaced": 1}
+
+
+def test_the_figures_of_the_learners_are_left_as_they_are() -> None:
+    figures = dict(FIGURES)
+
+    make_result(figures=figures)
+
+    assert figures == FIGURES
+
+
+def test_every_key_is_declared_and_every_value_is_a_number() -> None:
+    flat = flatten(make_result() | {"evaluation": {"gsm8k": evaluation_metrics(GROUPS)}})
+
+    assert [key for key in flat if metric_for(key) is None] == []
+    assert all(isinstance(value, (int, float)) for value in flat.values())
+
+
+# Evaluation.
+
+
+def test_evaluation_leaves_failures_out_of_the_mean_and_counts_them() -> None:
+    failure = RewardFailure(group_id=3, kind="timeout", message="too slow")
+
+    assert evaluation_metrics([*GROUPS, failure]) == {
+        "reward_mean": pytest.approx(1.0),
+        "num_prompts": 3,
+        "failures": 1,
+        "completion_tokens_mean": pytest.approx(2.0),
+        "truncated_fraction": pytest.approx(0.25),
+    }
+
+
+def test_evaluation_in_which_every_reward_failed_has_no_mean() -> None:
+    metrics = evaluation_metrics([RewardFailure(group_id=3, kind="raised", message="bug")])
+
+    assert math.isnan(metrics["reward_mean"])
+    assert (metrics["num_prompts"], metrics["failures"]) == (1, 1)

@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from rlhf_ray.algorithms.ray_session import Shares, cpu_shares
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.settings import Settings
+
+
+def settings_of(*, replicas: int = 1, learners: int = 1, rewards: int = 1, **resources: Any) -> Settings:
+    """Settings with that many actors; keyword arguments are reservations."""
+    base = Settings()
+    return replace(
+        base,
+        rollouts=replace(base.rollouts, num_replicas=replicas),
+        learners=replace(base.learners, num_learners=learners),
+        rewards=replace(base.rewards, num_workers=rewards),
+        resources=replace(base.resources, **resources),
+    )
+
+
+TABLE: list[tuple[dict[str, Any], float, tuple[float, float, float]]] = [
+    # A CPU each where there is one for everybody, with a little left over.
+    ({}, 8, (1.0, 1.0, 1.0)),
+    ({}, 3.2, (1.0, 1.0, 1.0)),
+    ({"replicas": 4, "learners": 4, "rewards": 2}, 64, (1.0, 1.0, 1.0)),
+    # A fair share of what is there, less 0.2, rounded down to hundredths.
+    ({}, 3, (0.93, 0.93, 0.93)),
+    ({}, 2, (0.6, 0.6, 0.6)),
+    ({}, 1, (0.26, 0.26, 0.26)),
+    ({"replicas": 2, "learners": 2}, 2, (0.36, 0.36, 0.36)),
+    # What is set is taken first and the others share the rest.
+    ({"cpus_per_replica": 1.0}, 2, (1.0, 0.4, 0.4)),
+    ({"replicas": 2, "cpus_per_replica": 0.5}, 2, (0.5, 0.4, 0.4)),
+    ({"cpus_per_replica": 6.0}, 16, (6.0, 1.0, 1.0)),
+    ({"cpus_per_reward_worker": 0.0}, 2, (0.9, 0.9, 0.0)),
+    # All set: the whole cluster may be reserved.
+    ({"cpus_per_replica": 1.0, "cpus_per_learner": 0.5, "cpus_per_reward_worker": 0.5}, 2, (1.0, 0.5, 0.5)),
+]
+
+
+@pytest.mark.parametrize(("arguments", "cpus", "shares"), TABLE)
+def test_shares_by_hand(arguments: dict[str, Any], cpus: float, shares: tuple[float, float, float]) -> None:
+    replica, learner, reward_worker = shares
+
+    found = cpu_shares(settings_of(**arguments), cpus)
+
+    assert found == Shares(replica=replica, learner=learner, reward_worker=reward_worker)
+
+
+@pytest.mark.parametrize("cpus", [1, 2, 3, 4, 7, 16])
+@pytest.mark.parametrize("counts", [(1, 1, 1), (4, 2, 1), (8, 8, 8)])
+def test_derived_shares_fit_the_cluster_and_leave_a_little(cpus: float, counts: tuple[int, int, int]) -> None:
+    replicas, learners, rewards = counts
+
+    shares = cpu_shares(settings_of(replicas=replicas, learners=learners, rewards=rewards), cpus)
+
+    taken = shares.replica * replicas + shares.learner * learners + shares.reward_worker * rewards
+    assert 0 < taken <= cpus - 0.2 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cpus"),
+    [
+        ({"cpus_per_learner": 3.0}, 2),
+        # Nothing is left for those that are not set.
+        ({"cpus_per_learner": 2.0}, 2),
+        ({"cpus_per_learner": 1.79}, 2),
+        ({"replicas": 100}, 1),
+        ({}, 0),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused(arguments: dict[str, Any], cpus: float) -> None:
+    with pytest.raises(ConfigError, match=f"{cpus} CPUs") as caught:
+        cpu_shares(settings_of(**arguments), cpus)
+    assert caught.value.field.startswith("resources.cpus_per_replica")

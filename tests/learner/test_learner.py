@@ -1,0 +1,657 @@
+"""The exactness contract of the learner, on a tiny model: on one rank here, on two in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import learner_scenarios as runs
+import numpy as np
+import pytest
+import torch
+from learner_scenarios import RESUMED, SCENARIOS, Outcome, RankResult, Scenario
+from torch.distributed.tensor import DTensor
+
+import rlhf_ray
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.layout import Microbatch, lay_out
+from rlhf_ray.learner.learner import Learner
+from rlhf_ray.learner.metrics import MetricSums
+from rlhf_ray.learner.packing import plan_update
+from rlhf_ray.reporting.metrics import metric_for
+from rlhf_ray.weight_sync.buckets import unpack_bucket
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+CPU = torch.device("cpu")
+MULTI_STEP = [name for name, scenario in SCENARIOS.items() if scenario.num_minibatches * scenario.num_epochs > 1]
+
+
+@pytest.fixture(scope="module")
+def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankResult, RankResult]:
+    """The folder that two ranks wrote to, and what each left behind."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    for name in ("policy", "critic"):
+        (folder / name).symlink_to(models / name)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, runs.__file__, str(folder), str(rank), "2"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=400)
+            assert process.returncode == 0, output
+    finally:
+        for process in started:
+            process.kill()
+    first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
+    return folder, first, second
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(models: Path) -> Callable[[str], Outcome]:
+    """Run a scenario here, once, each minibatch in one microbatch: what every other split is compared with."""
+    done: dict[str, Outcome] = {}
+
+    def outcome(name: str) -> Outcome:
+        if name not in done:
+            done[name] = runs.run(SCENARIOS[name], models)
+        return done[name]
+
+    return outcome
+
+
+@pytest.fixture
+def make_learner(models: Path) -> Callable[..., Learner]:
+    """Build a learner; keyword arguments are training settings."""
+
+    def make(scenario: Scenario | None = None, **training: Any) -> Learner:
+        scenario = scenario or Scenario()
+        return Learner(runs.make_spec(models, replace(scenario, training=scenario.training | training)))
+
+    return make
+
+
+@pytest.fixture
+def policy_forwards(make_learner: Callable[..., Learner]) -> Callable[[Scenario], int]:
+    """Count the policy's forward passes in one update of a scenario."""
+
+    def count(scenario: Scenario) -> int:
+        learner = make_learner(scenario)
+        calls: list[int] = []
+        handle = learner.policy.model.register_forward_hook(lambda *_: calls.append(1))
+        runs.update(learner, scenario, 0)
+        handle.remove()
+        return len(calls)
+
+    return count
+
+
+def assert_same(outcome: Outcome, wanted: Outcome, tolerance: float = 1e-5) -> None:
+    for mine, theirs in zip(
+        runs.without_wall_times(outcome.figures), runs.without_wall_times(wanted.figures), strict=True
+    ):
+        assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    assert_same_weights(outcome.policy, wanted.policy, tolerance)
+    assert_same_weights(outcome.critic, wanted.critic, tolerance)
+
+
+def assert_same_weights(mine: runs.Weights, theirs: runs.Weights, tolerance: float) -> None:
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=0.0, atol=tolerance, msg=name)
+
+
+def one_microbatch(batch: SequenceBatch, *, packed: bool = False) -> Microbatch:
+    return lay_out(batch, range(len(batch)), packed=packed, device=CPU)
+
+
+def estimates_of(learner: Learner, batch: SequenceBatch) -> Any:
+    """What the learner computes before the first step, advantages included."""
+    scenario = Scenario(num_minibatches=1)
+    own, plan = runs.share_of(batch, scenario)
+    microbatches = {
+        rows: lay_out(own, rows, packed=False, device=CPU)
+        for minibatch in plan.minibatches
+        for rows in minibatch.microbatches
+    }
+    estimates = learner._estimate(own, microbatches, plan, skip_proximal=False)
+    learner._set_advantages(own, estimates, MetricSums())
+    return own, estimates
+
+
+# Denominators are global: no split of the batch changes figures or weights.
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_two_ranks_with_small_microbatches_do_what_one_rank_does(
+    name: str, on_one_rank: Callable[[str], Outcome], two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    _, first, second = two_ranks
+
+    assert_same(first.outcomes[name], on_one_rank(name))
+    assert runs.without_wall_times(first.outcomes[name].figures) == runs.without_wall_times(
+        second.outcomes[name].figures
+    )
+
+
+def test_two_ranks_with_large_microbatches_do_what_one_rank_does(
+    on_one_rank: Callable[[str], Outcome], two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    assert_same(two_ranks[1].in_large_microbatches, on_one_rank("token_mean"))
+
+
+@pytest.mark.parametrize("name", ["token_mean", "kl_in_loss"])
+def test_small_microbatches_change_nothing_on_one_rank(
+    name: str, on_one_rank: Callable[[str], Outcome], models: Path
+) -> None:
+    assert_same(runs.run(runs.in_small_microbatches(SCENARIOS[name]), models), on_one_rank(name))
+
+
+def test_recomputed_activations_change_nothing(on_one_rank: Callable[[str], Outcome], models: Path) -> None:
+    scenario = replace(SCENARIOS["token_mean"], spec={"gradient_checkpointing": True})
+
+    assert_same(runs.run(scenario, models), on_one_rank("token_mean"))
+
+
+def test_the_scenarios_hold_what_they_say() -> None:
+    """Idle ranks, empty microbatches, and runs that really move both models."""
+
+    def plan(name: str) -> Any:
+        scenario = runs.in_small_microbatches(SCENARIOS[name])
+        batch = runs.make_batch(scenario.num_sequences, seed=100)
+        return plan_update(
+            batch.lengths.tolist(),
+            batch.completion_lengths.tolist(),
+            num_minibatches=scenario.num_minibatches,
+            num_epochs=scenario.num_epochs,
+            num_ranks=2,
+            max_tokens=scenario.max_tokens,
+            packed=False,
+            seed=0,
+        )
+
+    assert plan("idle_rank").sequences[1] == ()
+    assert any(rows == () for share in plan("empty_microbatch").ranks for rows in share.minibatches[0].microbatches)
+    assert len(plan("token_mean").ranks[0].minibatches[0].microbatches) > 1
+
+
+def test_aggregations_differ(on_one_rank: Callable[[str], Outcome]) -> None:
+    losses = {round(on_one_rank(mode).figures[0]["value_loss"], 6) for mode in runs.AGGREGATIONS}
+
+    assert len(losses) == len(runs.AGGREGATIONS)
+
+
+def test_updates_move_both_models(on_one_rank: Callable[[str], Outcome], make_learner: Callable[..., Learner]) -> None:
+    start, end = make_learner(), on_one_rank("token_mean")
+
+    for before, after in (
+        (runs.full_weights(start.policy), end.policy),
+        (runs.full_weights(start.critic), end.critic),
+    ):
+        assert max(float((after[name] - before[name]).abs().max()) for name in before) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["kl_in_reward", "kl_in_loss"])
+def test_every_figure_is_declared(name: str, on_one_rank: Callable[[str], Outcome]) -> None:
+    for figure in on_one_rank(name).figures[0]:
+        assert metric_for(f"{'timers' if figure in runs.WALL_TIMES else 'learner'}/{figure}") is not None, figure
+
+
+# The first ratio is exactly 1, and no forward pass is wasted on knowing it.
+
+
+@pytest.mark.parametrize("name", MULTI_STEP)
+def test_first_ratio_is_exactly_one(
+    name: str, on_one_rank: Callable[[str], Outcome], two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    figures = on_one_rank(name).figures + two_ranks[1].outcomes[name].figures
+
+    with_policy = [one for one in figures if "policy_loss" in one]
+    assert with_policy
+    assert [one["first_ratio_deviation_max"] for one in with_policy] == [0.0] * len(with_policy)
+
+
+def test_later_steps_do_move_the_ratio(on_one_rank: Callable[[str], Outcome]) -> None:
+    assert on_one_rank("kl_in_reward").figures[0]["ratio_max"] > 1.01
+
+
+@pytest.mark.parametrize(
+    ("minibatches", "epochs", "forwards"),
+    # One microbatch a minibatch: a proximal pass of each, then one pass a step; none where the only step is the pass.
+    [(1, 1, 1), (2, 1, 2 + 2), (1, 2, 1 + 2), (2, 2, 2 + 4)],
+)
+def test_proximal_pass_is_skipped_where_the_only_step_gives_it(
+    minibatches: int, epochs: int, forwards: int, policy_forwards: Callable[[Scenario], int]
+) -> None:
+    assert policy_forwards(Scenario(num_minibatches=minibatches, num_epochs=epochs)) == forwards
+
+
+def test_the_skipped_pass_would_have_given_the_same(make_learner: Callable[..., Learner]) -> None:
+    """With a KL in the reward the proximal pass is made even for one step; a zero-like coefficient changes nothing."""
+    scenario = Scenario(num_minibatches=1)
+    skipped, made = make_learner(scenario), make_learner(scenario, kl_coef=1e-30)
+
+    figures = [runs.update(learner, scenario, 0) for learner in (skipped, made)]
+
+    assert figures[0]["policy_loss"] == pytest.approx(figures[1]["policy_loss"], abs=1e-7)
+    assert_same_weights(runs.full_weights(skipped.policy), runs.full_weights(made.policy), 1e-7)
+
+
+# Truncated completions bootstrap from the critic; finished ones do not.
+
+
+def critic_values(models: Path, batch: SequenceBatch, folder: str = "critic") -> list[torch.Tensor]:
+    """``[P + T]`` values of each sequence by plain transformers, one sequence at a time."""
+    from transformers import AutoModelForTokenClassification
+
+    critic = AutoModelForTokenClassification.from_pretrained(models / folder).eval()
+    ends = np.cumsum(batch.lengths)
+    sequences = [batch.token_ids[end - n : end] for end, n in zip(ends, batch.lengths, strict=True)]
+    with torch.no_grad():
+        return [critic(torch.tensor(s[None, :], dtype=torch.int64)).logits[0, :, 0] for s in sequences]
+
+
+def test_only_truncated_completions_bootstrap(models: Path, make_learner: Callable[..., Learner]) -> None:
+    batch = runs.make_batch(4, seed=1)
+    batch = replace(batch, truncated=np.asarray([True, False, True, False]))
+    # With lambda = 1 a return is the discounted sum of rewards, whatever the values in between.
+    learner = make_learner(gamma=0.9, lambda_=1.0)
+
+    own, estimates = estimates_of(learner, batch)
+
+    assert own.truncated.sum() == 2
+    for row, values in enumerate(critic_values(models, own)):
+        length = int(own.completion_lengths[row])
+        after = float(values[-1]) if own.truncated[row] else 0.0
+        left = np.arange(length - 1, -1, -1)
+        wanted = 0.9**left * (own.rewards[row] + 0.9 * after)
+        np.testing.assert_allclose(estimates.returns[row, :length].numpy(), wanted, atol=2e-5)
+        assert not estimates.returns[row, length:].any()
+
+
+def test_values_are_those_of_the_state_before_each_token(models: Path, make_learner: Callable[..., Learner]) -> None:
+    own, estimates = estimates_of(make_learner(), runs.make_batch(5, seed=2))
+
+    for row, values in enumerate(critic_values(models, own)):
+        start, length = int(own.prompt_lengths[row]) - 1, int(own.completion_lengths[row])
+        torch.testing.assert_close(estimates.values[row, :length], values[start : start + length], rtol=0.0, atol=1e-5)
+
+
+def test_a_critic_without_a_head_starts_at_zero(make_learner: Callable[..., Learner]) -> None:
+    scenario = Scenario(critic="policy", num_minibatches=1)
+
+    figures = runs.update(make_learner(scenario), scenario, 0)
+
+    assert figures["value_mean"] == 0.0
+    # So truncation has nothing to bootstrap from: the first return is the reward, at lambda-return of zero values.
+    assert figures["explained_variance"] == pytest.approx(0.0, abs=1e-6)
+
+
+# The KL to the reference.
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_kl_to_the_reference_is_zero_at_first_and_not_later(
+    estimator: str, place: str, make_learner: Callable[..., Learner]
+) -> None:
+    scenario = Scenario()
+    learner = make_learner(scenario, kl_coef=0.1, kl_estimator=estimator, kl_in=place)
+
+    first, second = (runs.update(learner, scenario, number) for number in (0, 1))
+
+    assert first["kl_to_reference"] == 0.0
+    assert abs(second["kl_to_reference"]) > 1e-5
+    if estimator != "k1":
+        assert second["kl_to_reference"] > 0.0
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_in_the_reward_is_taken_off_every_token(
+    estimator: str, models: Path, make_learner: Callable[..., Learner]
+) -> None:
+    learner = make_learner(kl_coef=0.5, kl_estimator=estimator, gamma=1.0, lambda_=1.0)
+    runs.update(learner, Scenario(), 0)
+    batch = runs.make_batch(4, seed=3)
+    batch = replace(batch, truncated=np.zeros(4, dtype=np.bool_))
+
+    own, estimates = estimates_of(learner, batch)
+
+    d = estimates.proximal_logprobs - estimates.ref_logprobs
+    penalty = {"k1": d, "k2": d**2 / 2, "k3": torch.exp(-d) - 1 + d}[estimator] * estimates.mask
+    assert penalty.abs().sum() > 1e-3
+    wanted = torch.tensor(own.rewards) - 0.5 * penalty.sum(dim=1)
+    torch.testing.assert_close(estimates.returns[:, 0], wanted, rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["reward", "loss"])
+def test_without_a_kl_coefficient_there_is_no_reference(place: str, make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner(kl_coef=0.0, kl_in=place)
+
+    assert learner._reference is None
+    assert "kl_to_reference" not in runs.update(learner, Scenario(), 0)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_kl_in_the_loss_keeps_the_policy_near_the_reference(
+    estimator: str, make_learner: Callable[..., Learner]
+) -> None:
+    """The same updates with and without weight on the KL; k2 of the result measures the distance of both alike."""
+    scenario = Scenario(update_policy=(True,) * 4)
+    batch = runs.make_batch(9, seed=103)
+    distances = []
+    for coefficient in (1e-12, 5.0):
+        learner = make_learner(
+            scenario, kl_coef=coefficient, kl_estimator=estimator, kl_in="loss", lr=1e-2, max_grad_norm=None
+        )
+        for number in range(4):
+            runs.update(learner, scenario, number)
+        micro = one_microbatch(batch)
+        with torch.no_grad():
+            d = learner._logprobs(learner.policy.model, micro) - learner._logprobs(learner._reference, micro)
+        distances.append(float((d * micro.mask).square().sum() / 2))
+    assert distances[1] < 0.7 * distances[0]
+
+
+def test_entropy_bonus_raises_the_entropy(make_learner: Callable[..., Learner]) -> None:
+    scenario = Scenario(update_policy=(True,) * 4)
+    entropies = []
+    for coefficient in (0.0, 1.0):
+        learner = make_learner(scenario, entropy_coef=coefficient, lr=1e-2)
+        entropies.append([runs.update(learner, scenario, number)["entropy"] for number in range(4)][-1])
+    assert entropies[1] > entropies[0] + 1e-2
+
+
+# The critic's warm-up.
+
+
+def test_warmup_leaves_the_policy_bit_identical_and_trains_the_critic(make_learner: Callable[..., Learner]) -> None:
+    scenario = Scenario(update_policy=(False,))
+    learner = make_learner(scenario)
+    policy, critic = runs.full_weights(learner.policy), runs.full_weights(learner.critic)
+
+    figures = runs.update(learner, scenario, 0)
+
+    assert all(torch.equal(policy[name], after) for name, after in runs.full_weights(learner.policy).items())
+    assert not torch.equal(critic["score.weight"], runs.full_weights(learner.critic)["score.weight"])
+    assert "value_loss" in figures
+    assert "policy_loss" not in figures
+    assert "grad_norm" not in figures
+
+
+@pytest.mark.parametrize("update_policy", [True, False])
+def test_every_weight_is_sharded_again_after_an_update(
+    update_policy: bool, make_learner: Callable[..., Learner]
+) -> None:
+    scenario = Scenario(update_policy=(update_policy,))
+    learner = make_learner(scenario, kl_coef=0.1)
+
+    runs.update(learner, scenario, 0)
+
+    for model in (learner.policy.model, learner.critic.model, learner._reference):
+        assert model is not None
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+# Saving and loading.
+
+
+def weights_after_all_updates(learner: Learner, first: int) -> tuple[list[runs.Figures], Outcome]:
+    figures = [runs.update(learner, RESUMED, number) for number in range(first, len(RESUMED.update_policy))]
+    outcome = Outcome(
+        figures=figures, policy=runs.full_weights(learner.policy), critic=runs.full_weights(learner.critic)
+    )
+    return runs.without_wall_times(figures), outcome
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(models: Path) -> Outcome:
+    return runs.run(RESUMED, models)
+
+
+def test_saved_and_loaded_run_goes_on_as_if_nothing_happened(
+    models: Path, tmp_path: Path, uninterrupted: Outcome, make_learner: Callable[..., Learner]
+) -> None:
+    runs.save_after_one_update(models, tmp_path / "checkpoint")
+    learner = make_learner(RESUMED)
+    learner.load(str(tmp_path / "checkpoint"))
+
+    _, outcome = weights_after_all_updates(learner, first=1)
+
+    assert_same(outcome, replace(uninterrupted, figures=uninterrupted.figures[1:]), tolerance=1e-6)
+
+
+def test_run_saved_on_two_ranks_goes_on_on_one(
+    two_ranks: tuple[Path, RankResult, RankResult], uninterrupted: Outcome, make_learner: Callable[..., Learner]
+) -> None:
+    learner = make_learner(RESUMED)
+    learner.load(str(two_ranks[0] / "checkpoint"))
+
+    _, outcome = weights_after_all_updates(learner, first=1)
+
+    assert_same_weights(outcome.policy, uninterrupted.policy, 1e-6)
+    assert_same_weights(outcome.critic, uninterrupted.critic, 1e-6)
+    # The schedule too: warm-up and decay would start over otherwise.
+    assert [one["lr"] for one in outcome.figures] == [one["lr"] for one in uninterrupted.figures[1:]]
+
+
+def test_loading_brings_the_weights_back(tmp_path: Path, make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner()
+    runs.update(learner, Scenario(), 0)
+    saved = runs.full_weights(learner.policy)
+    learner.save(str(tmp_path))
+    runs.update(learner, Scenario(), 1)
+    assert not torch.equal(saved["model.norm.weight"], runs.full_weights(learner.policy)["model.norm.weight"])
+
+    learner.load(str(tmp_path))
+
+    assert all(torch.equal(saved[name], now) for name, now in runs.full_weights(learner.policy).items())
+
+
+@pytest.mark.parametrize("loaded", [False, True], ids=["saved", "saved and loaded"])
+def test_a_save_in_the_critic_warmup_changes_nothing(
+    loaded: bool, tmp_path: Path, on_one_rank: Callable[[str], Outcome], make_learner: Callable[..., Learner]
+) -> None:
+    """The policy's optimiser has taken no step then; to write its state must not count as one."""
+    scenario = SCENARIOS["critic_warmup"]
+    learner = make_learner(scenario)
+    runs.update(learner, scenario, 0)
+
+    learner.save(str(tmp_path))
+    if loaded:
+        learner = make_learner(scenario)
+        learner.load(str(tmp_path))
+    runs.update(learner, scenario, 1)
+
+    assert_same_weights(runs.full_weights(learner.policy), on_one_rank("critic_warmup").policy, 1e-7)
+
+
+# Exports and published weights.
+
+
+def test_export_is_what_transformers_loads(tmp_path: Path, models: Path, make_learner: Callable[..., Learner]) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+
+    learner = make_learner()
+    runs.update(learner, Scenario(), 0)
+    learner.export(str(tmp_path))
+
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic", dtype="auto")
+    for loaded, trained in ((policy, learner.policy), (critic, learner.critic)):
+        wanted = runs.full_weights(trained)
+        found = dict(loaded.named_parameters(remove_duplicate=False))
+        assert found.keys() == wanted.keys()
+        assert all(torch.equal(found[name].detach(), weight) for name, weight in wanted.items())
+        assert all(parameter.dtype == torch.float32 for parameter in loaded.parameters())
+
+
+def test_export_describes_the_models_as_they_are(
+    tmp_path: Path, models: Path, make_learner: Callable[..., Learner]
+) -> None:
+    # A critic made from the policy's folder must not call itself a language model.
+    make_learner(Scenario(critic="policy")).export(str(tmp_path))
+
+    original = json.loads((models / "policy" / "config.json").read_text())
+    policy = json.loads((tmp_path / "config.json").read_text())
+    critic = json.loads((tmp_path / "critic" / "config.json").read_text())
+    assert policy == original
+    assert critic["architectures"] == ["Qwen2ForTokenClassification"]
+    assert len(critic["id2label"]) == 1
+    assert (tmp_path / "generation_config.json").exists()
+
+
+def test_two_ranks_export_whole_tensors(models: Path, two_ranks: tuple[Path, RankResult, RankResult]) -> None:
+    from safetensors.torch import load_file
+
+    for name, folder in (("policy", "export"), ("critic", "export/critic")):
+        exported = load_file(two_ranks[0] / folder / "model.safetensors")
+        original = load_file(models / name / "model.safetensors")
+        assert exported.keys() == original.keys()
+        assert all(torch.equal(exported[key], original[key]) for key in original)
+
+
+def test_weight_buckets_hold_the_policy_under_every_name(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner()
+    runs.update(learner, Scenario(), 0)
+    wanted = runs.full_weights(learner.policy)
+
+    unpacked: dict[str, torch.Tensor] = {}
+    for layout, data in learner.weight_buckets():
+        assert data is not None
+        unpacked |= dict(unpack_bucket(layout, data))
+
+    assert unpacked.keys() == wanted.keys()
+    assert all(torch.equal(unpacked[name], weight) for name, weight in wanted.items())
+    assert torch.equal(unpacked["lm_head.weight"], unpacked["model.embed_tokens.weight"])
+
+
+def test_only_rank_zero_holds_the_published_bytes(
+    models: Path, two_ranks: tuple[Path, RankResult, RankResult], make_learner: Callable[..., Learner]
+) -> None:
+    _, first, second = two_ranks
+    wanted = runs.full_weights(make_learner().policy)
+
+    unpacked: dict[str, torch.Tensor] = {}
+    for layout, data in first.buckets:
+        assert data is not None
+        unpacked |= dict(unpack_bucket(layout, data))
+    assert unpacked.keys() == wanted.keys()
+    assert all(torch.equal(unpacked[name], weight) for name, weight in wanted.items())
+    assert [layout for layout, _ in second.buckets] == [layout for layout, _ in first.buckets]
+    assert all(data is None for _, data in second.buckets)
+
+
+def test_published_weights_are_cast_to_the_wire_type(models: Path) -> None:
+    learner = Learner(runs.make_spec(models, Scenario(spec={"wire_dtype": "bfloat16"})))
+
+    ((layout, data),) = learner.weight_buckets()
+
+    assert data is not None
+    for name, tensor in unpack_bucket(layout, data):
+        assert tensor.dtype == torch.bfloat16
+        torch.testing.assert_close(tensor, runs.full_weights(learner.policy)[name].bfloat16(), rtol=0.0, atol=0.0)
+
+
+# Log-probabilities.
+
+
+@pytest.fixture(scope="module")
+def plain_logprobs(models: Path) -> Callable[[SequenceBatch, float], Iterator[torch.Tensor]]:
+    """``[T]`` log-probabilities of each completion by plain transformers: whole logits, one sequence at a time."""
+    from transformers import AutoModelForCausalLM
+
+    policy = AutoModelForCausalLM.from_pretrained(models / "policy").eval()
+
+    def compute(batch: SequenceBatch, temperature: float) -> Iterator[torch.Tensor]:
+        for index in range(len(batch)):
+            row = batch.select([index])
+            ids = torch.tensor(row.token_ids, dtype=torch.int64)
+            with torch.no_grad():
+                logits = policy(ids[None]).logits[0].double()
+            logprobs = torch.log_softmax(logits / temperature, dim=-1)[:-1].gather(-1, ids[1:, None])[:, 0]
+            yield logprobs[int(row.prompt_lengths[0]) - 1 :].float()
+
+    return compute
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("temperature", [1.0, 0.7, 1.6])
+def test_logprobs_equal_those_of_plain_transformers(
+    packed: bool,
+    temperature: float,
+    models: Path,
+    plain_logprobs: Callable[[SequenceBatch, float], Iterator[torch.Tensor]],
+) -> None:
+    learner = Learner(runs.make_spec(models, Scenario(spec={"temperature": temperature})))
+    batch = runs.make_batch(6, seed=4)
+    micro = one_microbatch(batch, packed=packed)
+
+    with torch.no_grad():
+        logprobs = learner._logprobs(learner.policy.model, micro)
+
+    for row, wanted in enumerate(plain_logprobs(batch, temperature)):
+        torch.testing.assert_close(logprobs[row, : len(wanted)], wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_sampling_logprob_difference_is_measured_over_the_first_step(
+    models: Path, plain_logprobs: Callable[[SequenceBatch, float], Iterator[torch.Tensor]]
+) -> None:
+    scenario = Scenario(num_minibatches=1)
+    batch = runs.make_batch(5, seed=5)
+    exact = torch.cat(list(plain_logprobs(batch, 0.8))).numpy()
+    offset = np.zeros_like(exact)
+    offset[3], offset[-1] = 0.5, -0.25
+    batch = replace(batch, sampling_logprobs=exact + offset)
+    learner = Learner(runs.make_spec(models, scenario))
+
+    figures = learner.update(*runs.share_of(batch, scenario))
+
+    assert figures["sampling_logprob_diff_max"] == pytest.approx(0.5, abs=1e-5)
+    assert figures["sampling_logprob_diff_mean"] == pytest.approx(0.75 / len(exact), abs=1e-5)
+
+
+def test_arrays_of_the_object_store_are_read_without_a_warning(make_learner: Callable[..., Learner]) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The given NumPy array is not writable")
+        runs.update(make_learner(), Scenario(), 0)
+
+
+def test_dropout_of_the_checkpoint_is_off(make_learner: Callable[..., Learner]) -> None:
+    """Twice the same estimates in training mode, from a model folder that asks for attention dropout."""
+    learner = make_learner()
+    batch = runs.make_batch(4, seed=6)
+
+    assert learner.policy.model.training
+    assert learner.policy.model.config.attention_dropout == 0.5
+    (_, first), (_, second) = (estimates_of(learner, batch) for _ in range(2))
+    assert torch.equal(first.proximal_logprobs, second.proximal_logprobs)
+    assert torch.equal(first.values, second.values)
+
+
+def test_advantages_are_whitened_over_the_batch_on_demand(make_learner: Callable[..., Learner]) -> None:
+    batch = runs.make_batch(6, seed=7)
+
+    _, white = estimates_of(make_learner(whiten_advantages=True), batch)
+    _, raw = estimates_of(make_learner(whiten_advantages=False), batch)
+
+    tokens = white.advantages[white.mask]
+    assert float(tokens.mean()) == pytest.approx(0.0, abs=1e-6)
+    assert float(tokens.std()) == pytest.approx(1.0, abs=1e-5)
+    torch.testing.assert_close(raw.advantages + raw.values, raw.returns)
+    torch.testing.assert_close(white.returns, raw.returns)

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_ray.learner.metrics import MetricSums
+
+pytestmark = pytest.mark.usefixtures("one_rank")
+
+
+def test_means_are_weighted_by_their_tokens() -> None:
+    sums = MetricSums()
+    sums.add({"entropy": 1.0, "approx_kl": torch.tensor(0.5)}, 3.0)
+    sums.add({"entropy": 5.0}, 1.0)
+
+    assert sums.merge(1) == {"entropy": pytest.approx(2.0), "approx_kl": pytest.approx(0.5)}
+
+
+def test_names_that_end_in_max_are_maxima() -> None:
+    sums = MetricSums()
+    sums.add({"ratio_max": 1.5}, 100.0)
+    sums.add({"ratio_max": torch.tensor(2.5)}, 1.0)
+    sums.add({"ratio_max": 0.5}, 7.0)
+
+    assert sums.merge(1) == {"ratio_max": 2.5}
+
+
+def test_a_maximum_may_be_negative() -> None:
+    sums = MetricSums()
+    sums.add({"logprob_max": -3.0}, 1.0)
+
+    assert sums.merge(1) == {"logprob_max": -3.0}
+
+
+def test_losses_are_summed_over_microbatches_and_averaged_over_steps() -> None:
+    sums = MetricSums()
+    # Two steps of two microbatches each: 1.0 and 3.0.
+    for share in (0.25, 0.75, 1.0, 2.0):
+        sums.add_loss("policy_loss", torch.tensor(share, requires_grad=True))
+
+    assert sums.merge(2) == {"policy_loss": pytest.approx(2.0)}
+
+
+def test_an_empty_microbatch_counts_for_nothing() -> None:
+    sums = MetricSums()
+    sums.add({"entropy": 2.0, "ratio_max": 1.0}, 4.0)
+    sums.add({"entropy": 0.0, "ratio_max": 9.0, "value_mean": 0.0}, 0.0)
+
+    assert sums.merge(1) == {"entropy": pytest.approx(2.0), "ratio_max": 1.0}
+
+
+def test_nothing_merges_to_nothing() -> None:
+    assert MetricSums().merge(1) == {}

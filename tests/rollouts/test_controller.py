@@ -1,0 +1,516 @@
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import logging
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, RayActorError
+
+from rlhf_ray.errors import DataError, RewardError, RolloutError
+from rlhf_ray.rollouts import controller as module
+from rlhf_ray.rollouts.controller import RolloutController, admission_capacity
+from rlhf_ray.rollouts.seeds import group_seed
+from rlhf_ray.types import Completion, Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, VersionSpan
+
+SAMPLING = SamplingSettings(group_size=2, max_new_tokens=4, temperature=1.0)
+GREEDY = SamplingSettings(group_size=1, max_new_tokens=4, temperature=0.0)
+FOREVER_S = 60.0
+
+
+def prompt(number: int) -> Prompt:
+    return Prompt(
+        prompt_id=number,
+        token_ids=np.asarray([number], dtype=np.int32),
+        text=f"question {number}",
+        columns={"answer": number * 10},
+    )
+
+
+def endless(start: int = 0) -> Iterator[Prompt]:
+    return map(prompt, itertools.count(start))
+
+
+class Replicas:
+    """Answers like the Serve handle; remembers what it was asked and what is running.
+
+    Args:
+        delays_s: Prompt id -> seconds that its group takes; others take one turn of the loop.
+        errors: Prompt id -> exceptions of its first attempts, in order.
+    """
+
+    def __init__(
+        self, delays_s: dict[int, float] | None = None, errors: dict[int, list[BaseException]] | None = None
+    ) -> None:
+        self._delays_s = delays_s or {}
+        self._errors = errors or {}
+        self.calls: list[tuple[Prompt, SamplingSettings, int, int]] = []
+        self.running = 0
+        self.most_running = 0
+        self.cancelled: list[int] = []
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int
+    ) -> RolloutGroup:
+        self.calls.append((prompt, sampling, seed, min_version))
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(self._delays_s.get(prompt.prompt_id, 0.0))
+            if self._errors.get(prompt.prompt_id):
+                raise self._errors[prompt.prompt_id].pop(0)
+            return written(prompt, sampling)
+        except asyncio.CancelledError:
+            self.cancelled.append(prompt.prompt_id)
+            raise
+        finally:
+            self.running -= 1
+
+    def asked(self) -> list[int]:
+        return [prompt.prompt_id for prompt, *_ in self.calls]
+
+
+def written(prompt: Prompt, sampling: SamplingSettings) -> RolloutGroup:
+    completion = Completion(
+        token_ids=np.asarray([1], dtype=np.int32),
+        sampling_logprobs=np.zeros(1, dtype=np.float32),
+        version_spans=(VersionSpan(version=0, start=0, end=1),),
+        finish_reason="stop",
+    )
+    completions = (completion,) * sampling.group_size
+    return RolloutGroup(group_id=prompt.prompt_id, prompt=prompt, completions=completions, replica_id="r")
+
+
+class Rewards:
+    """Scores a group with its answer; fails the prompts that it is told to."""
+
+    def __init__(self, failing: Iterable[int] = (), delay_s: float = 0.0) -> None:
+        self._failing = set(failing)
+        self._delay_s = delay_s
+        self.scored: list[RolloutGroup] = []
+
+    async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
+        await asyncio.sleep(self._delay_s)
+        self.scored.append(group)
+        if group.group_id in self._failing:
+            kind = "raised" if group.group_id % 2 else "timeout"
+            return RewardFailure(group_id=group.group_id, kind=kind, message=f"bad answer {group.group_id}")
+        rewards = np.full(len(group.completions), group.prompt.columns["answer"], dtype=np.float32)
+        return ScoredGroup(group=group, rewards=rewards, rewards_by_function={}, texts=(), reward_s=0.0)
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[..., RolloutController]]:
+    """Build controllers that are stopped at the end."""
+    started: list[RolloutController] = []
+
+    def build(replicas: Replicas, rewards: Rewards | None = None, **overrides: Any) -> RolloutController:
+        arguments: dict[str, Any] = {
+            "prompts": endless(),
+            "sampling": SAMPLING,
+            "batch_size": 4,
+            "max_staleness": 0,
+            "max_concurrent": 4,
+            "max_retries": 2,
+            "max_failures": 4,
+            "timeout_s": 10.0,
+            "seed": 5,
+        }
+        started.append(
+            RolloutController(generate=replicas.generate, scorer=rewards or Rewards(), **arguments | overrides)
+        )
+        return started[-1]
+
+    yield build
+    for controller in started:
+        controller.stop()
+
+
+@pytest.fixture
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_RETRY_PAUSE_S", 0.001)
+
+
+def ids(groups: Iterable[ScoredGroup | RewardFailure]) -> list[int]:
+    return [outcome.group.group_id if isinstance(outcome, ScoredGroup) else -1 for outcome in groups]
+
+
+# Admission.
+
+
+@pytest.mark.parametrize(
+    ("staleness", "version", "max_concurrent", "running", "accepted", "capacity"),
+    [
+        # Synchronous, B = 4: one batch a version.
+        (0, 0, 4, 0, 0, 4),
+        (0, 0, 4, 3, 0, 1),
+        (0, 0, 4, 1, 3, 0),
+        (0, 0, 4, 0, 4, 0),
+        (0, 1, 4, 0, 4, 4),
+        (0, 7, 4, 0, 28, 4),
+        # Fewer at once than a batch, and more.
+        (0, 0, 2, 0, 0, 2),
+        (0, 0, 2, 1, 2, 1),
+        (0, 0, 99, 0, 0, 4),
+        # One version of lag admits one batch more, ever.
+        (1, 0, 99, 0, 0, 8),
+        (1, 0, 99, 4, 4, 0),
+        (1, 1, 99, 4, 4, 4),
+        # More accepted than the bound allows, as after a restart with a smaller bound.
+        (0, 0, 4, 0, 9, 0),
+    ],
+)
+def test_capacity_by_hand(
+    staleness: int, version: int, max_concurrent: int, running: int, accepted: int, capacity: int
+) -> None:
+    found = admission_capacity(
+        batch_size=4,
+        max_staleness=staleness,
+        version=version,
+        max_concurrent=max_concurrent,
+        running=running,
+        accepted=accepted,
+    )
+
+    assert found == capacity
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 3])
+@pytest.mark.parametrize("seed", range(8))
+def test_no_group_is_trained_on_later_than_the_staleness_bound(staleness: int, seed: int) -> None:
+    """Groups finish and fail in any order and are trained on in the order of submission."""
+    rng = random.Random(seed)
+    batch_size, max_concurrent = rng.randint(1, 5), rng.randint(1, 20)
+    version = accepted = 0
+    queue: list[int] = []  # submission numbers that are not yet trained on, oldest first
+    submitted_at: list[int] = []
+    running: set[int] = set()
+    worst = 0
+    while version < 30:
+        capacity = admission_capacity(
+            batch_size=batch_size,
+            max_staleness=staleness,
+            version=version,
+            max_concurrent=max_concurrent,
+            running=len(running),
+            accepted=accepted,
+        )
+        assert 0 <= capacity <= max_concurrent - len(running)
+        for _ in range(capacity):
+            running.add(len(submitted_at))
+            queue.append(len(submitted_at))
+            submitted_at.append(version)
+        assert running, "something must be in flight, or nothing would ever happen again"
+        for number in rng.sample(sorted(running), rng.randint(1, len(running))):
+            running.remove(number)
+            if rng.random() < 0.2:
+                queue.remove(number)  # its reward failed
+            else:
+                accepted += 1
+        while len(queue) >= batch_size and not running.intersection(queue[:batch_size]):
+            worst = max(worst, *(version - submitted_at[number] for number in queue[:batch_size]))
+            del queue[:batch_size]
+            version += 1
+    assert worst <= staleness
+
+
+# Collecting a batch.
+
+
+def test_groups_come_in_the_order_of_their_prompts_whoever_is_first(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={0: 0.05, 1: 0.03, 2: 0.01})
+
+    collected = make(replicas).collect(0)
+
+    assert ids(collected.groups) == [0, 1, 2, 3]
+    assert (collected.failures, collected.retries) == (Counter(), 0)
+
+
+def test_each_version_gets_the_next_prompts_and_no_more(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas, max_concurrent=16)
+
+    assert [ids(controller.collect(version).groups) for version in range(3)] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9, 10, 11],
+    ]
+    assert len(replicas.calls) == 12
+
+
+def test_no_more_than_max_concurrent_run_at_once(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+
+    make(replicas, batch_size=20, max_concurrent=3).collect(0)
+
+    assert replicas.most_running == 3
+    assert len(replicas.calls) == 20
+
+
+def test_seeds_and_versions_of_requests(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas, seed=5)
+    controller.collect(0)
+    controller.collect(1)
+
+    wanted = [(number, group_seed(5, number // 4, number), number // 4) for number in range(8)]
+    assert [(p.prompt_id, seed, version) for p, _, seed, version in replicas.calls] == wanted
+    assert all(sampling == SAMPLING for _, sampling, _, _ in replicas.calls)
+
+
+def test_replicas_do_not_carry_the_rows_columns_and_rewards_get_them_back(
+    make: Callable[..., RolloutController],
+) -> None:
+    replicas, rewards = Replicas(), Rewards()
+
+    collected = make(replicas, rewards).collect(0)
+
+    assert all((p.columns, p.text) == ({}, "") for p, *_ in replicas.calls)
+    assert [p.token_ids.tolist() for p, *_ in replicas.calls] == [[0], [1], [2], [3]]
+    for scored in collected.groups:
+        number = scored.group.group_id
+        assert scored.group.prompt.columns == {"answer": number * 10}
+        assert scored.group.prompt.text == f"question {number}"
+        assert scored.rewards.tolist() == [number * 10.0] * 2
+
+
+def test_times_of_rollouts_and_of_what_rewards_add(make: Callable[..., RolloutController]) -> None:
+    collected = make(Replicas(delays_s={2: 0.05}), Rewards(delay_s=0.1)).collect(0)
+
+    assert collected.rollout_s >= 0.05
+    assert collected.reward_s >= 0.09
+
+
+def test_a_restored_run_starts_with_its_own_versions_room(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas, prompts=endless(20), max_concurrent=16)
+    controller.resume(5)
+
+    assert ids(controller.collect(5).groups) == [20, 21, 22, 23]
+    assert len(replicas.calls) == 4, "the room of versions 0 to 4 is used up"
+
+
+# Failed rewards.
+
+
+def test_failed_groups_are_replaced_and_counted(make: Callable[..., RolloutController]) -> None:
+    controller = make(Replicas(), Rewards(failing=[1, 2, 5]))
+
+    collected = controller.collect(0)
+
+    assert len(collected.groups) == 4
+    assert not {1, 2, 5} & set(ids(collected.groups))
+    assert collected.failures == Counter(raised=2, timeout=1)
+    again = controller.collect(1)
+    assert len(again.groups) == 4
+    assert again.failures == Counter(), "each batch has its own count"
+
+
+def test_too_many_failures_end_the_run_and_say_why(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={6: FOREVER_S})
+    controller = make(replicas, Rewards(failing=range(100)), max_failures=2, max_concurrent=1)
+
+    with pytest.raises(RewardError, match=r"rewards\.max_failures = 2") as caught:
+        controller.collect(0)
+
+    assert "1 raised" in str(caught.value)
+    assert "2 timeout" in str(caught.value)
+    assert "bad answer 2" in str(caught.value)
+    assert replicas.asked() == [0, 1, 2], "the third failure is one too many"
+
+
+def test_as_many_failures_as_allowed_are_survived(make: Callable[..., RolloutController]) -> None:
+    collected = make(Replicas(), Rewards(failing=[0, 1]), max_failures=2).collect(0)
+
+    assert collected.failures.total() == 2
+    assert len(collected.groups) == 4
+
+
+def test_each_failure_is_logged_with_its_message(
+    make: Callable[..., RolloutController], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="rlhf_ray"):
+        make(Replicas(), Rewards(failing=[1])).collect(0)
+
+    assert any("bad answer 1" in record.getMessage() for record in caplog.records)
+
+
+# Replicas that fail.
+
+
+@pytest.mark.usefixtures("no_pause")
+@pytest.mark.parametrize("error", [RayActorError(), ActorDiedError()])
+def test_a_group_is_sent_again_with_the_same_seed_when_its_replica_died(
+    error: BaseException, make: Callable[..., RolloutController]
+) -> None:
+    replicas = Replicas(errors={1: [error, error]})
+    controller = make(replicas)
+
+    collected = controller.collect(0)
+
+    assert ids(collected.groups) == [0, 1, 2, 3]
+    assert collected.retries == 2
+    assert len({seed for p, _, seed, _ in replicas.calls if p.prompt_id == 1}) == 1
+    assert controller.collect(1).retries == 0, "each batch has its own count"
+
+
+@pytest.mark.usefixtures("no_pause")
+def test_a_group_that_fails_at_every_try_ends_the_run(make: Callable[..., RolloutController]) -> None:
+    error = RayActorError()
+    replicas = Replicas(errors={1: [error] * 3}, delays_s={0: FOREVER_S})
+
+    with pytest.raises(RolloutError, match="prompt 1 failed 3 times") as caught:
+        make(replicas, max_retries=2).collect(0)
+
+    assert caught.value.__cause__ is error
+    assert replicas.asked().count(1) == 3
+
+
+def test_a_replica_is_given_time_to_come_back(
+    make: Callable[..., RolloutController], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RETRY_PAUSE_S", 0.1)
+    started = time.perf_counter()
+
+    make(Replicas(errors={0: [RayActorError()]})).collect(0)
+
+    assert time.perf_counter() - started >= 0.1
+
+
+def test_a_defect_is_not_tried_again(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(errors={1: [ValueError("a bug")]})
+
+    with pytest.raises(ValueError, match="a bug"):
+        make(replicas).collect(0)
+
+    assert replicas.asked().count(1) == 1
+
+
+def test_a_group_that_takes_too_long_names_the_setting(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={3: FOREVER_S})
+
+    with pytest.raises(RolloutError, match=r"prompt 3 .* rollouts\.timeout_s = 0\.05 s"):
+        make(replicas, timeout_s=0.05).collect(0)
+
+
+# Nothing is left running.
+
+
+@pytest.mark.parametrize(
+    ("replicas", "rewards", "error"),
+    [
+        (Replicas(delays_s={0: FOREVER_S, 2: FOREVER_S}, errors={1: [ValueError("bug")]}), Rewards(), ValueError),
+        (Replicas(delays_s={0: FOREVER_S, 2: FOREVER_S}), Rewards(failing=[1, 3]), RewardError),
+    ],
+    ids=["generation", "reward"],
+)
+def test_an_error_cancels_what_is_in_flight(
+    replicas: Replicas, rewards: Rewards, error: type[Exception], make: Callable[..., RolloutController]
+) -> None:
+    controller = make(replicas, rewards, max_failures=0)
+
+    with pytest.raises(error):
+        controller.collect(0)
+
+    assert replicas.running == 0
+    assert set(replicas.cancelled) == {0, 2}
+
+
+def test_prompts_that_fail_leave_nothing_in_flight(make: Callable[..., RolloutController]) -> None:
+    def torn() -> Iterator[Prompt]:
+        yield from (prompt(0), prompt(1))
+        raise DataError("the third row is torn")
+
+    replicas = Replicas(delays_s={0: FOREVER_S, 1: FOREVER_S})
+    controller = make(replicas, prompts=torn())
+
+    with pytest.raises(DataError, match="torn"):
+        controller.collect(0)
+
+    time.sleep(0.02)
+    assert replicas.running == 0
+
+
+def test_of_several_errors_at_once_the_others_are_not_complained_about(
+    make: Callable[..., RolloutController], caplog: pytest.LogCaptureFixture
+) -> None:
+    replicas = Replicas(errors={number: [ValueError("bug")] for number in range(4)})
+
+    with pytest.raises(ValueError, match="bug"):
+        make(replicas).collect(0)
+
+    gc.collect()
+    assert "never retrieved" not in caplog.text
+
+
+def test_stop_cancels_what_is_in_flight_and_may_be_called_again(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s=dict.fromkeys(range(4), FOREVER_S))
+    controller = make(replicas)
+    with ThreadPoolExecutor(1) as pool:
+        collecting = pool.submit(controller.collect, 0)
+        while len(replicas.calls) < 4:
+            time.sleep(0.005)
+        controller.stop()
+        with pytest.raises(CancelledError):
+            collecting.result(timeout=5.0)
+
+    assert replicas.running == 0
+    assert "rollout-controller" not in {thread.name for thread in threading.enumerate()}
+    controller.stop()
+
+
+# Evaluation.
+
+
+def test_scored_prompts_keep_their_order_and_failures_their_place(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={30: 0.05, 31: 0.02})
+    controller = make(replicas, Rewards(failing=[31]), max_failures=0)
+
+    outcomes = controller.score_prompts([prompt(30), prompt(31), prompt(32)], GREEDY, 0)
+
+    assert ids(outcomes) == [30, -1, 32]
+    assert isinstance(outcomes[1], RewardFailure)
+    assert all(sampling == GREEDY for _, sampling, _, _ in replicas.calls)
+
+
+def test_scored_prompts_may_repeat_and_may_be_none(make: Callable[..., RolloutController]) -> None:
+    controller = make(Replicas())
+
+    assert ids(controller.score_prompts([prompt(3)] * 5, GREEDY, 0)) == [3] * 5
+    assert controller.score_prompts([], GREEDY, 0) == ()
+
+
+def test_scored_prompts_count_for_no_update(make: Callable[..., RolloutController]) -> None:
+    controller = make(Replicas())
+
+    controller.score_prompts([prompt(90), prompt(91)], GREEDY, 0)
+
+    assert ids(controller.collect(0).groups) == [0, 1, 2, 3]
+
+
+def test_scored_prompts_fill_the_pool_and_not_more(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+
+    # Training runs 3 groups of 2 at once, so evaluation runs 6 single completions.
+    make(replicas, max_concurrent=3).score_prompts([prompt(n) for n in range(40)], GREEDY, 0)
+
+    assert replicas.most_running == 6
+
+
+def test_an_error_cancels_the_other_scored_prompts(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={0: FOREVER_S}, errors={1: [ValueError("bug")]})
+
+    with pytest.raises(ValueError, match="bug"):
+        make(replicas).score_prompts([prompt(0), prompt(1)], GREEDY, 0)
+
+    assert replicas.running == 0
+    assert replicas.cancelled == [0]

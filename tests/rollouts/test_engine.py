@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rlhf_ray.rollouts.engine import _completion
+from rlhf_ray.types import VersionSpan
+
+
+def choice(**overrides: Any) -> SimpleNamespace:
+    """What vLLM says of one completion."""
+    said = {
+        "token_ids": [5, 6, 1],
+        "logprobs": SimpleNamespace(logprobs=[-0.5, -1.25, -0.125]),
+        "weight_versions": [SimpleNamespace(version="3", start=0, end=2), SimpleNamespace(version="4", start=2, end=3)],
+        "finish_reason": "stop",
+    }
+    return SimpleNamespace(**said | overrides)
+
+
+def test_a_completion_is_taken_over_token_by_token() -> None:
+    completion = _completion(choice())
+
+    assert completion.token_ids.tolist() == [5, 6, 1]
+    assert completion.token_ids.dtype == np.int32
+    assert completion.sampling_logprobs.tolist() == [-0.5, -1.25, -0.125]
+    assert completion.sampling_logprobs.dtype == np.float32
+    assert completion.finish_reason == "stop"
+    assert not completion.truncated
+
+
+def test_versions_are_numbers_again() -> None:
+    assert _completion(choice()).version_spans == (
+        VersionSpan(version=3, start=0, end=2),
+        VersionSpan(version=4, start=2, end=3),
+    )
+
+
+def test_a_length_limit_is_a_truncation() -> None:
+    assert _completion(choice(finish_reason="length")).truncated
+
+
+def test_a_log_probability_that_is_missing_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="2 log-probabilities for 3 tokens"):
+        _completion(choice(logprobs=SimpleNamespace(logprobs=[-0.5, -1.0])))

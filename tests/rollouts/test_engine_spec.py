@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Qwen2Config
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rollouts.engine import EngineSpec
+from rlhf_ray.rollouts.engine_spec import engine_spec, eos_token_ids, max_prompt_tokens, weight_transfer
+from rlhf_ray.settings import ModelSettings, RolloutSettings
+
+CONFIG = Qwen2Config(
+    vocab_size=64,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    eos_token_id=7,
+)
+# A folder, so that nobody asks a hub; it has no generation_config.json.
+MODEL = str(Path(__file__).parent)
+# Keys and values of 2 layers, 2 heads of size 8, in float32.
+TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
+
+
+def spec_of(
+    rollouts: RolloutSettings, *, config: Qwen2Config = CONFIG, on_gpu: bool = False, **overrides: Any
+) -> EngineSpec:
+    arguments: dict[str, Any] = {
+        "model_path": MODEL,
+        "tokenizer_path": "tokenizer",
+        "prompt_tokens": 20,
+        "groups_in_flight": 8,
+        "seed": 3,
+        "dtype": "bfloat16" if on_gpu else "float32",
+    }
+    return engine_spec(ModelSettings(), rollouts, config=config, on_gpu=on_gpu, **arguments | overrides)
+
+
+# Lengths.
+
+
+def test_longest_prompt_is_what_the_context_leaves() -> None:
+    assert max_prompt_tokens(RolloutSettings(max_new_tokens=28), CONFIG) == 100
+    assert max_prompt_tokens(RolloutSettings(max_new_tokens=127), CONFIG) == 1
+
+
+def test_longest_prompt_may_be_set_lower() -> None:
+    assert max_prompt_tokens(RolloutSettings(max_new_tokens=28, max_prompt_tokens=40), CONFIG) == 40
+    assert max_prompt_tokens(RolloutSettings(max_new_tokens=28, max_prompt_tokens=100), CONFIG) == 100
+
+
+@pytest.mark.parametrize("max_new_tokens", [128, 500])
+def test_completions_that_fill_the_context_are_refused(max_new_tokens: int) -> None:
+    with pytest.raises(ConfigError, match="context of 128") as caught:
+        max_prompt_tokens(RolloutSettings(max_new_tokens=max_new_tokens), CONFIG)
+    assert (caught.value.field, caught.value.value) == ("rollouts.max_new_tokens", max_new_tokens)
+
+
+def test_a_prompt_longer_than_the_rest_of_the_context_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leaves 100") as caught:
+        max_prompt_tokens(RolloutSettings(max_new_tokens=28, max_prompt_tokens=101), CONFIG)
+    assert (caught.value.field, caught.value.value) == ("rollouts.max_prompt_tokens", 101)
+
+
+# What ends a completion.
+
+
+@pytest.mark.parametrize(("eos", "wanted"), [(3, (3,)), ([3, 4], (3, 4))])
+def test_generation_config_says_what_ends_a_completion(eos: Any, wanted: tuple[int, ...], tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+
+    assert eos_token_ids(str(tmp_path), CONFIG) == wanted
+
+
+@pytest.mark.parametrize("written", [None, {"temperature": 0.7}], ids=["no file", "no eos in it"])
+def test_config_is_the_fallback(written: dict[str, Any] | None, tmp_path: Path) -> None:
+    if written is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(written))
+
+    assert eos_token_ids(str(tmp_path), CONFIG) == (7,)
+    assert eos_token_ids(str(tmp_path), Qwen2Config(eos_token_id=[5, 6])) == (5, 6)
+
+
+def test_a_model_that_names_none_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="eos_token_id") as caught:
+        eos_token_ids(str(tmp_path), Qwen2Config(eos_token_id=None))
+    assert (caught.value.field, caught.value.value) == ("model.path", str(tmp_path))
+
+
+# Engine arguments.
+
+
+def test_arguments_that_do_not_depend_on_the_machine() -> None:
+    for on_gpu in (False, True):
+        spec = spec_of(RolloutSettings(group_size=4, max_new_tokens=12), on_gpu=on_gpu)
+        wanted = {
+            "model": MODEL,
+            "tokenizer": "tokenizer",
+            "trust_remote_code": False,
+            "seed": 3,
+            "max_model_len": 32,
+            "max_num_seqs": 32,
+            "logprobs_mode": "processed_logprobs",
+            "skip_tokenizer_init": True,
+            # Else vLLM would lay the model's own sampling defaults under ours.
+            "generation_config": "vllm",
+        }
+        assert {name: spec.engine_args[name] for name in wanted} == wanted
+        assert spec.eos_token_ids == (7,)
+        assert spec.on_gpu is on_gpu
+
+
+def test_vllm_knows_every_argument() -> None:
+    """A release that drops one must be seen here and not in a replica."""
+    import dataclasses
+
+    from vllm import AsyncEngineArgs
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for on_gpu in (False, True):
+        assert spec_of(RolloutSettings(), on_gpu=on_gpu).engine_args.keys() <= known
+
+
+def test_stop_strings_need_the_tokenizer() -> None:
+    assert spec_of(RolloutSettings(stop=["\n"])).engine_args["skip_tokenizer_init"] is False
+
+
+@pytest.mark.parametrize(
+    ("groups", "replicas", "group_size", "sequences"),
+    [(8, 1, 4, 32), (8, 3, 4, 12), (1, 4, 4, 4), (4096, 1, 4, 1024), (1, 1, 2000, 2000)],
+)
+def test_each_replica_has_room_for_its_part_of_the_groups(
+    groups: int, replicas: int, group_size: int, sequences: int
+) -> None:
+    rollouts = RolloutSettings(num_replicas=replicas, group_size=group_size)
+
+    assert spec_of(rollouts, groups_in_flight=groups).engine_args["max_num_seqs"] == sequences
+
+
+def test_a_cpu_engine() -> None:
+    spec = spec_of(RolloutSettings(num_threads=3))
+
+    assert spec.engine_args["enforce_eager"] is True
+    assert spec.engine_args["dtype"] == "float32"
+    assert spec.engine_args["distributed_executor_backend"].endswith("UniProcExecutor")
+    assert "gpu_memory_utilization" not in spec.engine_args
+    assert spec.env["OMP_NUM_THREADS"] == "3"
+    assert spec.env["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert spec.env["TORCHDYNAMO_DISABLE"] == "1"
+    assert spec.engine_args["weight_transfer_config"] == {"backend": "rlhf_ray_shared_memory"}
+
+
+def test_cpu_replicas_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+
+    assert spec_of(RolloutSettings(num_replicas=3)).env["OMP_NUM_THREADS"] == "2"
+    assert spec_of(RolloutSettings(num_replicas=30)).env["OMP_NUM_THREADS"] == "1"
+
+
+def test_a_gpu_engine() -> None:
+    spec = spec_of(RolloutSettings(gpu_memory_utilization=0.4, enforce_eager=False), on_gpu=True)
+
+    assert spec.engine_args["gpu_memory_utilization"] == 0.4
+    assert spec.engine_args["enforce_eager"] is False
+    assert spec.engine_args["distributed_executor_backend"] == "uni"
+    assert "kv_cache_memory_bytes" not in spec.engine_args
+    assert "TORCHDYNAMO_DISABLE" not in spec.env
+    assert "OMP_NUM_THREADS" not in spec.env
+    assert spec.engine_args["weight_transfer_config"] == {"backend": "nccl"}
+
+
+def test_an_engine_over_several_gpus_runs_its_workers_on_ray() -> None:
+    spec = spec_of(RolloutSettings(tensor_parallel_size=4), on_gpu=True)
+
+    assert spec.engine_args["distributed_executor_backend"] == "ray"
+    assert spec.engine_args["tensor_parallel_size"] == spec.tensor_parallel_size == 4
+
+
+@pytest.mark.parametrize(
+    ("setting", "on_gpu", "resolved"),
+    [
+        ("auto", False, "shared_memory"),
+        ("auto", True, "nccl"),
+        ("shared_memory", True, "shared_memory"),
+        ("nccl", True, "nccl"),
+    ],
+)
+def test_weight_transfer(setting: Any, on_gpu: bool, resolved: str) -> None:
+    assert weight_transfer(setting, on_gpu=on_gpu) == resolved
+    spec = spec_of(RolloutSettings(weight_transfer=setting), on_gpu=on_gpu)
+    assert spec.weight_transfer == resolved
+
+
+def test_users_engine_arguments_come_last() -> None:
+    rollouts = RolloutSettings(engine_args={"max_num_seqs": 5, "quantization": "fp8", "enforce_eager": False})
+
+    arguments = spec_of(rollouts).engine_args
+
+    assert (arguments["max_num_seqs"], arguments["quantization"]) == (5, "fp8")
+    assert arguments["enforce_eager"] is False
+    assert arguments["model"] == MODEL
+
+
+# The key-value cache of a CPU engine.
+
+
+def cache_bytes(rollouts: RolloutSettings, **overrides: Any) -> int:
+    return int(spec_of(rollouts, **overrides).engine_args["kv_cache_memory_bytes"])
+
+
+def test_cache_holds_all_sequences_in_flight_and_a_quarter_more() -> None:
+    # 8 groups of 32 sequences of 20 + 12 tokens.
+    rollouts = RolloutSettings(group_size=32, max_new_tokens=12)
+
+    assert cache_bytes(rollouts) == int(1.25 * 8 * 32 * 32) * TOKEN_BYTES
+    assert cache_bytes(rollouts, dtype="bfloat16") == int(1.25 * 8 * 32 * 32) * TOKEN_BYTES // 2
+
+
+def test_cache_is_never_less_than_two_longest_sequences() -> None:
+    rollouts = RolloutSettings(group_size=1, max_new_tokens=12)
+
+    assert cache_bytes(rollouts, groups_in_flight=1) == 2 * (32 + 256) * TOKEN_BYTES
+
+
+def test_cache_is_bounded() -> None:
+    large = Qwen2Config(
+        hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, eos_token_id=7
+    )
+
+    found = cache_bytes(RolloutSettings(group_size=64, max_new_tokens=2000), config=large)
+
+    assert found == 4 * 1024**3
+
+
+def test_cache_may_be_set() -> None:
+    assert cache_bytes(RolloutSettings(kv_cache_bytes=12345)) == 12345
+
+
+def test_a_config_without_grouped_heads_counts_all_of_them() -> None:
+    from transformers import GPT2Config
+
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=7)
+    rollouts = RolloutSettings(group_size=1, max_new_tokens=12)
+
+    # 4 heads of 8 instead of 2.
+    found = spec_of(rollouts, config=config, groups_in_flight=1)  # type: ignore[arg-type]
+    assert found.engine_args["kv_cache_memory_bytes"] == 2 * (32 + 256) * 2 * TOKEN_BYTES
+
+
+def test_spec_does_not_keep_the_settings_own_dictionary() -> None:
+    rollouts = replace(RolloutSettings(), engine_args={"max_num_seqs": 5})
+
+    spec_of(rollouts).engine_args["model"] = "changed"
+
+    assert rollouts.engine_args == {"max_num_seqs": 5}

@@ -1,0 +1,118 @@
+"""The learner side without a GPU: what is said to whom. Importing it imports vLLM, which takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("vllm")
+
+from rlhf_ray.weight_sync.nccl import ReplicaClient, ShardedSource, rank_offsets
+
+
+class Broadcast:
+    def __init__(self, answers: Sequence[Any]) -> None:
+        self._answers = answers
+
+    def results(self, *, timeout_s: float) -> list[Any]:
+        assert timeout_s > 0
+        return list(self._answers)
+
+
+class Handle:
+    """A Serve handle whose replicas all answer, or as many as said."""
+
+    def __init__(self, replicas: int) -> None:
+        self._replicas = replicas
+        self.asked: list[tuple[Any, ...]] = []
+
+    def broadcast(self, method: str, *arguments: Any) -> Broadcast:
+        self.asked.append((method, *arguments))
+        return Broadcast(["ok"] * self._replicas)
+
+
+@pytest.mark.parametrize(
+    ("replicas", "tensor_parallel_size", "offsets"),
+    [
+        (["a"], 1, {"a": 1}),
+        (["b", "a", "c"], 1, {"a": 1, "b": 2, "c": 3}),
+        (["b", "a", "c"], 4, {"a": 1, "b": 5, "c": 9}),
+    ],
+)
+def test_rank_offsets_by_hand(replicas: list[str], tensor_parallel_size: int, offsets: dict[str, int]) -> None:
+    assert rank_offsets(replicas, tensor_parallel_size) == offsets
+
+
+@pytest.mark.parametrize("replicas", [1, 3, 7])
+@pytest.mark.parametrize("tensor_parallel_size", [1, 2, 8])
+def test_no_two_workers_claim_the_same_rank(replicas: int, tensor_parallel_size: int) -> None:
+    offsets = rank_offsets([f"replica-{i}" for i in range(replicas)], tensor_parallel_size)
+
+    ranks = [offset + worker for offset in offsets.values() for worker in range(tensor_parallel_size)]
+    # Rank 0 is the sender.
+    assert sorted(ranks) == list(range(1, 1 + replicas * tensor_parallel_size))
+
+
+def test_the_order_of_the_replicas_does_not_matter() -> None:
+    """Every learner rank and every publication must agree on it."""
+    assert rank_offsets(["b", "a"], 2) == rank_offsets(["a", "b"], 2)
+
+
+def test_each_replica_joins_under_its_own_offset() -> None:
+    handle = Handle(2)
+    client = ReplicaClient(handle, ["b", "a"], tensor_parallel_size=2)
+
+    client.init_weight_transfer_engine({"master_address": "10.0.0.1", "rank_offset": 1, "world_size": 5})
+
+    ((method, infos),) = handle.asked
+    assert method == "init_weight_transfer"
+    assert infos == {
+        "a": {"master_address": "10.0.0.1", "rank_offset": 1, "world_size": 5},
+        "b": {"master_address": "10.0.0.1", "rank_offset": 3, "world_size": 5},
+    }
+
+
+def test_a_round_names_the_version() -> None:
+    handle = Handle(1)
+    client = ReplicaClient(handle, ["a"], tensor_parallel_size=1)
+    client.version = 7
+
+    client.start_weight_update()
+    client.update_weights({"names": ["w"]})
+    client.finish_weight_update()
+    client.finish_weight_update("8")
+
+    assert handle.asked == [
+        ("begin_update",),
+        ("apply_update", {"names": ["w"]}),
+        ("finish_update", 7),
+        ("finish_update", 8),
+    ]
+
+
+def test_a_replica_that_is_missing_in_a_round_is_an_error() -> None:
+    """A broadcast passes dead replicas over in silence, and the collective would wait for them for ever."""
+    client = ReplicaClient(Handle(1), ["a", "b"], tensor_parallel_size=1)
+
+    with pytest.raises(RuntimeError, match="1 of 2 replicas answered begin_update"):
+        client.start_weight_update()
+
+
+def test_source_gives_every_parameter_in_the_wire_type() -> None:
+    parameters = [("embed", torch.ones(2, 3)), ("norm", torch.zeros(5, requires_grad=True))]
+    source = ShardedSource(lambda: parameters, torch.bfloat16)
+
+    assert [(meta.name, meta.dtype, tuple(meta.shape)) for meta in source.metadata()] == [
+        ("embed", torch.bfloat16, (2, 3)),
+        ("norm", torch.bfloat16, (5,)),
+    ]
+    assert source.size_bytes() == 2 * (6 + 5)
+    found = list(source)
+    assert [(name, tensor.dtype, tensor.requires_grad) for name, tensor in found] == [
+        ("embed", torch.bfloat16, False),
+        ("norm", torch.bfloat16, False),
+    ]
+    assert found[0][1].tolist() == [[1.0] * 3] * 2

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from ray.exceptions import ActorDiedError, RayActorError
+
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.rollouts.engine import LoadReport
+from rlhf_ray.weight_sync.manifest import BucketLayout, WeightManifest
+from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, checked_pause
+
+Answer = LoadReport | BaseException
+
+
+def report(name: str = "r0", version: int = 1, pause_s: float = 0.25) -> LoadReport:
+    return LoadReport(replica_id=name, version=version, pause_s=pause_s)
+
+
+class Broadcast:
+    """What a Serve handle's broadcast returns."""
+
+    def __init__(self, answers: Sequence[Answer] | TimeoutError) -> None:
+        self._answers = answers
+
+    def results(self, *, timeout_s: float, return_exceptions: bool) -> list[Answer]:
+        assert timeout_s > 0
+        assert return_exceptions
+        if isinstance(self._answers, TimeoutError):
+            raise self._answers
+        return list(self._answers)
+
+
+class Handle:
+    """A Serve handle whose replicas answer each broadcast with the next of the given lists."""
+
+    def __init__(self, *answers: Sequence[Answer] | TimeoutError) -> None:
+        self._answers = list(answers)
+        self.asked: list[tuple[Any, ...]] = []
+
+    def broadcast(self, method: str, *arguments: Any) -> Broadcast:
+        self.asked.append((method, *arguments))
+        return Broadcast(self._answers.pop(0))
+
+
+class Learners:
+    """A learner group that has one version to give."""
+
+    def __init__(self, version: int = 1) -> None:
+        bucket = BucketLayout(size_bytes=640, tensors=())
+        self.manifest = WeightManifest(version=version, publication="p", buckets=(bucket, bucket))
+        self.sent_to: list[tuple[str, ...]] = []
+
+    def publish(self) -> tuple[WeightManifest, list[Any]]:
+        return self.manifest, ["ref 0", "ref 1"]
+
+    def send(self, replica_ids: tuple[str, ...]) -> int:
+        self.sent_to.append(replica_ids)
+        return 999
+
+
+# What the replicas acknowledge.
+
+
+def test_longest_pause_of_all_replicas() -> None:
+    assert checked_pause(1, [report("a", pause_s=0.1), report("b", pause_s=0.7), report("c", pause_s=0.2)]) == 0.7
+
+
+@pytest.mark.parametrize("death", [RayActorError(), ActorDiedError()])
+def test_a_replica_that_died_is_serves_to_replace(death: BaseException) -> None:
+    assert checked_pause(1, [death, report(pause_s=0.5)]) == 0.5
+
+
+@pytest.mark.parametrize("answers", [[], [RayActorError()]])
+def test_a_pool_of_which_nobody_answers_is_an_error(answers: list[Answer]) -> None:
+    with pytest.raises(WeightSyncError, match="no replica acknowledged policy version 4"):
+        checked_pause(4, answers)
+
+
+@pytest.mark.parametrize("answers", [[report("a"), ValueError("shape mismatch")], [ValueError("shape mismatch")]])
+def test_a_replica_that_could_not_load_is_an_error(answers: list[Answer]) -> None:
+    with pytest.raises(WeightSyncError, match=r"policy version 1: ValueError\('shape mismatch'\)"):
+        checked_pause(1, answers)
+
+
+@pytest.mark.parametrize("served", [0, 1])
+def test_a_replica_that_serves_another_version_is_an_error(served: int) -> None:
+    with pytest.raises(WeightSyncError, match=f"replica b serves version {served} after version 2"):
+        checked_pause(2, [report("a", version=2), report("b", version=served)])
+
+
+# Through the object store.
+
+
+def test_object_store_publication() -> None:
+    learners, handle = Learners(), Handle([report("a", pause_s=0.1), report("b", pause_s=0.3)])
+
+    publication = ObjectStorePublisher(source=learners, handle=handle).publish(1)
+
+    assert handle.asked == [("load_weights", learners.manifest, ["ref 0", "ref 1"])]
+    assert publication.version == 1
+    assert publication.size_bytes == 1280
+    assert publication.pause_s == 0.3
+    assert publication.num_replicas == 2
+    assert publication.weight_sync_s >= 0.0
+
+
+def test_a_dead_replica_has_acknowledged_nothing() -> None:
+    handle = Handle([report("a"), RayActorError()])
+
+    assert ObjectStorePublisher(source=Learners(), handle=handle).publish(1).num_replicas == 1
+
+
+def test_learners_that_hold_another_version_are_found_before_a_replica_loads_it() -> None:
+    handle = Handle()
+
+    with pytest.raises(WeightSyncError, match="published version 1 where 2 was due"):
+        ObjectStorePublisher(source=Learners(version=1), handle=handle).publish(2)
+    assert handle.asked == []
+
+
+def test_replicas_that_do_not_answer_in_time_are_a_weight_sync_error() -> None:
+    with pytest.raises(WeightSyncError, match="did not answer load_weights within 600 s"):
+        ObjectStorePublisher(source=Learners(), handle=Handle(TimeoutError())).publish(1)
+
+
+# Over NCCL.
+
+
+def test_nccl_publication_goes_to_the_replicas_that_are_there() -> None:
+    learners = Learners()
+    before = [report("b", version=0), RayActorError(), report("a", version=0)]
+    handle = Handle(before, [report("a", pause_s=0.2), report("b", pause_s=0.1)])
+
+    publication = NcclPublisher(source=learners, handle=handle).publish(1)
+
+    assert learners.sent_to == [("a", "b")]
+    assert handle.asked == [("status",), ("status",)]
+    assert publication.size_bytes == 999
+    assert publication.pause_s == 0.2
+    assert publication.num_replicas == 2
+
+
+def test_nccl_publication_is_checked_like_any_other() -> None:
+    handle = Handle([report("a", version=0)], [report("a", version=0)])
+
+    with pytest.raises(WeightSyncError, match="serves version 0 after version 1"):
+        NcclPublisher(source=Learners(), handle=handle).publish(1)
