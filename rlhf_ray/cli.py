@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 the run failed; 2 wrong command line, settings or data; 13
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import signal
 import sys
@@ -60,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code (see the module's docstring).
     """
     args = _parse(argv)
+    # A reward named `module:function` is looked up where the user stands, as `python script.py` would find it.
+    sys.path.insert(0, os.getcwd())
     try:
         with _sigterm_raises():
             code: int = args.run(args)

@@ -76,7 +76,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
         )
         self._directory = directory
         self._logdir = str(directory.path)
-        resolved = self.algorithm_config.copy().reporting(run_dir=str(directory.path))
+        # Without the folder's own name, so that the file reruns the run in a new one.
+        resolved = self.algorithm_config.copy().reporting(run_dir=None)
         directory.write_config(resolved.to_yaml())
         self._reporters.start(self.settings, directory)
         _LIVE.add(self)
@@ -190,7 +191,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         checkpoint = Checkpoint(Path(path).expanduser().absolute())
         checkpoint.read()
         if config is None:
-            config = cls.config_class.from_yaml(checkpoint.config).reporting(run_dir=None)
+            config = cls.config_class.from_yaml(checkpoint.config)
         algorithm = cls(config=config)
         try:
             algorithm.restore_from_path(path)

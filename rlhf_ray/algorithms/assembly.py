@@ -282,6 +282,7 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
         num_cpus=session.shares.replica,
         bridge=bridge,
         startup_timeout_s=rollouts.startup_timeout_s,
+        ray_ends=session.ends_ray,
     )
 
 

@@ -63,8 +63,11 @@ class RaySession:
     """
 
     def __init__(self, settings: Settings) -> None:
-        self._owned = not ray.is_initialized()
-        if self._owned:
+        self._connected = not ray.is_initialized()
+        joined = settings.resources.ray_address or os.environ.get("RAY_ADDRESS")
+        self.ends_ray = self._connected and not joined
+        """Whether this session started the whole cluster, which ends with it."""
+        if self._connected:
             # A busy laptop needs more than Ray's half minute.
             os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
             # Says at every local start that tokens protect the cluster: nothing that the user can or need do.
@@ -82,7 +85,7 @@ class RaySession:
 
     def stop(self) -> None:
         """Leave the cluster; one that this session started ends with it."""
-        if self._owned and ray.is_initialized():
+        if self._connected and ray.is_initialized():
             ray.shutdown()
 
     @staticmethod

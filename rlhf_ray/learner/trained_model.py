@@ -109,10 +109,13 @@ class TrainedModel:
         return {"weights": weights, "optimizer": optimizer, "steps": torch.tensor(self._schedule.last_epoch)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave."""
+        """Restore weights, moments and steps of what :meth:`state_dict` gave; the settings stay this run's own."""
+        settings = [{key: group[key] for key in group if key != "params"} for group in self._optimizer.param_groups]
         set_state_dict(
             self.model, self._optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"]
         )
+        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(own)
         self._schedule.last_epoch = int(state["steps"]) - 1
         self._schedule.step()
 

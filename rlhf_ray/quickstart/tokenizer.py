@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
 __all__ = ["EOS_TOKEN_ID", "PAD_TOKEN_ID", "VOCAB_SIZE", "build_tokenizer"]
 
@@ -27,21 +27,22 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(*, max_length: int) -> PreTrainedTokenizerFast:
+def build_tokenizer(*, max_length: int) -> Qwen2Tokenizer:
     """Build the byte tokenizer: ids 0 to 255 are the bytes, then ``<pad>`` and ``<eos>``; nothing is added to a text.
+
+    It is a ``Qwen2Tokenizer`` because ``AutoTokenizer`` makes one of the folder of any Qwen2 model, whatever its files
+    say. As with all of them, a text is brought to Unicode's normal form C first, and comes back whole in that form.
 
     Args:
         max_length: The model's positions, in tokens.
     """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
-    backend = Tokenizer(models.BPE(vocab=_byte_vocabulary(), merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in (PAD_TOKEN, EOS_TOKEN)])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
+    return Qwen2Tokenizer(
+        vocab={**_byte_vocabulary(), PAD_TOKEN: PAD_TOKEN_ID, EOS_TOKEN: EOS_TOKEN_ID},
+        merges=[],
+        # Left out, it would be a 259th token, for which the model has no weights. No text has an unknown byte.
+        unk_token=EOS_TOKEN,
         pad_token=PAD_TOKEN,
         eos_token=EOS_TOKEN,
         chat_template=CHAT_TEMPLATE,

@@ -36,6 +36,7 @@ class RolloutApp:
         num_cpus: CPUs reserved a replica.
         bridge: Handle of the learners' bridge actor.
         startup_timeout_s: Longest wait for the replicas.
+        ray_ends: Whether the whole Ray cluster ends after :meth:`stop`.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class RolloutApp:
         num_cpus: float,
         bridge: Any,
         startup_timeout_s: float,
+        ray_ends: bool,
     ) -> None:
         self.name = f"{run_id}-rollout"
         self._spec = spec
@@ -54,6 +56,7 @@ class RolloutApp:
         self._num_cpus = num_cpus
         self._bridge = bridge
         self._startup_timeout_s = startup_timeout_s
+        self._ray_ends = ray_ends
         self._started_serve = False
         self._deploying: Future[Any] | None = None
         self.handle: Any = None
@@ -90,7 +93,8 @@ class RolloutApp:
         if not _serve_is_running():
             return
         serve.delete(self.name)
-        if self._started_serve and not serve.status().applications:
+        # Serve's actors complain on the console when they are shut down one by one; a cluster that ends takes all.
+        if self._started_serve and not self._ray_ends and not serve.status().applications:
             serve.shutdown()
 
     def _deploy(self) -> Any:

@@ -117,10 +117,10 @@ def save_models(folder: Path) -> None:
 
 def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
     # An epsilon that is large beside rounding: without it Adam would blow differences of 1e-9 up to a whole step.
-    numbers = {"adam_eps": 1e-3, "lr": 3e-3, "critic_lr": 5e-3, "weight_decay": 0.1, "lambda_": 0.9, "gamma": 0.98}
-    training = TrainingSettings(**numbers | {"lr_schedule": "linear", "lr_warmup_steps": 2} | scenario.training)
+    training: dict[str, Any] = {"adam_eps": 1e-3, "lr": 3e-3, "critic_lr": 5e-3, "weight_decay": 0.1}
+    training |= {"gamma": 0.98, "lambda_": 0.9, "lr_schedule": "linear", "lr_warmup_steps": 2}
     arguments: dict[str, Any] = {
-        "training": training,
+        "training": TrainingSettings(**training | scenario.training),
         "policy_path": str(folder / "policy"),
         "critic_path": str(folder / scenario.critic),
         "attn_implementation": "auto",

@@ -11,7 +11,7 @@ from rlhf_ray.learner.trained_model import TrainedModel, learning_rate_factor
 from rlhf_ray.settings import TrainingSettings
 
 
-class TwoLayers(nn.Module):
+class TwoLayers(nn.Module):  # type: ignore[misc]
     """A matrix, a bias and a norm; the matrix also under a second, tied name."""
 
     def __init__(self) -> None:
@@ -23,7 +23,8 @@ class TwoLayers(nn.Module):
 
 
 def trained(model: Any, *, lr: float = 0.1, max_grad_norm: float | None = None, **training: Any) -> TrainedModel:
-    settings = TrainingSettings(**{"adam_betas": (0.0, 0.0), "adam_eps": 1.0} | training)
+    simple: dict[str, Any] = {"adam_betas": (0.0, 0.0), "adam_eps": 1.0}
+    settings = TrainingSettings(**simple | training)
     return TrainedModel(model, settings, lr=lr, max_grad_norm=max_grad_norm, total_steps=10)
 
 
@@ -176,3 +177,18 @@ def test_state_brings_back_weights_moments_and_schedule() -> None:
     second = learning_rate_factor(1, schedule="cosine", warmup_steps=0, total_steps=10, min_ratio=0.0)
     assert restored.lr == pytest.approx(0.1 * second)
     assert stepped(restored, other, [0.5, 3.0]) == wanted
+
+
+def test_a_run_that_goes_on_with_other_settings_uses_them() -> None:
+    """A checkpoint restores what was learned; learning rate, decay and betas are the new run's."""
+    model = line([1.0])
+    before = trained(model, weight_decay=0.5)
+    model.weight.grad = torch.ones(1, 1)
+    before.step()
+
+    after = trained(line([7.0]), lr=0.2, weight_decay=0.25, adam_betas=(0.5, 0.75), adam_eps=1e-4)
+    after.load_state_dict(copy.deepcopy(before.state_dict()))
+
+    (group,) = after._optimizer.param_groups
+    wanted = {"lr": 0.2, "weight_decay": 0.25, "betas": (0.5, 0.75), "eps": 1e-4}
+    assert {name: group[name] for name in wanted} == wanted

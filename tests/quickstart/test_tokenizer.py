@@ -1,3 +1,4 @@
+import unicodedata
 from typing import Any
 
 import pytest
@@ -13,9 +14,9 @@ TEXTS = [
     "Janet\u2019s ducks lay 16 eggs per day.\n#### 18 <<16-3-4=9>>9 $2 * 9 = $<<2*9=18>>18",
     "Grüße, façade, Ελλάδα, Привет, שלום, नमस्ते, 日本語, 한국어",
     "🤖👩‍👩‍👧🏳️‍🌈 🇪🇺",
-    "e\u0301 is not é, nor is \ufb01 fi",
+    "é is not e, nor is \ufb01 fi",
     "\x00\x01\x7f\u00a0\u00ad\u2028\ufeff\U0010ffff",
-    "".join(map(chr, range(0x800))),
+    unicodedata.normalize("NFC", "".join(map(chr, range(0x800)))),
 ]
 
 
@@ -33,6 +34,10 @@ def test_the_tokens_of_a_text_are_its_bytes(tokenizer: Any, text: str) -> None:
 def test_a_text_comes_back_whole(tokenizer: Any, text: str) -> None:
     assert tokenizer.decode(list(text.encode())) == text
     assert tokenizer.decode([*text.encode(), EOS_TOKEN_ID, PAD_TOKEN_ID], skip_special_tokens=True) == text
+
+
+def test_a_text_is_composed_first(tokenizer: Any) -> None:
+    assert tokenizer("e\u0301")["input_ids"] == list("\u00e9".encode())
 
 
 def test_each_of_the_256_bytes_is_a_token_of_its_own(tokenizer: Any) -> None:

@@ -250,7 +250,7 @@ def test_a_config_without_grouped_heads_counts_all_of_them() -> None:
     rollouts = RolloutSettings(group_size=1, max_new_tokens=12)
 
     # 4 heads of 8 instead of 2.
-    found = spec_of(rollouts, config=config, groups_in_flight=1)  # type: ignore[arg-type]
+    found = spec_of(rollouts, config=config, groups_in_flight=1)
     assert found.engine_args["kv_cache_memory_bytes"] == 2 * (32 + 256) * 2 * TOKEN_BYTES
 
 
