@@ -29,8 +29,14 @@ def root_cause(lines: Iterable[str]) -> str | None:
 
 
 def engine_start_failure(error: BaseException) -> str:
-    """Say in one line why the engine of this process could not start."""
-    return root_cause(_own_log()) or f"{type(error).__name__}: {error}"
+    """Say in one line why the engine of this process could not start.
+
+    What failed in this process is the error itself; what failed in the engine's own is in the log.
+    """
+    own = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    if any(wrapper in own for wrapper in _WRAPPERS):
+        return root_cause(_own_log()) or own
+    return own
 
 
 def _own_log() -> list[str]:

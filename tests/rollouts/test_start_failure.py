@@ -1,0 +1,19 @@
+from rlhf_ray.rollouts.start_failure import engine_start_failure, root_cause
+
+
+def test_the_last_error_that_is_no_wrapper_is_the_cause() -> None:
+    log = [
+        "INFO starting",
+        "(EngineCore pid=7) ERROR 11-22 18:26:34 [core.py:1510] ValueError: no such dtype: float7",
+        "RuntimeError: Engine core initialization failed. See root cause above.",
+    ]
+    assert root_cause(log) == "ValueError: no such dtype: float7"
+
+
+def test_a_log_without_errors_has_no_cause() -> None:
+    assert root_cause(["INFO all is well", "an Error without a colon"]) is None
+
+
+def test_an_error_of_this_process_speaks_for_itself_in_one_line() -> None:
+    error = ValueError("1 validation error for ModelConfig\n  quantization: 'no-such-thing'")
+    assert engine_start_failure(error) == "ValueError: 1 validation error for ModelConfig quantization: 'no-such-thing'"
