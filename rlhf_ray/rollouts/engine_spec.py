@@ -18,6 +18,7 @@ __all__ = ["engine_spec", "eos_token_ids", "max_prompt_tokens", "weight_transfer
 # The engine reserves the cache at start-up, so a CPU engine must not take what the learners need.
 _MAX_CPU_CACHE_BYTES = 4 * 1024**3
 _MAX_SEQUENCES = 1024
+_MIN_STEP_TOKENS = 8192
 
 
 def weight_transfer(setting: str, *, on_gpu: bool) -> str:
@@ -142,6 +143,10 @@ def _cpu_arguments(
     rollouts: RolloutSettings, config: PretrainedConfig, *, tokens: int, max_length: int, dtype: str
 ) -> dict[str, Any]:
     return {
+        # A seeded prompt whose prefill is split over two steps crashes CPU engines: vLLM rewinds the generator by an
+        # offset that CPU generators do not have. Unsplit, the longest prompt must fit one step.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(_MIN_STEP_TOKENS, max_length),
         # Without dynamo (see the environment) vLLM cannot compile, and says so unless told not to try.
         "enforce_eager": True,
         "kv_cache_memory_bytes": rollouts.kv_cache_bytes or _cache_bytes(config, tokens, max_length, dtype),
