@@ -44,7 +44,7 @@ $(READY): pyproject.toml Makefile
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	printf "%s ; sys_platform == 'never'\n" $(UNWANTED) > $(VENV)/overrides.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python $(WHEELS) $(OVERRIDES) -e '.[$(DEVICE),test,dev]'
+	$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python $(WHEELS) $(OVERRIDES) -e '.[$(DEVICE),test,dev]'
 	touch $@
 
 clean:

@@ -131,11 +131,11 @@ class RewardSettings:
 class TrainingSettings:
     """The algorithm's numbers."""
 
-    iterations: int = setting(40, "iterations of a run")
+    iterations: int = setting(100, "iterations of a run")
     lr: float = setting(2e-4, "policy learning rate")
-    critic_lr: float = setting(1e-3, "critic learning rate")
+    critic_lr: float = setting(3e-4, "critic learning rate")
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
-        "constant", "shape of both learning rates after warm-up, over training.iterations"
+        "linear", "shape of both learning rates after warm-up, over training.iterations"
     )
     lr_warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
     min_lr_ratio: float = setting(0.0, "learning rate at the end of the schedule, as a share of the peak")
@@ -145,7 +145,7 @@ class TrainingSettings:
     max_grad_norm: float | None = setting(1.0, "gradient norm clip of the policy; none: no clip")
     critic_max_grad_norm: float | None = setting(1.0, "gradient norm clip of the critic; none: no clip")
     num_epochs: int = setting(1, "passes over each batch")
-    num_minibatches: int = setting(2, "optimiser steps a pass")
+    num_minibatches: int = setting(4, "optimiser steps a pass")
     gamma: float = setting(1.0, "discount a token")
     lambda_: float = setting(0.95, "GAE lambda")
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")

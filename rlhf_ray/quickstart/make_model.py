@@ -1,8 +1,9 @@
 """Makes the embedded quickstart model: supervised learning on the task, stopped where PPO can take over.
 
 Run it with ``python -m rlhf_ray.quickstart.make_model --output DIR``; the same seed gives the same model on the same
-machine and versions. It stops at the first check at which the sampled accuracy reaches the target: an early point of a
-run that would go on climbing, since a fully annealed optimum of the same accuracy is much harder to move.
+machine and versions. It stops at the first check at which the greedy accuracy reaches the target: an early point of a
+fast-climbing run. A slow run's model of the same accuracy gives right answers no chance where it is wrong, and
+reinforcement learning cannot find what it never samples.
 """
 
 from __future__ import annotations
@@ -82,8 +83,8 @@ def make_model(
     output: Path,
     *,
     seed: int = 0,
-    target: float = 0.3,
-    learning_rate: float = 1e-3,
+    target: float = 0.45,
+    learning_rate: float = 2.5e-3,
     batch_size: int = 128,
     max_steps: int = 2000,
     check_interval: int = 2,
@@ -93,8 +94,8 @@ def make_model(
     Args:
         output: Folder to write.
         seed: Of the initialisation and the order of the rows.
-        target: Sampled held-out accuracy to stop at.
-        learning_rate: AdamW's, constant after 50 steps of warm-up.
+        target: Greedy held-out accuracy to stop at.
+        learning_rate: AdamW's, constant after 100 steps of warm-up.
         batch_size: Rows a step.
         max_steps: Steps after which it stops short of the target.
         check_interval: Steps between measurements.
@@ -112,7 +113,7 @@ def make_model(
     accuracy = measure(model, held_out)
     for step in range(1, max_steps + 1):
         rows = next(batches)
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, step / 50)
+        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, step / 100)
         logits = model(ids[rows]).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[rows][:, 1:].flatten(), ignore_index=_IGNORED)
         loss.backward()
@@ -130,7 +131,7 @@ def make_model(
                 accuracy.greedy,
                 elapsed,
             )
-            if accuracy.sampled >= target:
+            if accuracy.greedy >= target:
                 break
     _write(model, output, accuracy=accuracy, seed=seed, steps=step)
     return accuracy
@@ -141,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", type=float, default=0.3, help="sampled held-out accuracy to stop at")
+    parser.add_argument("--target", type=float, default=0.45, help="greedy held-out accuracy to stop at")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     make_model(arguments.output, seed=arguments.seed, target=arguments.target)
