@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from rlhf_ray import Algorithm, AlgorithmConfig, PPOConfig
 
-HUB_ID, HUB_SUBSET = "openai/gsm8k", "main"
+HUB_ID = "openai/gsm8k"
 
 PROMPT_TEMPLATE = """\
 {prompt}
@@ -53,6 +53,7 @@ def gsm8k() -> PPOConfig:
         .model(path="Qwen/Qwen2.5-1.5B-Instruct")
         .data(
             path=HUB_ID,
+            subset="main",
             prompt_column="question",
             prompt_template=PROMPT_TEMPLATE,
             as_chat=True,
@@ -77,10 +78,10 @@ def gsm8k() -> PPOConfig:
 
 
 def with_test_set(config: AlgorithmConfig) -> AlgorithmConfig:
-    """Name the hub's test set and subset where the hub's training set is used; files name their own."""
+    """Name the hub's test set where the hub's training set is used; files name their own."""
     data = config.settings.data
     if data.path == HUB_ID:
-        config.data(subset=data.subset or HUB_SUBSET, eval_path=data.eval_path or HUB_ID)
+        config.data(eval_path=data.eval_path or HUB_ID)
     return config
 
 

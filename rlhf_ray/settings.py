@@ -64,7 +64,7 @@ class DataSettings:
     path: Any = setting(
         None, "JSONL, Parquet or CSV file or folder, hub id, or a ray.data.Dataset; none: the quickstart task"
     )
-    subset: str | None = setting(None, "configuration name of a hub dataset")
+    subset: str | None = setting(None, "configuration name of a hub dataset; files have none")
     split: str = setting("train", "split of a hub dataset")
     eval_path: Any = setting(None, "held-out dataset, as path")
     eval_split: str = setting("test", "split of a hub dataset used as eval_path")

@@ -26,6 +26,7 @@ from rlhf_ray.rewards.pool import RewardPool
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
+from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
 from rlhf_ray.settings import DataSettings, Settings
 from rlhf_ray.types import Prompt, SamplingSettings
@@ -149,8 +150,9 @@ def start_parts(
         for part in (rewards, app, learners):
             part.stop()
         raise
+    streams = GroupStreams(app.handle.options(stream=True).generate.remote, num_replicas=settings.rollouts.num_replicas)
     controller = RolloutController(
-        generate=app.handle.generate.remote,
+        generate=streams.generate,
         scorer=rewards,
         prompts=inputs.prompts,
         sampling=training_sampling(settings),

@@ -7,6 +7,7 @@ ranks call the same methods in step.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -68,7 +69,7 @@ class LearnerSpec:
     """Optimiser steps of the run."""
     on_gpu: bool
     num_threads: int | None
-    """CPU threads of a rank; none: PyTorch's default."""
+    """CPU threads of a rank; none: its share of the machine's cores."""
 
     @property
     def device(self) -> torch.device:
@@ -104,9 +105,9 @@ class Learner:
     def __init__(self, spec: LearnerSpec) -> None:
         self._spec = spec
         self._training = spec.training
-        if spec.num_threads is not None:
-            torch.set_num_threads(spec.num_threads)
         device = spec.device
+        if device.type == "cpu":
+            torch.set_num_threads(spec.num_threads or _share_of_cores())
         self._device = device
         self._world_size = dist.get_world_size()
         mesh = init_device_mesh(device.type, (self._world_size,))
@@ -428,6 +429,12 @@ class Learner:
             input_ids=micro.input_ids, position_ids=micro.position_ids, logits_to_keep=micro.kept, use_cache=False
         )
         return output.logits
+
+
+def _share_of_cores() -> int:
+    """Cores a rank of this machine; Ray sets PyTorch's own default to one."""
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
 
 
 def _put(target: torch.Tensor, micro: Microbatch, rows: torch.Tensor) -> None:

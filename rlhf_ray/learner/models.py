@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["attention_kernel", "load_critic", "load_policy", "shard"]
 
+# Gathering a smaller layer by itself costs more than the memory that it frees is worth: 4 MiB in float32.
+_MIN_UNIT_PARAMETERS = 2**20
+
 
 def attention_kernel(setting: str, device: torch.device) -> str:
     """Resolve ``model.attn_implementation``: flash attention on GPUs where it is installed, else SDPA."""
@@ -73,7 +76,7 @@ def load_critic(path: str, *, attn_implementation: str, trust_remote_code: bool)
 def shard(
     model: PreTrainedModel, mesh: DeviceMesh, *, compute_dtype: torch.dtype, gradient_checkpointing: bool
 ) -> PreTrainedModel:
-    """Shard a model over the mesh: one FSDP2 unit a decoder layer, one for the rest.
+    """Shard a model over the mesh: one FSDP2 unit a decoder layer, one for the rest and for layers that are tiny.
 
     Weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced in
     float32.
@@ -84,7 +87,8 @@ def shard(
     if compute_dtype != torch.float32:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in _decoder_layers(model):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        if sum(parameter.numel() for parameter in layer.parameters()) >= _MIN_UNIT_PARAMETERS:
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     return model
 

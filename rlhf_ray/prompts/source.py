@@ -39,7 +39,7 @@ def find_source(settings: DataSettings) -> PromptSource:
     """Return the training set that the settings name; the quickstart task where they name none.
 
     Raises:
-        ConfigError: ``data.path`` is of a type that names no dataset, or ``data.subset`` is given for a local one.
+        ConfigError: ``data.path`` is of a type that names no dataset.
         DataError: The file or folder is missing, or is not one that can be read.
     """
     if settings.path is None:
@@ -71,8 +71,6 @@ def _source(path: Any, settings: DataSettings, *, split: str, field: str) -> Pro
     else:
         remedy = "give a file or folder, a list of files, a hub id, or a ray.data.Dataset"
         raise ConfigError(field, path, remedy)
-    if settings.subset is not None and field == "data.path" and not isinstance(source, HubSource):
-        raise ConfigError("data.subset", settings.subset, f"only a hub dataset has subsets, not {source.name}; drop it")
     return source
 
 

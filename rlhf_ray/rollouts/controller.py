@@ -70,7 +70,7 @@ class RolloutController:
     """Drives rollouts and rewards for the Algorithm's thread.
 
     Args:
-        generate: ``generate(prompt, sampling, seed=, min_version=)`` -> group, awaited; the Serve handle's method.
+        generate: ``generate(prompt, sampling, seed=, min_version=)`` -> group, awaited.
         scorer: The reward pool.
         prompts: Endless prompts of training.
         sampling: How completions are drawn in training.

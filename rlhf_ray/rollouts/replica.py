@@ -7,7 +7,7 @@ bridge before it is ready, and a request names the version it needs, so that non
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ from ray import serve
 
 from rlhf_ray.rollouts.engine import EngineSpec, LoadReport, RolloutEngine
 from rlhf_ray.rollouts.start_failure import engine_start_failure
-from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings
+from rlhf_ray.rollouts.streams import FinishedGroups
+from rlhf_ray.types import Completion, Prompt, SamplingSettings
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
 __all__ = ["RolloutReplica"]
@@ -43,14 +44,30 @@ class RolloutReplica:
         await self._catch_up(await bridge.newest_version.remote())
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int
-    ) -> RolloutGroup:
-        """Write one rollout group with weights of ``min_version`` or newer."""
+        self, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seeds: Sequence[int], min_version: int
+    ) -> AsyncIterator[FinishedGroups]:
+        """Write a rollout group for each prompt with weights of ``min_version`` or newer, each given when finished."""
         await self._catch_up(min_version)
-        completions = await self._engine.generate(prompt, sampling, seed=seed)
-        return RolloutGroup(
-            group_id=prompt.prompt_id, prompt=prompt, completions=completions, replica_id=self.replica_id
-        )
+        finished: asyncio.Queue[asyncio.Task[tuple[Completion, ...]]] = asyncio.Queue()
+        positions = {}
+        for position, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
+            task = asyncio.create_task(self._engine.generate(prompt, sampling, seed=seed))
+            task.add_done_callback(finished.put_nowait)
+            positions[task] = position
+        try:
+            left = len(positions)
+            while left:
+                done = [await finished.get()]
+                # One engine step ends several groups: their tasks run next.
+                await asyncio.sleep(0)
+                while not finished.empty():
+                    done.append(finished.get_nowait())
+                left -= len(done)
+                yield self.replica_id, [(positions[task], task.result()) for task in done]
+        finally:
+            for task in positions:
+                task.cancel()
+            await asyncio.gather(*positions, return_exceptions=True)
 
     async def load_weights(self, manifest: WeightManifest, refs: list[Any]) -> LoadReport:
         """Load a published version from the object store, unless this replica has pulled it already."""

@@ -191,13 +191,17 @@ def test_what_is_no_path_is_a_hub_id(path: str, monkeypatch: pytest.MonkeyPatch,
     assert find_eval_source(DataSettings(eval_path=path)).sample(1) == ROWS[:1]
 
 
+def test_a_subset_is_the_hubs_alone(write_jsonl: Any) -> None:
+    settings = DataSettings(path=write_jsonl(ROWS), eval_path="openai/gsm8k", subset="main")
+    assert find_source(settings).sample(1) == ROWS[:1]
+    assert find_eval_source(settings).name == "openai/gsm8k/main (test)"
+
+
 def test_settings_that_name_no_dataset(write_jsonl: Any) -> None:
     with pytest.raises(ConfigError, match=r"data\.path = 5: give a file or folder"):
         find_source(DataSettings(path=5))
     with pytest.raises(ConfigError, match=r"data\.path = \[\]: give a file or folder"):
         find_source(DataSettings(path=[]))
-    with pytest.raises(ConfigError, match=r"data\.subset = 'main': only a hub dataset has subsets"):
-        find_source(DataSettings(path=write_jsonl(ROWS), subset="main"))
     with pytest.raises(ConfigError, match=r"data\.eval_path = None: name the held-out dataset"):
         find_eval_source(DataSettings(path=write_jsonl(ROWS)))
     with pytest.raises(DataError, match=r"s3://bucket/data\.jsonl is a remote address: .*pass ray\.data\.read_json"):

@@ -1,0 +1,118 @@
+"""Few streamed Serve requests instead of one call a group.
+
+The controller asks for one group at a time. A Serve call costs milliseconds on both sides, more than a short
+completion does, and calls that trickle in keep the engine's steps small. Groups asked for in the same turn of the event
+loop therefore go out together, and each comes back as soon as it is finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from rlhf_ray.types import Completion, Prompt, RolloutGroup, SamplingSettings
+
+__all__ = ["FinishedGroups", "GroupStreams", "split_evenly"]
+
+FinishedGroups: TypeAlias = tuple[str, list[tuple[int, tuple[Completion, ...]]]]
+"""A replica's id, and the groups finished since its last answer: position in the request and completions."""
+
+# Serve balances requests, not groups: with several a replica no replica gets twice the work of another.
+_REQUESTS_A_REPLICA = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    prompt: Prompt
+    seed: int
+    group: asyncio.Future[RolloutGroup]
+
+
+class GroupStreams:
+    """An awaitable call a group over streamed requests; use it on one event loop.
+
+    Args:
+        generate: ``generate(prompts, sampling, seeds=, min_version=)`` -> asynchronous iterator of
+            :data:`FinishedGroups` with a ``cancel`` method: the Serve handle's method, streaming.
+        num_replicas: Size of the pool.
+    """
+
+    def __init__(self, generate: Callable[..., Any], *, num_replicas: int) -> None:
+        self._generate = generate
+        self._max_requests = 1 if num_replicas == 1 else num_replicas * _REQUESTS_A_REPLICA
+        self._waiting: dict[tuple[SamplingSettings, int], list[_Call]] = defaultdict(list)
+        self._streams: set[asyncio.Task[None]] = set()
+
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int
+    ) -> RolloutGroup:
+        """Write one rollout group with weights of ``min_version`` or newer.
+
+        Raises whatever ended the request that the group was part of.
+        """
+        loop = asyncio.get_running_loop()
+        if not self._waiting:
+            # After all tasks that are ready now have asked for theirs.
+            loop.call_soon(self._send)
+        call = _Call(prompt=prompt, seed=seed, group=loop.create_future())
+        self._waiting[sampling, min_version].append(call)
+        return await call.group
+
+    def _send(self) -> None:
+        waiting, self._waiting = self._waiting, defaultdict(list)
+        for (sampling, min_version), calls in waiting.items():
+            for part in split_evenly(calls, self._max_requests):
+                stream = asyncio.get_running_loop().create_task(self._receive(part, sampling, min_version))
+                self._streams.add(stream)  # the loop itself holds tasks weakly
+                stream.add_done_callback(self._streams.discard)
+                _cancel_with(stream, part)
+
+    async def _receive(self, calls: Sequence[_Call], sampling: SamplingSettings, min_version: int) -> None:
+        answers = self._generate(
+            tuple(call.prompt for call in calls),
+            sampling,
+            seeds=tuple(call.seed for call in calls),
+            min_version=min_version,
+        )
+        try:
+            await _deliver(answers, calls)
+            error: BaseException = RuntimeError("the replica ended its answer before all groups were in it")
+        except asyncio.CancelledError:
+            answers.cancel()
+            raise
+        except Exception as caught:
+            error = caught
+        for call in calls:
+            if not call.group.done():
+                call.group.set_exception(error)
+
+
+async def _deliver(answers: AsyncIterator[FinishedGroups], calls: Sequence[_Call]) -> None:
+    async for replica_id, finished in answers:
+        for position, completions in finished:
+            call = calls[position]
+            if not call.group.done():
+                group = RolloutGroup(
+                    group_id=call.prompt.prompt_id, prompt=call.prompt, completions=completions, replica_id=replica_id
+                )
+                call.group.set_result(group)
+
+
+def _cancel_with(stream: asyncio.Task[None], calls: Sequence[_Call]) -> None:
+    """End a stream that nobody waits for any more."""
+
+    def check(group: asyncio.Future[RolloutGroup]) -> None:
+        if group.cancelled() and all(call.group.done() for call in calls):
+            stream.cancel()
+
+    for call in calls:
+        call.group.add_done_callback(check)
+
+
+def split_evenly(items: Sequence[Any], parts: int) -> list[Sequence[Any]]:
+    """At most ``parts`` pieces that keep the order and differ in length by at most one."""
+    parts = min(parts, len(items))
+    return [items[len(items) * part // parts : len(items) * (part + 1) // parts] for part in range(parts)]
