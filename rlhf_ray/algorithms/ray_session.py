@@ -72,9 +72,14 @@ class RaySession:
             os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
             # Says at every local start that tokens protect the cluster: nothing that the user can or need do.
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+            if self.ends_ray:
+                # Nobody announces the end of the only node.
+                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
             ray.init(
                 address=settings.resources.ray_address,
                 namespace="rlhf_ray",
+                # For a cluster that ends with this run its start-up is lost; `ray start --head` has one.
+                include_dashboard=False if self.ends_ray else None,
                 log_to_driver=settings.debugging.log_to_driver,
                 logging_level=logging.getLevelName(settings.debugging.log_level),
                 configure_logging=True,

@@ -1,0 +1,102 @@
+"""Each mistake as its user sees it: one clear error from ``build()``, before Ray or any engine is started."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from rlhf_ray import PPOConfig
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.quickstart import model_path
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def started(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(ray, "init", started)
+
+
+def reward(*, completions: list[str], **columns: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def own_data(rows: list[dict[str, Any]], **data: Any) -> PPOConfig:
+    path = Path("rows.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return PPOConfig().data(path=str(path), **data).rewards(reward)
+
+
+def folder_without_a_model() -> PPOConfig:
+    Path("folder").mkdir()
+    return PPOConfig().model(path="folder")
+
+
+def config_of_no_model() -> PPOConfig:
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text('{"model_type": "toaster"}')
+    return PPOConfig().model(path="folder", tokenizer_path=model_path())
+
+
+MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
+    "missing model": (
+        lambda: PPOConfig().model(path="./no-such-model"),
+        ConfigError,
+        r"model\.(tokenizer_)?path = '.*no-such-model'",
+    ),
+    "missing critic": (
+        lambda: PPOConfig().model(critic_path="./no-such-critic"),
+        ConfigError,
+        r"model\.critic_path = '.*no-such-critic': no such folder",
+    ),
+    "not a model": (folder_without_a_model, ConfigError, r"model\.(tokenizer_)?path = '.*folder'"),
+    "unknown kind of model": (config_of_no_model, ConfigError, r"model\.path = '.*folder': .*toaster"),
+    "missing dataset": (
+        lambda: PPOConfig().data(path="no-such.jsonl").rewards(reward),
+        DataError,
+        r"data\.path: no such file or folder: no-such\.jsonl \(looked at /",
+    ),
+    "missing column": (
+        lambda: own_data([{"question": "1+1", "answer": "2"}]),
+        DataError,
+        r"question",
+    ),
+    "empty dataset": (lambda: own_data([]), DataError, r"rows\.jsonl is empty: it has no rows"),
+    "completions that fill the context": (
+        lambda: PPOConfig().rollouts(max_new_tokens=2048),
+        ConfigError,
+        r"rollouts\.max_new_tokens = 2048: must be less than the model's context of 2048",
+    ),
+    "prompts and completions that exceed the context": (
+        lambda: PPOConfig().rollouts(max_new_tokens=1024, max_prompt_tokens=1500),
+        ConfigError,
+        r"rollouts\.max_prompt_tokens = 1500: .* leaves 1024; lower one of the two",
+    ),
+    "every prompt longer than the context": (
+        lambda: own_data([{"prompt": "x" * 3000}]),
+        DataError,
+        r"none of the first 1 rows fits rollouts\.max_prompt_tokens = 2040; the shortest prompt has 3000 tokens",
+    ),
+    "typo": (lambda: PPOConfig().training(learning_rate=1e-4), ConfigError, r"did you mean training\.lr\?"),
+    "missing reward": (
+        lambda: PPOConfig().rewards("no_such_module:f"),
+        ConfigError,
+        r"no_such_module",
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_before_anything_starts(mistake: str) -> None:
+    make, error, message = MISTAKES[mistake]
+    with pytest.raises(error, match=message):
+        make().build_algo()
+    assert not Path("runs").exists()
