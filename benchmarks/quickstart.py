@@ -27,21 +27,25 @@ def read_run(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
+def accuracy_before() -> float:
+    """Greedy held-out accuracy of the embedded model."""
+    from transformers import Qwen2ForCausalLM
+
+    from rlhf_ray.quickstart import model_path
+    from rlhf_ray.quickstart.make_model import measure
+    from rlhf_ray.quickstart.task import eval_rows
+
+    return measure(Qwen2ForCausalLM.from_pretrained(model_path()), eval_rows()).greedy
+
+
+def draw(rows: list[dict[str, Any]], held_out: dict[int, float], path: Path) -> None:
     """Mean training reward of each iteration, and greedy held-out accuracy where it was measured."""
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
     iterations = [row["training_iteration"] for row in rows]
     axes.plot(
         iterations, [row["rollouts/reward_mean"] for row in rows], color="#9aa7b8", label="training reward, sampled"
     )
-    measured = [row for row in rows if HELD_OUT in row]
-    axes.plot(
-        [row["training_iteration"] for row in measured],
-        [row[HELD_OUT] for row in measured],
-        color="#c2410c",
-        marker="o",
-        label="held-out accuracy, greedy",
-    )
+    axes.plot(list(held_out), list(held_out.values()), color="#c2410c", marker="o", label="held-out accuracy, greedy")
     axes.set(xlabel="iteration", ylabel="share of sums right", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
@@ -58,12 +62,13 @@ def main() -> None:
         command = [sys.executable, "-c", "import sys; from rlhf_ray.cli import main; sys.exit(main(sys.argv[1:]))"]
         subprocess.run([*command, "quickstart", f"reporting.run_dir={run_dir}"], check=True)
     rows = read_run(run_dir)
-    draw(rows, RESULTS / "quickstart.png")
+    held_out = {0: accuracy_before()} | {row["training_iteration"]: row[HELD_OUT] for row in rows if HELD_OUT in row}
+    draw(rows, held_out, RESULTS / "quickstart.png")
     settings = PPOConfig.from_yaml(run_dir / "config.yaml").settings
     result = {
         "seed": settings.debugging.seed,
         "iterations": len(rows),
-        "held_out_accuracy": {row["training_iteration"]: row[HELD_OUT] for row in rows if HELD_OUT in row},
+        "held_out_accuracy": held_out,
         "training_reward_last_10": sum(row["rollouts/reward_mean"] for row in rows[-10:]) / len(rows[-10:]),
         "sampling_logprob_diff_max": max(row["learner/sampling_logprob_diff_max"] for row in rows),
         "iteration_s_median": sorted(row["timers/iteration_s"] for row in rows)[len(rows) // 2],

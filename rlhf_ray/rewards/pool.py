@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import Counter
+import time
+from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,9 @@ CONCURRENT_GROUPS = 16
 """Groups that one worker scores at once when all functions are async."""
 DEATH_RETRIES = 1
 """Times a group is sent again after the worker that scored it died by itself."""
+BATCH_S = 0.05
+"""Groups that are expected to be scored within so many seconds go to a worker in one call."""
+MAX_BATCH = 64
 SHUTDOWN_S = 5.0
 """Longest wait, in seconds, for running calls to notice that their workers were ended."""
 
@@ -50,8 +54,22 @@ class _Worker:
     """The pool killed it; the other groups it worked on are not to blame."""
 
 
+@dataclass(slots=True, eq=False)
+class _Request:
+    """A group that somebody waits for."""
+
+    group: RolloutGroup
+    outcome: asyncio.Future[ScoredGroup | RewardFailure]
+    retries: int = DEATH_RETRIES
+    alone: bool = False
+    """A call that it was part of ended badly: it gets one of its own, to know which group was to blame."""
+
+
 class RewardPool:
     """Reward actors with an enforced time limit.
+
+    Quick functions get several groups a call, since a call costs a millisecond; a call of several that takes too long
+    or kills its worker is repeated group by group.
 
     The pool keeps its books on an event loop in a thread of its own: :meth:`score` may be awaited on any loop, hundreds
     of times at once, and time limits hold while those loops are busy.
@@ -98,8 +116,10 @@ class RewardPool:
         self._worker_arguments = (pack_rewards(rewards), source, trust_remote_code)
         self._last_failure: RewardFailure | None = None
         self._workers: list[_Worker] = []
-        # One entry a free slot, oldest first; None wakes those that wait when the pool closes.
-        self._free: asyncio.Queue[_Worker | None] = asyncio.Queue()
+        self._waiting: deque[_Request] = deque()
+        # One entry a free slot, oldest first.
+        self._free: deque[_Worker] = deque()
+        self._seconds_a_group: float | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
@@ -160,59 +180,124 @@ class RewardPool:
         return f"{failures.total()} groups could not be scored ({kinds}); the last, {last.group_id}: {last.message}"
 
     async def _score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
-        retries = DEATH_RETRIES
-        while True:
-            worker = await self._free_worker()
-            # Shielded: when the caller gives up, the worker is still busy and its time limit must still be kept.
-            outcome: Scores | RewardFailure | None = await asyncio.shield(self._spawn(self._attempt(worker, group)))
-            if isinstance(outcome, Scores):
-                return outcome.of(group)
-            if outcome is None:
-                continue
-            if outcome.kind == "worker_died" and retries > 0:
-                retries -= 1
-                continue
-            self._count(outcome)
-            return outcome
+        if self._closed is not None:
+            raise RewardError(self._closed)
+        request = _Request(group=group, outcome=self._loop.create_future())
+        if not self._waiting:
+            # After all groups that come in this turn of the loop.
+            self._loop.call_soon(self._send)
+        self._waiting.append(request)
+        return await request.outcome
 
-    async def _free_worker(self) -> _Worker:
-        while self._closed is None:
-            worker = await self._free.get()
-            if worker is None:
-                self._free.put_nowait(None)
-            elif not worker.retired:
-                return worker
-        raise RewardError(self._closed)
+    def _send(self) -> None:
+        """Give waiting groups to free workers."""
+        while self._waiting and self._free:
+            worker = self._free.popleft()
+            if worker.retired:
+                continue
+            batch = self._next_batch()
+            if not batch:
+                self._free.appendleft(worker)
+                return
+            # A task of the pool: when a caller gives up, the worker is still busy and its time limit must be kept.
+            self._spawn(self._attempt(worker, batch))
 
-    async def _attempt(self, worker: _Worker, group: RolloutGroup) -> Scores | RewardFailure | None:
-        """One call of a worker; None when it ended through no fault of this group."""
-        answer = worker.actor.score.remote(group)
+    def _next_batch(self) -> list[_Request]:
+        """The groups of the next call, oldest first; fewer than wait where there is work for several workers."""
+        limit = 1
+        if self._concurrency == 1 and self._seconds_a_group is not None:
+            share = -(-len(self._waiting) // max(1, len(self._workers)))
+            limit = max(1, min(MAX_BATCH, share, int(BATCH_S / self._seconds_a_group)))
+        batch: list[_Request] = []
+        while self._waiting and len(batch) < limit:
+            if self._waiting[0].alone and batch:
+                break
+            request = self._waiting.popleft()
+            if request.outcome.done():  # its caller gave up
+                continue
+            batch.append(request)
+            if request.alone:
+                break
+        return batch
+
+    async def _attempt(self, worker: _Worker, batch: list[_Request]) -> None:
+        """One call of a worker."""
+        answer = worker.actor.score.remote([request.group for request in batch])
         try:
             async with worker.turn:
-                return None if worker.retired else await self._answer(worker, group, answer)
-        finally:
-            self._free.put_nowait(worker)
-
-    async def _answer(self, worker: _Worker, group: RolloutGroup, answer: Any) -> Scores | RewardFailure | None:
-        try:
-            outcome: Scores | RewardFailure = await asyncio.wait_for(answer, self._settings.timeout_s)
-            return outcome
-        except RayTaskError:
+                if worker.retired:
+                    self._again(batch)
+                else:
+                    await self._answer(worker, batch, answer)
+        except asyncio.CancelledError:
+            self._fail(batch, RewardError(self._closed or "the reward pool is stopped"))
             raise
+        except Exception as error:
+            self._fail(batch, error)
+        finally:
+            self._free.append(worker)
+            self._send()
+
+    async def _answer(self, worker: _Worker, batch: list[_Request], answer: Any) -> None:
+        """Wait for a call and hand out what it brought."""
+        started = time.perf_counter()
+        try:
+            outcomes: list[Scores | RewardFailure] = await asyncio.wait_for(answer, self._settings.timeout_s)
+        except RayTaskError:
+            if len(batch) == 1:
+                raise
+            self._again(batch, alone=True)
+            return
         except TimeoutError:
             worker.killed = True
             self._replace(worker)
+            if len(batch) > 1:
+                self._again(batch, alone=True)
+                return
             limit = f"no reward after {self._settings.timeout_s:g} s (rewards.timeout_s); the worker was killed"
-            return RewardFailure(group_id=group.group_id, kind="timeout", message=limit)
+            outcomes = [RewardFailure(group_id=batch[0].group.group_id, kind="timeout", message=limit)]
         except RayError as error:
             if worker.killed:
-                return None
+                self._again(batch)
+                return
             self._replace(worker)
-            return RewardFailure(
-                group_id=group.group_id,
-                kind="worker_died",
-                message=f"the reward worker died, {1 + DEATH_RETRIES} times: {_one_line(error)}",
-            )
+            if len(batch) > 1:
+                self._again(batch, alone=True)
+                return
+            if batch[0].retries > 0:
+                batch[0].retries -= 1
+                self._again(batch, alone=True)
+                return
+            message = f"the reward worker died, {1 + DEATH_RETRIES} times: {_one_line(error)}"
+            outcomes = [RewardFailure(group_id=batch[0].group.group_id, kind="worker_died", message=message)]
+        seconds = (time.perf_counter() - started) / len(batch)
+        # Slower at once, faster step by step: a call must not become long by surprise.
+        before = seconds if self._seconds_a_group is None else self._seconds_a_group
+        self._seconds_a_group = max(seconds, 0.5 * (seconds + before))
+        for request, outcome in zip(batch, outcomes, strict=True):
+            self._tell(request, outcome)
+
+    def _tell(self, request: _Request, outcome: Scores | RewardFailure) -> None:
+        if isinstance(outcome, RewardFailure):
+            self._count(outcome)
+        if not request.outcome.done():
+            scored = outcome if isinstance(outcome, RewardFailure) else outcome.of(request.group)
+            request.outcome.set_result(scored)
+
+    @staticmethod
+    def _fail(batch: list[_Request], error: Exception) -> None:
+        for request in batch:
+            if not request.outcome.done():
+                request.outcome.set_exception(error)
+
+    def _again(self, batch: list[_Request], *, alone: bool = False) -> None:
+        """Put groups back to the front, in their order."""
+        if self._closed is not None:
+            self._fail(batch, RewardError(self._closed))
+            return
+        for request in reversed(batch):
+            request.alone = request.alone or alone
+            self._waiting.appendleft(request)
 
     def _new_worker(self) -> _Worker:
         actor_class = ray.remote(self._worker_class).options(
@@ -257,8 +342,8 @@ class RewardPool:
     def _offer(self, workers: Sequence[_Worker]) -> None:
         """Take turns, so that the first groups do not all go to the first worker."""
         for _ in range(self._slots):
-            for worker in workers:
-                self._free.put_nowait(worker)
+            self._free.extend(workers)
+        self._send()
 
     async def _shut_down(self, reason: str) -> None:
         self._close(reason)
@@ -274,7 +359,8 @@ class RewardPool:
             worker.killed = worker.retired = True
             _kill(worker)
         self._workers = []
-        self._free.put_nowait(None)
+        self._fail(list(self._waiting), RewardError(reason))
+        self._waiting.clear()
 
     def _spawn(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = self._loop.create_task(work)

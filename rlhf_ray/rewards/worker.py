@@ -34,9 +34,9 @@ class SequentialRewardWorker:
     def ready(self) -> None:
         """Answer once the worker stands."""
 
-    def score(self, group: RolloutGroup) -> Scores | RewardFailure:
-        """Score ``group``; a failure is an answer, not an exception."""
-        return self._loop.run_until_complete(_score(self._scorer, group))
+    def score(self, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
+        """Score ``groups`` one after another; a failure is an answer, not an exception."""
+        return [self._loop.run_until_complete(_score(self._scorer, group)) for group in groups]
 
 
 class ConcurrentRewardWorker:
@@ -48,9 +48,9 @@ class ConcurrentRewardWorker:
     async def ready(self) -> None:
         """Answer once the worker stands."""
 
-    async def score(self, group: RolloutGroup) -> Scores | RewardFailure:
-        """Score ``group``; a failure is an answer, not an exception."""
-        return await _score(self._scorer, group)
+    async def score(self, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
+        """Score ``groups`` at once; a failure is an answer, not an exception."""
+        return list(await asyncio.gather(*(_score(self._scorer, group) for group in groups)))
 
 
 async def _score(scorer: RewardScorer, group: RolloutGroup) -> Scores | RewardFailure:

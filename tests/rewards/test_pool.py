@@ -19,6 +19,7 @@ import ray
 
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.rewards import RewardPool, math_equivalence
+from rlhf_ray.rewards.pool import MAX_BATCH
 from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
 
@@ -207,15 +208,66 @@ def test_the_last_failure_is_told(pool: RewardPool, group_of: GroupOf) -> None:
     assert "; the last, 123: behave raised ValueError: cannot grade this" in message
 
 
-def test_a_hanging_function_is_killed_and_its_worker_replaced(pool: RewardPool, group_of: GroupOf) -> None:
-    words = ["pid", "hang", "pid", "fine"]
-    with counted(pool, timeout=1, replaced=1):
-        before, failure, after, fine = score_all(pool, [group_of([word], group_id=i) for i, word in enumerate(words)])
+@pytest.mark.parametrize(("seconds_a_group", "replaced"), [(1e-4, 2), (1.0, 1)], ids=["one call", "a call each"])
+def test_a_hanging_function_is_killed_and_its_worker_replaced(
+    pool: RewardPool, group_of: GroupOf, seconds_a_group: float, replaced: int
+) -> None:
+    (before,) = score_all(pool, [group_of(["pid"])])
+    words = ["hang", "pid", "fine"]
+    # Sent together they hang together; then each is sent alone.
+    pool._seconds_a_group = seconds_a_group
+    with counted(pool, timeout=1, replaced=replaced):
+        failure, after, fine = score_all(pool, [group_of([word], group_id=i) for i, word in enumerate(words)])
     assert failure.kind == "timeout"
-    assert failure.group_id == 1
+    assert failure.group_id == 0
     assert "no reward after 3 s (rewards.timeout_s)" in failure.message
     assert after.rewards[0] != before.rewards[0]
     assert fine.rewards.tolist() == [4.0]
+
+
+def test_quick_groups_share_a_call(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
+    calls = []
+    with started("length", tokenizer=tokenizer) as pool:
+        pool._seconds_a_group = 1e-4
+        attempt = pool._attempt
+        pool._attempt = lambda worker, batch: calls.append(len(batch)) or attempt(worker, batch)
+        outcomes = score_all(pool, [group_of(["x" * (i % 7)], group_id=i) for i in range(200)])
+    assert [outcome.group.group_id for outcome in outcomes] == list(range(200))
+    assert [len(outcome.texts[0]) for outcome in outcomes] == [i % 7 for i in range(200)]
+    assert sum(calls) == 200
+    assert len(calls) < 50
+    assert max(calls) <= MAX_BATCH
+
+
+def test_slow_groups_do_not_wait_for_each_other(pool: RewardPool, group_of: GroupOf) -> None:
+    done: list[float] = []
+
+    async def timed(group: RolloutGroup) -> None:
+        await pool.score(group)
+        done.append(time.perf_counter())
+
+    async def together() -> None:
+        pool._seconds_a_group = None
+        await pool.score(group_of(["nap"]))
+        await asyncio.gather(*(timed(group_of(["nap"], group_id=i)) for i in range(3)))
+
+    run(together)
+    assert done[1] - done[0] > 0.5
+    assert done[2] - done[1] > 0.5
+
+
+def test_a_bad_group_does_not_spoil_its_neighbours(pool: RewardPool, group_of: GroupOf) -> None:
+    pool._seconds_a_group = 1e-4
+
+    async def together() -> list[Any]:
+        groups = [group_of(["a"]), group_of(["b"], prompts="x"), group_of(["c"])]
+        return await asyncio.gather(*(pool.score(group) for group in groups), return_exceptions=True)
+
+    with counted(pool):
+        first, bad, last = run(together)
+    assert isinstance(first, ScoredGroup)
+    assert isinstance(bad, DataError)
+    assert isinstance(last, ScoredGroup)
 
 
 def test_the_time_limit_does_not_count_the_wait_for_a_worker(pool: RewardPool, group_of: GroupOf) -> None:
@@ -230,6 +282,7 @@ def test_a_function_that_kills_its_worker(cluster: None, tokenizer: Any, group_o
     words = ["fine", "die once", "die", "fine"]
     groups = [group_of([word], group_id=i, marker=str(tmp_path / word)) for i, word in enumerate(words)]
     with started(behave, tokenizer=tokenizer, timeout_s=60.0) as pool:
+        pool._seconds_a_group = 1.0  # a call each
         outcomes = score_all(pool, groups)
     # The last group is sent ahead, and goes down with a worker that it had not begun on each time.
     assert [isinstance(outcome, ScoredGroup) for outcome in outcomes] == [True, True, False, True]
