@@ -47,8 +47,15 @@ examples:
 """
 
 
-class _Terminated(BaseException):
-    """SIGTERM arrived: how ``ray job stop``, Kubernetes and Slurm end a process."""
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: how ``ray job stop``, Kubernetes and Slurm end a process.
+
+    A kind of interrupt, since that is the one exception that may leave a wait inside Ray; Ray then raises a plain one
+    in its place, so ``_sigterm`` tells the two apart.
+    """
+
+
+_sigterm = threading.Event()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -71,8 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _say(f"error: {error}")
         return _WRONG_INPUT if isinstance(error, (ConfigError, DataError)) else _FAILED
     except KeyboardInterrupt:
-        return _INTERRUPTED
-    except (_Terminated, SystemExit):
+        return _TERMINATED if _sigterm.is_set() else _INTERRUPTED
+    except SystemExit:
         # Until the algorithm is built, ray.init's own SIGTERM handler is in place, which ends by SystemExit.
         return _TERMINATED
     except Exception:
@@ -251,7 +258,7 @@ def _running(build: Callable[[], Algorithm], *, keeps_files: bool = True) -> Ite
     try:
         _install_sigterm()  # Again: ray.init puts its own in place, which ends Ray's processes before ours could stop.
         yield algo
-    except (KeyboardInterrupt, _Terminated):
+    except KeyboardInterrupt:
         _say(f"stopping; what the run wrote is in {algo.run_dir}" if keeps_files else "stopping")
         raise
     finally:
@@ -276,6 +283,7 @@ def _install_sigterm() -> None:
     def raise_terminated(signum: int, frame: object) -> NoReturn:
         # Schedulers repeat themselves; the second one must not cut the clean stop short.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _sigterm.set()
         raise _Terminated
 
     if threading.current_thread() is threading.main_thread():
@@ -285,6 +293,7 @@ def _install_sigterm() -> None:
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
     previous = signal.getsignal(signal.SIGTERM)
+    _sigterm.clear()
     _install_sigterm()
     try:
         yield

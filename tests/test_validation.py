@@ -194,7 +194,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
         "training.critic_warmup_iterations",
         "less than training.iterations (3)",
     ),
-    ({"training.iterations": 3, "training.lr_warmup_steps": 7}, "training.lr_warmup_steps", "at most 6"),
+    ({"training.iterations": 3, "training.lr_warmup_steps": 13}, "training.lr_warmup_steps", "at most 12"),
     (
         {"model.attn_implementation": "flash_attention_2", "resources.device": "cpu"},
         "model.attn_implementation",
@@ -242,7 +242,7 @@ POSSIBLE: list[dict[str, Any]] = [
     {"rewards.functions": ["my_module:reward", "rewards.py:reward", {"name": "gsm8k", "last_number": True}]},
     {"data.batch_size": 2, "rollouts.group_size": 2, "training.num_minibatches": 4},
     {"rollouts.max_prompt_tokens": 92, "learners.max_tokens_per_microbatch": 100},
-    {"training.iterations": 3, "training.lr_warmup_steps": 6, "training.critic_warmup_iterations": 2},
+    {"training.iterations": 3, "training.lr_warmup_steps": 12, "training.critic_warmup_iterations": 2},
     {"model.attn_implementation": "flash_attention_2", "model.dtype": "bfloat16"},
     {"rollouts.weight_transfer": "nccl", "resources.device": "cuda", "learners.num_gpus_per_learner": 1},
     {"rollouts.engine_args": {"max_num_seqs": 64}},

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.learner import models as module
 from rlhf_ray.learner.models import attention_kernel, load_critic, load_policy, shard
 
 OPTIONS: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": False}
@@ -122,13 +123,21 @@ def test_a_folder_that_is_no_model_is_refused(load: Any, field: str, tmp_path: P
 @pytest.mark.usefixtures("one_rank")
 @pytest.mark.parametrize("compute_dtype", [torch.float32, torch.bfloat16])
 def test_each_decoder_layer_is_a_shard_of_its_own_and_weights_stay_float32(
-    compute_dtype: torch.dtype, models: Path
+    compute_dtype: torch.dtype, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "_MIN_UNIT_PARAMETERS", 1)
     policy = load_policy(str(models / "policy"), **OPTIONS)
     policy = shard(policy, init_device_mesh("cpu", (1,)), compute_dtype=compute_dtype, gradient_checkpointing=False)
 
-    units = [name for name, module in policy.named_modules() if isinstance(module, FSDPModule)]
+    units = [name for name, part in policy.named_modules() if isinstance(part, FSDPModule)]
     assert units == ["", "model.layers.0", "model.layers.1"]
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
     logits = policy(input_ids=torch.tensor([[5, 6, 7]]), use_cache=False).logits
     assert logits.dtype == compute_dtype
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_tiny_layers_share_a_shard(models: Path) -> None:
+    policy = load_policy(str(models / "policy"), **OPTIONS)
+    policy = shard(policy, init_device_mesh("cpu", (1,)), compute_dtype=torch.float32, gradient_checkpointing=False)
+    assert [name for name, part in policy.named_modules() if isinstance(part, FSDPModule)] == [""]

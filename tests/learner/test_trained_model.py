@@ -182,11 +182,13 @@ def test_state_brings_back_weights_moments_and_schedule() -> None:
 def test_a_run_that_goes_on_with_other_settings_uses_them() -> None:
     """A checkpoint restores what was learned; learning rate, decay and betas are the new run's."""
     model = line([1.0])
-    before = trained(model, weight_decay=0.5)
+    before = trained(model, weight_decay=0.5, lr_schedule="constant")
     model.weight.grad = torch.ones(1, 1)
     before.step()
 
-    after = trained(line([7.0]), lr=0.2, weight_decay=0.25, adam_betas=(0.5, 0.75), adam_eps=1e-4)
+    after = trained(
+        line([7.0]), lr=0.2, weight_decay=0.25, adam_betas=(0.5, 0.75), adam_eps=1e-4, lr_schedule="constant"
+    )
     after.load_state_dict(copy.deepcopy(before.state_dict()))
 
     (group,) = after._optimizer.param_groups

@@ -47,7 +47,7 @@ def test_plain_is_one_line_a_phase_and_one_an_iteration(run_dir: RunDirectory, r
     lines = shown("plain", run_dir, result, terminal=False).splitlines()
     assert lines == [
         "[  0 s] starting 1 rollout replica",
-        " 3/40  reward 0.500  held-out 0.750  KL 0.00123  length 4.25  5123 tok/s  1.50 s",
+        "  3/100  reward 0.500  held-out 0.750  KL 0.00123  length 4.25  5123 tok/s  1.50 s",
     ]
 
 
@@ -62,7 +62,7 @@ def test_a_plain_line_is_never_wrapped(run_dir: RunDirectory, result: dict[str, 
 def test_live_draws_a_panel_and_leaves_the_last_one(run_dir: RunDirectory, result: dict[str, Any]) -> None:
     text = shown("live", run_dir, result, terminal=True)
     last = text[text.rindex("╭") :]
-    assert "3/40" in last
+    assert "3/100" in last
     assert "held-out" in last
     assert text.rstrip("\n").endswith(("╯", "\x1b[?25h"))  # the cursor is back
 
