@@ -22,7 +22,7 @@ from rlhf_ray.errors import RewardError
 from rlhf_ray.rewards.functions import resolve_rewards
 from rlhf_ray.rewards.scoring import Scores, Tokenizer
 from rlhf_ray.rewards.shipping import pack, pack_rewards
-from rlhf_ray.rewards.worker import ConcurrentRewardWorker, SequentialRewardWorker
+from rlhf_ray.rewards.worker import LONG_CALL_S, ConcurrentRewardWorker, SequentialRewardWorker
 from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
 
@@ -241,8 +241,10 @@ class RewardPool:
     async def _answer(self, worker: _Worker, batch: list[_Request], answer: Any) -> None:
         """Wait for a call and hand out what it brought."""
         started = time.perf_counter()
+        # The last group of a call may begin as late as that, and has its whole time then.
+        limit_s = self._settings.timeout_s + (LONG_CALL_S if len(batch) > 1 else 0.0)
         try:
-            outcomes: list[Scores | RewardFailure] = await asyncio.wait_for(answer, self._settings.timeout_s)
+            outcomes: list[Scores | RewardFailure] = await asyncio.wait_for(answer, limit_s)
         except RayTaskError:
             if len(batch) == 1:
                 raise
@@ -270,12 +272,13 @@ class RewardPool:
                 return
             message = f"the reward worker died, {1 + DEATH_RETRIES} times: {_one_line(error)}"
             outcomes = [RewardFailure(group_id=batch[0].group.group_id, kind="worker_died", message=message)]
-        seconds = (time.perf_counter() - started) / len(batch)
+        seconds = (time.perf_counter() - started) / len(outcomes)
         # Slower at once, faster step by step: a call must not become long by surprise.
         before = seconds if self._seconds_a_group is None else self._seconds_a_group
         self._seconds_a_group = max(seconds, 0.5 * (seconds + before))
-        for request, outcome in zip(batch, outcomes, strict=True):
+        for request, outcome in zip(batch, outcomes, strict=False):
             self._tell(request, outcome)
+        self._again(batch[len(outcomes) :])
 
     def _tell(self, request: _Request, outcome: Scores | RewardFailure) -> None:
         if isinstance(outcome, RewardFailure):

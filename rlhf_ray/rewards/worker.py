@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from typing import cast
 
@@ -10,7 +11,10 @@ from rlhf_ray.rewards.scoring import RewardScorer, Scores, ScoringError, Tokeniz
 from rlhf_ray.rewards.shipping import unpack, unpack_rewards
 from rlhf_ray.types import RewardFailure, RolloutGroup
 
-__all__ = ["ConcurrentRewardWorker", "SequentialRewardWorker"]
+__all__ = ["LONG_CALL_S", "ConcurrentRewardWorker", "SequentialRewardWorker"]
+
+LONG_CALL_S = 0.2
+"""A call for several groups answers after so many seconds with those that it has."""
 
 
 class SequentialRewardWorker:
@@ -35,8 +39,14 @@ class SequentialRewardWorker:
         """Answer once the worker stands."""
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
-        """Score ``groups`` one after another; a failure is an answer, not an exception."""
-        return [self._loop.run_until_complete(_score(self._scorer, group)) for group in groups]
+        """Score the first of ``groups``, those that ``LONG_CALL_S`` allows; a failure is an answer, no exception."""
+        started = time.perf_counter()
+        outcomes: list[Scores | RewardFailure] = []
+        for group in groups:
+            outcomes.append(self._loop.run_until_complete(_score(self._scorer, group)))
+            if time.perf_counter() - started > LONG_CALL_S:
+                break
+        return outcomes
 
 
 class ConcurrentRewardWorker:

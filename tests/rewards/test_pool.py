@@ -208,21 +208,23 @@ def test_the_last_failure_is_told(pool: RewardPool, group_of: GroupOf) -> None:
     assert "; the last, 123: behave raised ValueError: cannot grade this" in message
 
 
-@pytest.mark.parametrize(("seconds_a_group", "replaced"), [(1e-4, 2), (1.0, 1)], ids=["one call", "a call each"])
+@pytest.mark.parametrize("seconds_a_group", [1e-4, 1.0], ids=["one call", "a call each"])
 def test_a_hanging_function_is_killed_and_its_worker_replaced(
-    pool: RewardPool, group_of: GroupOf, seconds_a_group: float, replaced: int
+    pool: RewardPool, group_of: GroupOf, seconds_a_group: float
 ) -> None:
     (before,) = score_all(pool, [group_of(["pid"])])
     words = ["hang", "pid", "fine"]
-    # Sent together they hang together; then each is sent alone.
     pool._seconds_a_group = seconds_a_group
-    with counted(pool, timeout=1, replaced=replaced):
-        failure, after, fine = score_all(pool, [group_of([word], group_id=i) for i, word in enumerate(words)])
+    failures, replaced = Counter(pool.failures), pool.workers_replaced
+    failure, after, fine = score_all(pool, [group_of([word], group_id=i) for i, word in enumerate(words)])
     assert failure.kind == "timeout"
     assert failure.group_id == 0
     assert "no reward after 3 s (rewards.timeout_s)" in failure.message
     assert after.rewards[0] != before.rewards[0]
     assert fine.rewards.tolist() == [4.0]
+    assert pool.failures - failures == {"timeout": 1}
+    # Sent together they hang together, and then each is sent alone.
+    assert pool.workers_replaced - replaced in ((1, 2) if seconds_a_group < 1 else (1,))
 
 
 def test_quick_groups_share_a_call(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
@@ -271,6 +273,7 @@ def test_a_bad_group_does_not_spoil_its_neighbours(pool: RewardPool, group_of: G
 
 
 def test_the_time_limit_does_not_count_the_wait_for_a_worker(pool: RewardPool, group_of: GroupOf) -> None:
+    pool._seconds_a_group = 1e-4  # all in one call, at first
     start = time.perf_counter()
     with counted(pool):
         outcomes = score_all(pool, [group_of(["nap"], group_id=i) for i in range(5)])
