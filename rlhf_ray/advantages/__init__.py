@@ -1,10 +1,27 @@
 """Stage 4 of the loop: rewards (and the critic's values) become per-token advantages and returns. Pure tensors."""
 
+from rlhf_ray.advantages.adaptive_kl import AdaptiveKLController
 from rlhf_ray.advantages.explained_variance import explained_variance
 from rlhf_ray.advantages.gae import gae
+from rlhf_ray.advantages.group_advantages import group_advantages
 from rlhf_ray.advantages.kl import kl
 from rlhf_ray.advantages.moments import Moments
+from rlhf_ray.advantages.reinforce_plus_plus import reinforce_plus_plus
+from rlhf_ray.advantages.reward_shaping import normalise_rewards, shape_rewards, zero_variance
 from rlhf_ray.advantages.token_rewards import kl_penalised_rewards
 from rlhf_ray.advantages.whitening import whiten
 
-__all__ = ["Moments", "explained_variance", "gae", "kl", "kl_penalised_rewards", "whiten"]
+__all__ = [
+    "AdaptiveKLController",
+    "Moments",
+    "explained_variance",
+    "gae",
+    "group_advantages",
+    "kl",
+    "kl_penalised_rewards",
+    "normalise_rewards",
+    "reinforce_plus_plus",
+    "shape_rewards",
+    "whiten",
+    "zero_variance",
+]

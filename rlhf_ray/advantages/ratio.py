@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["MAX_LOG_RATIO", "probability_ratio"]
+__all__ = ["MAX_LOG_RATIO", "log_ratio", "probability_ratio"]
 
 MAX_LOG_RATIO = 20.0
 """Largest log-ratio, in nats, that is exponentiated.
@@ -13,6 +13,19 @@ MAX_LOG_RATIO = 20.0
 far inside float32, so that products and sums over a batch stay finite (``exp(89)`` is already infinite). There
 is no lower bound, since ``exp`` goes to 0 by itself and its gradient with it. Beyond the bound the gradient is 0.
 """
+
+
+def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Return ``min(logprobs - old_logprobs, MAX_LOG_RATIO)``, for formulas that add or clip before they exponentiate.
+
+    Args:
+        logprobs: Log-probabilities in nats, any shape.
+        old_logprobs: Log-probabilities of the denominator's policy, the same shape.
+
+    Returns:
+        The log-ratio in nats, the same shape; exactly 0 where both are equal.
+    """
+    return (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO)
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -25,4 +38,4 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     Returns:
         The ratio, the same shape; exactly 1 where both are equal, and never infinite.
     """
-    return (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO).exp()
+    return log_ratio(logprobs, old_logprobs).exp()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.kl import kl
-from rlhf_ray.advantages.padding import blank, checked_mask
 from rlhf_ray.advantages.ratio import probability_ratio
 from rlhf_ray.losses.aggregation import aggregate
+from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
+from rlhf_ray.losses.policy_metrics import policy_metrics
 
 __all__ = ["ppo_loss"]
 
@@ -50,7 +50,8 @@ def ppo_loss(
     (-0.85, 0.5)
 
     Args:
-        logprobs: ``[B, T]``, log-probabilities of the tokens under the policy being trained, in nats, float32.
+        logprobs: ``[B, T]``, log-probabilities of the tokens under the policy being trained, in nats;
+            computed in float32 when they are shorter.
         old_logprobs: ``[B, T]``, under the policy of which PPO stays near.
         advantages: ``[B, T]``.
         mask: ``[B, T]``, True where a token counts.
@@ -75,37 +76,22 @@ def ppo_loss(
     Raises:
         ValueError: The shapes differ, a clip is negative, or ``dual_clip`` is not greater than 1.
     """
-    weights = {} if behavior_weights is None else {"behavior_weights": behavior_weights}
-    mask = checked_mask(mask, ndim=2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, **weights)
-    _check_bounds(clip_low, clip_high, dual_clip)
-    logprobs, old_logprobs = blank(logprobs, mask), blank(old_logprobs.detach(), mask)
-    advantages = blank(advantages.detach(), mask)
+    logprobs, old_logprobs, advantages, weights, mask = policy_inputs(
+        logprobs, old_logprobs, advantages, mask, behavior_weights
+    )
+    check_clip(clip_low, clip_high)
+    if dual_clip is not None and not dual_clip > 1:
+        raise ValueError(f"dual_clip = {dual_clip}: must be greater than 1")
     ratio = probability_ratio(logprobs, old_logprobs)
     # The min of the equation, case by case: a positive advantage bounds the ratio from above only, a negative one
     # from below (and, dual clip, from above).
     bounded = torch.where(advantages >= 0, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low, max=dual_clip))
-    losses = -advantages * bounded
-    if behavior_weights is not None:
-        losses = losses * blank(behavior_weights.detach(), mask)
-    metrics = _clip_metrics(ratio.detach(), advantages, mask, clip_low, clip_high)
-    metrics["approx_kl"] = aggregate(kl(old_logprobs, logprobs.detach(), estimator="k3"), mask, "token_mean")
-    return aggregate(losses, mask, aggregation, normalizer), metrics
-
-
-def _clip_metrics(
-    ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
-) -> dict[str, Tensor]:
-    high = ((advantages > 0) & (ratio > 1 + clip_high)).to(ratio.dtype)
-    low = ((advantages < 0) & (ratio < 1 - clip_low)).to(ratio.dtype)
-    means = {"clip_fraction": high + low, "clip_fraction_low": low, "clip_fraction_high": high, "ratio_mean": ratio}
-    metrics = {name: aggregate(x, mask, "token_mean") for name, x in means.items()}
-    # Ratios are positive, so 0 is neutral to the maximum over microbatches; a batch without columns has no maximum.
-    metrics["ratio_max"] = blank(ratio, mask).max() if ratio.numel() else ratio.sum()
-    return metrics
-
-
-def _check_bounds(clip_low: float, clip_high: float, dual_clip: float | None) -> None:
-    if not (clip_low >= 0 and clip_high >= 0):
-        raise ValueError(f"clip_low = {clip_low}, clip_high = {clip_high}: must not be negative")
-    if dual_clip is not None and not dual_clip > 1:
-        raise ValueError(f"dual_clip = {dual_clip}: must be greater than 1")
+    metrics = policy_metrics(
+        logprobs,
+        old_logprobs,
+        ratio,
+        mask,
+        clipped_low=(advantages < 0) & (ratio < 1 - clip_low),
+        clipped_high=(advantages > 0) & (ratio > 1 + clip_high),
+    )
+    return aggregate(-advantages * bounded * weights, mask, aggregation, normalizer), metrics

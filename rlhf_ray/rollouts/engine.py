@@ -114,7 +114,8 @@ class RolloutEngine:
         When anything fails from here on the engine stays paused: half-loaded weights must never sample a token.
         """
         self._paused_at = time.perf_counter()
-        await self._engine.pause_generation(mode="keep", clear_cache=True)
+        # Not pause_generation(): it does this and then sleeps 20 ms, only for its callers' convenience.
+        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
         await self._engine.start_weight_update()
 
     async def apply_update(self, update: dict[str, Any]) -> None:

@@ -1,32 +1,52 @@
 """What every loss of the package promises, checked on each of them."""
 
+import inspect
 import math
 
 import pytest
 import torch
 
-from rlhf_ray.losses import entropy_bonus, global_normalizer, kl_loss, ppo_loss, value_loss
+import rlhf_ray.losses as package
+from rlhf_ray.losses import (
+    cispo_loss,
+    entropy_bonus,
+    global_normalizer,
+    gmpo_loss,
+    gspo_loss,
+    kl_loss,
+    ppo_loss,
+    sapo_loss,
+    value_loss,
+)
 from rlhf_ray.losses.aggregation import MODES
 
 ROWS, WIDTH, MAX_LENGTH = 9, 7, 12
 
 
-def ppo(x, others, mask, **kwargs):
-    return ppo_loss(
-        x,
-        others[0],
-        others[1],
-        mask,
-        clip_low=0.2,
-        clip_high=0.3,
-        dual_clip=1.5,
-        behavior_weights=others[2].exp(),
-        **kwargs,
-    )
+CLIP = {"clip_low": 0.2, "clip_high": 0.3}
+POLICY_LOSSES = {
+    "ppo": (ppo_loss, CLIP | {"dual_clip": 1.5}),
+    "gspo": (gspo_loss, CLIP),
+    "cispo": (cispo_loss, CLIP),
+    "sapo": (sapo_loss, {"temperature_positive": 1.0, "temperature_negative": 1.5}),
+    "gmpo": (gmpo_loss, CLIP),
+}
 
 
-def value(x, others, mask, **kwargs):
-    return value_loss(x, others[0], others[1], mask, clip=0.4, **kwargs)
+def policy(name):
+    function, settings = POLICY_LOSSES[name]
+
+    def loss(x, others, mask, **kwargs):
+        return function(x, others[0], others[1], mask, behavior_weights=others[2].exp(), **settings, **kwargs)
+
+    return loss
+
+
+def value(**settings):
+    def loss(x, others, mask, **kwargs):
+        return value_loss(x, others[0], others[1], mask, **settings, **kwargs)
+
+    return loss
 
 
 def entropy(x, others, mask, **kwargs):
@@ -41,8 +61,9 @@ def kl(estimator):
 
 
 LOSSES = {
-    "ppo": ppo,
-    "value": value,
+    **{name: policy(name) for name in POLICY_LOSSES},
+    "value": value(clip=0.4),
+    "value_huber": value(clip=0.4, huber=0.7),
     "entropy": entropy,
     "kl_k1": kl("k1"),
     "kl_k2": kl("k2"),
@@ -50,6 +71,7 @@ LOSSES = {
     "kl_abs": kl("abs"),
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+every_policy_loss = pytest.mark.parametrize("name", POLICY_LOSSES)
 every_mode = pytest.mark.parametrize("mode", MODES)
 
 
@@ -142,6 +164,26 @@ def test_nothing_unmasked_gives_zero_loss_zero_gradient_and_finite_metrics(loss,
 
 
 @every_loss
+@every_mode
+def test_no_sequences_give_zero_loss_and_finite_metrics(loss, mode):
+    x, others, mask = random_batch()
+    total, metrics = loss(x[:0], [tensor[:0] for tensor in others], mask[:0], aggregation=mode)
+    total.backward()
+    assert total.item() == 0.0
+    assert torch.equal(x.grad, torch.zeros_like(x))
+    assert all(metric.item() == 0.0 for metric in metrics.values())
+
+
+@every_loss
+def test_a_sequence_of_one_token_weighs_the_same_in_every_mode(loss):
+    x, others, _ = random_batch()
+    x, others, mask = x.detach()[:1, :1], [tensor[:1, :1] for tensor in others], torch.ones(1, 1)
+    totals = [loss(x, others, mask, aggregation=mode)[0].item() for mode in MODES]
+    assert math.isfinite(totals[0])
+    assert totals == [totals[0]] * len(MODES)
+
+
+@every_loss
 def test_only_the_trained_tensor_gets_a_gradient(loss):
     x, others, mask = random_batch()
     for tensor in others:
@@ -168,3 +210,103 @@ def test_wrong_shapes_are_refused(loss):
         loss(x[0], [tensor[0] for tensor in others], mask[0])
     with pytest.raises(ValueError, match="unknown aggregation"):
         loss(x, others, mask, aggregation="mean")
+
+
+def test_every_policy_loss_is_checked_here():
+    takes_advantages = {
+        name for name in package.__all__ if name.endswith("_loss") and "advantages" in signature_of(name).parameters
+    }
+    assert takes_advantages == {f"{name}_loss" for name in POLICY_LOSSES}
+
+
+def signature_of(name):
+    return inspect.signature(getattr(package, name))
+
+
+@every_policy_loss
+def test_policy_losses_share_a_signature(name):
+    parameters = list(signature_of(f"{name}_loss").parameters.values())
+    assert [parameter.name for parameter in parameters[:4]] == ["logprobs", "old_logprobs", "advantages", "mask"]
+    assert [parameter.name for parameter in parameters[-3:]] == ["behavior_weights", "aggregation", "normalizer"]
+    assert [parameter.default for parameter in parameters[-3:]] == [None, "token_mean", None]
+    assert all(parameter.kind is parameter.KEYWORD_ONLY for parameter in parameters[4:])
+
+
+@every_policy_loss
+def test_policy_losses_share_their_metrics(name):
+    x, others, mask = random_batch()
+    _, metrics = policy(name)(x, others, mask)
+    _, of_ppo = policy("ppo")(x, others, mask)
+    assert {"approx_kl", "ratio_mean", "ratio_max"} <= metrics.keys()
+    assert name == "sapo" or metrics.keys() == of_ppo.keys()
+    assert torch.equal(metrics["approx_kl"], of_ppo["approx_kl"])
+
+
+@every_policy_loss
+@every_mode
+def test_on_policy_gradient_is_the_policy_gradient(name, mode):
+    # At ratio 1 no gate or clip acts. GMPO spreads a sequence's advantage over its tokens: give each sequence one.
+    x, others, mask = random_batch()
+    advantages, weights = others[1][:, :1].expand_as(x), others[2][:, :1].exp().expand_as(x)
+    function, settings = POLICY_LOSSES[name]
+    loss, metrics = function(
+        x, x.detach().clone(), advantages, mask, behavior_weights=weights, aggregation=mode, **settings
+    )
+    loss.backward()
+    (expected,) = torch.autograd.grad(package.aggregate(-advantages * weights * x, mask, mode), x)
+    torch.testing.assert_close(x.grad, expected)
+    assert metrics["ratio_mean"].item() == metrics["ratio_max"].item() == 1.0
+    assert metrics["approx_kl"].item() == metrics.get("clip_fraction", torch.zeros(())).item() == 0.0
+
+
+@every_policy_loss
+def test_behavior_weights_of_one_change_nothing_and_scale_the_loss(name):
+    x, others, mask = random_batch()
+    function, settings = POLICY_LOSSES[name]
+    plain, _ = function(x, others[0], others[1], mask, **settings)
+    for weight in (1.0, 0.0, 4.0):
+        weights = torch.full_like(x, weight)
+        weighted, _ = function(x, others[0], others[1], mask, behavior_weights=weights, **settings)
+        torch.testing.assert_close(weighted, weight * plain)
+
+
+@every_policy_loss
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(name, dtype):
+    x, others, mask = random_batch()
+    half = [tensor.detach().to(dtype) for tensor in (x, *others)]
+    logprobs = half[0].clone().requires_grad_()
+    loss, metrics = policy(name)(logprobs, half[1:], mask)
+    # The weights of `policy` are an exponential, which is taken in the dtype that it is given.
+    weights = half[3].exp().float()
+    full, full_metrics = policy(name)(half[0].float(), [half[1].float(), half[2].float(), weights.log()], mask)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert logprobs.grad.dtype == dtype
+    torch.testing.assert_close(loss.detach(), full)
+    torch.testing.assert_close(metrics, full_metrics)
+
+
+@every_policy_loss
+@pytest.mark.parametrize("difference", [100.0, 1e4, 1e30, -100.0, -1e4])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_huge_log_ratio_stays_finite(name, difference, advantage):
+    # The difference lies in the old log-probability: that of the policy itself is always moderate.
+    logprobs = torch.tensor([[-1.0, -1.0]], requires_grad=True)
+    old_logprobs, advantages = torch.tensor([[-1.0 - difference, -1.0]]), torch.full((1, 2), advantage)
+    function, settings = POLICY_LOSSES[name]
+    loss, metrics = function(logprobs, old_logprobs, advantages, torch.ones(1, 2), **settings)
+    loss.backward()
+    assert math.isfinite(loss.item())
+    assert torch.isfinite(logprobs.grad).all()
+    assert all(math.isfinite(metric.item()) for metric in metrics.values())
+
+
+@every_policy_loss
+def test_a_nan_that_counts_is_not_hidden(name):
+    x, others, mask = random_batch()
+    function, settings = POLICY_LOSSES[name]
+    for position in range(3):
+        tensors = [tensor.detach().clone() for tensor in (x, others[0], others[1])]
+        tensors[position][3, 2] = math.nan  # row 3 is unmasked
+        assert math.isnan(function(*tensors, mask, **settings)[0].item())

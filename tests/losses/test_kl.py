@@ -34,6 +34,31 @@ def test_expected_gradient_is_that_of_the_kl(estimator):
     torch.testing.assert_close(expected_gradient(estimator), exact)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradient_summed_over_the_vocabulary_is_that_of_the_kl(estimator):
+    # Every token of a random distribution, weighted by its probability: 1 / probability is its normalizer.
+    generator = torch.Generator().manual_seed(0)
+    logits, reference = torch.randn(2, 11, generator=generator, dtype=torch.float64).unbind(0)
+    logits, reference = logits.clone().requires_grad_(), torch.log_softmax(reference, dim=0)
+    logprobs = torch.log_softmax(logits, dim=0)
+    expectation = sum(
+        kl_loss(
+            logprobs[token].view(1, 1),
+            reference[token].view(1, 1),
+            torch.ones(1, 1),
+            estimator=estimator,
+            normalizer=1 / logprobs[token].exp().item(),
+        )[0]
+        for token in range(11)
+    )
+    divergence = (logprobs.exp() * (logprobs - reference)).sum()
+    gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (expectation, divergence)]
+    torch.testing.assert_close(*gradients)
+    assert gradients[1].abs().max() > 0.01
+    if estimator != "k2":  # whose value is biased
+        torch.testing.assert_close(expectation, divergence)
+
+
 def test_expected_gradient_of_abs_is_that_of_the_l1_distance():
     torch.testing.assert_close(expected_gradient("abs"), gradient_of(lambda policy: (policy - REFERENCE).abs().sum()))
 

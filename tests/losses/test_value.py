@@ -71,3 +71,49 @@ def test_clip_that_is_not_positive_is_refused(clip):
     row = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="clip = "):
         value_loss(row, row, row, torch.ones(1, 2), clip=clip)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "gradient"),
+    [
+        (0.25, 0.28125, -0.75),  # 1/2 * 0.75^2: a small error is squared
+        (0.0, 0.5, -1.0),  # 1/2 * 1^2, at the joint
+        (-2.0, 2.5, -1.0),  # 1 * (3 - 1/2): the gradient is bounded
+        (1e30, 1e30, 1.0),
+    ],
+)
+def test_huber_hand_computed(value, expected, gradient):
+    values = torch.tensor([[value]], requires_grad=True)
+    loss, _ = value_loss(values, torch.zeros(1, 1), torch.ones(1, 1), torch.ones(1, 1), huber=1.0)
+    loss.backward()
+    assert loss.item() == pytest.approx(expected)
+    assert values.grad.item() == gradient
+
+
+def test_huber_out_of_reach_changes_nothing():
+    generator = torch.Generator().manual_seed(0)
+    values, old_values, returns = torch.randn(3, 4, 5, generator=generator).unbind(0)
+    for clip in (None, 0.3):
+        squared, _ = value_loss(values, old_values, returns, torch.ones(4, 5), clip=clip)
+        huber, _ = value_loss(values, old_values, returns, torch.ones(4, 5), clip=clip, huber=100.0)
+        torch.testing.assert_close(huber, squared)
+
+
+def test_huber_and_clip_take_the_larger_of_two_linear_losses():
+    # Old value 0, return 5, clip 0.5, huber 1. Value 2: errors 3 and 4.5, losses 2.5 and 4, the clipped one holds.
+    # Value -2: errors 7 and 5.5, losses 6.5 and 5.
+    for value, expected, gradient in ((2.0, 4.0, 0.0), (-2.0, 6.5, -1.0)):
+        values = torch.tensor([[value]], requires_grad=True)
+        loss, metrics = value_loss(
+            values, torch.zeros(1, 1), torch.full((1, 1), 5.0), torch.ones(1, 1), clip=0.5, huber=1.0
+        )
+        loss.backward()
+        assert (loss.item(), values.grad.item()) == (expected, gradient)
+        assert metrics["value_clip_fraction"].item() == (gradient == 0.0)
+
+
+@pytest.mark.parametrize("huber", [0.0, -1.0, math.nan])
+def test_huber_that_is_not_positive_is_refused(huber):
+    row = torch.zeros(1, 2)
+    with pytest.raises(ValueError, match="huber = "):
+        value_loss(row, row, row, torch.ones(1, 2), huber=huber)

@@ -1,0 +1,129 @@
+"""Stage 4 of the loop: rewards as the reward functions gave them -> rewards on the scale that the update wants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf_ray.advantages.groups import Groups, narrow
+
+__all__ = ["normalise_rewards", "shape_rewards", "zero_variance"]
+
+
+def shape_rewards(rewards: Tensor, *, bias: float = 0.0, scale: float = 1.0, clip: float | None = None) -> Tensor:
+    """Shift, then scale, then clip: ``clip((r + bias) * scale, -clip, clip)``.
+
+    The order is that of AReaL's code (github.com/inclusionAI/AReaL): ``bias`` is in the reward function's unit,
+    ``clip`` in the unit of the result.
+
+    >>> shape_rewards(torch.tensor([0.0, 0.5, 1.0]), bias=-0.5, scale=10.0, clip=4.0)
+    tensor([-4.,  0.,  4.])
+
+    Args:
+        rewards: ``[B]``, reward of each completion.
+        bias: Added first.
+        scale: Factor of the sum.
+        clip: Largest size of a result; none: no bound.
+
+    Returns:
+        ``[B]``; carries no gradient.
+
+    Raises:
+        ValueError: ``rewards`` is not ``[B]``, or ``clip`` is not positive.
+    """
+    if rewards.ndim != 1:
+        raise ValueError(f"rewards {tuple(rewards.shape)} do not fit; expected [B]")
+    if clip is not None and not clip > 0.0:
+        raise ValueError(f"clip = {clip}: must be positive, or None for no bound")
+    shaped = (rewards.detach() + bias) * scale
+    return shaped if clip is None else shaped.clamp(min=-clip, max=clip)
+
+
+def normalise_rewards(
+    rewards: Tensor,
+    group_ids: Tensor,
+    *,
+    level: str,
+    mean: bool,
+    std: bool,
+    leave_one_out: bool = False,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Remove the mean of the rewards, their standard deviation, or both, over each group or over the batch.
+
+    ``(r - m) / (s + eps)`` with ``m`` the mean (0 when ``mean`` is False) and ``s`` the unbiased standard deviation
+    (without ``std`` nothing is divided). With ``leave_one_out``, ``m`` is the mean of the *other* rewards; ``s``
+    is still that of all.
+
+    At level ``group`` this holds three methods of :func:`group_advantages`: mean and std are grpo, the mean alone is
+    dr_grpo, the mean of the others alone is rloo. At level ``batch`` all rows form one group.
+
+    Rewards without spread (all equal, or a single one) have no scale to remove and are not divided: with ``mean``
+    they give exactly 0, without it they stay as they are, rather than grow by ``1 / eps``. A group of one has no
+    others, and gives 0 with ``leave_one_out`` too. Results saturate where they are too large for the dtype. What is
+    normalised together must lie in one call: rows on other ranks are not seen.
+
+    >>> rewards, group_ids = torch.tensor([1.0, 10.0, 3.0, 30.0]), torch.tensor([0, 1, 0, 1])
+    >>> normalise_rewards(rewards, group_ids, level="group", mean=True, std=False)
+    tensor([ -1., -10.,   1.,  10.])
+    >>> normalise_rewards(rewards, group_ids, level="batch", mean=True, std=False)
+    tensor([-10.,  -1.,  -8.,  19.])
+
+    Args:
+        rewards: ``[B]``, floating point, reward of each completion.
+        group_ids: ``[B]``, any integers in any order; completions of one prompt have the same.
+        level: ``group`` or ``batch``: over what mean and standard deviation are taken.
+        mean: Subtract the mean.
+        std: Divide by the standard deviation.
+        leave_one_out: Take the mean over the other rewards; needs ``mean``.
+        eps: Added to the standard deviation, in reward.
+
+    Returns:
+        ``[B]``, in the dtype of ``rewards``; carries no gradient.
+
+    Raises:
+        ValueError: ``level`` is unknown, a shape or a dtype does not fit, ``leave_one_out`` comes without ``mean``,
+            or ``eps`` is negative.
+    """
+    if level not in ("group", "batch"):
+        raise ValueError(f"level = {level!r}: use group or batch")
+    if leave_one_out and not mean:
+        raise ValueError("leave_one_out = True needs mean = True")
+    if not eps >= 0.0:
+        raise ValueError(f"eps = {eps}: must be 0 or more")
+    groups = Groups.of(group_ids, rewards=rewards)
+    if level == "batch":
+        groups = Groups.of(torch.zeros_like(group_ids), rewards=rewards)
+    x = groups.above_smallest(rewards)
+    normalised = groups.deviations(x) if mean else rewards.detach().double()
+    if leave_one_out:
+        # r - (sum - r) / (n - 1) = (r - sum / n) * n / (n - 1)
+        normalised = normalised * groups.size / (groups.size - 1).clamp(min=1)
+    if std:
+        spread = groups.std(x)
+        normalised = normalised / torch.where(spread > 0, spread + eps, 1.0)
+    return narrow(normalised, rewards.dtype)
+
+
+def zero_variance(rewards: Tensor, group_ids: Tensor) -> Tensor:
+    """Mark the completions whose group has equal rewards only, and so gives no advantage by any method.
+
+    Dynamic sampling in "DAPO: An Open-Source LLM Reinforcement Learning System at Scale" (arXiv:2503.14476) drops
+    such groups and samples others in their place. "Equal" is exact, as in :func:`group_advantages`.
+
+    >>> zero_variance(torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 1, 1, 0]))
+    tensor([ True, False, False,  True])
+
+    Args:
+        rewards: ``[B]``, floating point, reward of each completion.
+        group_ids: ``[B]``, any integers in any order; completions of one prompt have the same.
+
+    Returns:
+        ``[B]`` bool, True in every row of such a group; a group of one is always such a group.
+
+    Raises:
+        ValueError: A shape or a dtype does not fit.
+    """
+    groups = Groups.of(group_ids, rewards=rewards)
+    # Never negative, so that the sum is 0 only where every one is.
+    return groups.total(groups.above_smallest(rewards)) == 0
