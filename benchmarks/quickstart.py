@@ -18,6 +18,7 @@ import matplotlib.pyplot as plt
 from provenance import RESULTS, write_result
 
 from rlhf_ray import PPOConfig
+from rlhf_ray.quickstart import model_path
 
 HELD_OUT = "evaluation/quickstart/reward_mean"
 
@@ -27,15 +28,14 @@ def read_run(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def accuracy_before() -> float:
-    """Greedy held-out accuracy of the embedded model."""
+def accuracy_before(path: str) -> float:
+    """Greedy held-out accuracy of the model that the run started from."""
     from transformers import Qwen2ForCausalLM
 
-    from rlhf_ray.quickstart import model_path
     from rlhf_ray.quickstart.make_model import measure
     from rlhf_ray.quickstart.task import eval_rows
 
-    return measure(Qwen2ForCausalLM.from_pretrained(model_path()), eval_rows()).greedy
+    return measure(Qwen2ForCausalLM.from_pretrained(path), eval_rows()).greedy
 
 
 def draw(rows: list[dict[str, Any]], held_out: dict[int, float], path: Path) -> None:
@@ -62,9 +62,10 @@ def main() -> None:
         command = [sys.executable, "-c", "import sys; from rlhf_ray.cli import main; sys.exit(main(sys.argv[1:]))"]
         subprocess.run([*command, "quickstart", f"reporting.run_dir={run_dir}"], check=True)
     rows = read_run(run_dir)
-    held_out = {0: accuracy_before()} | {row["training_iteration"]: row[HELD_OUT] for row in rows if HELD_OUT in row}
-    draw(rows, held_out, RESULTS / "quickstart.png")
     settings = PPOConfig.from_yaml(run_dir / "config.yaml").settings
+    before = accuracy_before(settings.model.path or str(model_path()))
+    held_out = {0: before} | {row["training_iteration"]: row[HELD_OUT] for row in rows if HELD_OUT in row}
+    draw(rows, held_out, RESULTS / "quickstart.png")
     result = {
         "seed": settings.debugging.seed,
         "iterations": len(rows),

@@ -46,15 +46,7 @@ examples:
   rlhf-ray evaluate conf.yaml model.path=runs/first/model
 """
 
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: how ``ray job stop``, Kubernetes and Slurm end a process.
-
-    A kind of interrupt, since that is the one exception that may leave a wait inside Ray; Ray then raises a plain one
-    in its place, so ``_sigterm`` tells the two apart.
-    """
-
-
+# Set when SIGTERM arrived: how ``ray job stop``, Kubernetes and Slurm end a process.
 _sigterm = threading.Event()
 
 
@@ -284,7 +276,7 @@ def _install_sigterm() -> None:
         # Schedulers repeat themselves; the second one must not cut the clean stop short.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _sigterm.set()
-        raise _Terminated
+        raise KeyboardInterrupt  # The one exception that may leave a wait inside Ray; _sigterm tells it from Ctrl-C.
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, raise_terminated)

@@ -82,7 +82,7 @@ def group_advantages(
         case "dr_grpo":
             advantages = groups.deviations(x)
         case "rloo":
-            advantages = quotient(groups.deviations(x) * groups.size, groups.size - 1)
+            advantages = groups.deviations_from_others(x)
         case "opo":
             advantages = _opo(x, groups, lengths)
         case "maxrl":

@@ -71,6 +71,11 @@ class Groups:
         """Return ``[B]``, ``x`` less the mean of the group."""
         return x - self.total(x) / self.size
 
+    def deviations_from_others(self, x: Tensor) -> Tensor:
+        """Return ``[B]``, ``x`` less the mean of the *other* rows of the group; 0 in a group of one."""
+        # x - (sum - x) / (n - 1) = (x - sum / n) * n / (n - 1)
+        return quotient(self.deviations(x) * self.size, self.size - 1)
+
     def std(self, x: Tensor) -> Tensor:
         """Return ``[B]``, the unbiased standard deviation of the group; 0 in a group of one, which has none."""
         return (self.total(self.deviations(x).square()) / (self.size - 1).clamp(min=1)).sqrt()

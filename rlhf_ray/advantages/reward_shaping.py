@@ -91,14 +91,12 @@ def normalise_rewards(
         raise ValueError("leave_one_out = True needs mean = True")
     if not eps >= 0.0:
         raise ValueError(f"eps = {eps}: must be 0 or more")
-    groups = Groups.of(group_ids, rewards=rewards)
-    if level == "batch":
-        groups = Groups.of(torch.zeros_like(group_ids), rewards=rewards)
+    groups = Groups.of(torch.zeros_like(group_ids) if level == "batch" else group_ids, rewards=rewards)
     x = groups.above_smallest(rewards)
-    normalised = groups.deviations(x) if mean else rewards.detach().double()
     if leave_one_out:
-        # r - (sum - r) / (n - 1) = (r - sum / n) * n / (n - 1)
-        normalised = normalised * groups.size / (groups.size - 1).clamp(min=1)
+        normalised = groups.deviations_from_others(x)
+    else:
+        normalised = groups.deviations(x) if mean else rewards.detach().double()
     if std:
         spread = groups.std(x)
         normalised = normalised / torch.where(spread > 0, spread + eps, 1.0)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.advantages.ratio import log_ratio
-from rlhf_ray.losses.aggregation import aggregate
+from rlhf_ray.losses.clipped_surrogate import clipped_surrogate
 from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
-from rlhf_ray.losses.policy_metrics import policy_metrics
 from rlhf_ray.losses.sequence_mean import sequence_mean
 
 __all__ = ["gspo_loss"]
@@ -80,13 +79,16 @@ def gspo_loss(
     # The straight-through term x - sg(x) is 0, but NaN for a token of probability 0, whose logarithm is infinite.
     finite = log_ratios.clamp(min=torch.finfo(log_ratios.dtype).min)
     ratio = (sequence_mean(log_ratios.detach(), mask) + (finite - finite.detach())).exp()
-    bounded = torch.where(advantages >= 0, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low))
-    metrics = policy_metrics(
+    return clipped_surrogate(
+        ratio,
         logprobs,
         old_logprobs,
-        ratio,
+        advantages,
+        weights,
         mask,
-        clipped_low=(advantages < 0) & (ratio < 1 - clip_low),
-        clipped_high=(advantages > 0) & (ratio > 1 + clip_high),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=None,
+        aggregation=aggregation,
+        normalizer=normalizer,
     )
-    return aggregate(-advantages * bounded * weights, mask, aggregation, normalizer), metrics

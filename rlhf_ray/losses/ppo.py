@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rlhf_ray.advantages.ratio import probability_ratio
-from rlhf_ray.losses.aggregation import aggregate
+from rlhf_ray.losses.clipped_surrogate import clipped_surrogate
 from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
-from rlhf_ray.losses.policy_metrics import policy_metrics
 
 __all__ = ["ppo_loss"]
 
@@ -44,6 +42,7 @@ def ppo_loss(
     The log-ratio is bounded from above by :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`. Only ``logprobs`` gets
     a gradient; a token whose ratio lies beyond an active bound gets none.
 
+    >>> import torch
     >>> old, new = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.75, 0.25]]).log()
     >>> loss, metrics = ppo_loss(new, old, torch.tensor([[1.0, 1.0]]), torch.ones(1, 2), clip_low=0.2, clip_high=0.2)
     >>> round(loss.item(), 4), round(metrics["clip_fraction"].item(), 4)  # -(1.2 + 0.5) / 2
@@ -83,15 +82,16 @@ def ppo_loss(
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip = {dual_clip}: must be greater than 1")
     ratio = probability_ratio(logprobs, old_logprobs)
-    # The min of the equation, case by case: a positive advantage bounds the ratio from above only, a negative one
-    # from below (and, dual clip, from above).
-    bounded = torch.where(advantages >= 0, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low, max=dual_clip))
-    metrics = policy_metrics(
+    return clipped_surrogate(
+        ratio,
         logprobs,
         old_logprobs,
-        ratio,
+        advantages,
+        weights,
         mask,
-        clipped_low=(advantages < 0) & (ratio < 1 - clip_low),
-        clipped_high=(advantages > 0) & (ratio > 1 + clip_high),
+        clip_low=clip_low,
+        clip_high=clip_high,
+        dual_clip=dual_clip,
+        aggregation=aggregation,
+        normalizer=normalizer,
     )
-    return aggregate(-advantages * bounded * weights, mask, aggregation, normalizer), metrics

@@ -1,4 +1,4 @@
-"""Few streamed Serve requests instead of one call a group.
+"""Between the rollout controller and the replicas (stage 2): few streamed Serve requests instead of one call a group.
 
 The controller asks for one group at a time. A Serve call costs milliseconds on both sides, more than a short
 completion does, and calls that trickle in keep the engine's steps small. Groups asked for in the same turn of the event
