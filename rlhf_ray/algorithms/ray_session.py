@@ -14,6 +14,17 @@ from rlhf_ray.settings import Settings
 
 __all__ = ["RaySession", "Shares", "cpu_shares"]
 
+# What a cluster that ends with this run does not need, and what would wake its processes up beside two busy cores.
+_OWN_CLUSTER_ENV = {
+    # Nobody announces the end of the only node.
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    # It has no dashboard to show them.
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    # Ten looks a second at a pool that changes only when a replica dies.
+    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
+}
+
 # Left free on a small machine: Ray Data's readers and whatever else asks for a little.
 _SPARE_CPUS = 0.2
 _SMALLEST_SHARE = 0.01
@@ -73,8 +84,8 @@ class RaySession:
             # Says at every local start that tokens protect the cluster: nothing that the user can or need do.
             logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
             if self.ends_ray:
-                # Nobody announces the end of the only node.
-                os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+                for name, value in _OWN_CLUSTER_ENV.items():
+                    os.environ.setdefault(name, value)
             ray.init(
                 address=settings.resources.ray_address,
                 namespace="rlhf_ray",
