@@ -70,7 +70,14 @@ def test_the_gsm8k_example_trains_until_it_is_told_to_stop(tmp_path: Path, stop:
     log = tmp_path / "log"
     # A session of its own, as under a terminal: Ctrl-C goes to every process of the foreground group.
     with log.open("w") as output:
-        child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        child = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            # A test run in the background passes on that Ctrl-C is ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
     try:
         wait_for_iterations(run / "metrics.jsonl", 2, child)
         started = psutil.Process(child.pid).children(recursive=True)
