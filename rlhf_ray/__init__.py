@@ -15,7 +15,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ray.algorithms.cispo import CISPOConfig
+from rlhf_ray.algorithms.dapo import DAPOConfig
+from rlhf_ray.algorithms.dr_grpo import DrGRPOConfig
+from rlhf_ray.algorithms.gmpo import GMPOConfig
+from rlhf_ray.algorithms.grpo import GRPOConfig
+from rlhf_ray.algorithms.gspo import GSPOConfig
+from rlhf_ray.algorithms.maxrl import MaxRLConfig
+from rlhf_ray.algorithms.opo import OPOConfig
 from rlhf_ray.algorithms.ppo import PPOConfig
+from rlhf_ray.algorithms.reinforce_pp import ReinforcePPBaselineConfig, ReinforcePPConfig
+from rlhf_ray.algorithms.remax import ReMaxConfig
+from rlhf_ray.algorithms.rloo import RLOOConfig
+from rlhf_ray.algorithms.sapo import SAPOConfig
 from rlhf_ray.config import AlgorithmConfig
 from rlhf_ray.errors import (
     ConfigError,
@@ -26,29 +38,91 @@ from rlhf_ray.errors import (
     RolloutError,
     WeightSyncError,
 )
+from rlhf_ray.plugins import register_advantage, register_loss
 
 if TYPE_CHECKING:
     from rlhf_ray.algorithms.algorithm import Algorithm
-    from rlhf_ray.algorithms.trainables import PPO
+    from rlhf_ray.algorithms.trainables import (
+        CISPO,
+        DAPO,
+        GMPO,
+        GRPO,
+        GSPO,
+        OPO,
+        PPO,
+        RLOO,
+        SAPO,
+        DrGRPO,
+        MaxRL,
+        ReinforcePP,
+        ReinforcePPBaseline,
+        ReMax,
+    )
 
     __version__: str
 
 __all__ = [
+    "CISPO",
+    "DAPO",
+    "GMPO",
+    "GRPO",
+    "GSPO",
+    "OPO",
     "PPO",
+    "RLOO",
+    "SAPO",
     "Algorithm",
     "AlgorithmConfig",
+    "CISPOConfig",
     "ConfigError",
+    "DAPOConfig",
     "DataError",
+    "DrGRPO",
+    "DrGRPOConfig",
+    "GMPOConfig",
+    "GRPOConfig",
+    "GSPOConfig",
     "LearnerError",
+    "MaxRL",
+    "MaxRLConfig",
+    "OPOConfig",
     "PPOConfig",
     "RLHFRayError",
+    "RLOOConfig",
+    "ReMax",
+    "ReMaxConfig",
+    "ReinforcePP",
+    "ReinforcePPBaseline",
+    "ReinforcePPBaselineConfig",
+    "ReinforcePPConfig",
     "RewardError",
     "RolloutError",
+    "SAPOConfig",
     "WeightSyncError",
     "__version__",
+    "register_advantage",
+    "register_loss",
 ]
 
-_LAZY_MODULES = {"Algorithm": "rlhf_ray.algorithms.algorithm", "PPO": "rlhf_ray.algorithms.trainables"}
+_TRAINABLES = (
+    "CISPO",
+    "DAPO",
+    "DrGRPO",
+    "GMPO",
+    "GRPO",
+    "GSPO",
+    "MaxRL",
+    "OPO",
+    "PPO",
+    "RLOO",
+    "ReMax",
+    "ReinforcePP",
+    "ReinforcePPBaseline",
+    "SAPO",
+)
+_LAZY_MODULES = {"Algorithm": "rlhf_ray.algorithms.algorithm"} | dict.fromkeys(
+    _TRAINABLES, "rlhf_ray.algorithms.trainables"
+)
 
 
 def __getattr__(name: str) -> Any:

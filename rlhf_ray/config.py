@@ -39,7 +39,22 @@ if TYPE_CHECKING:
 __all__ = ["AlgorithmConfig"]
 
 _DEFAULT_ALGORITHM: Final = "PPO"
-_BUILT_IN_ALGORITHMS: Final[Mapping[str, str]] = {"PPO": "rlhf_ray.algorithms.ppo"}
+_BUILT_IN_ALGORITHMS: Final[Mapping[str, str]] = {
+    "CISPO": "rlhf_ray.algorithms.cispo",
+    "DAPO": "rlhf_ray.algorithms.dapo",
+    "DrGRPO": "rlhf_ray.algorithms.dr_grpo",
+    "GMPO": "rlhf_ray.algorithms.gmpo",
+    "GRPO": "rlhf_ray.algorithms.grpo",
+    "GSPO": "rlhf_ray.algorithms.gspo",
+    "MaxRL": "rlhf_ray.algorithms.maxrl",
+    "OPO": "rlhf_ray.algorithms.opo",
+    "PPO": "rlhf_ray.algorithms.ppo",
+    "RLOO": "rlhf_ray.algorithms.rloo",
+    "ReMax": "rlhf_ray.algorithms.remax",
+    "ReinforcePP": "rlhf_ray.algorithms.reinforce_pp",
+    "ReinforcePPBaseline": "rlhf_ray.algorithms.reinforce_pp",
+    "SAPO": "rlhf_ray.algorithms.sapo",
+}
 _registered: dict[str, type[AlgorithmConfig]] = {}
 
 
@@ -57,12 +72,16 @@ class AlgorithmConfig:
 
     algorithm_name: ClassVar[str]
     """Name of the algorithm and of its Trainable; a subclass that sets it is registered under it."""
+    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Where the defaults differ from those of the parent class: section -> setting -> value."""
 
     def __init__(self) -> None:
         if not hasattr(self, "algorithm_name"):
             raise TypeError(f"{type(self).__name__} names no algorithm; use one that does, such as PPOConfig")
         self._settings = Settings()
         self._frozen = False
+        for base in reversed(type(self).__mro__):
+            self._set(vars(base).get("defaults", {}))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -160,7 +179,7 @@ class AlgorithmConfig:
 
     def __repr__(self) -> str:
         """Show the calls that make this config: only what differs from the defaults."""
-        defaults, calls = Settings(), []
+        defaults, calls = type(self)()._settings, []
         for section, names in _names().items():
             ours, theirs = getattr(self._settings, section), getattr(defaults, section)
             changed = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
@@ -192,7 +211,7 @@ class AlgorithmConfig:
     def algorithm_class(self) -> type[Algorithm]:
         """The Trainable of this algorithm; a subclass with its own overrides this."""
         trainables = importlib.import_module("rlhf_ray.algorithms.trainables")
-        found: type[Algorithm] = getattr(trainables, self.algorithm_name)
+        found: type[Algorithm] = getattr(trainables, self.algorithm_name, None) or trainables.trainable(type(self))
         return found
 
     def build_algo(self) -> Algorithm:

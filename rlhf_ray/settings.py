@@ -94,6 +94,12 @@ class RolloutSettings:
     top_k: int = setting(0, "tokens kept at each step, 0 for all; training needs 0")
     stop: list[str] = setting([], "strings that end a completion")
     stop_token_ids: list[int] = setting([], "token ids that end a completion, beside EOS")
+    dynamic_sampling: bool = setting(
+        False, "drop groups whose rewards, before shaping, are all equal and sample other prompts in their place (DAPO)"
+    )
+    max_dropped_groups: int | None = setting(
+        None, "groups dropped by dynamic_sampling in one iteration before the run stops; none: 10 x data.batch_size"
+    )
     max_staleness: int = setting(0, "versions a rollout may lag behind the policy; 0 is synchronous PPO")
     max_concurrent_groups: int | None = setting(None, "groups in flight at once; none: data.batch_size")
     tensor_parallel_size: int = setting(1, "GPUs a replica")
@@ -125,6 +131,17 @@ class RewardSettings:
     max_failures: int | None = setting(
         None, "failed groups in one iteration before the run stops; none: data.batch_size"
     )
+    truncated_reward: float | None = setting(
+        None, "reward of a truncated completion in place of its own; none: its own"
+    )
+    bias: float = setting(0.0, "added to every reward before it is scaled")
+    scale: float = setting(1.0, "factor of reward plus bias")
+    clip: float | None = setting(None, "largest size of a scaled reward; none: no bound")
+    normalise: Literal["none", "group", "batch"] = setting(
+        "none", "subtract the mean reward of the group or of the batch, after the clip"
+    )
+    normalise_std: bool = setting(True, "with normalise: also divide by the standard deviation")
+    leave_one_out: bool = setting(False, "with normalise: subtract the mean of the other completions' rewards")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,16 +163,39 @@ class TrainingSettings:
     critic_max_grad_norm: float | None = setting(1.0, "gradient norm clip of the critic; none: no clip")
     num_epochs: int = setting(1, "passes over each batch")
     num_minibatches: int = setting(4, "optimiser steps a pass")
+    advantage: str = setting(
+        "gae",
+        "how rewards become advantages: gae, grpo, dr_grpo, rloo, opo, maxrl, reinforce_plus_plus, remax, a name given to register_advantage, 'module:function' or 'file.py:function'",
+    )
+    advantage_args: dict[str, Any] = setting({}, "further arguments of the advantage function")
+    loss: str = setting(
+        "ppo",
+        "policy loss: ppo, gspo, cispo, sapo, gmpo, a name given to register_loss, 'module:function' or 'file.py:function'",
+    )
+    loss_args: dict[str, Any] = setting({}, "further arguments of the loss function")
     gamma: float = setting(1.0, "discount a token")
     lambda_: float = setting(0.95, "GAE lambda")
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
-    clip_low: float = setting(0.2, "lower clip of the ratio: 1 - clip_low")
-    clip_high: float = setting(0.2, "upper clip of the ratio: 1 + clip_high")
+    clip_low: float = setting(0.2, "lower clip of the ratio: 1 - clip_low (gmpo: exp(-clip_low))")
+    clip_high: float = setting(0.2, "upper clip of the ratio: 1 + clip_high (gmpo: exp(clip_high))")
     dual_clip: float | None = setting(None, "bound of the loss at negative advantages (greater than 1); none: off")
     value_clip: float | None = setting(0.2, "clip of the value around the old value; none: off")
+    value_huber: float | None = setting(
+        None, "error of the value beyond which its loss is linear, in reward; none: squared everywhere"
+    )
+    value_init: Literal["zero", "reward_mean"] = setting(
+        "zero", "first values of a critic whose head is new: 0, or the mean reward of the first batch"
+    )
+    mask_truncated: bool = setting(False, "leave truncated completions out of the losses")
     entropy_coef: float = setting(0.0, "weight of the entropy bonus")
     kl_coef: float = setting(0.0, "weight of the KL to the frozen reference; 0 starts no reference")
-    kl_estimator: Literal["k1", "k2", "k3", "abs"] = setting("k1", "estimator of the KL to the reference")
+    kl_target: float | None = setting(
+        None, "KL to the reference, in nats a token, that kl_coef is adapted to keep; none: kl_coef is fixed"
+    )
+    kl_horizon: int = setting(10_000, "completions over which the adapted kl_coef changes by a fifth at most")
+    kl_estimator: Literal["k1", "k2", "k3", "abs"] = setting(
+        "k1", "estimator of the KL to the reference; in the loss the gradient is that of k2 whichever it is"
+    )
     kl_in: Literal["reward", "loss"] = setting("reward", "where the KL to the reference enters")
     loss_aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
         setting("token_mean", "how token losses become one number")

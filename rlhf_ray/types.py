@@ -113,6 +113,8 @@ class ScoredGroup:
     """``[G]``, the decoded completions (special tokens left out), for reports."""
     reward_s: float
     """Seconds the reward functions took."""
+    greedy_reward: float | None = None
+    """Reward of a greedy completion of the prompt, where the advantage asks for one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

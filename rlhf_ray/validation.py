@@ -21,10 +21,21 @@ from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.schedule import Schedule
 from rlhf_ray.settings import Settings
 
-__all__ = ["RANGES", "Range", "is_search_space", "section_types", "setting_types", "typed_value", "validate"]
+__all__ = [
+    "RANGES",
+    "Range",
+    "check_advantage",
+    "check_loss",
+    "is_search_space",
+    "section_types",
+    "setting_types",
+    "typed_value",
+    "validate",
+]
 
 
 def validate(settings: Settings) -> None:
@@ -236,6 +247,14 @@ RANGES: Final[Mapping[str, Range]] = {
     "rewards.num_workers": _COUNT,
     "rewards.timeout_s": _POSITIVE,
     "rewards.max_failures": _FROM_ZERO,
+    "rewards.truncated_reward": Range(-math.inf),
+    "rewards.bias": Range(-math.inf),
+    "rewards.scale": Range(-math.inf),
+    "rewards.clip": _POSITIVE,
+    "rollouts.max_dropped_groups": _COUNT,
+    "training.value_huber": _POSITIVE,
+    "training.kl_target": _POSITIVE,
+    "training.kl_horizon": _COUNT,
     "training.iterations": _COUNT,
     "training.lr": _POSITIVE,
     "training.critic_lr": _POSITIVE,
@@ -250,7 +269,7 @@ RANGES: Final[Mapping[str, Range]] = {
     "training.num_minibatches": _COUNT,
     "training.gamma": _SHARE,
     "training.lambda_": _SHARE,
-    "training.clip_low": Range(0, 1, open_low=True, open_high=True),
+    "training.clip_low": Range(0, 1, open_low=True),
     "training.clip_high": _POSITIVE,
     "training.dual_clip": Range(1, open_low=True),
     "training.value_clip": _POSITIVE,
@@ -432,6 +451,84 @@ def _check_microbatch_fits(settings: Settings) -> None:
         raise ConfigError("learners.max_tokens_per_microbatch", budget, remedy)
 
 
+def _check_plugins(settings: Settings) -> None:
+    training = settings.training
+    # Functions in files and modules are resolved when the run starts: some take seconds to import.
+    if ":" not in training.loss:
+        check_loss(loss_plugin(training.loss, training.loss_args), settings)
+    if ":" not in training.advantage:
+        check_advantage(advantage_plugin(training.advantage, training.advantage_args), settings)
+
+
+def check_loss(plugin: Plugin, settings: Settings) -> None:
+    """Refuse settings that the loss would ignore.
+
+    Raises:
+        ConfigError: A dual clip is given to a loss that has none.
+    """
+    dual_clip = settings.training.dual_clip
+    if dual_clip is not None and "dual_clip" not in plugin.asks_for:
+        raise ConfigError("training.dual_clip", dual_clip, f"the loss {plugin.name} has no dual clip; leave it out")
+
+
+def check_advantage(plugin: Plugin, settings: Settings) -> None:
+    """Refuse settings that the advantage cannot work with.
+
+    Raises:
+        ConfigError: It compares completions and there is one a prompt; rewards become what it cannot take; or a
+            setting of the critic is given to a run that has none.
+    """
+    training, size = settings.training, settings.rollouts.group_size
+    normalise = settings.rewards.normalise
+    if normalise != "none" and plugin.needs_greedy_rewards:
+        remedy = f"{plugin.name} compares with the reward of a greedy completion, which is not normalised; use none"
+        raise ConfigError("rewards.normalise", normalise, remedy)
+    if plugin.name == "maxrl" and normalise != "none":
+        remedy = "maxrl takes rewards of 0 or more, which normalised ones are not; use none"
+        raise ConfigError("rewards.normalise", normalise, remedy)
+    if plugin.name == "maxrl" and training.kl_coef > 0 and training.kl_in == "reward":
+        remedy = "maxrl takes rewards of 0 or more, which a KL taken off them may break; use loss"
+        raise ConfigError("training.kl_in", training.kl_in, remedy)
+    if plugin.compares_groups and size < 2:
+        remedy = f"{plugin.name} compares the completions of a prompt; use at least 2"
+        raise ConfigError("rollouts.group_size", size, remedy)
+    if plugin.needs_critic:
+        return
+    if settings.model.critic_path is not None:
+        remedy = f"{plugin.name} has no critic; leave it out, or set training.advantage to gae"
+        raise ConfigError("model.critic_path", settings.model.critic_path, remedy)
+    if training.critic_warmup_iterations:
+        remedy = f"{plugin.name} has no critic to warm up; use 0"
+        raise ConfigError("training.critic_warmup_iterations", training.critic_warmup_iterations, remedy)
+
+
+def _check_kl_target(settings: Settings) -> None:
+    training = settings.training
+    if training.kl_target is None:
+        return
+    if training.kl_coef == 0:
+        raise ConfigError("training.kl_target", training.kl_target, "give training.kl_coef, where the adapting starts")
+    completions = Schedule.of(settings).completions
+    if completions >= 5 * training.kl_horizon:
+        remedy = f"use more than {completions // 5}, a fifth of the completions an iteration"
+        raise ConfigError("training.kl_horizon", training.kl_horizon, remedy)
+
+
+def _check_reward_shaping(settings: Settings) -> None:
+    rewards = settings.rewards
+    if rewards.leave_one_out and rewards.normalise == "none":
+        raise ConfigError("rewards.leave_one_out", True, "set rewards.normalise to group or batch, whose mean it is")
+    if rewards.normalise == "group" and settings.rollouts.group_size < 2:
+        remedy = "rewards.normalise = group compares the completions of a prompt; use at least 2"
+        raise ConfigError("rollouts.group_size", settings.rollouts.group_size, remedy)
+
+
+def _check_dynamic_sampling(settings: Settings) -> None:
+    if settings.rollouts.dynamic_sampling and settings.rollouts.group_size < 2:
+        remedy = "rollouts.dynamic_sampling compares the rewards of a group, and one is always equal; use at least 2"
+        raise ConfigError("rollouts.group_size", settings.rollouts.group_size, remedy)
+
+
 def _check_critic_warmup(settings: Settings) -> None:
     warmup, iterations = settings.training.critic_warmup_iterations, settings.training.iterations
     if warmup >= iterations:
@@ -527,6 +624,10 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     _check_engine_args,
     _check_minibatches,
     _check_microbatch_fits,
+    _check_plugins,
+    _check_kl_target,
+    _check_reward_shaping,
+    _check_dynamic_sampling,
     _check_critic_warmup,
     _check_lr_warmup,
     _check_flash_attention,

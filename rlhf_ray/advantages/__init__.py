@@ -7,6 +7,7 @@ from rlhf_ray.advantages.group_advantages import group_advantages
 from rlhf_ray.advantages.kl import kl
 from rlhf_ray.advantages.moments import Moments
 from rlhf_ray.advantages.reinforce_plus_plus import reinforce_plus_plus
+from rlhf_ray.advantages.remax import remax
 from rlhf_ray.advantages.reward_shaping import normalise_rewards, shape_rewards, zero_variance
 from rlhf_ray.advantages.token_rewards import kl_penalised_rewards
 from rlhf_ray.advantages.whitening import whiten
@@ -21,6 +22,7 @@ __all__ = [
     "kl_penalised_rewards",
     "normalise_rewards",
     "reinforce_plus_plus",
+    "remax",
     "shape_rewards",
     "whiten",
     "zero_variance",

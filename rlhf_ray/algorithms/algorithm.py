@@ -32,6 +32,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan, plan_update
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.settings import Settings
 from rlhf_ray.types import Prompt, RewardFailure, ScoredGroup
 
@@ -93,11 +94,15 @@ class Algorithm(Trainable):  # type: ignore[misc]
         return self._directory.path
 
     def training_step(self) -> dict[str, Any]:
-        """One iteration of PPO; returns its result."""
+        """One iteration; returns its result."""
         started = time.perf_counter()
         parts, version = self._running(), self.policy_version
         collected = parts.controller.collect(version)
-        batch = SequenceBatch.from_groups(collected.groups)
+        batch = shaped(
+            SequenceBatch.from_groups(collected.groups),
+            self.settings.rewards,
+            mask_truncated=self.settings.training.mask_truncated,
+        )
         plan = self._plan(batch, version)
         update_policy = version >= self.settings.training.critic_warmup_iterations
         figures = parts.learners.update(batch, plan, version=version + 1, update_policy=update_policy)
@@ -262,7 +267,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         training, learners = self.settings.training, self.settings.learners
         return plan_update(
             batch.lengths.tolist(),
-            batch.completion_lengths.tolist(),
+            batch.loss_lengths.tolist(),
             num_minibatches=training.num_minibatches,
             num_epochs=training.num_epochs,
             num_ranks=learners.num_learners,

@@ -16,6 +16,7 @@ from rlhf_ray.algorithms.ray_session import RaySession
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.group import LearnerGroup
 from rlhf_ray.learner.learner import LearnerSpec
+from rlhf_ray.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.prompts.evaluation_prompts import load_prompts
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.prompts.tokenizer import load_tokenizer
@@ -23,6 +24,7 @@ from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.functions import resolve_rewards
 from rlhf_ray.rewards.pool import RewardPool
+from rlhf_ray.rewards.shipping import pack
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
@@ -30,6 +32,7 @@ from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
 from rlhf_ray.settings import DataSettings, Settings
 from rlhf_ray.types import Prompt, SamplingSettings
+from rlhf_ray.validation import check_advantage, check_loss
 from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, Publisher
 
 if TYPE_CHECKING:
@@ -43,7 +46,10 @@ class Inputs:
     """What was read and checked before anything was started."""
 
     policy_path: str
-    critic_path: str
+    critic_path: str | None
+    """``None``: the advantage needs no critic."""
+    advantage: Plugin
+    loss: Plugin
     tokenizer_path: str
     model_config: PretrainedConfig
     max_prompt_tokens: int
@@ -81,6 +87,10 @@ def check_inputs(settings: Settings) -> Inputs:
     critic_path = _expanded(settings.model.critic_path)
     trust = settings.model.trust_remote_code
     resolve_rewards(settings.rewards)
+    advantage = advantage_plugin(settings.training.advantage, settings.training.advantage_args)
+    check_advantage(advantage, settings)
+    loss = loss_plugin(settings.training.loss, settings.training.loss_args)
+    check_loss(loss, settings)
     load_tokenizer(tokenizer_path, trust_remote_code=trust)
     config = _model_config("model.path", policy_path, trust)
     if critic_path is not None:
@@ -103,7 +113,9 @@ def check_inputs(settings: Settings) -> Inputs:
         stream(held_out).check()
     return Inputs(
         policy_path=policy_path,
-        critic_path=critic_path or policy_path,
+        critic_path=(critic_path or policy_path) if advantage.needs_critic else None,
+        advantage=advantage,
+        loss=loss,
         tokenizer_path=tokenizer_path,
         model_config=config,
         max_prompt_tokens=prompt_tokens,
@@ -161,6 +173,10 @@ def start_parts(
         max_concurrent=settings.rollouts.max_concurrent_groups or settings.data.batch_size,
         max_retries=settings.fault_tolerance.max_group_retries,
         max_failures=_first_given(settings.rewards.max_failures, settings.data.batch_size),
+        max_equal_groups=_first_given(settings.rollouts.max_dropped_groups, 10 * settings.data.batch_size)
+        if settings.rollouts.dynamic_sampling
+        else None,
+        greedy_baseline=inputs.advantage.needs_greedy_rewards,
         timeout_s=settings.rollouts.timeout_s,
         seed=settings.debugging.seed,
     )
@@ -237,6 +253,8 @@ def _learner_group(
     spec = LearnerSpec(
         training=settings.training,
         policy_path=inputs.policy_path,
+        advantage=_portable(inputs.advantage),
+        loss=_portable(inputs.loss),
         critic_path=inputs.critic_path,
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
@@ -286,6 +304,13 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
         startup_timeout_s=rollouts.startup_timeout_s,
         ray_ends=session.ends_ray,
     )
+
+
+def _portable(plugin: Plugin) -> Plugin:
+    """The plug-in with a function of the user's pickled, code of a lone file or a notebook included."""
+    if not callable(plugin.function):
+        return plugin
+    return replace(plugin, function=pack(plugin.function, defined_by=plugin.function))
 
 
 def _portable_tokenizer(settings: Settings, inputs: Inputs) -> Any:

@@ -48,7 +48,8 @@ def iteration_result(
     learner_s = sum(timers.values())
     tokens = int(batch.lengths.sum())
     return {
-        "rollouts": _rollout_metrics(collected, batch, version) | {"dropped_prompts": dropped_prompts},
+        "rollouts": _rollout_metrics(collected, batch, version)
+        | {"dropped_prompts": dropped_prompts, "equal_reward_groups": collected.equal_reward_groups},
         "rewards": _reward_metrics(collected),
         "learner": {name: value for name, value in figures.items() if name not in _TIMERS}
         | {
@@ -93,9 +94,11 @@ def evaluation_metrics(outcomes: Sequence[ScoredGroup | RewardFailure]) -> dict[
 
 def _rollout_metrics(collected: Collected, batch: SequenceBatch, version: int) -> dict[str, Any]:
     staleness = np.asarray([version - v for v in _token_versions(collected.groups)])
+    # As the functions gave them; the batch's own may be shaped.
+    rewards = np.concatenate([scored.rewards for scored in collected.groups])
     return {
-        "reward_mean": float(batch.rewards.mean()),
-        "reward_std": float(batch.rewards.std()),
+        "reward_mean": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
         "completion_tokens_mean": float(batch.completion_lengths.mean()),
         "completion_tokens_max": int(batch.completion_lengths.max()),
         "prompt_tokens_mean": float(batch.prompt_lengths.mean()),

@@ -15,6 +15,7 @@ from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
 from rlhf_ray.doctor.model import ModelFacts, check_model
 from rlhf_ray.doctor.packages import check_packages, check_python, check_torchvision
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.plugins import advantage_plugin
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.settings import Settings
 
@@ -68,11 +69,13 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     say("reading the model")
     policy_check, policy = _policy(settings)
     yield policy_check
-    critic = policy
+    training = settings.training
+    has_critic = advantage_plugin(training.advantage, training.advantage_args).needs_critic
+    critic = policy if has_critic else None
     if settings.model.critic_path is not None:
         critic_check, critic = check_model("model.critic_path", settings.model.critic_path)
         yield critic_check
-    if policy is None or critic is None:
+    if policy is None or (has_critic and critic is None):
         yield warned("memory, engine", "not looked at without the model", "correct the model first")
         return
     yield from _with_models(settings, machine, policy, critic, on_gpu=on_gpu, skip_engine=skip_engine, say=say)
@@ -96,7 +99,7 @@ def _with_models(
     settings: Settings,
     machine: Machine,
     policy: ModelFacts,
-    critic: ModelFacts,
+    critic: ModelFacts | None,
     *,
     on_gpu: bool,
     skip_engine: bool,

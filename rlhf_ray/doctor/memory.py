@@ -49,7 +49,7 @@ class MemoryNeed:
         cls,
         settings: Settings,
         policy: ModelFacts,
-        critic: ModelFacts,
+        critic: ModelFacts | None,
         *,
         dtype_bytes: int,
         max_tokens: int,
@@ -60,12 +60,12 @@ class MemoryNeed:
         Args:
             settings: The run's settings.
             policy: The model to train.
-            critic: The model that the critic starts from.
+            critic: The model that the critic starts from; ``None``: there is no critic.
             dtype_bytes: Bytes of an engine's weight.
             max_tokens: Longest prompt and completion together.
             cpu_cache: Key-value cache that a CPU engine will reserve.
         """
-        trained = _TRAINED_BYTES * (policy.num_parameters + critic.num_parameters)
+        trained = _TRAINED_BYTES * _trained_parameters(policy, critic)
         frozen = _FROZEN_BYTES * policy.num_parameters if settings.training.kl_coef > 0 else 0
         shards = settings.rollouts.tensor_parallel_size
         return cls(
@@ -87,12 +87,12 @@ def check_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, on_g
     ]
 
 
-def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts) -> Check:
+def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> Check:
     """Compare the space of the run directory's disk with the checkpoints and the exported model."""
     wanted = Path(settings.reporting.run_dir or "runs").expanduser().absolute()
     existing = next(folder for folder in (wanted, *wanted.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
-    checkpoint = _SAVED_BYTES * (policy.num_parameters + critic.num_parameters)
+    checkpoint = _SAVED_BYTES * _trained_parameters(policy, critic)
     # The newest is written before the oldest is deleted.
     kept = settings.checkpointing.keep + 1 if settings.checkpointing.interval else 0
     needed = _LOGS_BYTES + kept * checkpoint + _FROZEN_BYTES * policy.num_parameters
@@ -101,6 +101,10 @@ def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts) -> Ch
         text = f"{detail}, wants {in_units(needed)} for {kept} checkpoints, the model and logs"
         return failed("disk", text, "choose another reporting.run_dir, or a smaller checkpointing.keep")
     return passed("disk", f"{detail}, the run takes about {in_units(needed)}")
+
+
+def _trained_parameters(policy: ModelFacts, critic: ModelFacts | None) -> int:
+    return policy.num_parameters + (0 if critic is None else critic.num_parameters)
 
 
 def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engines: bool = True) -> Check:

@@ -29,10 +29,17 @@ class SequenceBatch:
     """``[N]``"""
     truncated: npt.NDArray[np.bool_]
     """``[N]``, cut by a length limit: bootstraps from the critic"""
+    group_ids: npt.NDArray[np.int64]
+    """``[N]``, completions of one prompt have the same"""
+    greedy_rewards: Float32Array
+    """``[N]``, reward of the greedy completion of the prompt; 0 where none was sampled"""
+    in_loss: npt.NDArray[np.bool_]
+    """``[N]``, false where the completion is left out of the losses"""
 
     @classmethod
     def from_groups(cls, groups: Sequence[ScoredGroup]) -> SequenceBatch:
         """Lay out the completions of all groups, in order."""
+        sizes = [len(scored.group.completions) for scored in groups]
         rows = [(scored.group.prompt, c) for scored in groups for c in scored.group.completions]
         return cls(
             token_ids=np.concatenate([piece for prompt, c in rows for piece in (prompt.token_ids, c.token_ids)]),
@@ -41,6 +48,9 @@ class SequenceBatch:
             sampling_logprobs=np.concatenate([c.sampling_logprobs for _, c in rows]),
             rewards=np.concatenate([scored.rewards for scored in groups]),
             truncated=np.asarray([c.truncated for _, c in rows], dtype=np.bool_),
+            group_ids=np.repeat([scored.group.group_id for scored in groups], sizes).astype(np.int64),
+            greedy_rewards=np.repeat([scored.greedy_reward or 0.0 for scored in groups], sizes).astype(np.float32),
+            in_loss=np.ones(len(rows), dtype=np.bool_),
         )
 
     def __len__(self) -> int:
@@ -50,6 +60,11 @@ class SequenceBatch:
     def lengths(self) -> Int32Array:
         """``[N]``, P + T."""
         return self.prompt_lengths + self.completion_lengths
+
+    @property
+    def loss_lengths(self) -> Int32Array:
+        """``[N]``, tokens that enter the losses: T, or 0."""
+        return self.completion_lengths * self.in_loss
 
     def select(self, indices: Sequence[int]) -> SequenceBatch:
         """The given sequences, in that order."""
@@ -61,6 +76,9 @@ class SequenceBatch:
             sampling_logprobs=_select_ragged(self.sampling_logprobs, self.completion_lengths, order),
             rewards=self.rewards[order],
             truncated=self.truncated[order],
+            group_ids=self.group_ids[order],
+            greedy_rewards=self.greedy_rewards[order],
+            in_loss=self.in_loss[order],
         )
 
     def size_bytes(self) -> int:

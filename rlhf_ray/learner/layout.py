@@ -45,7 +45,7 @@ class Microbatch:
     last_index: torch.Tensor
     """``[B]`` where the state after the last token lies in the flattened ``input_ids``."""
     mask: torch.Tensor
-    """``[B, T]`` bool, true at real completion tokens."""
+    """``[B, T]`` bool, true at completion tokens that enter the losses."""
     num_tokens: int
     """Tokens in the forward pass, padding included."""
 
@@ -63,7 +63,7 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
         real = np.zeros(1, dtype=np.int64)
     else:
         prompt, completion, tokens = selected.prompt_lengths, selected.completion_lengths, selected.token_ids
-        real = completion.astype(np.int64)
+        real = selected.loss_lengths.astype(np.int64)
     lengths = (prompt + completion).astype(np.int64)
     starts = _starts(lengths, packed=packed)
     ids, positions = _input_ids(tokens, lengths, packed=packed)

@@ -19,23 +19,18 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
-from rlhf_ray.advantages import Moments, explained_variance, gae, kl, kl_penalised_rewards, whiten
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.layout import Microbatch, lay_out, pad_completions
-from rlhf_ray.learner.metrics import MetricSums
-from rlhf_ray.learner.models import attention_kernel, load_critic, load_policy, shard
+from rlhf_ray.learner.credit import CreditAssignment, mean_over_ranks
+from rlhf_ray.learner.estimates import Estimates, put, take
+from rlhf_ray.learner.layout import Microbatch, lay_out
+from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
+from rlhf_ray.learner.metrics import MetricSums, masked_mean
+from rlhf_ray.learner.models import attention_kernel, head_is_new, load_critic, load_policy, set_head_bias, shard
+from rlhf_ray.learner.objective import PolicyObjective, PolicyTerms
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.trained_model import TrainedModel
-from rlhf_ray.losses import (
-    entropy_bonus,
-    global_normalizer,
-    kl_loss,
-    ppo_loss,
-    token_entropy,
-    token_logprobs,
-    token_logprobs_and_entropy,
-    value_loss,
-)
+from rlhf_ray.losses import global_normalizer, value_loss
+from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
 from rlhf_ray.weight_sync.manifest import BucketLayout
@@ -53,8 +48,11 @@ class LearnerSpec:
     """What a rank needs to build its models; made once on the driver."""
 
     training: TrainingSettings
+    advantage: Plugin
+    loss: Plugin
     policy_path: str
-    critic_path: str
+    critic_path: str | None
+    """``None``: the advantage asks for no values, and there is no critic."""
     attn_implementation: str
     trust_remote_code: bool
     gradient_checkpointing: bool
@@ -83,24 +81,11 @@ class LearnerSpec:
         return kernel == "flash_attention_2"
 
 
-@dataclass(slots=True, kw_only=True)
-class _Estimates:
-    """Per-token figures of a rank's batch, ``[N, T]`` each, computed before the first step."""
-
-    mask: torch.Tensor
-    sampling_logprobs: torch.Tensor
-    values: torch.Tensor
-    bootstrap: torch.Tensor
-    """``[N]``, value after the last token; 0 where the completion finished."""
-    proximal_logprobs: torch.Tensor | None = None
-    """Under the policy before the update; ``None`` where the only step's own forward pass gives them."""
-    ref_logprobs: torch.Tensor | None = None
-    advantages: torch.Tensor | None = None
-    returns: torch.Tensor | None = None
-
-
 class Learner:
-    """Policy, critic and reference of one rank, on an initialised process group."""
+    """Policy, critic and reference of one rank, on an initialised process group.
+
+    There is a critic only where the advantage asks for values, and a reference only where ``kl_coef`` is not 0.
+    """
 
     def __init__(self, spec: LearnerSpec) -> None:
         self._spec = spec
@@ -117,29 +102,39 @@ class Learner:
             "trust_remote_code": spec.trust_remote_code,
         }
 
-        def sharded(model: PreTrainedModel, *, trained: bool) -> PreTrainedModel:
+        def sharded(model: PreTrainedModel, *, trained: bool = True) -> PreTrainedModel:
             checkpointing = spec.gradient_checkpointing and trained
-            return shard(model.to(device), mesh, compute_dtype=compute_dtype, gradient_checkpointing=checkpointing)
+            return shard(model, mesh, compute_dtype=compute_dtype, gradient_checkpointing=checkpointing)
+
+        def scorer(*, trained: bool) -> TokenScorer:
+            model = load_policy(spec.policy_path, **loading).to(device)
+            head = LogprobHead.adopt(model)
+            return TokenScorer(sharded(model, trained=trained), head, temperature=spec.temperature)
 
         training = self._training
+        self._score = scorer(trained=True)
         self.policy = TrainedModel(
-            sharded(load_policy(spec.policy_path, **loading), trained=True),
+            self._score.model,
             training,
             lr=training.lr,
             max_grad_norm=training.max_grad_norm,
             total_steps=spec.total_steps,
         )
-        self.critic = TrainedModel(
-            sharded(load_critic(spec.critic_path, **loading), trained=True),
-            training,
-            lr=training.critic_lr,
-            max_grad_norm=training.critic_max_grad_norm,
-            total_steps=spec.total_steps,
-        )
-        self._reference: PreTrainedModel | None = None
+        self.critic: TrainedModel | None = None
+        if spec.critic_path is not None:
+            self.critic = TrainedModel(
+                sharded(load_critic(spec.critic_path, **loading).to(device)),
+                training,
+                lr=training.critic_lr,
+                max_grad_norm=training.critic_max_grad_norm,
+                total_steps=spec.total_steps,
+            )
+        self._credit = CreditAssignment(training, spec.advantage.loaded(), device)
+        self._objective = PolicyObjective(training, spec.loss.loaded())
+        self._reference: TokenScorer | None = None
         if training.kl_coef > 0:
-            self._reference = sharded(load_policy(spec.policy_path, **loading), trained=False)
-            self._reference.requires_grad_(False)
+            self._reference = scorer(trained=False)
+            self._reference.model.requires_grad_(False)
 
     def update(self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True) -> dict[str, float]:
         """Train on one batch; returns the figures of the update, the same on every rank.
@@ -156,9 +151,12 @@ class Learner:
             for minibatch in plan.minibatches
             for rows in minibatch.microbatches
         }
+        if self._training.value_init == "reward_mean":
+            self._start_values_at_mean(batch)
         one_step = len(plan.minibatches) == 1 and len(plan.epochs) == 1
         estimates = self._estimate(batch, microbatches, plan, skip_proximal=one_step)
-        figures = self._set_advantages(batch, estimates, metrics)
+        kl_coef = self._credit.kl_coef
+        figures = self._credit.assign(batch, estimates, metrics)
         estimated = time.perf_counter()
         first = True
         for epoch in plan.epochs:
@@ -167,7 +165,12 @@ class Learner:
                 first = False
         self._reshard()
         figures |= metrics.merge(len(plan.minibatches) * len(plan.epochs))
-        figures["lr"], figures["critic_lr"] = self.policy.lr, self.critic.lr
+        if self._reference is not None:
+            figures["kl_coef"] = kl_coef
+            self._credit.adapt(figures.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
+        figures["lr"] = self.policy.lr
+        if self.critic is not None:
+            figures["critic_lr"] = self.critic.lr
         ended = time.perf_counter()
         return figures | {"advantage_s": estimated - started, "update_s": ended - estimated}
 
@@ -191,12 +194,17 @@ class Learner:
         state = self._state()
         dcp.load(state, checkpoint_id=folder)
         self.policy.load_state_dict(state["policy"])
-        self.critic.load_state_dict(state["critic"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
+        self._credit.load_state_dict(state["credit"])
 
     def export(self, folder: str) -> None:
-        """Write the policy and the critic as Hugging Face folders: ``folder`` and ``folder/critic``."""
+        """Write the policy and the critic, if there is one, as Hugging Face folders: ``folder``, ``folder/critic``."""
         dtype = torch.float32
-        for model, path in ((self.policy.model, Path(folder)), (self.critic.model, Path(folder) / "critic")):
+        exported = [(self.policy.model, Path(folder))]
+        if self.critic is not None:
+            exported.append((self.critic.model, Path(folder) / "critic"))
+        for model, path in exported:
             # A gather is a collective: every rank iterates, rank 0 writes.
             full = {name: p.detach().full_tensor().to("cpu", dtype) for name, p in model.named_parameters()}
             if dist.get_rank() == 0:
@@ -205,12 +213,19 @@ class Learner:
 
     def _reshard(self) -> None:
         """A forward pass without a backward one leaves a model's outermost weights gathered on every rank."""
-        for model in (self.policy.model, self._reference):
-            if model is not None:
-                model.reshard()
+        for scorer in (self._score, self._reference):
+            if scorer is not None:
+                scorer.model.reshard()
 
     def _state(self) -> dict[str, Any]:
-        return {"policy": self.policy.state_dict(), "critic": self.critic.state_dict()}
+        trained = {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
+        return {name: model.state_dict() for name, model in trained.items()} | {"credit": self._credit.state_dict()}
+
+    def _start_values_at_mean(self, batch: SequenceBatch) -> None:
+        """Before the first step of a critic whose head is new: predict the mean reward everywhere."""
+        critic = self.critic
+        if critic is not None and critic.steps_taken == 0 and head_is_new(critic.model):
+            set_head_bias(critic.model, mean_over_ranks(torch.tensor(batch.rewards, device=self._device)))
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _estimate(
@@ -220,83 +235,38 @@ class Learner:
         plan: RankPlan,
         *,
         skip_proximal: bool,
-    ) -> _Estimates:
-        training = self._training
-        kl_in_reward = training.kl_coef > 0 and training.kl_in == "reward"
-        sampling = pad_completions(batch.sampling_logprobs, batch.completion_lengths, device=self._device)
-        # Copies: arrays from the object store are read-only, which PyTorch's tensors cannot be.
-        lengths = torch.tensor(batch.completion_lengths, device=self._device)
-        mask = torch.arange(sampling.shape[1], device=self._device)[None, :] < lengths[:, None]
-        estimates = _Estimates(
-            mask=mask,
-            sampling_logprobs=sampling,
-            values=torch.zeros_like(sampling),
-            bootstrap=torch.zeros(len(batch), device=self._device),
+    ) -> Estimates:
+        kl_in_reward = self._reference is not None and self._training.kl_in == "reward"
+        estimates = Estimates.of(
+            batch,
+            device=self._device,
+            values=self.critic is not None,
+            proximal=kl_in_reward or not skip_proximal,
+            reference=self._reference is not None,
         )
-        if kl_in_reward or not skip_proximal:
-            estimates.proximal_logprobs = torch.zeros_like(sampling)
-        if self._reference is not None:
-            estimates.ref_logprobs = torch.zeros_like(sampling)
         for minibatch in plan.minibatches:
             for rows in minibatch.microbatches:
-                micro = microbatches[rows]
-                values = self._values(micro)
-                _put(estimates.values, micro, values[micro.value_index])
-                if len(micro.rows):
-                    estimates.bootstrap[micro.rows] = values[micro.last_index]
-                if estimates.proximal_logprobs is not None:
-                    _put(estimates.proximal_logprobs, micro, self._logprobs(self.policy.model, micro))
-                if self._reference is not None and estimates.ref_logprobs is not None:
-                    _put(estimates.ref_logprobs, micro, self._logprobs(self._reference, micro))
-        estimates.bootstrap *= torch.tensor(batch.truncated, device=self._device)
+                self._estimate_microbatch(microbatches[rows], estimates)
+        if estimates.bootstrap is not None:
+            estimates.bootstrap *= torch.tensor(batch.truncated, device=self._device)
         return estimates
 
-    def _set_advantages(self, batch: SequenceBatch, estimates: _Estimates, metrics: MetricSums) -> dict[str, float]:
-        """Rewards and values -> advantages and returns, whitened over all ranks."""
-        training, mask = self._training, estimates.mask
-        penalty = None
-        if estimates.ref_logprobs is not None and estimates.proximal_logprobs is not None:
-            penalty = kl(estimates.proximal_logprobs, estimates.ref_logprobs, estimator=training.kl_estimator)
-            metrics.add({"kl_to_reference": _mean(penalty, mask)}, float(mask.sum()))
-        in_reward = training.kl_in == "reward"
-        rewards = kl_penalised_rewards(
-            torch.tensor(batch.rewards, device=self._device),
-            mask,
-            kl=penalty if in_reward else None,
-            coef=training.kl_coef if in_reward else 0.0,
-        )
-        advantages, returns = gae(
-            rewards,
-            estimates.values,
-            mask,
-            gamma=training.gamma,
-            lam=training.lambda_,
-            bootstrap=estimates.bootstrap,
-        )
-        of_advantages, of_returns, of_residuals = self._merged_moments(
-            mask, advantages, returns, returns - estimates.values
-        )
-        if training.whiten_advantages:
-            advantages = whiten(advantages, mask, moments=of_advantages)
-        estimates.advantages, estimates.returns = advantages, returns
-        return {
-            "explained_variance": explained_variance(of_returns, of_residuals),
-            "advantage_mean": of_advantages.mean,
-            "advantage_std": of_advantages.variance() ** 0.5,
-        }
-
-    def _merged_moments(self, mask: torch.Tensor, *tensors: torch.Tensor) -> list[Moments]:
-        mine = torch.stack([Moments.of(tensor, mask).to_tensor() for tensor in tensors]).to(self._device)
-        gathered = [torch.empty_like(mine) for _ in range(self._world_size)]
-        dist.all_gather(gathered, mine)
-        parts = torch.stack(gathered).cpu()
-        return [sum(map(Moments.from_tensor, parts[:, i]), Moments()) for i in range(len(tensors))]
+    def _estimate_microbatch(self, micro: Microbatch, estimates: Estimates) -> None:
+        if estimates.values is not None and estimates.bootstrap is not None:
+            values = self._values(micro)
+            put(estimates.values, micro, values[micro.value_index])
+            if len(micro.rows):
+                estimates.bootstrap[micro.rows] = values[micro.last_index]
+        if estimates.proximal_logprobs is not None:
+            put(estimates.proximal_logprobs, micro, self._score(micro)[0])
+        if self._reference is not None and estimates.ref_logprobs is not None:
+            put(estimates.ref_logprobs, micro, self._reference(micro)[0])
 
     def _step(
         self,
         minibatch: Minibatch,
         microbatches: dict[tuple[int, ...], Microbatch],
-        estimates: _Estimates,
+        estimates: Estimates,
         metrics: MetricSums,
         update_policy: bool,
         *,
@@ -307,28 +277,31 @@ class Learner:
             minibatch.completion_lengths, self._training.loss_aggregation, max_length=self._spec.max_new_tokens
         )
         last = len(minibatch.microbatches) - 1
+        trained = [model for model in (self.policy, self.critic) if model is not None]
         for position, rows in enumerate(minibatch.microbatches):
             micro = microbatches[rows]
-            for trained in (self.policy, self.critic):
-                trained.sync_gradients(position == last)
-            self._backward_critic(micro, estimates, normalizer, metrics)
+            for model in trained:
+                model.sync_gradients(position == last)
+            if self.critic is not None:
+                self._backward_critic(micro, estimates, normalizer, metrics)
             if update_policy:
                 self._backward_policy(micro, estimates, normalizer, metrics, first=first)
-        metrics.add({"critic_grad_norm": self.critic.step()}, 1.0)
+        if self.critic is not None:
+            metrics.add({"critic_grad_norm": self.critic.step()}, 1.0)
         if update_policy:
             metrics.add({"grad_norm": self.policy.step()}, 1.0)
 
-    def _backward_critic(
-        self, micro: Microbatch, estimates: _Estimates, normalizer: float, metrics: MetricSums
-    ) -> None:
+    def _backward_critic(self, micro: Microbatch, estimates: Estimates, normalizer: float, metrics: MetricSums) -> None:
+        assert estimates.values is not None
         assert estimates.returns is not None
         values = self._values(micro)[micro.value_index]
         loss, means = value_loss(
             values,
-            _take(estimates.values, micro),
-            _take(estimates.returns, micro),
+            take(estimates.values, micro),
+            take(estimates.returns, micro),
             micro.mask,
             clip=self._training.value_clip,
+            huber=self._training.value_huber,
             aggregation=self._training.loss_aggregation,
             normalizer=normalizer,
         )
@@ -338,61 +311,33 @@ class Learner:
         metrics.add(means, float(micro.mask.sum()))
 
     def _backward_policy(
-        self, micro: Microbatch, estimates: _Estimates, normalizer: float, metrics: MetricSums, *, first: bool
+        self, micro: Microbatch, estimates: Estimates, normalizer: float, metrics: MetricSums, *, first: bool
     ) -> None:
         assert estimates.advantages is not None
-        training = self._training
-        logits = self._logits(self.policy.model, micro)
-        with_gradient = training.entropy_coef != 0.0
-        if with_gradient:
-            flat, flat_entropy = token_logprobs_and_entropy(logits, micro.targets, temperature=self._spec.temperature)
-        else:
-            flat = token_logprobs(logits, micro.targets, temperature=self._spec.temperature)
-            with torch.no_grad():
-                flat_entropy = token_entropy(logits, temperature=self._spec.temperature)
-        assert flat_entropy is not None
-        logprobs = flat.flatten()[micro.completion_index]
-        entropies = flat_entropy.flatten()[micro.completion_index]
-        proximal = (
-            logprobs.detach() if estimates.proximal_logprobs is None else _take(estimates.proximal_logprobs, micro)
+        logprobs, entropies = self._score(micro, entropy_gradient=self._training.entropy_coef != 0.0)
+        proximal, reference = estimates.proximal_logprobs, estimates.ref_logprobs
+        terms = PolicyTerms(
+            logprobs=logprobs,
+            entropies=entropies,
+            proximal_logprobs=logprobs.detach() if proximal is None else take(proximal, micro),
+            ref_logprobs=None if reference is None else take(reference, micro),
+            advantages=take(estimates.advantages, micro),
+            mask=micro.mask,
         )
-        aggregated: dict[str, Any] = {"aggregation": training.loss_aggregation, "normalizer": normalizer}
-        loss, means = ppo_loss(
-            logprobs,
-            proximal,
-            _take(estimates.advantages, micro),
-            micro.mask,
-            clip_low=training.clip_low,
-            clip_high=training.clip_high,
-            dual_clip=training.dual_clip,
-            **aggregated,
-        )
-        total = loss
-        if with_gradient:
-            bonus, _ = entropy_bonus(entropies, micro.mask, **aggregated)
-            total = total - training.entropy_coef * bonus
-        if training.kl_coef > 0 and training.kl_in == "loss":
-            assert estimates.ref_logprobs is not None
-            divergence, of_kl = kl_loss(
-                logprobs,
-                _take(estimates.ref_logprobs, micro),
-                micro.mask,
-                estimator=training.kl_estimator,
-                **aggregated,
-            )
-            total = total + training.kl_coef * divergence
-            if estimates.proximal_logprobs is None:
-                means = means | {"kl_to_reference": of_kl["kl"]}
+        total, loss, means = self._objective(terms, normalizer=normalizer, kl_coef=self._credit.kl_coef)
         (total * self._world_size).backward()
+        kl_in_loss = means.pop("kl_in_loss", None)
+        if kl_in_loss is not None and proximal is None:
+            means["kl_to_reference"] = kl_in_loss
         metrics.add_loss("policy_loss", loss)
-        metrics.add(means | {"entropy": _mean(entropies.detach(), micro.mask)}, float(micro.mask.sum()))
+        metrics.add(means | {"entropy": masked_mean(entropies.detach(), micro.mask)}, float(micro.mask.sum()))
         if first:
-            self._compare_logprobs(micro, estimates, logprobs.detach(), proximal, metrics)
+            self._compare_logprobs(micro, estimates, logprobs.detach(), terms.proximal_logprobs, metrics)
 
     def _compare_logprobs(
         self,
         micro: Microbatch,
-        estimates: _Estimates,
+        estimates: Estimates,
         logprobs: torch.Tensor,
         proximal: torch.Tensor,
         metrics: MetricSums,
@@ -401,7 +346,7 @@ class Learner:
         tokens = float(micro.mask.sum())
         if tokens == 0:
             return
-        difference = (logprobs - _take(estimates.sampling_logprobs, micro)).abs()[micro.mask]
+        difference = (logprobs - take(estimates.sampling_logprobs, micro)).abs()[micro.mask]
         deviation = ((logprobs - proximal).exp() - 1.0).abs()[micro.mask]
         metrics.add(
             {
@@ -414,43 +359,15 @@ class Learner:
 
     def _values(self, micro: Microbatch) -> torch.Tensor:
         """``[tokens of input_ids]``, the critic's value of the state after each token."""
+        assert self.critic is not None
         output = self.critic.model(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
         return output.logits.float().flatten()
-
-    def _logprobs(self, model: PreTrainedModel, micro: Microbatch) -> torch.Tensor:
-        """``[B, T]`` log-probabilities of the completion tokens."""
-        logits = self._logits(model, micro)
-        flat = token_logprobs(logits, micro.targets, temperature=self._spec.temperature)
-        return flat.flatten()[micro.completion_index]
-
-    @staticmethod
-    def _logits(model: PreTrainedModel, micro: Microbatch) -> torch.Tensor:
-        output = model(
-            input_ids=micro.input_ids, position_ids=micro.position_ids, logits_to_keep=micro.kept, use_cache=False
-        )
-        return output.logits
 
 
 def _share_of_cores() -> int:
     """Cores a rank of this machine; Ray sets PyTorch's own default to one."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     return max(1, len(os.sched_getaffinity(0)) // ranks_here)
-
-
-def _put(target: torch.Tensor, micro: Microbatch, rows: torch.Tensor) -> None:
-    if len(micro.rows):
-        target[micro.rows, : rows.shape[1]] = rows * micro.mask
-
-
-def _take(source: torch.Tensor, micro: Microbatch) -> torch.Tensor:
-    width = micro.mask.shape[1]
-    if len(micro.rows) == 0:
-        return torch.zeros(micro.mask.shape, device=source.device)
-    return source[micro.rows, :width]
-
-
-def _mean(x: torch.Tensor, mask: torch.Tensor) -> float:
-    return float((x * mask).sum() / mask.sum().clamp(min=1))
 
 
 def _write_pretrained(model: PreTrainedModel, full: dict[str, torch.Tensor], path: Path) -> None:

@@ -15,7 +15,7 @@ from rlhf_ray.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["attention_kernel", "load_critic", "load_policy", "shard"]
+__all__ = ["attention_kernel", "head_is_new", "load_critic", "load_policy", "set_head_bias", "shard"]
 
 # Gathering a smaller layer by itself costs more than the memory that it frees is worth: 4 MiB in float32.
 _MIN_UNIT_PARAMETERS = 2**20
@@ -71,6 +71,35 @@ def load_critic(path: str, *, attn_implementation: str, trust_remote_code: bool)
     for name in missing:
         nn.init.zeros_(critic.get_parameter(name))
     return critic
+
+
+def head_is_new(critic: PreTrainedModel) -> bool:
+    """Whether a (sharded) critic still has the head of zeros that :func:`load_critic` gives it."""
+    return all(float(_whole(parameter).abs().max()) == 0.0 for _, parameter in _head(critic))
+
+
+def set_head_bias(critic: PreTrainedModel, value: float) -> None:
+    """Make a (sharded) critic with a new head predict ``value`` everywhere.
+
+    Raises:
+        ConfigError: Its head has no bias.
+    """
+    biases = [parameter for name, parameter in _head(critic) if name.endswith("bias")]
+    if not biases:
+        remedy = f"the head of {type(critic).__name__} has no bias to hold the mean; use zero"
+        raise ConfigError("training.value_init", "reward_mean", remedy)
+    with torch.no_grad():
+        biases[0].fill_(value)
+
+
+def _head(critic: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
+    backbone = f"{critic.base_model_prefix}."
+    return [(name, parameter) for name, parameter in critic.named_parameters() if not name.startswith(backbone)]
+
+
+def _whole(parameter: torch.Tensor) -> torch.Tensor:
+    whole: torch.Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    return whole.detach()
 
 
 def shard(

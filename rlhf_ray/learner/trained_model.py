@@ -75,6 +75,11 @@ class TrainedModel:
         )
 
     @property
+    def steps_taken(self) -> int:
+        """Optimiser steps since the run began, restarts included."""
+        return int(self._schedule.last_epoch)
+
+    @property
     def lr(self) -> float:
         """Learning rate of the last step taken; before there was one, that of the first."""
         taken = max(0, self._schedule.last_epoch - 1)

@@ -6,6 +6,7 @@ ranks gives the loss and the gradient of the whole minibatch, however it was spl
 
 from rlhf_ray.losses.aggregation import aggregate, global_normalizer
 from rlhf_ray.losses.behavior_weights import behavior_weights
+from rlhf_ray.losses.chunked_logprobs import chunked_logprobs_and_entropy
 from rlhf_ray.losses.cispo import cispo_loss
 from rlhf_ray.losses.entropy import entropy_bonus
 from rlhf_ray.losses.gmpo import gmpo_loss
@@ -20,6 +21,7 @@ from rlhf_ray.losses.value import value_loss
 __all__ = [
     "aggregate",
     "behavior_weights",
+    "chunked_logprobs_and_entropy",
     "cispo_loss",
     "entropy_bonus",
     "global_normalizer",

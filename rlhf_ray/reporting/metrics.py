@@ -48,21 +48,35 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rollouts/dropped_prompts", "prompts", "prompts left out since the run began, longer than max_prompt_tokens"
     ),
+    Metric(
+        "rollouts/equal_reward_groups",
+        "groups",
+        "groups of equal rewards dropped and replaced in this iteration (rollouts.dynamic_sampling)",
+    ),
     # What the reward functions said.
     Metric("rewards/<function>/mean", "reward", "mean of one function, unweighted, where it did not answer None"),
     Metric(
         "rewards/failures/<kind>", "groups", "groups dropped and replaced in this iteration because of this failure"
     ),
     # The update; token means are over completion tokens of all optimiser steps of the iteration.
-    Metric("learner/policy_loss", "loss", "clipped surrogate (PPO, arXiv:1707.06347), global denominator"),
-    Metric("learner/value_loss", "reward^2", "half the squared error of the critic, clipped if value_clip is set"),
+    Metric("learner/policy_loss", "loss", "policy loss (training.loss) over its global denominator"),
+    Metric(
+        "learner/value_loss",
+        "reward^2",
+        "half the squared error of the critic, clipped by value_clip, linear beyond value_huber",
+    ),
     Metric("learner/entropy", "nats", "token mean of the entropy of the policy at the sampling temperature"),
     Metric("learner/approx_kl", "nats", "token mean of r - 1 - log r, r = current / proximal policy (k3 estimator)"),
-    Metric("learner/clip_fraction", "fraction", "tokens whose gradient the ratio clip cut / tokens"),
-    Metric("learner/clip_fraction_low", "fraction", "the part of clip_fraction cut at 1 - clip_low"),
-    Metric("learner/clip_fraction_high", "fraction", "the part of clip_fraction cut at 1 + clip_high"),
-    Metric("learner/ratio_mean", "ratio", "token mean of the current / proximal probability ratio"),
-    Metric("learner/ratio_max", "ratio", "largest current / proximal probability ratio of a token"),
+    Metric(
+        "learner/clip_fraction",
+        "fraction",
+        "tokens whose ratio lies beyond the bound that its advantage makes active / tokens",
+    ),
+    Metric("learner/clip_fraction_low", "fraction", "the part of clip_fraction at the lower bound (clip_low)"),
+    Metric("learner/clip_fraction_high", "fraction", "the part of clip_fraction at the upper bound (clip_high)"),
+    Metric("learner/ratio_mean", "ratio", "token mean of the current / proximal ratio (gspo: that of its sequence)"),
+    Metric("learner/ratio_max", "ratio", "largest current / proximal ratio of a token (gspo: of a sequence)"),
+    Metric("learner/gate_mean", "fraction", "token mean of SAPO's gate (arXiv:2511.20347), 1 where nothing fades"),
     Metric("learner/grad_norm", "norm", "gradient norm of the policy before the clip, mean over optimiser steps"),
     Metric(
         "learner/critic_grad_norm", "norm", "gradient norm of the critic before the clip, mean over optimiser steps"
@@ -71,9 +85,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/explained_variance", "fraction", "1 - var(return - value) / var(return); 1 is a perfect critic"),
     Metric("learner/value_mean", "reward", "token mean of the critic's values during the update"),
     Metric("learner/return_mean", "reward", "token mean of advantage + value"),
-    Metric("learner/advantage_mean", "reward", "token mean of the GAE advantage (arXiv:1506.02438), before whitening"),
+    Metric("learner/advantage_mean", "reward", "token mean of the advantage (training.advantage), before whitening"),
     Metric("learner/advantage_std", "reward", "standard deviation over tokens of the same advantage"),
     Metric("learner/kl_to_reference", "nats", "token mean of kl_estimator, policy against the frozen reference"),
+    Metric("learner/kl_coef", "reward/nat", "weight of the KL to the reference in this update (fixed or adapted)"),
     Metric("learner/lr", "1/step", "learning rate of the policy at the last optimiser step"),
     Metric("learner/critic_lr", "1/step", "learning rate of the critic at the last optimiser step"),
     # The three below are taken at the first optimiser step, where learner and engine hold the same policy.
@@ -86,8 +101,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/tokens_per_s", "tokens/s", "learner/num_tokens / (timers/advantage_s + timers/update_s)"),
     Metric("learner/policy_version", "versions", "updates applied since the run began"),
     # Where the time went.
-    Metric("timers/rollout_s", "s", "from asking for groups until the last scored group of the batch arrived"),
-    Metric("timers/reward_s", "s", "reward functions of the batch, summed over groups (runs beside sampling)"),
+    Metric("timers/rollout_s", "s", "from asking for groups until the last completion of the batch arrived"),
+    Metric("timers/reward_s", "s", "from the last completion until the last reward: what rewards add to the rollout"),
     Metric("timers/advantage_s", "s", "recomputed log-probabilities, values and advantages"),
     Metric("timers/update_s", "s", "forward, backward and optimiser steps"),
     Metric("timers/weight_sync_s", "s", "from the end of the update until every replica serves the new version"),

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.registry import build_reward, is_factory, nearest
 from rlhf_ray.settings import RewardFunction, RewardSettings, RewardSpec
+from rlhf_ray.user_code import load_reference
 
 __all__ = ["NamedReward", "resolve_rewards"]
 
@@ -84,55 +79,12 @@ def _resolve(spec: RewardSpec, field: str) -> RewardFunction:
 
 
 def _from_name(name: str, arguments: Mapping[str, Any], field: str, value: object) -> RewardFunction:
-    source, colon, attribute = name.rpartition(":")
-    if not colon:
+    if ":" not in name:
         if name.endswith(".py"):
             raise ConfigError(field, value, f"say which function of the file: '{name}:function'")
         return build_reward(name, arguments, field=field, value=value)
-    module = _load_file(source, field, value) if source.endswith(".py") else _load_module(source, field, value)
-    if not hasattr(module, attribute):
-        public = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
-        raise ConfigError(field, value, f"{source} has no {attribute!r}; nearest: {nearest(attribute, public)!r}")
-    function: RewardFunction = getattr(module, attribute)
-    if not callable(function):
-        raise ConfigError(field, value, f"{attribute} is no function but {type(function).__name__}")
+    function = load_reference(name, field=field, value=value)
     return _bind(function, arguments, field, value) if arguments else function
-
-
-def _load_module(name: str, field: str, value: object) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            remedy = f"no module {error.name!r} on the path: install it, set PYTHONPATH, or name the file: 'file.py:f'"
-            raise ConfigError(field, value, remedy) from error
-        raise _import_failure(name, error, field, value) from error
-    except Exception as error:  # A user's module may raise anything when it is imported.
-        raise _import_failure(name, error, field, value) from error
-
-
-def _load_file(source: str, field: str, value: object) -> ModuleType:
-    path = Path(source).expanduser().resolve()
-    if not path.is_file():
-        raise ConfigError(field, value, f"there is no file {path}")
-    # A name of its own keeps two files called rewards.py apart, and can be imported nowhere: such functions travel
-    # to the workers by value, so that the file need not lie on their machines.
-    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    module_spec = importlib.util.spec_from_file_location(name, path)
-    if module_spec is None or module_spec.loader is None:
-        raise ConfigError(field, value, f"{path} cannot be imported as Python")
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module  # Dataclasses look their module up while it is being run.
-    try:
-        module_spec.loader.exec_module(module)
-    except Exception as error:  # A user's file may raise anything when it is imported.
-        del sys.modules[name]
-        raise _import_failure(str(path), error, field, value) from error
-    return module
-
-
-def _import_failure(source: str, error: Exception, field: str, value: object) -> ConfigError:
-    return ConfigError(field, value, f"importing {source} raised {type(error).__name__}: {error}")
 
 
 def _bind(function: RewardFunction, arguments: Mapping[str, Any], field: str, value: object) -> RewardFunction:

@@ -16,6 +16,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+
 from rlhf_ray.errors import RewardError, RolloutError
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup
@@ -58,6 +60,8 @@ class Collected:
     """Sorted by ``group_id``."""
     failures: Counter[str]
     """Groups dropped because their reward failed, by kind."""
+    equal_reward_groups: int
+    """Groups dropped because their rewards were all equal (dynamic sampling)."""
     retries: int
     """Groups sent again because their replica died."""
     rollout_s: float
@@ -79,6 +83,9 @@ class RolloutController:
         max_concurrent: Groups in flight at once.
         max_retries: Times a group is sent again.
         max_failures: Failed rewards in one batch before :class:`RewardError`.
+        max_equal_groups: Dynamic sampling: groups of equal rewards dropped in one batch before :class:`RewardError`;
+            none: such groups are kept.
+        greedy_baseline: Whether every group also gets a greedy completion and its reward.
         timeout_s: Longest wait for one group.
         seed: The run's seed.
     """
@@ -95,6 +102,8 @@ class RolloutController:
         max_concurrent: int,
         max_retries: int,
         max_failures: int,
+        max_equal_groups: int | None,
+        greedy_baseline: bool,
         timeout_s: float,
         seed: int,
     ) -> None:
@@ -107,6 +116,8 @@ class RolloutController:
         self._max_concurrent = max_concurrent
         self._max_retries = max_retries
         self._max_failures = max_failures
+        self._max_equal_groups = max_equal_groups
+        self._greedy = replace(sampling, group_size=1, temperature=0.0) if greedy_baseline else None
         self._timeout_s = timeout_s
         self._seed = seed
         self._accepted = 0
@@ -119,7 +130,8 @@ class RolloutController:
         """Return the next batch of scored groups, sampled by policy ``version`` or within the staleness bound.
 
         Raises:
-            RewardError: More than ``max_failures`` groups could not be scored.
+            RewardError: More than ``max_failures`` groups could not be scored, or more than ``max_equal_groups`` had
+                equal rewards.
             RolloutError: A group failed ``max_retries`` times or took longer than ``timeout_s``.
         """
         return self._run(self._collect(version))
@@ -163,6 +175,7 @@ class RolloutController:
         retries_before = self._retries
         batch: list[ScoredGroup] = []
         failures: Counter[str] = Counter()
+        equal = 0
         self._last_completion = started
         done: set[asyncio.Task[ScoredGroup | RewardFailure]] = set()
         pending: set[asyncio.Task[ScoredGroup | RewardFailure]] = set()
@@ -173,6 +186,9 @@ class RolloutController:
                 for outcome in (task.result() for task in done):
                     if isinstance(outcome, RewardFailure):
                         self._count_failure(outcome, failures)
+                    elif self._max_equal_groups is not None and np.ptp(outcome.rewards) == 0.0:
+                        equal += 1
+                        self._check_equal(equal, len(batch), outcome)
                     else:
                         self._accepted += 1
                         batch.append(outcome)
@@ -183,6 +199,7 @@ class RolloutController:
         return Collected(
             groups=tuple(sorted(batch, key=lambda scored: scored.group.group_id)),
             failures=failures,
+            equal_reward_groups=equal,
             retries=self._retries - retries_before,
             rollout_s=self._last_completion - started,
             reward_s=ended - self._last_completion,
@@ -199,7 +216,7 @@ class RolloutController:
         )
         # All of them before the first task: a stream that fails must leave nothing running.
         sampled = [next(self._prompts) for _ in range(capacity)]
-        return {asyncio.create_task(self._rollout(prompt, self._sampling, version)) for prompt in sampled}
+        return {asyncio.create_task(self._training_rollout(prompt, version)) for prompt in sampled}
 
     async def _score_prompts(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, version: int
@@ -216,6 +233,18 @@ class RolloutController:
             return tuple(await asyncio.gather(*tasks))
         finally:
             await _cancel(set(tasks))
+
+    async def _training_rollout(self, prompt: Prompt, version: int) -> ScoredGroup | RewardFailure:
+        if self._greedy is None:
+            return await self._rollout(prompt, self._sampling, version)
+        both = [asyncio.create_task(self._rollout(prompt, s, version)) for s in (self._sampling, self._greedy)]
+        try:
+            sampled, greedy = await asyncio.gather(*both)
+        finally:
+            await _cancel(set(both))  # One that failed must leave nothing running.
+        if isinstance(sampled, RewardFailure) or isinstance(greedy, RewardFailure):
+            return sampled if isinstance(sampled, RewardFailure) else greedy
+        return replace(sampled, greedy_reward=float(greedy.rewards[0]))
 
     async def _rollout(self, prompt: Prompt, sampling: SamplingSettings, version: int) -> ScoredGroup | RewardFailure:
         group = await self._generate_with_retry(prompt, sampling, version)
@@ -243,6 +272,16 @@ class RolloutController:
                 _LOG.warning("prompt %d is sent again, its replica failed: %r", prompt.prompt_id, error)
                 await asyncio.sleep(_RETRY_PAUSE_S)
         raise AssertionError("unreachable")
+
+    def _check_equal(self, equal: int, kept: int, last: ScoredGroup) -> None:
+        assert self._max_equal_groups is not None
+        if equal > self._max_equal_groups:
+            raise RewardError(
+                f"dynamic sampling dropped {equal} groups of one iteration, whose rewards were all equal, and kept "
+                f"{kept} of {self._batch_size}; the limit is rollouts.max_dropped_groups = {self._max_equal_groups}. "
+                f"The last had {len(last.rewards)} rewards of {last.rewards[0]:g}: check the reward function, take "
+                "prompts that are sometimes solved, or raise rollouts.group_size"
+            )
 
     def _count_failure(self, failure: RewardFailure, failures: Counter[str]) -> None:
         failures[failure.kind] += 1

@@ -57,7 +57,14 @@ FIGURES = {"policy_loss": -0.5, "entropy": 1.5, "lr": 1e-6, "advantage_s": 0.5, 
 
 
 def make_result(**overrides: Any) -> dict[str, Any]:
-    collected = Collected(groups=GROUPS, failures=Counter(timeout=2, raised=1), retries=3, rollout_s=2.0, reward_s=0.25)
+    collected = Collected(
+        groups=GROUPS,
+        failures=Counter(timeout=2, raised=1),
+        equal_reward_groups=4,
+        retries=3,
+        rollout_s=2.0,
+        reward_s=0.25,
+    )
     batch = SequenceBatch.from_groups(GROUPS)
     arguments: dict[str, Any] = {
         "collected": collected,
@@ -84,6 +91,7 @@ def make_result(**overrides: Any) -> dict[str, Any]:
 
 def test_rollouts_by_hand() -> None:
     assert make_result()["rollouts"] == {
+        "equal_reward_groups": 4,
         "num_groups": 2,
         "num_completions": 4,
         "reward_mean": pytest.approx(1.0),
@@ -111,7 +119,9 @@ def test_rewards_are_told_by_function_where_it_applies() -> None:
 
 def test_a_function_that_never_applies_has_no_mean() -> None:
     silent = (scored(1, 1, [completion(1, (5, 0, 1))], [0.0], form=[NAN]),)
-    collected = Collected(groups=silent, failures=Counter(), retries=0, rollout_s=1.0, reward_s=0.0)
+    collected = Collected(
+        groups=silent, failures=Counter(), equal_reward_groups=0, retries=0, rollout_s=1.0, reward_s=0.0
+    )
 
     rewards = make_result(collected=collected)["rewards"]
 

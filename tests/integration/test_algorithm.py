@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -16,7 +17,7 @@ import torch
 import yaml
 from ray.util.state import list_actors, list_placement_groups
 
-from rlhf_ray import PPOConfig, RolloutError
+from rlhf_ray import PPOConfig, ReMaxConfig, RolloutError, plugins, register_advantage, register_loss
 from rlhf_ray.algorithms.algorithm import Algorithm
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.engine import LoadReport
@@ -158,3 +159,46 @@ def test_a_replica_that_cannot_start_says_why_and_leaves_nothing(cluster: None, 
         config.build_algo()
     assert [g for g in list_placement_groups() if g.state == "CREATED"] == []
     assert ray.is_initialized()
+
+
+def test_a_relative_without_a_critic_trains_by_a_users_own_functions(tmp_path: Path) -> None:
+    # ReMax's greedy baseline, dynamic sampling and two functions of this file, which workers cannot import.
+    def above_greedy(rewards: torch.Tensor, greedy_rewards: torch.Tensor, scale: float) -> torch.Tensor:
+        return scale * (rewards - greedy_rewards)
+
+    def reinforce(logprobs: Any, old_logprobs: Any, advantages: Any, mask: Any, normalizer: float) -> Any:
+        loss = -(logprobs * advantages * mask).sum() / normalizer
+        return loss, {"ratio_mean": (logprobs - old_logprobs).exp().detach()[mask].mean()}
+
+    register_advantage("above_greedy")(above_greedy)
+    register_loss("reinforce")(reinforce)
+    config = (
+        ReMaxConfig()
+        .data(batch_size=12)
+        .rollouts(dynamic_sampling=True)
+        .training(advantage="above_greedy", advantage_args={"scale": 2.0}, loss="reinforce", mask_truncated=True)
+        .reporting(run_dir=str(tmp_path / "run"), progress="off")
+    )
+    algorithm = config.build()
+    try:
+        results = [algorithm.train() for _ in range(2)]
+        groups = algorithm._running().controller.collect(algorithm.policy_version).groups
+        checkpoint = algorithm.save_to_path(tmp_path / "checkpoint")
+        exported = algorithm.export_hf(tmp_path / "export")
+        algorithm.restore_from_path(checkpoint)
+    finally:
+        algorithm.stop()
+        plugins._ADVANTAGES.pop("above_greedy")
+        plugins._LOSSES.pop("reinforce")
+
+    for result in results:
+        assert result["learner"]["sampling_logprob_diff_max"] < 1e-3
+        assert result["learner"]["ratio_mean"] > 0
+        assert result["rollouts"]["num_groups"] == 12
+        assert not {"value_loss", "critic_lr", "explained_variance"} & result["learner"].keys()
+    assert sum(result["rollouts"]["equal_reward_groups"] for result in results) > 0
+    assert all(len(set(scored.rewards)) > 1 and scored.greedy_reward in (0.0, 1.0) for scored in groups)
+    # Rewards are 0 or 1, so a doubled difference from another reward is -2, 0 or 2.
+    assert 0 < results[0]["learner"]["advantage_std"] <= 2.0
+    assert (exported / "config.json").exists()
+    assert not (exported / "critic").exists()

@@ -20,6 +20,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.packing import RankPlan, plan_update
 from rlhf_ray.learner.trained_model import TrainedModel
+from rlhf_ray.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.weight_sync.buckets import ByteArray
 from rlhf_ray.weight_sync.manifest import BucketLayout
@@ -48,6 +49,8 @@ class Scenario:
     """Of the same run in small microbatches."""
     update_policy: tuple[bool, ...] = (True, True)
     """One update an entry."""
+    masked: bool = False
+    """Whether truncated completions are left out of the losses."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,6 +81,27 @@ SCENARIOS: dict[str, Scenario] = {
         training={"kl_coef": 0.3, "kl_in": "loss", "entropy_coef": 0.1, "dual_clip": 3.0, "max_grad_norm": 0.05}
     ),
     "one_step": Scenario(num_minibatches=1),
+    **{
+        method: Scenario(training={"advantage": method, "whiten_advantages": False})
+        for method in ("grpo", "dr_grpo", "rloo", "opo", "reinforce_plus_plus", "remax")
+    },
+    **{
+        loss: Scenario(training={"advantage": "grpo", "loss": loss, "clip_low": 0.02, "clip_high": 0.03})
+        for loss in ("gspo", "cispo", "gmpo")
+    },
+    "sapo": Scenario(
+        training={
+            "advantage": "grpo",
+            "loss": "sapo",
+            "loss_args": {"temperature_positive": 1.0, "temperature_negative": 1.05},
+        }
+    ),
+    "rloo_kl_in_reward": Scenario(training={"advantage": "rloo", "kl_coef": 0.3, "whiten_advantages": False}),
+    "adapted_kl": Scenario(training={"kl_coef": 0.3, "kl_target": 0.01, "kl_horizon": 20, "kl_estimator": "k3"}),
+    "masked": Scenario(training={"advantage": "grpo"}, masked=True, num_sequences=12),
+    "critic_from_the_mean": Scenario(
+        training={"value_init": "reward_mean", "value_huber": 0.5}, critic="policy", num_epochs=2
+    ),
     "critic_warmup": Scenario(update_policy=(False, True)),
     # Two sequences in two minibatches: the second of two ranks holds no sequence at all.
     "idle_rank": Scenario(num_sequences=2),
@@ -119,10 +143,14 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
     # An epsilon that is large beside rounding: without it Adam would blow differences of 1e-9 up to a whole step.
     training: dict[str, Any] = {"adam_eps": 1e-3, "lr": 3e-3, "critic_lr": 5e-3, "weight_decay": 0.1}
     training |= {"gamma": 0.98, "lambda_": 0.9, "lr_schedule": "linear", "lr_warmup_steps": 2}
+    settings = TrainingSettings(**training | scenario.training)
+    advantage = advantage_plugin(settings.advantage, settings.advantage_args)
     arguments: dict[str, Any] = {
-        "training": TrainingSettings(**training | scenario.training),
+        "training": settings,
+        "advantage": advantage,
+        "loss": loss_plugin(settings.loss, settings.loss_args),
         "policy_path": str(folder / "policy"),
-        "critic_path": str(folder / scenario.critic),
+        "critic_path": str(folder / scenario.critic) if advantage.needs_critic else None,
         "attn_implementation": "auto",
         "trust_remote_code": False,
         "gradient_checkpointing": False,
@@ -137,7 +165,7 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
     return LearnerSpec(**arguments | scenario.spec)
 
 
-def make_batch(num_sequences: int, seed: int) -> SequenceBatch:
+def make_batch(num_sequences: int, seed: int, *, masked: bool = False) -> SequenceBatch:
     """Random sequences with completions of 1 to ``MAX_NEW_TOKENS`` tokens, read-only as from the object store."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(2, 9, size=num_sequences).astype(np.int32)
@@ -150,7 +178,13 @@ def make_batch(num_sequences: int, seed: int) -> SequenceBatch:
         sampling_logprobs=-rng.exponential(2.0, size=int(completions.sum())).astype(np.float32),
         rewards=rng.normal(size=num_sequences).astype(np.float32),
         truncated=rng.random(num_sequences) < 0.4,
+        # Groups of three, scattered over the batch.
+        group_ids=rng.permutation(num_sequences) // 3,
+        greedy_rewards=rng.normal(size=num_sequences).astype(np.float32),
+        in_loss=np.ones(num_sequences, dtype=np.bool_),
     )
+    if masked:
+        batch = replace(batch, in_loss=~batch.truncated)
     for array in fields(batch):
         getattr(batch, array.name).setflags(write=False)
     return batch
@@ -160,7 +194,7 @@ def share_of(batch: SequenceBatch, scenario: Scenario, seed: int = 0) -> tuple[S
     """What this rank is given of a batch."""
     plan = plan_update(
         batch.lengths.tolist(),
-        batch.completion_lengths.tolist(),
+        batch.loss_lengths.tolist(),
         num_minibatches=scenario.num_minibatches,
         num_epochs=scenario.num_epochs,
         num_ranks=dist.get_world_size(),
@@ -174,7 +208,8 @@ def share_of(batch: SequenceBatch, scenario: Scenario, seed: int = 0) -> tuple[S
 
 def update(learner: Learner, scenario: Scenario, number: int) -> Figures:
     """The run's update ``number``, from 0."""
-    batch, plan = share_of(make_batch(scenario.num_sequences, seed=100 + number), scenario, seed=number)
+    whole = make_batch(scenario.num_sequences, seed=100 + number, masked=scenario.masked)
+    batch, plan = share_of(whole, scenario, seed=number)
     return learner.update(batch, plan, update_policy=scenario.update_policy[number])
 
 
@@ -182,7 +217,11 @@ def run(scenario: Scenario, folder: Path) -> Outcome:
     """Build a learner and make all its updates."""
     learner = Learner(make_spec(folder, scenario))
     figures = [update(learner, scenario, number) for number in range(len(scenario.update_policy))]
-    return Outcome(figures=figures, policy=full_weights(learner.policy), critic=full_weights(learner.critic))
+    return Outcome(
+        figures=figures,
+        policy=full_weights(learner.policy),
+        critic={} if learner.critic is None else full_weights(learner.critic),
+    )
 
 
 def full_weights(trained: TrainedModel) -> Weights:

@@ -91,5 +91,5 @@ def test_a_rank_without_work_gets_an_empty_batch_of_the_same_types() -> None:
 
 
 def test_size_bytes_counts_every_array() -> None:
-    # 11 tokens, 2 x 3 lengths, 6 log-probabilities and 3 rewards of 4 bytes, and 3 flags.
-    assert two_groups().size_bytes() == 4 * (11 + 6 + 6 + 3) + 3
+    # 11 tokens, 2 x 3 lengths, 6 log-probabilities and 2 x 3 rewards of 4 bytes, 3 ids of 8, and 2 x 3 flags.
+    assert two_groups().size_bytes() == 4 * (11 + 6 + 6 + 6) + 8 * 3 + 2 * 3

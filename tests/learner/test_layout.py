@@ -22,6 +22,9 @@ def batch_of(*sequences: tuple[list[int], list[int]]) -> SequenceBatch:
         sampling_logprobs=np.zeros(sum(map(len, completions)), dtype=np.float32),
         rewards=np.zeros(len(sequences), dtype=np.float32),
         truncated=np.zeros(len(sequences), dtype=np.bool_),
+        group_ids=np.arange(len(sequences)),
+        greedy_rewards=np.zeros(len(sequences), dtype=np.float32),
+        in_loss=np.ones(len(sequences), dtype=np.bool_),
     )
 
 

@@ -130,7 +130,7 @@ def estimates_of(learner: Learner, batch: SequenceBatch) -> Any:
         for rows in minibatch.microbatches
     }
     estimates = learner._estimate(own, microbatches, plan, skip_proximal=False)
-    learner._set_advantages(own, estimates, MetricSums())
+    learner._credit.assign(own, estimates, MetricSums())
     return own, estimates
 
 
@@ -363,7 +363,7 @@ def test_kl_in_the_loss_keeps_the_policy_near_the_reference(
             runs.update(learner, scenario, number)
         micro = one_microbatch(batch)
         with torch.no_grad():
-            d = learner._logprobs(learner.policy.model, micro) - learner._logprobs(learner._reference, micro)
+            d = learner._score(micro)[0] - learner._reference(micro)[0]
         distances.append(float((d * micro.mask).square().sum() / 2))
     assert distances[1] < 0.7 * distances[0]
 
@@ -403,7 +403,7 @@ def test_every_weight_is_sharded_again_after_an_update(
 
     runs.update(learner, scenario, 0)
 
-    for model in (learner.policy.model, learner.critic.model, learner._reference):
+    for model in (learner.policy.model, learner.critic.model, learner._reference.model):
         assert model is not None
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
@@ -603,7 +603,7 @@ def test_logprobs_equal_those_of_plain_transformers(
     micro = one_microbatch(batch, packed=packed)
 
     with torch.no_grad():
-        logprobs = learner._logprobs(learner.policy.model, micro)
+        logprobs = learner._score(micro)[0]
 
     for row, wanted in enumerate(plain_logprobs(batch, temperature)):
         torch.testing.assert_close(logprobs[row, : len(wanted)], wanted, rtol=1e-6, atol=1e-6)

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -122,6 +123,8 @@ def make() -> Iterator[Callable[..., RolloutController]]:
             "max_concurrent": 4,
             "max_retries": 2,
             "max_failures": 4,
+            "max_equal_groups": None,
+            "greedy_baseline": False,
             "timeout_s": 10.0,
             "seed": 5,
         }
@@ -514,3 +517,196 @@ def test_an_error_cancels_the_other_scored_prompts(make: Callable[..., RolloutCo
 
     assert replicas.running == 0
     assert replicas.cancelled == [0]
+
+
+# Dynamic sampling.
+
+
+class Verdicts(Rewards):
+    """Scores a group 0, 1, ... but those of ``equal``, whose completions all get 1; greedy ones get id + 0.5."""
+
+    def __init__(
+        self, equal: Iterable[int] = (), failing: Iterable[int] = (), failing_greedy: Iterable[int] = ()
+    ) -> None:
+        super().__init__(failing)
+        self._equal = set(equal)
+        self._failing_greedy = set(failing_greedy)
+
+    async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
+        size = len(group.completions)
+        if size == 1 and group.group_id in self._failing_greedy:
+            return RewardFailure(group_id=group.group_id, kind="raised", message=f"bad greedy answer {group.group_id}")
+        scored = await super().score(group)
+        if isinstance(scored, RewardFailure):
+            return scored
+        rewards = np.ones(size) if group.group_id in self._equal else np.arange(size)
+        if size == 1:
+            rewards = np.asarray([group.group_id + 0.5])
+        return replace(scored, rewards=rewards.astype(np.float32))
+
+
+# The order in which groups of a batch finish: as asked, reversed, and shuffled.
+@pytest.mark.parametrize("delays_s", [{}, {n: 0.04 - 0.005 * n for n in range(8)}, {0: 0.03, 3: 0.01, 4: 0.04, 6: 0.0}])
+@pytest.mark.parametrize("max_concurrent", [1, 3, 4, 16])
+def test_groups_of_equal_rewards_are_replaced_by_the_next_prompts(
+    delays_s: dict[int, float], max_concurrent: int, make: Callable[..., RolloutController]
+) -> None:
+    replicas = Replicas(delays_s=delays_s)
+    controller = make(replicas, Verdicts(equal=[0, 2, 3, 5, 9]), max_equal_groups=100, max_concurrent=max_concurrent)
+
+    first, second = controller.collect(0), controller.collect(1)
+
+    assert ids(first.groups) == [1, 4, 6, 7], "the first four that differ, whoever is first"
+    assert first.equal_reward_groups == 4
+    assert first.failures == Counter()
+    assert ids(second.groups) == [8, 10, 11, 12]
+    assert second.equal_reward_groups == 1, "each batch has its own count"
+    assert sorted(replicas.asked()) == list(range(13)), "no prompt is skipped, none is asked twice"
+
+
+def test_without_dynamic_sampling_groups_of_equal_rewards_stay(make: Callable[..., RolloutController]) -> None:
+    collected = make(Replicas(), Verdicts(equal=[0, 2]), max_equal_groups=None).collect(0)
+
+    assert ids(collected.groups) == [0, 1, 2, 3]
+    assert collected.equal_reward_groups == 0
+
+
+def test_rewards_that_differ_by_the_least_there_is_are_not_equal(make: Callable[..., RolloutController]) -> None:
+    class Close(Rewards):
+        async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
+            scored = await super().score(group)
+            assert isinstance(scored, ScoredGroup)
+            rewards = np.asarray([1.0, np.nextafter(np.float32(1.0), np.float32(2.0))], dtype=np.float32)
+            return replace(scored, rewards=rewards)
+
+    collected = make(Replicas(), Close(), max_equal_groups=1).collect(0)
+
+    assert (ids(collected.groups), collected.equal_reward_groups) == ([0, 1, 2, 3], 0)
+
+
+def test_too_many_groups_of_equal_rewards_end_the_run_and_say_why(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas, Verdicts(equal=[0, 2, 3]), max_equal_groups=2, max_concurrent=1)
+
+    with pytest.raises(RewardError, match=r"dropped 3 groups .* kept 1 of 4") as caught:
+        controller.collect(0)
+
+    assert "rollouts.max_dropped_groups = 2" in str(caught.value)
+    assert "2 rewards of 1:" in str(caught.value)
+    assert replicas.asked() == [0, 1, 2, 3], "the third is one too many"
+
+
+def test_as_many_groups_of_equal_rewards_as_allowed_are_survived(make: Callable[..., RolloutController]) -> None:
+    collected = make(Replicas(), Verdicts(equal=[0, 2]), max_equal_groups=2).collect(0)
+
+    assert (ids(collected.groups), collected.equal_reward_groups) == ([1, 3, 4, 5], 2)
+
+
+def test_failed_groups_and_groups_of_equal_rewards_have_limits_of_their_own(
+    make: Callable[..., RolloutController],
+) -> None:
+    rewards = Verdicts(equal=[0, 4], failing=[1, 3])
+
+    collected = make(Replicas(), rewards, max_equal_groups=2, max_failures=2).collect(0)
+
+    assert ids(collected.groups) == [2, 5, 6, 7]
+    assert collected.equal_reward_groups == 2
+    assert collected.failures == Counter(raised=2)
+
+
+def test_too_many_groups_of_equal_rewards_cancel_what_is_in_flight(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={0: FOREVER_S, 2: FOREVER_S})
+
+    with pytest.raises(RewardError, match="dynamic sampling"):
+        make(replicas, Verdicts(equal=[1]), max_equal_groups=0).collect(0)
+
+    assert replicas.running == 0
+    assert set(replicas.cancelled) == {0, 2}
+
+
+# Greedy baselines.
+
+
+def test_every_group_gets_the_reward_of_a_greedy_completion(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={0: 0.03, 2: 0.01})
+    sampling = replace(SAMPLING, stop=("end",), stop_token_ids=(7,))
+
+    collected = make(replicas, Verdicts(), sampling=sampling, greedy_baseline=True).collect(0)
+
+    assert ids(collected.groups) == [0, 1, 2, 3]
+    assert [scored.greedy_reward for scored in collected.groups] == [0.5, 1.5, 2.5, 3.5]
+    # The greedy completion is not trained on.
+    assert all(len(scored.group.completions) == 2 for scored in collected.groups)
+    assert all(scored.rewards.tolist() == [0.0, 1.0] for scored in collected.groups)
+    greedy = replace(sampling, group_size=1, temperature=0.0)
+    for number in range(4):
+        calls = [(drawn, seed, version) for p, drawn, seed, version in replicas.calls if p.prompt_id == number]
+        seed = group_seed(5, 0, number)
+        assert sorted(calls, key=lambda call: call[0].group_size) == [(greedy, seed, 0), (sampling, seed, 0)]
+
+
+def test_without_a_baseline_nothing_is_decoded_greedily(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+
+    collected = make(replicas, Verdicts(), greedy_baseline=False).collect(0)
+
+    assert [scored.greedy_reward for scored in collected.groups] == [None] * 4
+    assert len(replicas.calls) == 4
+
+
+def test_a_group_counts_once_and_not_with_its_greedy_completion(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas, Verdicts(), greedy_baseline=True, max_concurrent=16)
+
+    assert [ids(controller.collect(version).groups) for version in range(2)] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert len(replicas.calls) == 16
+
+
+def test_groups_whose_own_or_greedy_reward_failed_are_replaced_and_counted_once(
+    make: Callable[..., RolloutController], caplog: pytest.LogCaptureFixture
+) -> None:
+    # 1 fails in its greedy completion alone, 2 and 5 in both.
+    rewards = Verdicts(failing=[2, 5], failing_greedy=[1])
+
+    with caplog.at_level(logging.WARNING, logger="rlhf_ray"):
+        collected = make(Replicas(), rewards, greedy_baseline=True).collect(0)
+
+    assert ids(collected.groups) == [0, 3, 4, 6]
+    assert [scored.greedy_reward for scored in collected.groups] == [0.5, 3.5, 4.5, 6.5]
+    assert collected.failures == Counter(raised=2, timeout=1)
+    assert any("bad greedy answer 1" in record.getMessage() for record in caplog.records)
+
+
+def test_failed_greedy_rewards_count_against_the_limit(make: Callable[..., RolloutController]) -> None:
+    with pytest.raises(RewardError, match=r"rewards\.max_failures = 1"):
+        make(Replicas(), Verdicts(failing_greedy=[0, 2]), greedy_baseline=True, max_failures=1).collect(0)
+
+
+def test_the_greedy_reward_does_not_make_a_group_unequal(make: Callable[..., RolloutController]) -> None:
+    collected = make(Replicas(), Verdicts(equal=[1]), greedy_baseline=True, max_equal_groups=1).collect(0)
+
+    assert (ids(collected.groups), collected.equal_reward_groups) == ([0, 2, 3, 4], 1)
+
+
+def test_evaluation_has_no_greedy_baseline(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+
+    make(replicas, Verdicts(), greedy_baseline=True).score_prompts([prompt(30)], SAMPLING, 0)
+
+    assert [sampling for _, sampling, _, _ in replicas.calls] == [SAMPLING]
+
+
+def test_an_error_cancels_the_greedy_completion_of_the_same_prompt(make: Callable[..., RolloutController]) -> None:
+    class Broken(Replicas):
+        async def generate(self, prompt: Prompt, sampling: SamplingSettings, **arguments: Any) -> RolloutGroup:
+            if prompt.prompt_id == 1 and sampling == SAMPLING:
+                await asyncio.sleep(0.02)
+                raise ValueError("bug")
+            return await super().generate(prompt, sampling, **arguments)
+
+    replicas = Broken(delays_s=dict.fromkeys(range(4), FOREVER_S))
+
+    with pytest.raises(ValueError, match="bug"):
+        make(replicas, Verdicts(), greedy_baseline=True).collect(0)
+
+    assert replicas.running == 0

@@ -1,0 +1,111 @@
+"""Around the loop: refreshes the tables of ``docs/algorithms/*.md`` from the configuration classes.
+
+A page says where a table belongs with ``<!-- defaults -->`` ... ``<!-- /defaults -->`` (settings in which the page's
+algorithms differ from PPO) or ``<!-- index -->`` ... ``<!-- /index -->`` (all algorithms). What stands between the
+markers is replaced; the rest is written by hand.
+
+Run ``python docs/algorithm_tables.py`` after a change of an algorithm's defaults; a test compares the two.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import rlhf_ray
+from rlhf_ray import AlgorithmConfig, PPOConfig
+from rlhf_ray.plugins import advantage_plugin
+from rlhf_ray.validation import section_types
+
+FOLDER = Path(__file__).parent / "algorithms"
+ConfigClass = type[AlgorithmConfig]
+
+
+def config_classes() -> list[ConfigClass]:
+    """Return every algorithm's configuration class, PPO's first, the others by name."""
+    exported = (getattr(rlhf_ray, name) for name in rlhf_ray.__all__ if name.endswith("Config"))
+    classes = [item for item in exported if item is not AlgorithmConfig]
+    return sorted(classes, key=lambda item: (item is not PPOConfig, item.algorithm_name.lower()))
+
+
+def page_of(config_class: ConfigClass) -> Path:
+    """Return the page of an algorithm, named like its module."""
+    return FOLDER / f"{config_class.__module__.rpartition('.')[2]}.md"
+
+
+def refreshed(page: Path) -> str:
+    """Return a page's text with its tables as they should be."""
+    classes = [item for item in config_classes() if page_of(item) == page]
+    text = page.read_text(encoding="utf-8")
+    return _filled(_filled(text, "defaults", defaults_table(classes)), "index", index_table())
+
+
+def defaults_table(classes: list[ConfigClass]) -> str:
+    """Return the settings in which any of these algorithms differs from PPO, a row each."""
+    changed = [row for row in _setting_rows([PPOConfig, *classes]) if len(set(row[1:])) > 1]
+    if not changed:
+        return "None. The other algorithms are compared with this one; its defaults are in [settings](../settings.md)."
+    head = ["setting", "`PPOConfig`", *(f"`{item.__name__}`" for item in classes)]
+    return _table(head, changed)
+
+
+def index_table() -> str:
+    """Return all algorithms, a row each."""
+    head = ["algorithm", "config class", "advantage", "loss", "critic", "reference by default", "paper"]
+    return _table(head, [_index_row(item) for item in config_classes()])
+
+
+def _filled(text: str, marker: str, table: str) -> str:
+    """Put a table between its markers, where the text has them."""
+    pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
+    return pattern.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)
+
+
+def _index_row(config_class: ConfigClass) -> list[str]:
+    training = config_class().settings.training
+    reference = f"`kl_coef` {training.kl_coef:g}, in the {training.kl_in}" if training.kl_coef else "no"
+    return [
+        f"[{config_class.algorithm_name}]({page_of(config_class).name})",
+        f"`{config_class.__name__}`",
+        f"`{training.advantage}`",
+        f"`{training.loss}`",
+        "yes" if advantage_plugin(training.advantage, training.advantage_args).needs_critic else "no",
+        reference,
+        _paper(config_class),
+    ]
+
+
+def _paper(config_class: ConfigClass) -> str:
+    """Return the first paper that the class names: a quoted title and an arXiv id in parentheses."""
+    text = " ".join((config_class.__doc__ or "").split())
+    found = re.search(r'"([^"]+)" \(arXiv:([\d.]+)\)', text)
+    if found is None:
+        raise ValueError(f"{config_class.__name__} names no paper")
+    return f"[{found[1]}](https://arxiv.org/abs/{found[2]})"
+
+
+def _setting_rows(classes: list[ConfigClass]) -> Iterator[list[str]]:
+    configurations = [item().settings for item in classes]
+    for section, declared in section_types().items():
+        for item in fields(declared):
+            values = (getattr(getattr(settings, section), item.name) for settings in configurations)
+            yield [f"`{section}.{item.name}`", *(_yaml(value) for value in values)]
+
+
+def _yaml(value: Any) -> str:
+    """Write a value as YAML reads it."""
+    return f"`{value if isinstance(value, str) else json.dumps(value)}`"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("|" + "|".join(cell if cell == "---" else f" {cell} " for cell in line) + "|" for line in lines)
+
+
+if __name__ == "__main__":
+    for path in sorted(FOLDER.glob("*.md")):
+        path.write_text(refreshed(path), encoding="utf-8")

@@ -1,0 +1,41 @@
+"""Before the loop: the configuration of Group Relative Policy Optimisation."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from rlhf_ray.config import AlgorithmConfig
+
+__all__ = ["GRPOConfig"]
+
+
+class GRPOConfig(AlgorithmConfig):
+    """Builds a run of Group Relative Policy Optimisation: PPO's loss, and the prompt's other completions as baseline.
+
+    With the rewards ``R`` of the ``G`` completions of a prompt, every token of completion ``i`` has the advantage
+
+    .. math:: A_i = (R_i - mean(R)) / (std(R) + eps)
+
+    and the loss is PPO's clipped surrogate, averaged over the tokens of a completion, then over completions, plus
+    ``kl_coef`` times the KL to the frozen reference by the k3 estimator. There is no critic.
+
+    "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models" (arXiv:2402.03300), with its
+    coefficient of 0.04. ``training(kl_coef=0.0)`` starts no reference.
+
+    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
+    a thousand times larger.
+    """
+
+    __slots__ = ()
+
+    algorithm_name: ClassVar[str] = "GRPO"
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "training": {
+            "advantage": "grpo",
+            "whiten_advantages": False,
+            "loss_aggregation": "seq_mean_token_mean",
+            "kl_coef": 0.04,
+            "kl_in": "loss",
+            "kl_estimator": "k3",
+        }
+    }

@@ -1,0 +1,35 @@
+"""Before the loop: the configuration of ReMax."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from rlhf_ray.config import AlgorithmConfig
+
+__all__ = ["ReMaxConfig"]
+
+
+class ReMaxConfig(AlgorithmConfig):
+    """Builds a run of ReMax: the reward of a greedily decoded completion of the same prompt as baseline.
+
+    .. math:: A_i = R_i - R_{greedy}
+
+    The greedy completion costs a further generation a prompt and is not trained on. One completion a prompt is enough.
+
+    "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models"
+    (arXiv:2310.10505). The paper sums the tokens of a completion and takes one step a batch.
+
+    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
+    a thousand times larger.
+    """
+
+    __slots__ = ()
+
+    algorithm_name: ClassVar[str] = "ReMax"
+    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+        "training": {
+            "advantage": "remax",
+            "whiten_advantages": False,
+            "loss_aggregation": "seq_mean_token_sum",
+        }
+    }

@@ -1,0 +1,161 @@
+"""Stage 4 on a learner rank: rewards and estimates -> advantages (and returns), the same on any number of ranks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from rlhf_ray.advantages import (
+    AdaptiveKLController,
+    Moments,
+    explained_variance,
+    kl,
+    kl_penalised_rewards,
+    whiten,
+)
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.estimates import Estimates
+from rlhf_ray.learner.metrics import MetricSums, masked_mean
+from rlhf_ray.plugins import Plugin
+from rlhf_ray.settings import TrainingSettings
+
+__all__ = ["CreditAssignment", "mean_over_ranks"]
+
+
+class CreditAssignment:
+    """Computes advantages by the run's plug-in and keeps the weight of the KL penalty.
+
+    Args:
+        training: The training section.
+        plugin: The advantage, loaded.
+        device: Where the rank computes.
+    """
+
+    def __init__(self, training: TrainingSettings, plugin: Plugin, device: torch.device) -> None:
+        self._training = training
+        self._plugin = plugin
+        self._device = device
+        self._controller = (
+            None
+            if training.kl_target is None
+            else AdaptiveKLController(
+                init_coef=training.kl_coef, target=training.kl_target, horizon=training.kl_horizon
+            )
+        )
+
+    @property
+    def kl_coef(self) -> float:
+        """Weight of the KL to the reference now."""
+        return self._training.kl_coef if self._controller is None else self._controller.coef
+
+    def adapt(self, kl_to_reference: float | None, num_completions: int) -> None:
+        """Move the weight after an update; ``None``: no token of the batch was measured."""
+        if self._controller is not None and kl_to_reference is not None:
+            self._controller.update(kl_to_reference, num_completions)
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold."""
+        return {"kl_coef": torch.tensor(self.kl_coef, dtype=torch.float64)}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Continue with the weight of a checkpoint, where it is adapted."""
+        if self._controller is not None:
+            self._controller.load_state_dict({"coef": float(state["kl_coef"])})
+
+    def assign(self, batch: SequenceBatch, estimates: Estimates, metrics: MetricSums) -> dict[str, float]:
+        """Set ``estimates.advantages`` and ``returns``, whitened over all ranks where asked for; returns figures."""
+        training, mask = self._training, estimates.mask
+        penalty = None
+        if estimates.ref_logprobs is not None and estimates.proximal_logprobs is not None:
+            penalty = kl(estimates.proximal_logprobs, estimates.ref_logprobs, estimator=training.kl_estimator)
+            metrics.add({"kl_to_reference": masked_mean(penalty, mask)}, float(mask.sum()))
+        if training.kl_in != "reward":
+            penalty = None
+        rewards = torch.tensor(batch.rewards, device=self._device)
+        if self._plugin.per_completion:
+            advantages, returns = self._of_completions(batch, rewards, penalty, mask), None
+        else:
+            advantages, returns = self._of_tokens(rewards, penalty, estimates)
+        measured = [advantages]
+        if returns is not None and estimates.values is not None:
+            measured += [returns, returns - estimates.values]
+        moments, *of_critic = self._merged_moments(mask, *measured)
+        estimates.returns = returns
+        estimates.advantages = whiten(advantages, mask, moments=moments) if training.whiten_advantages else advantages
+        figures = {"advantage_mean": moments.mean, "advantage_std": moments.variance() ** 0.5}
+        return figures | ({"explained_variance": explained_variance(*of_critic)} if of_critic else {})
+
+    def _of_tokens(
+        self, rewards: torch.Tensor, penalty: torch.Tensor | None, estimates: Estimates
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Advantages of this rank's tokens, and returns where the plug-in gives them."""
+        coef = 0.0 if penalty is None else self.kl_coef
+        result = self._plugin.call(
+            {
+                "rewards": kl_penalised_rewards(rewards, estimates.mask, kl=penalty, coef=coef),
+                "values": estimates.values,
+                "mask": estimates.mask,
+                "bootstrap": estimates.bootstrap,
+                "gamma": self._training.gamma,
+                "lam": self._training.lambda_,
+            }
+        )
+        advantages, returns = result if isinstance(result, tuple) else (result, None)
+        if self._plugin.needs_critic and returns is None:
+            raise ValueError(f"advantage {self._plugin.name} takes values, so it must return (advantages, returns)")
+        self._check_shape(advantages, estimates.mask.shape)
+        return advantages, returns
+
+    def _of_completions(
+        self, batch: SequenceBatch, rewards: torch.Tensor, penalty: torch.Tensor | None, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """The completions' advantages, compared over all ranks, at each of their tokens."""
+        if penalty is not None:
+            rewards = rewards - self.kl_coef * (penalty * mask).sum(dim=1)
+        mine = np.stack([batch.group_ids, batch.completion_lengths, batch.greedy_rewards], axis=1).astype(np.float64)
+        table, first = _gathered(torch.cat([rewards.double()[:, None], torch.tensor(mine, device=self._device)], dim=1))
+        advantages = self._plugin.call(
+            {
+                "rewards": table[:, 0].float(),
+                "group_ids": table[:, 1].long(),
+                "lengths": table[:, 2].long(),
+                "greedy_rewards": table[:, 3].float(),
+            }
+        )
+        self._check_shape(advantages, table.shape[:1])
+        return advantages[first : first + len(batch), None] * mask
+
+    def _check_shape(self, advantages: torch.Tensor, expected: torch.Size) -> None:
+        if advantages.shape != expected:
+            raise ValueError(
+                f"advantage {self._plugin.name} returned {tuple(advantages.shape)}; expected {tuple(expected)}"
+            )
+
+    def _merged_moments(self, mask: torch.Tensor, *tensors: torch.Tensor) -> list[Moments]:
+        mine = torch.stack([Moments.of(tensor, mask).to_tensor() for tensor in tensors]).to(self._device)
+        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+        dist.all_gather(gathered, mine)
+        parts = torch.stack(gathered).cpu()
+        return [sum(map(Moments.from_tensor, parts[:, i]), Moments()) for i in range(len(tensors))]
+
+
+def mean_over_ranks(values: torch.Tensor) -> float:
+    """Mean of the ``[N]`` values of all ranks; 0 when there is none."""
+    total = torch.stack([values.double().sum(), torch.tensor(float(len(values)), device=values.device).double()])
+    dist.all_reduce(total)
+    return float(total[0] / total[1].clamp(min=1))
+
+
+def _gathered(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The ``[N, K]`` rows of all ranks, end to end, and where this rank's begin."""
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(size) for size in counts]
+    padded = rows.new_zeros(max(sizes), rows.shape[1])
+    padded[: len(rows)] = rows
+    parts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(parts, padded)
+    table = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return table, sum(sizes[: dist.get_rank()])

@@ -1,0 +1,60 @@
+"""What a rank knows of its batch before the first optimiser step, one number a completion token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.layout import Microbatch, pad_completions
+
+__all__ = ["Estimates", "put", "take"]
+
+
+@dataclass(slots=True, kw_only=True)
+class Estimates:
+    """Per-token figures of a rank's batch, ``[N, T]`` each."""
+
+    mask: torch.Tensor
+    """Bool, true at tokens that enter the losses."""
+    sampling_logprobs: torch.Tensor
+    values: torch.Tensor | None = None
+    """The critic's; ``None`` without one."""
+    bootstrap: torch.Tensor | None = None
+    """``[N]``, value after the last token; 0 where the completion finished."""
+    proximal_logprobs: torch.Tensor | None = None
+    """Under the policy before the update; ``None`` where the only step's own forward pass gives them."""
+    ref_logprobs: torch.Tensor | None = None
+    advantages: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, batch: SequenceBatch, *, device: torch.device, values: bool, proximal: bool, reference: bool
+    ) -> Estimates:
+        """Make room for the figures that a run has."""
+        sampling = pad_completions(batch.sampling_logprobs, batch.completion_lengths, device=device)
+        lengths = torch.tensor(batch.loss_lengths, device=device)
+        return cls(
+            mask=torch.arange(sampling.shape[1], device=device)[None, :] < lengths[:, None],
+            sampling_logprobs=sampling,
+            values=torch.zeros_like(sampling) if values else None,
+            bootstrap=torch.zeros(len(batch), device=device) if values else None,
+            proximal_logprobs=torch.zeros_like(sampling) if proximal else None,
+            ref_logprobs=torch.zeros_like(sampling) if reference else None,
+        )
+
+
+def put(target: torch.Tensor, micro: Microbatch, rows: torch.Tensor) -> None:
+    """Write a microbatch's ``[B, T]`` into its rows of ``[N, T]``."""
+    if len(micro.rows):
+        target[micro.rows, : rows.shape[1]] = rows * micro.mask
+
+
+def take(source: torch.Tensor, micro: Microbatch) -> torch.Tensor:
+    """Read a microbatch's ``[B, T]`` from its rows of ``[N, T]``; zeros for an empty one."""
+    width = micro.mask.shape[1]
+    if len(micro.rows) == 0:
+        return torch.zeros(micro.mask.shape, device=source.device)
+    return source[micro.rows, :width]

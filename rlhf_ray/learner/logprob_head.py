@@ -1,0 +1,159 @@
+"""The policy's output layer on a learner rank: answers with log-probabilities of given tokens instead of logits.
+
+The layer runs inside the model's own forward pass, where FSDP has gathered its weights, and sees the hidden states of
+the tokens that enter the losses alone. Whole logits, ``[tokens, V]``, never exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_ray.learner.layout import Microbatch
+from rlhf_ray.losses import chunked_logprobs_and_entropy, token_logprobs_and_entropy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LogprobHead", "Question", "TokenScorer"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """Which tokens' log-probabilities are wanted."""
+
+    rows: Tensor
+    """``[N]`` where the states before them lie among the flattened hidden states that reach the layer."""
+    targets: Tensor
+    """``[N]`` the tokens."""
+    temperature: float
+    entropy_gradient: bool
+
+
+class LogprobHead(nn.Linear):  # type: ignore[misc]
+    """A linear layer that, while asked, returns ``[N, 2]``: log-probability and entropy of each token asked for."""
+
+    _question: Question | None
+
+    @classmethod
+    def adopt(cls, model: PreTrainedModel) -> LogprobHead | None:
+        """Turn the model's output layer into one, with the same weights under the same names.
+
+        Returns:
+            The layer; ``None``, and the model as it was, where its logits are more than a linear function of the last
+            hidden states (soft caps, scales): there the plain way remains.
+        """
+        layer = model.get_output_embeddings()
+        if type(layer) is not nn.Linear:
+            return None
+        layer._question = None
+        layer.__class__ = cls
+        assert isinstance(layer, cls)
+        if not layer._gives_what_logits_give(model):
+            layer.__class__ = nn.Linear
+            return None
+        return layer
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Answer the question that is open, or give logits."""
+        question = self._question
+        if question is None:
+            return super().forward(hidden)
+        answers = chunked_logprobs_and_entropy(
+            hidden.flatten(0, -2)[question.rows],
+            self.weight,
+            question.targets,
+            bias=self.bias,
+            temperature=question.temperature,
+            entropy_gradient=question.entropy_gradient,
+        )
+        return torch.stack(answers, dim=-1)
+
+    @contextmanager
+    def asked(self, question: Question) -> Iterator[None]:
+        """Within, a forward pass of the model returns the answer as its ``logits``."""
+        self._question = question
+        try:
+            yield
+        finally:
+            self._question = None
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def _gives_what_logits_give(self, model: PreTrainedModel) -> bool:
+        """Compare both ways on a few tokens: nothing in a configuration tells what a model does with its logits."""
+        device = self.weight.device
+        ids = (torch.arange(8, device=device) % self.out_features)[None, :]
+        rows = torch.arange(7, device=device)
+        question = Question(rows=rows, targets=ids[0, 1:], temperature=1.0, entropy_gradient=False)
+        # Flash attention takes no float32, which the weights still are.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = model(input_ids=ids, use_cache=False).logits
+            try:
+                with self.asked(question):
+                    answer = model(input_ids=ids, use_cache=False).logits
+            except (RuntimeError, ValueError, TypeError, IndexError):  # The model reshapes its logits.
+                return False
+        if logits.ndim != 3 or answer.shape != (7, 2):
+            return False
+        expected = token_logprobs_and_entropy(logits[0, :-1], ids[0, 1:])
+        return all(
+            torch.allclose(given.float(), wanted.float(), atol=2e-2 if device.type == "cuda" else 1e-4)
+            for given, wanted in zip(answer.unbind(-1), expected, strict=True)
+            if wanted is not None
+        )
+
+
+class TokenScorer:
+    """A causal language model that tells how likely each completion token of a microbatch is.
+
+    Args:
+        model: The (sharded) model.
+        head: Its output layer, adopted before the model was sharded; ``None``: go through whole logits.
+        temperature: Sampling temperature.
+    """
+
+    def __init__(self, model: PreTrainedModel, head: LogprobHead | None, *, temperature: float) -> None:
+        self.model = model
+        self._head = head
+        self._temperature = temperature
+
+    def __call__(self, micro: Microbatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies, ``[B, T]`` float32 each in nats, 0 outside ``micro.mask``.
+
+        The entropies carry a gradient only with ``entropy_gradient``.
+        """
+        # An empty microbatch asks for one token and throws the answer away: other ranks' collectives need a partner.
+        rows = micro.completion_index[micro.mask] if micro.mask.any() else micro.completion_index.flatten()[:1]
+        targets = micro.targets.flatten()[rows]
+        if self._head is None:
+            logits = self._logits(micro).flatten(0, -2)[rows]
+            logprobs, entropies = token_logprobs_and_entropy(logits, targets, temperature=self._temperature)
+            assert entropies is not None
+        else:
+            question = Question(
+                rows=rows, targets=targets, temperature=self._temperature, entropy_gradient=entropy_gradient
+            )
+            with self._head.asked(question):
+                logprobs, entropies = self._logits(micro).unbind(-1)
+        return _spread(logprobs, micro.mask), _spread(entropies if entropy_gradient else entropies.detach(), micro.mask)
+
+    def _logits(self, micro: Microbatch) -> Tensor:
+        output = self.model(
+            input_ids=micro.input_ids, position_ids=micro.position_ids, logits_to_keep=micro.kept, use_cache=False
+        )
+        logits: Tensor = output.logits
+        return logits
+
+
+def _spread(answers: Tensor, mask: Tensor) -> Tensor:
+    """``[N]`` to where the mask is true in ``[B, T]``; with nothing there, zeros that still hang on the graph."""
+    spread = answers.new_zeros(mask.shape)
+    if not mask.any():
+        return spread + 0.0 * answers.sum()
+    spread[mask] = answers
+    return spread

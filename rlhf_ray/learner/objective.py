@@ -1,0 +1,72 @@
+"""Stage 5 on a learner rank: a microbatch's log-probabilities -> the scalar that the backward pass starts at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rlhf_ray.losses import entropy_bonus, kl_loss
+from rlhf_ray.plugins import Plugin
+from rlhf_ray.settings import TrainingSettings
+
+__all__ = ["PolicyObjective", "PolicyTerms"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyTerms:
+    """What the objective reads of a microbatch, ``[B, T]`` each."""
+
+    logprobs: torch.Tensor
+    """With a gradient."""
+    entropies: torch.Tensor
+    """With a gradient where ``entropy_coef`` is not 0."""
+    proximal_logprobs: torch.Tensor
+    ref_logprobs: torch.Tensor | None
+    advantages: torch.Tensor
+    mask: torch.Tensor
+
+
+class PolicyObjective:
+    """The policy loss of the run's plug-in, the entropy bonus and the KL to the reference.
+
+    Args:
+        training: The training section.
+        plugin: The loss, loaded.
+    """
+
+    def __init__(self, training: TrainingSettings, plugin: Plugin) -> None:
+        self._training = training
+        self._plugin = plugin
+
+    def __call__(
+        self, terms: PolicyTerms, *, normalizer: float, kl_coef: float
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+        """Return the total to be minimised, the policy loss alone, and token means for the report."""
+        training = self._training
+        aggregated: dict[str, Any] = {"aggregation": training.loss_aggregation, "normalizer": normalizer}
+        loss, means = self._plugin.call(
+            {
+                "logprobs": terms.logprobs,
+                "old_logprobs": terms.proximal_logprobs,
+                "advantages": terms.advantages,
+                "mask": terms.mask,
+                "clip_low": training.clip_low,
+                "clip_high": training.clip_high,
+                "dual_clip": training.dual_clip,
+                "behavior_weights": None,
+                **aggregated,
+            }
+        )
+        total = loss
+        if training.entropy_coef != 0.0:
+            bonus, _ = entropy_bonus(terms.entropies, terms.mask, **aggregated)
+            total = total - training.entropy_coef * bonus
+        if training.kl_in == "loss" and terms.ref_logprobs is not None:
+            divergence, of_kl = kl_loss(
+                terms.logprobs, terms.ref_logprobs, terms.mask, estimator=training.kl_estimator, **aggregated
+            )
+            total = total + kl_coef * divergence
+            means = means | {"kl_in_loss": of_kl["kl"]}
+        return total, loss, means

@@ -1,0 +1,50 @@
+"""After scoring: rewards as the functions gave them -> rewards that the update sees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rlhf_ray.settings import RewardSettings
+
+if TYPE_CHECKING:
+    from rlhf_ray.learner.batch import SequenceBatch
+
+__all__ = ["shaped"]
+
+
+def shaped(batch: SequenceBatch, settings: RewardSettings, *, mask_truncated: bool) -> SequenceBatch:
+    """Return the batch with its rewards replaced, shifted, scaled, clipped and normalised as the settings say.
+
+    In that order: ``truncated_reward``, ``bias``, ``scale``, ``clip``, ``normalise``. The rewards of greedy completions
+    go through ``bias``, ``scale`` and ``clip`` too, so that they stay on the same scale.
+
+    Args:
+        batch: All of an update's sequences: groups are compared as wholes.
+        settings: The rewards section.
+        mask_truncated: Whether truncated completions are left out of the losses.
+    """
+    import torch
+
+    from rlhf_ray.advantages import normalise_rewards, shape_rewards
+
+    rewards = batch.rewards
+    if settings.truncated_reward is not None:
+        rewards = np.where(batch.truncated, np.float32(settings.truncated_reward), rewards)
+    own, greedy = (
+        shape_rewards(torch.tensor(values), bias=settings.bias, scale=settings.scale, clip=settings.clip)
+        for values in (rewards, batch.greedy_rewards)
+    )
+    if settings.normalise != "none":
+        own = normalise_rewards(
+            own,
+            torch.tensor(batch.group_ids),
+            level=settings.normalise,
+            mean=True,
+            std=settings.normalise_std,
+            leave_one_out=settings.leave_one_out,
+        )
+    in_loss = batch.in_loss & ~batch.truncated if mask_truncated else batch.in_loss
+    return replace(batch, rewards=own.numpy(), greedy_rewards=greedy.numpy(), in_loss=in_loss)
