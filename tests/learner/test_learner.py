@@ -302,7 +302,88 @@ def test_a_critic_without_a_head_starts_at_zero(make_learner: Callable[..., Lear
     assert figures["explained_variance"] == pytest.approx(0.0, abs=1e-6)
 
 
+def test_a_new_head_can_start_at_the_mean_reward(make_learner: Callable[..., Learner]) -> None:
+    scenario = Scenario(critic="policy", num_minibatches=1, training={"value_init": "reward_mean"})
+    learner = make_learner(scenario)
+    figures = [runs.update(learner, scenario, number) for number in range(2)]
+
+    # Its weights are zero, so the bias is the value of every state.
+    assert figures[0]["value_mean"] == pytest.approx(runs.make_batch(9, seed=100).rewards.mean(), abs=1e-6)
+    # Set once: the second update starts where the first one left the critic.
+    assert figures[1]["value_mean"] != pytest.approx(runs.make_batch(9, seed=101).rewards.mean(), abs=1e-3)
+
+
+def test_a_head_that_the_checkpoint_brings_is_kept(make_learner: Callable[..., Learner]) -> None:
+    kept, set_to_mean = (
+        runs.update(make_learner(scenario), scenario, 0)["value_mean"]
+        for scenario in (Scenario(), Scenario(training={"value_init": "reward_mean"}))
+    )
+
+    assert kept == set_to_mean
+
+
+def test_without_a_need_for_values_there_is_no_critic(tmp_path: Path, make_learner: Callable[..., Learner]) -> None:
+    scenario = SCENARIOS["grpo"]
+    learner = make_learner(scenario)
+    figures = runs.update(learner, scenario, 0)
+    learner.save(str(tmp_path / "checkpoint"))
+    learner.export(str(tmp_path / "export"))
+    learner.load(str(tmp_path / "checkpoint"))
+
+    assert learner.critic is None
+    assert not {"value_loss", "explained_variance", "critic_lr", "critic_grad_norm", "value_mean"} & figures.keys()
+    assert not (tmp_path / "export" / "critic").exists()
+
+
+def test_what_is_left_out_of_the_loss_changes_nothing_but_its_groups_baseline(
+    make_learner: Callable[..., Learner],
+) -> None:
+    scenario = Scenario(training={"advantage": "grpo", "whiten_advantages": False}, num_minibatches=1)
+    batch = runs.make_batch(12, seed=5, masked=True)
+    # Other tokens where a completion is left out, but the same rewards.
+    ends = np.cumsum(batch.lengths)
+    tokens = batch.token_ids.copy()
+    for end, completion, kept in zip(ends, batch.completion_lengths, batch.in_loss, strict=True):
+        if not kept:
+            tokens[end - completion : end] = 3
+    assert not batch.in_loss.all()
+    weights = []
+    for given in (batch, replace(batch, token_ids=tokens)):
+        learner = make_learner(scenario)
+        own, plan = runs.share_of(given, scenario)
+        learner.update(own, plan)
+        weights.append(runs.full_weights(learner.policy))
+
+    assert_same_weights(*weights, tolerance=1e-7)
+    # While a reward of one that is left out moves its group's mean.
+    other_rewards = np.where(batch.in_loss, batch.rewards, batch.rewards + 3.0).astype(np.float32)
+    learner = make_learner(scenario)
+    own, plan = runs.share_of(replace(batch, rewards=other_rewards), scenario)
+    learner.update(own, plan)
+    moved = runs.full_weights(learner.policy)
+    assert max(float((moved[name] - weights[0][name]).abs().max()) for name in moved) > 1e-5
+
+
 # The KL to the reference.
+
+
+def test_the_kl_coefficient_follows_its_target_and_is_saved(
+    tmp_path: Path, make_learner: Callable[..., Learner]
+) -> None:
+    scenario = replace(SCENARIOS["adapted_kl"], update_policy=(True, True, True))
+    learner = make_learner(scenario)
+    first = runs.update(learner, scenario, 0)
+    second = runs.update(learner, scenario, 1)
+    learner.save(str(tmp_path))
+    third = runs.update(learner, scenario, 2)
+    restored = make_learner(scenario)
+    restored.load(str(tmp_path))
+
+    # No KL yet: the lowest error, -0.2, over 9 of a horizon of 20 completions.
+    assert first["kl_coef"] == 0.3
+    assert second["kl_coef"] == pytest.approx(0.3 * (1 - 0.2 * 9 / 20))
+    assert third["kl_coef"] not in (first["kl_coef"], second["kl_coef"])
+    assert runs.update(restored, scenario, 2)["kl_coef"] == third["kl_coef"]
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
