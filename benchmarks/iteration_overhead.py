@@ -125,6 +125,7 @@ def raw_training(folder: Path, repeats: int) -> float:
         num_epochs=training.num_epochs,
         num_ranks=1,
         max_tokens=settings.learners.max_tokens_per_microbatch,
+        attention_length=1536.0,
         packed=False,
         seed=0,
     )
@@ -201,6 +202,9 @@ def _batch(folder: Path, batch_class: Any) -> Any:
         sampling_logprobs=np.zeros(int(completion_lengths.sum()), dtype=np.float32),
         rewards=np.zeros(len(completion_lengths), dtype=np.float32),
         truncated=np.zeros(len(completion_lengths), dtype=np.bool_),
+        group_ids=np.asarray(table["group_id"], dtype=np.int64),
+        greedy_rewards=np.zeros(len(completion_lengths), dtype=np.float32),
+        in_loss=np.ones(len(completion_lengths), dtype=np.bool_),
     )
 
 

@@ -67,6 +67,7 @@ def plan_of(batch: SequenceBatch, num_minibatches: int) -> UpdatePlan:
         num_epochs=1,
         num_ranks=1,
         max_tokens=MAX_TOKENS,
+        attention_length=1536.0,
         packed=False,
         seed=0,
     )
@@ -83,6 +84,7 @@ def learner_of(config: AlgorithmConfig) -> Learner:
             loss=loss_plugin(training.loss, training.loss_args),
             policy_path=model_path(),
             critic_path=model_path() if advantage.needs_critic else None,
+            lora=None,
             attn_implementation="auto",
             trust_remote_code=False,
             gradient_checkpointing=False,

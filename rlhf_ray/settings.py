@@ -55,6 +55,9 @@ class ModelSettings:
         "attention kernel of the learner; auto: flash attention with packed rows where it is installed, else sdpa",
     )
     trust_remote_code: bool = setting(False, "run code that ships with the model")
+    lora_rank: int = setting(0, "rank of LoRA adapters, which alone are trained; 0: all weights of the policy are")
+    lora_alpha: float = setting(32.0, "an adapter's product is multiplied by lora_alpha / lora_rank")
+    lora_targets: list[str] = setting([], "names of the linear layers with adapters; none: all but the output layer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -229,6 +230,8 @@ _SHARE: Final = Range(0, 1)
 _BELOW_ONE: Final = Range(0, 1, open_high=True)
 
 RANGES: Final[Mapping[str, Range]] = {
+    "model.lora_rank": _FROM_ZERO,
+    "model.lora_alpha": _POSITIVE,
     "data.batch_size": _COUNT,
     "rollouts.num_replicas": _COUNT,
     "rollouts.group_size": _COUNT,
@@ -557,6 +560,14 @@ def _check_flash_attention(settings: Settings) -> None:
 # --- combinations: devices ------------------------------------------------------------------------------------------
 
 
+def _check_lora(settings: Settings) -> None:
+    model = settings.model
+    if model.lora_rank == 0 and model.lora_targets:
+        raise ConfigError("model.lora_targets", model.lora_targets, "set model.lora_rank, or leave the targets out")
+    if model.lora_rank > 0 and find_spec("peft") is None:
+        raise ConfigError("model.lora_rank", model.lora_rank, "needs the package peft: pip install 'rlhf-ray[lora]'")
+
+
 def _check_learner_gpus(settings: Settings) -> None:
     gpus = settings.learners.num_gpus_per_learner
     if gpus not in (None, 0, 1):
@@ -631,6 +642,7 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     _check_critic_warmup,
     _check_lr_warmup,
     _check_flash_attention,
+    _check_lora,
     _check_learner_gpus,
     _check_tensor_parallel,
     _check_weight_transfer,

@@ -69,6 +69,8 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "training.lambda_": ([0.0, 1.0], [-0.1, 1.01]),
     "training.clip_low": ([3e-4, 1.0], [0.0, 1.1]),
     "training.clip_high": ([0.01, 5.0], [0.0]),
+    "model.lora_rank": ([0, 8], [-1]),
+    "model.lora_alpha": ([0.5], [0.0]),
     "training.kl_target": ([None], [0.0]),
     "training.kl_horizon": ([1], [0]),
     "training.value_huber": ([0.1, None], [0.0]),

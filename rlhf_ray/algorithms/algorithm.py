@@ -29,7 +29,7 @@ from rlhf_ray.algorithms.ray_session import RaySession
 from rlhf_ray.checkpoints.checkpoint import Checkpoint
 from rlhf_ray.config import AlgorithmConfig
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.packing import UpdatePlan, plan_update
+from rlhf_ray.learner.packing import UpdatePlan, attention_length, plan_update
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.shaping import shaped
@@ -272,6 +272,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
             num_epochs=training.num_epochs,
             num_ranks=learners.num_learners,
             max_tokens=learners.max_tokens_per_microbatch,
+            attention_length=attention_length(self._inputs.model_config.get_text_config().hidden_size),
             packed=self._running().learners.packed,
             seed=self.settings.debugging.seed * 1_000_003 + version,
         )

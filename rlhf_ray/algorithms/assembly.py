@@ -16,6 +16,7 @@ from rlhf_ray.algorithms.ray_session import RaySession
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.group import LearnerGroup
 from rlhf_ray.learner.learner import LearnerSpec
+from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.prompts.evaluation_prompts import load_prompts
 from rlhf_ray.prompts.stream import PromptStream
@@ -256,6 +257,14 @@ def _learner_group(
         advantage=_portable(inputs.advantage),
         loss=_portable(inputs.loss),
         critic_path=inputs.critic_path,
+        lora=LoraSpec(
+            rank=model.lora_rank,
+            alpha=model.lora_alpha,
+            targets=tuple(model.lora_targets),
+            seed=settings.debugging.seed,
+        )
+        if model.lora_rank > 0
+        else None,
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
         gradient_checkpointing=learners.gradient_checkpointing,

@@ -67,6 +67,10 @@ class MemoryNeed:
         """
         trained = _TRAINED_BYTES * _trained_parameters(policy, critic)
         frozen = _FROZEN_BYTES * policy.num_parameters if settings.training.kl_coef > 0 else 0
+        if settings.model.lora_rank > 0:
+            # The adapters are small beside the weights, which are frozen and serve as the reference too.
+            trained -= _TRAINED_BYTES * policy.num_parameters
+            frozen = _FROZEN_BYTES * policy.num_parameters
         shards = settings.rollouts.tensor_parallel_size
         return cls(
             learner=(trained + frozen) // settings.learners.num_learners,

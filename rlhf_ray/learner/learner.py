@@ -24,6 +24,7 @@ from rlhf_ray.learner.credit import CreditAssignment, mean_over_ranks
 from rlhf_ray.learner.estimates import Estimates, put, take
 from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
+from rlhf_ray.learner.lora import LoraSpec, add_adapters
 from rlhf_ray.learner.metrics import MetricSums, masked_mean
 from rlhf_ray.learner.models import attention_kernel, head_is_new, load_critic, load_policy, set_head_bias, shard
 from rlhf_ray.learner.objective import PolicyObjective, PolicyTerms
@@ -53,6 +54,8 @@ class LearnerSpec:
     policy_path: str
     critic_path: str | None
     """``None``: the advantage asks for no values, and there is no critic."""
+    lora: LoraSpec | None
+    """Adapters of the policy; ``None``: all its weights are trained."""
     attn_implementation: str
     trust_remote_code: bool
     gradient_checkpointing: bool
@@ -109,6 +112,8 @@ class Learner:
         def scorer(*, trained: bool) -> TokenScorer:
             model = load_policy(spec.policy_path, **loading).to(device)
             head = LogprobHead.adopt(model)
+            if spec.lora is not None:
+                add_adapters(model, spec.lora)
             return TokenScorer(sharded(model, trained=trained), head, temperature=spec.temperature)
 
         training = self._training
@@ -133,7 +138,9 @@ class Learner:
         self._objective = PolicyObjective(training, spec.loss.loaded())
         self._reference: TokenScorer | None = None
         if training.kl_coef > 0:
-            self._reference = scorer(trained=False)
+            # With adapters the policy holds its own beginning.
+            self._reference = scorer(trained=False) if spec.lora is None else self._score.initial()
+        if self._reference is not None and spec.lora is None:
             self._reference.model.requires_grad_(False)
 
     def update(self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True) -> dict[str, float]:
@@ -201,14 +208,15 @@ class Learner:
     def export(self, folder: str) -> None:
         """Write the policy and the critic, if there is one, as Hugging Face folders: ``folder``, ``folder/critic``."""
         dtype = torch.float32
-        exported = [(self.policy.model, Path(folder))]
+        exported = [(self.policy, Path(folder))]
         if self.critic is not None:
-            exported.append((self.critic.model, Path(folder) / "critic"))
-        for model, path in exported:
+            exported.append((self.critic, Path(folder) / "critic"))
+        for trained, path in exported:
             # A gather is a collective: every rank iterates, rank 0 writes.
-            full = {name: p.detach().full_tensor().to("cpu", dtype) for name, p in model.named_parameters()}
+            parameters = trained.checkpoint_parameters(every_name=False)
+            full = {name: p.detach().full_tensor().to("cpu", dtype) for name, p in parameters}
             if dist.get_rank() == 0:
-                _write_pretrained(model, full, path)
+                _write_pretrained(trained.model, full, path)
             dist.barrier()
 
     def _reshard(self) -> None:

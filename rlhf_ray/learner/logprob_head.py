@@ -7,7 +7,7 @@ the tokens that enter the losses alone. Whole logits, ``[tokens, V]``, never exi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.learner.layout import Microbatch
+from rlhf_ray.learner.lora import adapters_off
 from rlhf_ray.losses import chunked_logprobs_and_entropy, token_logprobs_and_entropy
 
 if TYPE_CHECKING:
@@ -115,12 +116,25 @@ class TokenScorer:
         model: The (sharded) model.
         head: Its output layer, adopted before the model was sharded; ``None``: go through whole logits.
         temperature: Sampling temperature.
+        without_adapters: Whether LoRA adapters are switched off: the policy as it was before training.
     """
 
-    def __init__(self, model: PreTrainedModel, head: LogprobHead | None, *, temperature: float) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        head: LogprobHead | None,
+        *,
+        temperature: float,
+        without_adapters: bool = False,
+    ) -> None:
         self.model = model
+        self._adapters = adapters_off if without_adapters else nullcontext
         self._head = head
         self._temperature = temperature
+
+    def initial(self) -> TokenScorer:
+        """The same model without its adapters."""
+        return TokenScorer(self.model, self._head, temperature=self._temperature, without_adapters=True)
 
     def __call__(self, micro: Microbatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies, ``[B, T]`` float32 each in nats, 0 outside ``micro.mask``.
@@ -143,9 +157,9 @@ class TokenScorer:
         return _spread(logprobs, micro.mask), _spread(entropies if entropy_gradient else entropies.detach(), micro.mask)
 
     def _logits(self, micro: Microbatch) -> Tensor:
-        output = self.model(
-            input_ids=micro.input_ids, position_ids=micro.position_ids, logits_to_keep=micro.kept, use_cache=False
-        )
+        inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "logits_to_keep": micro.kept}
+        with self._adapters(self.model):
+            output = self.model(**inputs, use_cache=False)
         logits: Tensor = output.logits
         return logits
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Minibatch", "RankPlan", "UpdatePlan", "plan_update"]
+__all__ = ["Minibatch", "RankPlan", "UpdatePlan", "attention_length", "plan_update"]
 
 Indices = tuple[int, ...]
 
@@ -46,6 +46,15 @@ class UpdatePlan:
     """Share of the planned tokens that is padding."""
 
 
+def attention_length(hidden_size: int) -> float:
+    """Length at which causal attention costs as many operations as the linear layers of a transformer, in tokens.
+
+    With ``d`` the hidden size, a layer's linear parts have about ``12 d^2`` parameters: ``24 d^2`` operations a token.
+    Attention over ``L / 2`` earlier tokens on average takes ``2 d L``. They are equal at ``L = 12 d``.
+    """
+    return 12.0 * hidden_size
+
+
 def plan_update(
     lengths: Sequence[int],
     completion_lengths: Sequence[int],
@@ -54,14 +63,16 @@ def plan_update(
     num_epochs: int,
     num_ranks: int,
     max_tokens: int,
+    attention_length: float,
     packed: bool,
     seed: int,
 ) -> UpdatePlan:
     """Split a batch.
 
     Minibatches are a seeded random partition (sizes differ by at most one) and do not depend on the number of ranks.
-    Within one, sequences are dealt to ranks in order of length, then cut into microbatches of at most ``max_tokens``:
-    the padded rectangle, or the sum of lengths where rows are ``packed``.
+    Within one, sequences are dealt to ranks so that all compute about the same number of operations, attention
+    included, then cut into microbatches of at most ``max_tokens``: the padded rectangle, or the sum of lengths where
+    rows are ``packed``.
 
     Args:
         lengths: ``[N]`` prompt plus completion tokens.
@@ -70,6 +81,8 @@ def plan_update(
         num_epochs: Passes over the batch; the order of minibatches is drawn anew for each after the first.
         num_ranks: Learners.
         max_tokens: Tokens in a microbatch; a longer sequence is alone in its own.
+        attention_length: Length at which a sequence's attention costs what the rest of the model does, in tokens: see
+            :func:`attention_length`. Infinity counts tokens alone.
         packed: Whether rows are packed instead of padded.
         seed: Of the partition.
     """
@@ -83,7 +96,7 @@ def plan_update(
     minibatches: list[list[Minibatch]] = [[] for _ in range(num_ranks)]
     planned = 0
     for part in parts:
-        shares = _deal([int(i) for i in part], lengths, num_ranks)
+        shares = _deal([int(i) for i in part], lengths, num_ranks, attention_length)
         split = [_microbatches(share, lengths, max_tokens, packed=packed) for share in shares]
         count = max(len(microbatches) for microbatches in split)
         totals = tuple(int(completion_lengths[i]) for i in part)
@@ -101,13 +114,14 @@ def plan_update(
     )
 
 
-def _deal(indices: list[int], lengths: Sequence[int], num_ranks: int) -> list[list[int]]:
-    """Longest first, back and forth over the ranks, so that all hold about the same tokens."""
-    ordered = sorted(indices, key=lambda i: (-lengths[i], i))
+def _deal(indices: list[int], lengths: Sequence[int], num_ranks: int, attention_length: float) -> list[list[int]]:
+    """Longest first, each to the rank that has least to do so far: each share stays in order of length."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    for position, index in enumerate(ordered):
-        turn, place = divmod(position, num_ranks)
-        shares[place if turn % 2 == 0 else num_ranks - 1 - place].append(index)
+    work = [0.0] * num_ranks
+    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
+        rank = min(range(num_ranks), key=lambda r: (work[r], r))
+        shares[rank].append(index)
+        work[rank] += lengths[index] * (1.0 + lengths[index] / attention_length)
     return shares
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
+from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.settings import TrainingSettings
 
 if TYPE_CHECKING:
@@ -99,9 +100,9 @@ class TrainedModel:
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def checkpoint_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Sharded tensors under their checkpoint names, tied ones under each of their names."""
-        yield from self.model.named_parameters(remove_duplicate=False)
+    def checkpoint_parameters(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """Sharded tensors under their checkpoint names, adapters merged; tied ones under every name, or once."""
+        return merged_parameters(self.model, every_name=every_name)
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded state for a distributed checkpoint."""
@@ -127,7 +128,8 @@ class TrainedModel:
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Matrices decay; norms and biases do not."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim >= 2]
+    vectors = [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

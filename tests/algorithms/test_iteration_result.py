@@ -76,6 +76,7 @@ def make_result(**overrides: Any) -> dict[str, Any]:
             num_epochs=1,
             num_ranks=2,
             max_tokens=1,
+            attention_length=1536.0,
             packed=False,
             seed=0,
         ),

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.learner import Learner, LearnerSpec
+from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.packing import RankPlan, plan_update
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.plugins import advantage_plugin, loss_plugin
@@ -103,6 +104,12 @@ SCENARIOS: dict[str, Scenario] = {
         training={"value_init": "reward_mean", "value_huber": 0.5}, critic="policy", num_epochs=2
     ),
     "critic_warmup": Scenario(update_policy=(False, True)),
+    "lora": Scenario(
+        training={"kl_coef": 0.3, "kl_estimator": "k3"},
+        spec={"lora": LoraSpec(rank=4, alpha=8.0, targets=(), seed=5)},
+        num_epochs=2,
+    ),
+    "small_critic": Scenario(critic="small_critic"),
     # Two sequences in two minibatches: the second of two ranks holds no sequence at all.
     "idle_rank": Scenario(num_sequences=2),
     # Three sequences in one minibatch, each in a microbatch of its own: one rank's second microbatch is empty.
@@ -137,6 +144,10 @@ def save_models(folder: Path) -> None:
     Qwen2ForCausalLM(config).save_pretrained(folder / "policy")
     critic = Qwen2ForTokenClassification(Qwen2Config(**config.to_dict() | {"num_labels": 1}))
     critic.save_pretrained(folder / "critic")
+    smaller = {"num_labels": 1, "num_hidden_layers": 1, "intermediate_size": 8}
+    Qwen2ForTokenClassification(Qwen2Config(**config.to_dict() | smaller | {"layer_types": None})).save_pretrained(
+        folder / "small_critic"
+    )
 
 
 def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
@@ -151,6 +162,7 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "loss": loss_plugin(settings.loss, settings.loss_args),
         "policy_path": str(folder / "policy"),
         "critic_path": str(folder / scenario.critic) if advantage.needs_critic else None,
+        "lora": None,
         "attn_implementation": "auto",
         "trust_remote_code": False,
         "gradient_checkpointing": False,
@@ -199,6 +211,7 @@ def share_of(batch: SequenceBatch, scenario: Scenario, seed: int = 0) -> tuple[S
         num_epochs=scenario.num_epochs,
         num_ranks=dist.get_world_size(),
         max_tokens=scenario.max_tokens,
+        attention_length=1536.0,
         packed=False,
         seed=seed,
     )

@@ -38,7 +38,7 @@ MULTI_STEP = [name for name, scenario in SCENARIOS.items() if scenario.num_minib
 def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankResult, RankResult]:
     """The folder that two ranks wrote to, and what each left behind."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    for name in ("policy", "critic"):
+    for name in ("policy", "critic", "small_critic"):
         (folder / name).symlink_to(models / name)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
     started = [
@@ -181,6 +181,7 @@ def test_the_scenarios_hold_what_they_say() -> None:
             num_epochs=scenario.num_epochs,
             num_ranks=2,
             max_tokens=scenario.max_tokens,
+            attention_length=1536.0,
             packed=False,
             seed=0,
         )

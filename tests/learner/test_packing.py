@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlhf_ray.learner.packing import UpdatePlan, plan_update
+from rlhf_ray.learner.packing import UpdatePlan, attention_length, plan_update
 
 
 def lengths_of(n: int, seed: int = 0) -> tuple[list[int], list[int]]:
@@ -22,6 +23,7 @@ def plan_of(lengths: list[int], completions: list[int] | None = None, **override
         "num_epochs": 1,
         "num_ranks": 1,
         "max_tokens": 32,
+        "attention_length": 100.0,
         "packed": False,
         "seed": 7,
     }
@@ -186,3 +188,34 @@ def test_more_epochs_do_not_change_the_partition() -> None:
     lengths, completions = lengths_of(20)
 
     assert plan_of(lengths, completions).sequences == plan_of(lengths, completions, num_epochs=4).sequences
+
+
+def work_of(plan: UpdatePlan, lengths: list[int], attention_length: float) -> list[float]:
+    """Operations of each rank, in those of one token without attention."""
+    return [sum(lengths[i] * (1 + lengths[i] / attention_length) for i in share) for share in plan.sequences]
+
+
+def test_ranks_get_the_same_operations_and_not_the_same_tokens() -> None:
+    # Attention of 400 tokens costs 4 times the rest: 2,000 in all, as much as 1,600 tokens in rows of 25.
+    lengths = [400] + [25] * 80
+    by_work = plan_of(lengths, num_ranks=2, num_minibatches=1, max_tokens=400, attention_length=100.0)
+    by_tokens = plan_of(lengths, num_ranks=2, num_minibatches=1, max_tokens=400, attention_length=math.inf)
+
+    assert work_of(by_work, lengths, 100.0) == [2250.0, 2250.0]
+    tokens = [sum(lengths[i] for i in share) for share in by_tokens.sequences]
+    assert tokens == [1200, 1200]
+    assert work_of(by_tokens, lengths, 100.0) == [3000.0, 1500.0]
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_no_rank_has_a_long_sequence_more_to_do_than_another(ranks: int) -> None:
+    lengths, completions = lengths_of(200, seed=3)
+    plan = plan_of(lengths, completions, num_ranks=ranks, num_minibatches=1, attention_length=20.0)
+
+    work = work_of(plan, lengths, 20.0)
+    longest = max(lengths) * (1 + max(lengths) / 20.0)
+    assert max(work) - min(work) <= longest
+
+
+def test_attention_costs_what_the_rest_does_at_twelve_hidden_sizes() -> None:
+    assert attention_length(128) == 1536.0

@@ -1,0 +1,119 @@
+"""LoRA on a learner rank: adapters beside frozen weights, switched off for the reference, merged for publication.
+
+"LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), by the library PEFT. The layers are changed in
+place, so that every other weight keeps its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+
+from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["LoraSpec", "adapters_off", "add_adapters", "merged_parameters"]
+
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSpec:
+    """What adapters a policy gets."""
+
+    rank: int
+    alpha: float
+    """The product of an adapter's two matrices is multiplied by ``alpha / rank``."""
+    targets: tuple[str, ...]
+    """Names of linear layers; empty: all but the output layer."""
+    seed: int
+    """Of the first matrices; the second ones start at zero, so that the policy starts as it was."""
+
+
+def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
+    """Put adapters on the model's linear layers, before it is sharded, and freeze everything else.
+
+    Raises:
+        ConfigError: The model has no layer of such a name.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=spec.rank,
+        lora_alpha=spec.alpha,
+        target_modules=list(spec.targets) or "all-linear",
+        lora_dropout=0.0,  # Sampling has none.
+        bias="none",
+    )
+    # Every rank holds a part of each matrix, so all must draw the same ones.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        try:
+            inject_adapter_in_model(config, model)
+        except ValueError as error:
+            layers = sorted(
+                {name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is torch.nn.Linear}
+            )
+            remedy = f"the model has no such layer; it has {', '.join(layers)}"
+            raise ConfigError("model.lora_targets", list(spec.targets), remedy) from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_is_adapter(name))
+
+
+@contextmanager
+def adapters_off(model: PreTrainedModel) -> Iterator[None]:
+    """Within, the model is what it was before it got adapters."""
+    layers = list(_adapted(model).values())
+    for layer in layers:
+        # PEFT's own switch also freezes the adapters, which FSDP has already arranged its gradients for.
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def merged_parameters(model: PreTrainedModel, *, every_name: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the (sharded) weights as a checkpoint without adapters names them.
+
+    A collective where there are adapters: every rank iterates.
+
+    Args:
+        model: The model, with or without adapters.
+        every_name: Whether a tied weight comes under each of its names, or once.
+    """
+    layers = _adapted(model)
+    for name, parameter in model.named_parameters(remove_duplicate=not every_name):
+        if _is_adapter(name):
+            continue
+        owner, _, leaf = name.rpartition(".")
+        layer = layers.get(owner.removesuffix(".base_layer"))
+        if layer is None:
+            yield name, parameter
+        else:
+            base = owner.removesuffix(".base_layer")
+            yield f"{base}.{leaf}", _merged(layer, parameter) if leaf == "weight" else parameter
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    first, second = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
+    if isinstance(first, DTensor):
+        first = first.redistribute(placements=[Replicate()] * len(first.placements))
+    return weight + layer.scaling[_ADAPTER] * (second @ first)
+
+
+def _adapted(model: PreTrainedModel) -> dict[str, Any]:
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def _is_adapter(name: str) -> bool:
+    return ".lora_A." in name or ".lora_B." in name
