@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Generator, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -61,7 +61,11 @@ class PromptReader:
         """Yield the outcomes of one execution: all of them, or fewer where it stood still in the middle."""
         from ray.data.exceptions import ExecutionTimeoutError
 
-        batches = iter(self._dataset(start, stop).iter_batches(batch_size=None, batch_format="pyarrow"))
+        rows = self._dataset(start, stop).iterator()
+        # By default Ray Data kills what still runs when a reader stops early. Where the task ends at that moment, Ray
+        # 2.60 ends this process too: "Check failed: it != submissible_tasks_.end()", without a Python traceback.
+        rows._on_iteration_end = _stop_without_killing
+        batches = iter(rows.iter_batches(batch_size=None, batch_format="pyarrow"))
         delivered = 0
         while True:
             try:
@@ -106,6 +110,11 @@ class PromptReader:
             )
         dataset.set_name(RUN_NAME)
         return dataset
+
+
+def _stop_without_killing(executor: Any) -> None:
+    if executor is not None:
+        executor.shutdown(force=False)
 
 
 def _build(rows: pa.Table, *, builder: PromptBuilder, tokenizer: SharedTokenizer) -> pa.Table:

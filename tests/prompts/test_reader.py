@@ -1,6 +1,6 @@
 import pickle
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -71,6 +71,9 @@ class StallingRun:
 
     def __init__(self, prompt_ids: range) -> None:
         self._prompt_ids = prompt_ids
+
+    def iterator(self) -> Self:
+        return self
 
     def iter_batches(self, **_: Any) -> Iterator[pa.Table]:
         from ray.data.exceptions import ExecutionTimeoutError
