@@ -28,6 +28,7 @@ from rlhf_ray.algorithms.reinforce_pp import ReinforcePPBaselineConfig, Reinforc
 from rlhf_ray.algorithms.remax import ReMaxConfig
 from rlhf_ray.algorithms.rloo import RLOOConfig
 from rlhf_ray.algorithms.sapo import SAPOConfig
+from rlhf_ray.config import BUILT_IN_ALGORITHMS as _BUILT_IN_ALGORITHMS
 from rlhf_ray.config import AlgorithmConfig
 from rlhf_ray.errors import (
     ConfigError,
@@ -104,24 +105,8 @@ __all__ = [
     "register_loss",
 ]
 
-_TRAINABLES = (
-    "CISPO",
-    "DAPO",
-    "DrGRPO",
-    "GMPO",
-    "GRPO",
-    "GSPO",
-    "MaxRL",
-    "OPO",
-    "PPO",
-    "RLOO",
-    "ReMax",
-    "ReinforcePP",
-    "ReinforcePPBaseline",
-    "SAPO",
-)
 _LAZY_MODULES = {"Algorithm": "rlhf_ray.algorithms.algorithm"} | dict.fromkeys(
-    _TRAINABLES, "rlhf_ray.algorithms.trainables"
+    _BUILT_IN_ALGORITHMS, "rlhf_ray.algorithms.trainables"
 )
 
 

@@ -36,10 +36,10 @@ from rlhf_ray.validation import section_types, setting_types, typed_value, valid
 if TYPE_CHECKING:
     from rlhf_ray.algorithms.algorithm import Algorithm
 
-__all__ = ["AlgorithmConfig"]
+__all__ = ["BUILT_IN_ALGORITHMS", "AlgorithmConfig"]
 
 _DEFAULT_ALGORITHM: Final = "PPO"
-_BUILT_IN_ALGORITHMS: Final[Mapping[str, str]] = {
+BUILT_IN_ALGORITHMS: Final[Mapping[str, str]] = {
     "CISPO": "rlhf_ray.algorithms.cispo",
     "DAPO": "rlhf_ray.algorithms.dapo",
     "DrGRPO": "rlhf_ray.algorithms.dr_grpo",
@@ -55,6 +55,7 @@ _BUILT_IN_ALGORITHMS: Final[Mapping[str, str]] = {
     "ReinforcePPBaseline": "rlhf_ray.algorithms.reinforce_pp",
     "SAPO": "rlhf_ray.algorithms.sapo",
 }
+"""Name of an algorithm -> the module of its configuration class."""
 _registered: dict[str, type[AlgorithmConfig]] = {}
 
 
@@ -431,11 +432,11 @@ def _settings_called(name: str) -> list[str]:
 
 
 def _algorithm_config(name: Any) -> type[Any]:
-    known_name = isinstance(name, str) and (name in _registered or name in _BUILT_IN_ALGORITHMS)
+    known_name = isinstance(name, str) and (name in _registered or name in BUILT_IN_ALGORITHMS)
     if known_name and name not in _registered:
-        importlib.import_module(_BUILT_IN_ALGORITHMS[name])
+        importlib.import_module(BUILT_IN_ALGORITHMS[name])
     if not known_name:
-        known = sorted({*_registered, *_BUILT_IN_ALGORITHMS})
+        known = sorted({*_registered, *BUILT_IN_ALGORITHMS})
         raise ConfigError("algorithm", name, f"no such algorithm; there is {', '.join(known)}")
     return _registered[name]
 

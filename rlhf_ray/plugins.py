@@ -58,6 +58,8 @@ class Plugin:
     """Names of the inputs that it is given."""
     function: Callable[..., Any] | str | bytes
     """The function; a built-in's ``module:function``; or a function pickled for another process."""
+    required: tuple[str, ...] = ()
+    """Names of further arguments without a default."""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     """Further keyword arguments of every call."""
 
@@ -98,15 +100,14 @@ class Plugin:
         return self.function(**{name: available[name] for name in self.asks_for}, **self.arguments)
 
 
-def _built_in(reference: str, asks_for: str, **arguments: Any) -> Callable[[str], Plugin]:
-    def named(name: str) -> Plugin:
-        return Plugin(name=name, asks_for=tuple(asks_for.split()), function=reference, arguments=arguments)
+def _built_in(name: str, reference: str, asks_for: str, *, required: tuple[str, ...] = (), **arguments: Any) -> Plugin:
+    return Plugin(
+        name=name, asks_for=tuple(asks_for.split()), function=reference, required=required, arguments=arguments
+    )
 
-    return named
 
-
-def _group_method(method: str) -> Callable[[str], Plugin]:
-    return _built_in("rlhf_ray.advantages:group_advantages", "rewards group_ids lengths", method=method)
+def _group_method(name: str) -> Plugin:
+    return _built_in(name, "rlhf_ray.advantages:group_advantages", "rewards group_ids lengths", method=name)
 
 
 _LOSS_TENSORS: Final = "logprobs old_logprobs advantages mask"
@@ -114,27 +115,28 @@ _LOSS_SETTINGS: Final = "behavior_weights aggregation normalizer"
 _CLIPPED: Final = f"{_LOSS_TENSORS} clip_low clip_high {_LOSS_SETTINGS}"
 
 _ADVANTAGES: dict[str, Plugin] = {
-    name: plugin(name)
-    for name, plugin in {
-        "gae": _built_in("rlhf_ray.advantages:gae", "rewards values mask gamma lam bootstrap"),
-        "grpo": _group_method("grpo"),
-        "dr_grpo": _group_method("dr_grpo"),
-        "rloo": _group_method("rloo"),
-        "opo": _group_method("opo"),
-        "maxrl": _group_method("maxrl"),
-        "reinforce_plus_plus": _built_in("rlhf_ray.advantages:reinforce_plus_plus", "rewards mask gamma"),
-        "remax": _built_in("rlhf_ray.advantages:remax", "rewards greedy_rewards"),
-    }.items()
+    plugin.name: plugin
+    for plugin in (
+        _built_in("gae", "rlhf_ray.advantages:gae", "rewards values mask gamma lam bootstrap"),
+        *map(_group_method, ("grpo", "dr_grpo", "rloo", "opo", "maxrl")),
+        _built_in("reinforce_plus_plus", "rlhf_ray.advantages:reinforce_plus_plus", "rewards mask gamma"),
+        _built_in("remax", "rlhf_ray.advantages:remax", "rewards greedy_rewards"),
+    )
 }
 _LOSSES: dict[str, Plugin] = {
-    name: plugin(name)
-    for name, plugin in {
-        "ppo": _built_in("rlhf_ray.losses:ppo_loss", f"{_LOSS_TENSORS} clip_low clip_high dual_clip {_LOSS_SETTINGS}"),
-        "gspo": _built_in("rlhf_ray.losses:gspo_loss", _CLIPPED),
-        "cispo": _built_in("rlhf_ray.losses:cispo_loss", _CLIPPED),
-        "gmpo": _built_in("rlhf_ray.losses:gmpo_loss", _CLIPPED),
-        "sapo": _built_in("rlhf_ray.losses:sapo_loss", f"{_LOSS_TENSORS} {_LOSS_SETTINGS}"),
-    }.items()
+    plugin.name: plugin
+    for plugin in (
+        _built_in("ppo", "rlhf_ray.losses:ppo_loss", f"{_CLIPPED} dual_clip"),
+        _built_in("gspo", "rlhf_ray.losses:gspo_loss", _CLIPPED),
+        _built_in("cispo", "rlhf_ray.losses:cispo_loss", _CLIPPED),
+        _built_in("gmpo", "rlhf_ray.losses:gmpo_loss", _CLIPPED),
+        _built_in(
+            "sapo",
+            "rlhf_ray.losses:sapo_loss",
+            f"{_LOSS_TENSORS} {_LOSS_SETTINGS}",
+            required=("temperature_positive", "temperature_negative"),
+        ),
+    )
 }
 ADVANTAGES: Final[Mapping[str, Plugin]] = MappingProxyType(_ADVANTAGES)
 """Every advantage that a setting may name."""
@@ -199,8 +201,6 @@ def advantage_parameters(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 _BY_NAME: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-# Of the built-ins; to look at the others' signatures would import torch for nothing.
-_WITH_REQUIRED_ARGUMENTS: Final = ("sapo",)
 _Inputs = Callable[[tuple[str, ...]], tuple[str, ...]]
 
 
@@ -230,7 +230,12 @@ def _of_function(setting: str, name: str, function: Callable[..., Any], inputs: 
     first, *others = inputs(parameters)
     if first not in asks_for:
         raise ConfigError(setting, name, f"the function must take {first}; it may take {', '.join(others)}")
-    return Plugin(name=name, asks_for=asks_for, function=function)
+    required = tuple(
+        item.name
+        for item in signature.values()
+        if item.kind in _BY_NAME and item.default is item.empty and item.name not in asks_for
+    )
+    return Plugin(name=name, asks_for=asks_for, function=function, required=required)
 
 
 def _found(
@@ -246,21 +251,20 @@ def _found(
         raise ConfigError(
             setting, name, f"no such function; {hint} (your own: 'module:function' or 'file.py:function')"
         )
-    if arguments or callable(plugin.function) or plugin.name in _WITH_REQUIRED_ARGUMENTS:
-        _check_arguments(f"{setting}_args", plugin, arguments)
+    if arguments:
+        _check_known(f"{setting}_args", plugin, arguments)
+    if missing := [argument for argument in plugin.required if argument not in arguments]:
+        raise ConfigError(f"{setting}_args", dict(arguments), f"{plugin.name} needs {', '.join(missing)}")
     return replace(plugin, arguments={**plugin.arguments, **arguments})
 
 
-def _check_arguments(setting: str, plugin: Plugin, arguments: Mapping[str, Any]) -> None:
+def _check_known(setting: str, plugin: Plugin, arguments: Mapping[str, Any]) -> None:
     function: Any = plugin.loaded().function
     parameters = inspect.signature(function).parameters.values()
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     given = {*plugin.asks_for, *plugin.arguments}
-    own = [item for item in parameters if item.name not in given and item.kind in _BY_NAME]
+    own = [item.name for item in parameters if item.name not in given and item.kind in _BY_NAME]
     for name in arguments:
-        if name in plugin.asks_for or (name not in {item.name for item in own} and not takes_any):
-            remedy = f"{plugin.name} takes {', '.join(item.name for item in own) or 'no arguments'}"
+        if name in plugin.asks_for or (name not in own and not takes_any):
+            remedy = f"{plugin.name} takes {', '.join(own) or 'no arguments'}"
             raise ConfigError(setting, dict(arguments), f"no argument {name!r}; {remedy}")
-    missing = [item.name for item in own if item.default is item.empty and item.name not in arguments]
-    if missing:
-        raise ConfigError(setting, dict(arguments), f"{plugin.name} needs {', '.join(missing)}")

@@ -87,7 +87,7 @@ def test_every_algorithm_has_a_page_with_its_defaults_and_a_row_of_the_index(
 
 
 def test_every_algorithm_is_a_class_here_and_every_page_an_algorithm() -> None:
-    assert {item.algorithm_name for item in CLASSES} == set(config._BUILT_IN_ALGORITHMS)
+    assert {item.algorithm_name for item in CLASSES} == set(config.BUILT_IN_ALGORITHMS)
     assert {TABLES.page_of(item) for item in CLASSES} == set(PAGES) - {INDEX}
 
 

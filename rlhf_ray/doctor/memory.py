@@ -65,12 +65,10 @@ class MemoryNeed:
             max_tokens: Longest prompt and completion together.
             cpu_cache: Key-value cache that a CPU engine will reserve.
         """
-        trained = _TRAINED_BYTES * _trained_parameters(policy, critic)
-        frozen = _FROZEN_BYTES * policy.num_parameters if settings.training.kl_coef > 0 else 0
-        if settings.model.lora_rank > 0:
-            # The adapters are small beside the weights, which are frozen and serve as the reference too.
-            trained -= _TRAINED_BYTES * policy.num_parameters
-            frozen = _FROZEN_BYTES * policy.num_parameters
+        # Adapters are small beside the weights, which are then frozen and serve as the reference too.
+        lora = settings.model.lora_rank > 0
+        trained = _TRAINED_BYTES * (_parameters(critic) + (0 if lora else policy.num_parameters))
+        frozen = _FROZEN_BYTES * policy.num_parameters if lora or settings.training.kl_coef > 0 else 0
         shards = settings.rollouts.tensor_parallel_size
         return cls(
             learner=(trained + frozen) // settings.learners.num_learners,
@@ -96,7 +94,7 @@ def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts | None
     wanted = Path(settings.reporting.run_dir or "runs").expanduser().absolute()
     existing = next(folder for folder in (wanted, *wanted.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
-    checkpoint = _SAVED_BYTES * _trained_parameters(policy, critic)
+    checkpoint = _SAVED_BYTES * (policy.num_parameters + _parameters(critic))
     # The newest is written before the oldest is deleted.
     kept = settings.checkpointing.keep + 1 if settings.checkpointing.interval else 0
     needed = _LOGS_BYTES + kept * checkpoint + _FROZEN_BYTES * policy.num_parameters
@@ -107,8 +105,8 @@ def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts | None
     return passed("disk", f"{detail}, the run takes about {in_units(needed)}")
 
 
-def _trained_parameters(policy: ModelFacts, critic: ModelFacts | None) -> int:
-    return policy.num_parameters + (0 if critic is None else critic.num_parameters)
+def _parameters(model: ModelFacts | None) -> int:
+    return 0 if model is None else model.num_parameters
 
 
 def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engines: bool = True) -> Check:

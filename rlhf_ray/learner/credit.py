@@ -16,11 +16,12 @@ from rlhf_ray.advantages import (
 )
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.estimates import Estimates
-from rlhf_ray.learner.metrics import MetricSums, masked_mean
+from rlhf_ray.learner.metrics import MetricSums
+from rlhf_ray.losses import aggregate
 from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
 
-__all__ = ["CreditAssignment", "mean_over_ranks"]
+__all__ = ["CreditAssignment", "merged_moments"]
 
 
 class CreditAssignment:
@@ -69,7 +70,7 @@ class CreditAssignment:
         penalty = None
         if estimates.ref_logprobs is not None and estimates.proximal_logprobs is not None:
             penalty = kl(estimates.proximal_logprobs, estimates.ref_logprobs, estimator=training.kl_estimator)
-            metrics.add({"kl_to_reference": masked_mean(penalty, mask)}, float(mask.sum()))
+            metrics.add({"kl_to_reference": aggregate(penalty, mask, "token_mean")}, float(mask.sum()))
         if training.kl_in != "reward":
             penalty = None
         rewards = torch.tensor(batch.rewards, device=self._device)
@@ -80,7 +81,7 @@ class CreditAssignment:
         measured = [advantages]
         if returns is not None and estimates.values is not None:
             measured += [returns, returns - estimates.values]
-        moments, *of_critic = self._merged_moments(mask, *measured)
+        moments, *of_critic = merged_moments(mask, *measured)
         estimates.returns = returns
         estimates.advantages = whiten(advantages, mask, moments=moments) if training.whiten_advantages else advantages
         figures = {"advantage_mean": moments.mean, "advantage_std": moments.variance() ** 0.5}
@@ -132,19 +133,14 @@ class CreditAssignment:
                 f"advantage {self._plugin.name} returned {tuple(advantages.shape)}; expected {tuple(expected)}"
             )
 
-    def _merged_moments(self, mask: torch.Tensor, *tensors: torch.Tensor) -> list[Moments]:
-        mine = torch.stack([Moments.of(tensor, mask).to_tensor() for tensor in tensors]).to(self._device)
-        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, mine)
-        parts = torch.stack(gathered).cpu()
-        return [sum(map(Moments.from_tensor, parts[:, i]), Moments()) for i in range(len(tensors))]
 
-
-def mean_over_ranks(values: torch.Tensor) -> float:
-    """Mean of the ``[N]`` values of all ranks; 0 when there is none."""
-    total = torch.stack([values.double().sum(), torch.tensor(float(len(values)), device=values.device).double()])
-    dist.all_reduce(total)
-    return float(total[0] / total[1].clamp(min=1))
+def merged_moments(mask: torch.Tensor, *tensors: torch.Tensor) -> list[Moments]:
+    """Moments of each tensor where the mask is true, over all ranks."""
+    mine = torch.stack([Moments.of(tensor, mask).to_tensor() for tensor in tensors]).to(mask.device)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, mine)
+    parts = torch.stack(gathered).cpu()
+    return [sum(map(Moments.from_tensor, parts[:, i]), Moments()) for i in range(len(tensors))]
 
 
 def _gathered(rows: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -1,4 +1,4 @@
-"""What a rank knows of its batch before the first optimiser step, one number a completion token."""
+"""Before stage 4 on a learner rank: what it knows of its batch before the first step, a number a completion token."""
 
 from __future__ import annotations
 

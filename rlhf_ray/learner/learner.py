@@ -20,17 +20,17 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.credit import CreditAssignment, mean_over_ranks
+from rlhf_ray.learner.credit import CreditAssignment, merged_moments
 from rlhf_ray.learner.estimates import Estimates, put, take
 from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
-from rlhf_ray.learner.metrics import MetricSums, masked_mean
+from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import attention_kernel, head_is_new, load_critic, load_policy, set_head_bias, shard
 from rlhf_ray.learner.objective import PolicyObjective, PolicyTerms
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.trained_model import TrainedModel
-from rlhf_ray.losses import global_normalizer, value_loss
+from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
@@ -137,10 +137,10 @@ class Learner:
         self._credit = CreditAssignment(training, spec.advantage.loaded(), device)
         self._objective = PolicyObjective(training, spec.loss.loaded())
         self._reference: TokenScorer | None = None
-        if training.kl_coef > 0:
-            # With adapters the policy holds its own beginning.
-            self._reference = scorer(trained=False) if spec.lora is None else self._score.initial()
-        if self._reference is not None and spec.lora is None:
+        if training.kl_coef > 0 and spec.lora is not None:
+            self._reference = self._score.initial()
+        elif training.kl_coef > 0:
+            self._reference = scorer(trained=False)
             self._reference.model.requires_grad_(False)
 
     def update(self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True) -> dict[str, float]:
@@ -233,7 +233,9 @@ class Learner:
         """Before the first step of a critic whose head is new: predict the mean reward everywhere."""
         critic = self.critic
         if critic is not None and critic.steps_taken == 0 and head_is_new(critic.model):
-            set_head_bias(critic.model, mean_over_ranks(torch.tensor(batch.rewards, device=self._device)))
+            rewards = torch.tensor(batch.rewards, device=self._device)
+            (of_rewards,) = merged_moments(torch.ones_like(rewards, dtype=torch.bool), rewards)
+            set_head_bias(critic.model, of_rewards.mean)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _estimate(
@@ -338,7 +340,9 @@ class Learner:
         if kl_in_loss is not None and proximal is None:
             means["kl_to_reference"] = kl_in_loss
         metrics.add_loss("policy_loss", loss)
-        metrics.add(means | {"entropy": masked_mean(entropies.detach(), micro.mask)}, float(micro.mask.sum()))
+        metrics.add(
+            means | {"entropy": aggregate(entropies.detach(), micro.mask, "token_mean")}, float(micro.mask.sum())
+        )
         if first:
             self._compare_logprobs(micro, estimates, logprobs.detach(), terms.proximal_logprobs, metrics)
 

@@ -16,7 +16,12 @@ from torch import Tensor, nn
 
 from rlhf_ray.learner.layout import Microbatch
 from rlhf_ray.learner.lora import adapters_off
-from rlhf_ray.losses import chunked_logprobs_and_entropy, token_logprobs_and_entropy
+from rlhf_ray.losses import (
+    chunked_logprobs_and_entropy,
+    token_entropy,
+    token_logprobs,
+    token_logprobs_and_entropy,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -142,19 +147,26 @@ class TokenScorer:
         The entropies carry a gradient only with ``entropy_gradient``.
         """
         # An empty microbatch asks for one token and throws the answer away: other ranks' collectives need a partner.
-        rows = micro.completion_index[micro.mask] if micro.mask.any() else micro.completion_index.flatten()[:1]
+        is_empty = not micro.mask.any()
+        rows = micro.completion_index.flatten()[:1] if is_empty else micro.completion_index[micro.mask]
         targets = micro.targets.flatten()[rows]
         if self._head is None:
             logits = self._logits(micro).flatten(0, -2)[rows]
-            logprobs, entropies = token_logprobs_and_entropy(logits, targets, temperature=self._temperature)
-            assert entropies is not None
+            logprobs = token_logprobs(logits, targets, temperature=self._temperature)
+            with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+                entropies = token_entropy(logits, temperature=self._temperature)
         else:
             question = Question(
                 rows=rows, targets=targets, temperature=self._temperature, entropy_gradient=entropy_gradient
             )
             with self._head.asked(question):
                 logprobs, entropies = self._logits(micro).unbind(-1)
-        return _spread(logprobs, micro.mask), _spread(entropies if entropy_gradient else entropies.detach(), micro.mask)
+        if not entropy_gradient:
+            entropies = entropies.detach()
+        if is_empty:
+            logprobs, entropies = 0.0 * logprobs, 0.0 * entropies
+            return logprobs.expand(micro.mask.shape), entropies.expand(micro.mask.shape)
+        return _spread(logprobs, micro.mask), _spread(entropies, micro.mask)
 
     def _logits(self, micro: Microbatch) -> Tensor:
         inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "logits_to_keep": micro.kept}
@@ -165,9 +177,7 @@ class TokenScorer:
 
 
 def _spread(answers: Tensor, mask: Tensor) -> Tensor:
-    """``[N]`` to where the mask is true in ``[B, T]``; with nothing there, zeros that still hang on the graph."""
+    """``[N]`` to where the mask is true in ``[B, T]``, zeros elsewhere."""
     spread = answers.new_zeros(mask.shape)
-    if not mask.any():
-        return spread + 0.0 * answers.sum()
     spread[mask] = answers
     return spread

@@ -94,13 +94,12 @@ def merged_parameters(model: PreTrainedModel, *, every_name: bool) -> Iterator[t
     for name, parameter in model.named_parameters(remove_duplicate=not every_name):
         if _is_adapter(name):
             continue
-        owner, _, leaf = name.rpartition(".")
-        layer = layers.get(owner.removesuffix(".base_layer"))
-        if layer is None:
+        # PEFT keeps the layer that it adapts, weight and bias, under this name.
+        owner, adapted, leaf = name.rpartition(".base_layer.")
+        if not adapted:
             yield name, parameter
         else:
-            base = owner.removesuffix(".base_layer")
-            yield f"{base}.{leaf}", _merged(layer, parameter) if leaf == "weight" else parameter
+            yield f"{owner}.{leaf}", _merged(layers[owner], parameter) if leaf == "weight" else parameter
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

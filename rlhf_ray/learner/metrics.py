@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-__all__ = ["MetricSums", "masked_mean"]
+__all__ = ["MetricSums"]
 
 
 class MetricSums:
@@ -51,8 +51,3 @@ class MetricSums:
         for name in {name for part in parts for name in part._sums}:
             merged[name] = sum(part._sums[name] for part in parts) / sum(part._weights[name] for part in parts)
         return merged
-
-
-def masked_mean(x: torch.Tensor, mask: torch.Tensor) -> float:
-    """Mean of ``x`` where ``mask`` is true; 0 where nothing is."""
-    return float((x * mask).sum() / mask.sum().clamp(min=1))

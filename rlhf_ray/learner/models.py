@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.weight_sync.buckets import full_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -75,7 +76,7 @@ def load_critic(path: str, *, attn_implementation: str, trust_remote_code: bool)
 
 def head_is_new(critic: PreTrainedModel) -> bool:
     """Whether a (sharded) critic still has the head of zeros that :func:`load_critic` gives it."""
-    return all(float(_whole(parameter).abs().max()) == 0.0 for _, parameter in _head(critic))
+    return all(float(full_tensor(parameter.detach()).abs().max()) == 0.0 for _, parameter in _head(critic))
 
 
 def set_head_bias(critic: PreTrainedModel, value: float) -> None:
@@ -95,11 +96,6 @@ def set_head_bias(critic: PreTrainedModel, value: float) -> None:
 def _head(critic: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     backbone = f"{critic.base_model_prefix}."
     return [(name, parameter) for name, parameter in critic.named_parameters() if not name.startswith(backbone)]
-
-
-def _whole(parameter: torch.Tensor) -> torch.Tensor:
-    whole: torch.Tensor = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-    return whole.detach()
 
 
 def shard(

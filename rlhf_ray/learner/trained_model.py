@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.settings import TrainingSettings
+from rlhf_ray.weight_sync.buckets import full_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -94,7 +95,7 @@ class TrainedModel:
         """Clip, update the weights, clear the gradients; returns the norm before the clip."""
         limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        norm = full_tensor(norm)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad(set_to_none=True)

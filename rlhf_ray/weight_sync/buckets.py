@@ -14,7 +14,7 @@ import torch
 
 from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout
 
-__all__ = ["DEFAULT_BUCKET_BYTES", "gather_buckets", "unpack_bucket"]
+__all__ = ["DEFAULT_BUCKET_BYTES", "full_tensor", "gather_buckets", "unpack_bucket"]
 
 DEFAULT_BUCKET_BYTES = 256 * 1024 * 1024
 # Views into a bucket must start on an address that every dtype can be read from.
@@ -50,7 +50,7 @@ def gather_buckets(
         if tensors and filled + size > bucket_bytes:
             yield _bucket(tensors, pieces, keep=keep)
             tensors, pieces, filled = [], [], 0
-        full = _full_tensor(parameter.detach())
+        full = full_tensor(parameter.detach())
         if keep:
             pieces.append(full.to("cpu", wire_dtype))
         tensors.append(
@@ -75,7 +75,8 @@ def unpack_bucket(layout: BucketLayout, data: ByteArray) -> Iterator[tuple[str, 
         yield tensor.name, piece.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
 
-def _full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """Gather a sharded tensor, a collective; one that is not sharded is returned as it is."""
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor
 

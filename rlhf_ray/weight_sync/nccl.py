@@ -15,6 +15,8 @@ import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
+from rlhf_ray.weight_sync.buckets import full_tensor
+
 __all__ = ["NcclSender", "ReplicaClient", "ShardedSource", "rank_offsets"]
 
 _TIMEOUT_S = 600.0
@@ -48,9 +50,7 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters():
-            full = parameter.detach()
-            gather = getattr(full, "full_tensor", None)
-            yield name, (gather() if gather is not None else full).to(self._dtype)
+            yield name, full_tensor(parameter.detach()).to(self._dtype)
 
 
 class ReplicaClient:

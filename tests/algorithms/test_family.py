@@ -90,7 +90,7 @@ def own_names() -> Iterator[None]:
 
 
 def test_the_family_is_complete() -> None:
-    assert set(config._BUILT_IN_ALGORITHMS) == set(FAMILY)
+    assert set(config.BUILT_IN_ALGORITHMS) == set(FAMILY)
     exported = set(rlhf_ray.__all__)
     assert {f"{name}Config" for name in FAMILY} == {n for n in exported if n.endswith("Config")} - {"AlgorithmConfig"}
     assert set(FAMILY) <= exported
@@ -98,7 +98,7 @@ def test_the_family_is_complete() -> None:
 
 @every_algorithm
 def test_each_is_where_the_config_looks_for_it(name: str) -> None:
-    module = importlib.import_module(config._BUILT_IN_ALGORITHMS[name])
+    module = importlib.import_module(config.BUILT_IN_ALGORITHMS[name])
     assert getattr(module, f"{name}Config") is FAMILY[name]
     assert FAMILY[name].algorithm_name == name
 
