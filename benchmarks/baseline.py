@@ -1,7 +1,8 @@
 """The published baseline: PPO and its relatives on the quickstart task, several seeds each, the same sample budget.
 
-Every run samples as many completions (batch, group and iterations of the quickstart) from the same model. Held-out
-accuracy is greedy. Each finished run is kept in results/baseline.json, so that an interrupted benchmark goes on where
+Every run samples the same number of completions from the same model, those of groups that dynamic sampling drops
+counted too; the learning rate falls over as many iterations as that is without a dropped group. Held-out accuracy is
+greedy. Each finished run is kept in results/baseline.json, so that an interrupted benchmark goes on where
 it stopped; the plot and the table in results/baseline.{png,md} are drawn from that file.
 
     python benchmarks/baseline.py                                   # all that is missing
@@ -12,6 +13,7 @@ it stopped; the plot and the table in results/baseline.{png,md} are drawn from t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
@@ -26,7 +28,7 @@ import rlhf_ray
 
 ALGORITHMS = ("PPO", "GRPO", "RLOO", "DrGRPO", "DAPO", "GSPO", "ReinforcePP")
 SEEDS = (0, 1, 2)
-EVALUATE_EVERY = 20
+EVALUATIONS = 5
 FILE = RESULTS / "baseline.json"
 # What differs from an algorithm's own defaults, and why.
 CHANGES: dict[str, dict[str, dict[str, Any]]] = {
@@ -38,7 +40,7 @@ Run = dict[str, Any]
 
 
 def train(name: str, seed: int, iterations: int, folder: Path) -> Run:
-    """One run from the embedded model; accuracy by iteration, mean training reward, seconds."""
+    """One run from the embedded model; accuracy by completions sampled, mean training reward, seconds."""
     config = getattr(rlhf_ray, f"{name}Config")()
     for section, values in CHANGES.get(name, {}).items():
         getattr(config, section)(**values)
@@ -46,27 +48,34 @@ def train(name: str, seed: int, iterations: int, folder: Path) -> Run:
     config.reporting(run_dir=str(folder / f"{name}-{seed}"), progress="off", tensorboard=False, completions_interval=0)
     algorithm = config.build()
     try:
-        accuracy = {0: _accuracy(algorithm)}
-        rewards, started = [], time.perf_counter()
-        training_s = 0.0
-        for iteration in range(1, iterations + 1):
+        accuracy, sampled, budget = {0: _accuracy(algorithm)}, 0, None
+        rewards, seconds = [], []
+        while budget is None or sampled < budget:
             result = algorithm.train()
-            rewards.append(result["rollouts"]["reward_mean"])
-            training_s += result["timers"]["iteration_s"]
-            if iteration % EVALUATE_EVERY == 0 or iteration == iterations:
-                accuracy[iteration] = _accuracy(algorithm)
+            rollouts = result["rollouts"]
+            kept = rollouts["num_completions"]
+            budget = budget or kept * iterations
+            before, sampled = sampled, sampled + kept + _dropped(rollouts, kept / rollouts["num_groups"])
+            rewards.append(rollouts["reward_mean"])
+            seconds.append(result["timers"]["iteration_s"])
+            if before * EVALUATIONS // budget < sampled * EVALUATIONS // budget:
+                accuracy[sampled] = _accuracy(algorithm)
     finally:
         algorithm.stop()
     return {
         "algorithm": name,
         "seed": seed,
-        "iterations": iterations,
+        "iterations": len(rewards),
+        "budget": budget,
         "changes": CHANGES.get(name, {}),
         "accuracy": accuracy,
         "reward_mean": rewards,
-        "iteration_s_mean": training_s / iterations,
-        "wall_s": time.perf_counter() - started,
+        "iteration_s_mean": statistics.mean(seconds),
     } | {"origin": provenance()}
+
+
+def _dropped(rollouts: dict[str, Any], group_size: float) -> int:
+    return int(rollouts["equal_reward_groups"] * group_size)
 
 
 def _accuracy(algorithm: Any) -> float:
@@ -87,35 +96,38 @@ def keep(runs: list[Run]) -> None:
 
 
 def draw(runs: list[Run]) -> None:
-    """Accuracy against iterations: the mean over seeds, and a band from the worst to the best."""
+    """Accuracy against completions: the mean over seeds, and a band from the worst to the best."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for name in dict.fromkeys(run["algorithm"] for run in runs):
+        # Runs that drop groups pass the evaluation points at slightly different counts: their means are drawn.
         curves = [run["accuracy"] for run in runs if run["algorithm"] == name]
-        steps = sorted({int(step) for curve in curves for step in curve})
-        values = [[curve[str(step)] for curve in curves if str(step) in curve] for step in steps]
+        steps = [statistics.mean(map(int, point)) for point in zip(*curves, strict=False)]
+        values = list(zip(*(curve.values() for curve in curves), strict=False))
         (line,) = axes.plot(steps, [statistics.mean(v) for v in values], marker="o", markersize=3, label=name)
         axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.12)
-    axes.set(xlabel="iteration (256 completions each)", ylabel="held-out accuracy, greedy", ylim=(0.3, 1))
+    axes.set(xlabel="completions sampled", ylabel="held-out accuracy, greedy", ylim=(0.3, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False, ncol=2)
     figure.savefig(RESULTS / "baseline.png", dpi=150)
 
 
 def table(runs: list[Run]) -> str:
-    """One row an algorithm: accuracy before and after, gain, training reward, seconds an iteration."""
+    """One row an algorithm: accuracy before and after, gain, reward of the last ten iterations, seconds of each."""
     lines = [
-        "| algorithm | seeds | accuracy before | after, mean (min to max) | gain | reward, last 10 | s an iteration |",
-        "|---|---|---|---|---|---|---|",
+        "| algorithm | seeds | accuracy before | after, mean (min to max) | gain | last rewards | iterations | s each |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(run["algorithm"] for run in runs):
         mine = [run for run in runs if run["algorithm"] == name]
         before = statistics.mean(run["accuracy"]["0"] for run in mine)
         after = [list(run["accuracy"].values())[-1] for run in mine]
         reward = statistics.mean(statistics.mean(run["reward_mean"][-10:]) for run in mine)
+        iterations = statistics.mean(run["iterations"] for run in mine)
         seconds = statistics.mean(run["iteration_s_mean"] for run in mine)
+        gain = statistics.mean(after) - before
         lines.append(
-            f"| {name} | {len(mine)} | {before:.3f} | {statistics.mean(after):.3f} ({min(after):.3f} to "
-            f"{max(after):.3f}) | {statistics.mean(after) - before:+.3f} | {reward:.3f} | {seconds:.2f} |"
+            f"| {name} | {len(mine)} | {before:.3f} | {before + gain:.3f} ({min(after):.3f} to {max(after):.3f}) | "
+            f"{gain:+.3f} | {reward:.3f} | {iterations:.0f} | {seconds:.2f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -125,23 +137,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--iterations", type=int, default=100, help="budget: the completions of this many")
     parser.add_argument("--draw", action="store_true")
     arguments = parser.parse_args()
     runs = finished()
     if not arguments.draw:
-        there = {(run["algorithm"], run["seed"], run["iterations"]) for run in runs}
+        there = {(run["algorithm"], run["seed"]) for run in runs}
         # Seed by seed, so that a benchmark that is cut short has every algorithm.
-        wanted = [(name, seed, arguments.iterations) for seed in arguments.seeds for name in arguments.algorithms]
-        for name, seed, iterations in wanted:
-            if (name, seed, iterations) in there:
+        for seed, name in itertools.product(arguments.seeds, arguments.algorithms):
+            if (name, seed) in there:
                 continue
+            started = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
-                run = train(name, seed, iterations, Path(folder))
+                run = train(name, seed, arguments.iterations, Path(folder))
             # As read back: JSON's keys are text.
             runs.append(json.loads(json.dumps(run)))
             keep(runs)
-            print(f"{name} seed {seed}: {run['accuracy']} in {run['wall_s']:.0f} s", flush=True)
+            print(f"{name} seed {seed}: {run['accuracy']} in {time.perf_counter() - started:.0f} s", flush=True)
         runs = finished()
     draw(runs)
     (RESULTS / "baseline.md").write_text(table(runs))
