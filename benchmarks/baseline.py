@@ -114,7 +114,7 @@ def draw(runs: list[Run]) -> None:
 def table(runs: list[Run]) -> str:
     """One row an algorithm: accuracy before and after, gain, reward of the last ten iterations, seconds of each."""
     lines = [
-        "| algorithm | seeds | accuracy before | after, mean (min to max) | gain | last rewards | iterations | s each |",
+        "| algorithm | seeds | accuracy before | after, mean (min to max) | gain | reward | iterations | s each |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(run["algorithm"] for run in runs):

@@ -68,11 +68,9 @@ class CreditAssignment:
         """Set ``estimates.advantages`` and ``returns``, whitened over all ranks where asked for; returns figures."""
         training, mask = self._training, estimates.mask
         penalty = None
-        if estimates.ref_logprobs is not None and estimates.proximal_logprobs is not None:
+        if training.kl_in == "reward" and estimates.ref_logprobs is not None:
             penalty = kl(estimates.proximal_logprobs, estimates.ref_logprobs, estimator=training.kl_estimator)
             metrics.add({"kl_to_reference": aggregate(penalty, mask, "token_mean")}, float(mask.sum()))
-        if training.kl_in != "reward":
-            penalty = None
         rewards = torch.tensor(batch.rewards, device=self._device)
         if self._plugin.per_completion:
             advantages, returns = self._of_completions(batch, rewards, penalty, mask), None

@@ -19,29 +19,27 @@ class Estimates:
     mask: torch.Tensor
     """Bool, true at tokens that enter the losses."""
     sampling_logprobs: torch.Tensor
+    proximal_logprobs: torch.Tensor
+    """Under the policy before the update; those of the first step's minibatch are written by that step."""
     values: torch.Tensor | None = None
     """The critic's; ``None`` without one."""
     bootstrap: torch.Tensor | None = None
     """``[N]``, value after the last token; 0 where the completion finished."""
-    proximal_logprobs: torch.Tensor | None = None
-    """Under the policy before the update; ``None`` where the only step's own forward pass gives them."""
     ref_logprobs: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
 
     @classmethod
-    def of(
-        cls, batch: SequenceBatch, *, device: torch.device, values: bool, proximal: bool, reference: bool
-    ) -> Estimates:
+    def of(cls, batch: SequenceBatch, *, device: torch.device, values: bool, reference: bool) -> Estimates:
         """Make room for the figures that a run has."""
         sampling = pad_completions(batch.sampling_logprobs, batch.completion_lengths, device=device)
         lengths = torch.tensor(batch.loss_lengths, device=device)
         return cls(
             mask=torch.arange(sampling.shape[1], device=device)[None, :] < lengths[:, None],
             sampling_logprobs=sampling,
+            proximal_logprobs=torch.zeros_like(sampling),
             values=torch.zeros_like(sampling) if values else None,
             bootstrap=torch.zeros(len(batch), device=device) if values else None,
-            proximal_logprobs=torch.zeros_like(sampling) if proximal else None,
             ref_logprobs=torch.zeros_like(sampling) if reference else None,
         )
 

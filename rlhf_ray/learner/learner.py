@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
+from rlhf_ray.advantages import kl
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.credit import CreditAssignment, merged_moments
 from rlhf_ray.learner.estimates import Estimates, put, take
@@ -142,6 +143,7 @@ class Learner:
         elif training.kl_coef > 0:
             self._reference = scorer(trained=False)
             self._reference.model.requires_grad_(False)
+        self._kl_in_reward = self._reference is not None and training.kl_in == "reward"
 
     def update(self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True) -> dict[str, float]:
         """Train on one batch; returns the figures of the update, the same on every rank.
@@ -160,8 +162,7 @@ class Learner:
         }
         if self._training.value_init == "reward_mean":
             self._start_values_at_mean(batch)
-        one_step = len(plan.minibatches) == 1 and len(plan.epochs) == 1
-        estimates = self._estimate(batch, microbatches, plan, skip_proximal=one_step)
+        estimates = self._estimate(batch, microbatches, plan, update_policy=update_policy)
         kl_coef = self._credit.kl_coef
         figures = self._credit.assign(batch, estimates, metrics)
         estimated = time.perf_counter()
@@ -244,30 +245,30 @@ class Learner:
         microbatches: dict[tuple[int, ...], Microbatch],
         plan: RankPlan,
         *,
-        skip_proximal: bool,
+        update_policy: bool,
     ) -> Estimates:
-        kl_in_reward = self._reference is not None and self._training.kl_in == "reward"
         estimates = Estimates.of(
             batch,
             device=self._device,
             values=self.critic is not None,
-            proximal=kl_in_reward or not skip_proximal,
-            reference=self._reference is not None,
+            reference=self._reference is not None and (self._kl_in_reward or update_policy),
         )
-        for minibatch in plan.minibatches:
+        for index, minibatch in enumerate(plan.minibatches):
+            # The policy does not change before the first step, whose own forward pass gives the same numbers.
+            proximal = self._kl_in_reward or (update_policy and index != plan.epochs[0][0])
             for rows in minibatch.microbatches:
-                self._estimate_microbatch(microbatches[rows], estimates)
+                self._estimate_microbatch(microbatches[rows], estimates, proximal=proximal)
         if estimates.bootstrap is not None:
             estimates.bootstrap *= torch.tensor(batch.truncated, device=self._device)
         return estimates
 
-    def _estimate_microbatch(self, micro: Microbatch, estimates: Estimates) -> None:
+    def _estimate_microbatch(self, micro: Microbatch, estimates: Estimates, *, proximal: bool) -> None:
         if estimates.values is not None and estimates.bootstrap is not None:
             values = self._values(micro)
             put(estimates.values, micro, values[micro.value_index])
             if len(micro.rows):
                 estimates.bootstrap[micro.rows] = values[micro.last_index]
-        if estimates.proximal_logprobs is not None:
+        if proximal:
             put(estimates.proximal_logprobs, micro, self._score(micro)[0])
         if self._reference is not None and estimates.ref_logprobs is not None:
             put(estimates.ref_logprobs, micro, self._reference(micro)[0])
@@ -325,24 +326,24 @@ class Learner:
     ) -> None:
         assert estimates.advantages is not None
         logprobs, entropies = self._score(micro, entropy_gradient=self._training.entropy_coef != 0.0)
-        proximal, reference = estimates.proximal_logprobs, estimates.ref_logprobs
+        if first and not self._kl_in_reward:
+            put(estimates.proximal_logprobs, micro, logprobs.detach())
         terms = PolicyTerms(
             logprobs=logprobs,
             entropies=entropies,
-            proximal_logprobs=logprobs.detach() if proximal is None else take(proximal, micro),
-            ref_logprobs=None if reference is None else take(reference, micro),
+            proximal_logprobs=take(estimates.proximal_logprobs, micro),
+            ref_logprobs=None if estimates.ref_logprobs is None else take(estimates.ref_logprobs, micro),
             advantages=take(estimates.advantages, micro),
             mask=micro.mask,
         )
         total, loss, means = self._objective(terms, normalizer=normalizer, kl_coef=self._credit.kl_coef)
         (total * self._world_size).backward()
-        kl_in_loss = means.pop("kl_in_loss", None)
-        if kl_in_loss is not None and proximal is None:
-            means["kl_to_reference"] = kl_in_loss
         metrics.add_loss("policy_loss", loss)
-        metrics.add(
-            means | {"entropy": aggregate(entropies.detach(), micro.mask, "token_mean")}, float(micro.mask.sum())
-        )
+        means = means | {"entropy": aggregate(entropies.detach(), micro.mask, "token_mean")}
+        if terms.ref_logprobs is not None and not self._kl_in_reward:
+            penalty = kl(terms.proximal_logprobs, terms.ref_logprobs, estimator=self._training.kl_estimator)
+            means["kl_to_reference"] = aggregate(penalty, micro.mask, "token_mean")
+        metrics.add(means, float(micro.mask.sum()))
         if first:
             self._compare_logprobs(micro, estimates, logprobs.detach(), terms.proximal_logprobs, metrics)
 
@@ -359,15 +360,12 @@ class Learner:
         if tokens == 0:
             return
         difference = (logprobs - take(estimates.sampling_logprobs, micro)).abs()[micro.mask]
-        deviation = ((logprobs - proximal).exp() - 1.0).abs()[micro.mask]
         metrics.add(
-            {
-                "sampling_logprob_diff_mean": difference.mean(),
-                "sampling_logprob_diff_max": difference.max(),
-                "first_ratio_deviation_max": deviation.max(),
-            },
-            tokens,
+            {"sampling_logprob_diff_mean": difference.mean(), "sampling_logprob_diff_max": difference.max()}, tokens
         )
+        if self._kl_in_reward:  # Elsewhere they are one tensor.
+            deviation = ((logprobs - proximal).exp() - 1.0).abs()[micro.mask]
+            metrics.add({"first_ratio_deviation_max": deviation.max()}, tokens)
 
     def _values(self, micro: Microbatch) -> torch.Tensor:
         """``[tokens of input_ids]``, the critic's value of the state after each token."""

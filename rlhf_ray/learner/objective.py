@@ -64,9 +64,8 @@ class PolicyObjective:
             bonus, _ = entropy_bonus(terms.entropies, terms.mask, **aggregated)
             total = total - training.entropy_coef * bonus
         if training.kl_in == "loss" and terms.ref_logprobs is not None:
-            divergence, of_kl = kl_loss(
+            divergence, _ = kl_loss(
                 terms.logprobs, terms.ref_logprobs, terms.mask, estimator=training.kl_estimator, **aggregated
             )
             total = total + kl_coef * divergence
-            means = means | {"kl_in_loss": of_kl["kl"]}
         return total, loss, means

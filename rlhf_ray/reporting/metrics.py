@@ -94,7 +94,12 @@ METRICS: tuple[Metric, ...] = (
     # The three below are taken at the first optimiser step, where learner and engine hold the same policy.
     Metric("learner/sampling_logprob_diff_mean", "nats", "token mean of |log p(learner) - log p(engine)|"),
     Metric("learner/sampling_logprob_diff_max", "nats", "largest |log p(learner) - log p(engine)| of a token"),
-    Metric("learner/first_ratio_deviation_max", "ratio", "largest |current / proximal - 1| of a token, 0 if exact"),
+    Metric(
+        "learner/first_ratio_deviation_max",
+        "ratio",
+        "largest |current / proximal - 1| of a token, 0 if exact; only with a KL in the reward: without, both are one "
+        "forward pass's",
+    ),
     Metric("learner/num_tokens", "tokens", "prompt and completion tokens of the batch, one pass, all learners"),
     Metric("learner/num_microbatches", "microbatches", "microbatches in one pass over the batch, first learner"),
     Metric("learner/padding_fraction", "fraction", "padding / (padding + tokens) in the microbatches"),

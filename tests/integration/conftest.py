@@ -19,7 +19,8 @@ def small_config(run_dir: Path) -> PPOConfig:
         .data(batch_size=12)
         .rollouts(num_replicas=2, group_size=4, max_prompt_tokens=16, num_threads=1)
         .learners(num_learners=2, num_threads=1, max_tokens_per_microbatch=256)
-        .training(iterations=1000, num_minibatches=2)
+        # With a KL in the reward the first ratio is measured.
+        .training(iterations=1000, num_minibatches=2, kl_coef=1e-4)
         .evaluation(num_prompts=32)
         .reporting(run_dir=str(run_dir), wandb_project="tests")
         .fault_tolerance(max_group_retries=20)

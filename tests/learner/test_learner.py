@@ -31,7 +31,6 @@ from rlhf_ray.weight_sync.buckets import unpack_bucket
 pytestmark = pytest.mark.usefixtures("one_rank")
 
 CPU = torch.device("cpu")
-MULTI_STEP = [name for name, scenario in SCENARIOS.items() if scenario.num_minibatches * scenario.num_epochs > 1]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +128,7 @@ def estimates_of(learner: Learner, batch: SequenceBatch) -> Any:
         for minibatch in plan.minibatches
         for rows in minibatch.microbatches
     }
-    estimates = learner._estimate(own, microbatches, plan, skip_proximal=False)
+    estimates = learner._estimate(own, microbatches, plan, update_policy=True)
     learner._credit.assign(own, estimates, MetricSums())
     return own, estimates
 
@@ -216,7 +215,7 @@ def test_every_figure_is_declared(name: str, on_one_rank: Callable[[str], Outcom
 # The first ratio is exactly 1, and no forward pass is wasted on knowing it.
 
 
-@pytest.mark.parametrize("name", MULTI_STEP)
+@pytest.mark.parametrize("name", ["kl_in_reward", "rloo_kl_in_reward", "adapted_kl", "lora"])
 def test_first_ratio_is_exactly_one(
     name: str, on_one_rank: Callable[[str], Outcome], two_ranks: tuple[Path, RankResult, RankResult]
 ) -> None:
@@ -233,24 +232,42 @@ def test_later_steps_do_move_the_ratio(on_one_rank: Callable[[str], Outcome]) ->
 
 @pytest.mark.parametrize(
     ("minibatches", "epochs", "forwards"),
-    # One microbatch a minibatch: a proximal pass of each, then one pass a step; none where the only step is the pass.
-    [(1, 1, 1), (2, 1, 2 + 2), (1, 2, 1 + 2), (2, 2, 2 + 4)],
+    # One microbatch a minibatch: a proximal pass of each but the first step's, then one pass a step.
+    [(1, 1, 0 + 1), (2, 1, 1 + 2), (1, 2, 0 + 2), (2, 2, 1 + 4)],
 )
-def test_proximal_pass_is_skipped_where_the_only_step_gives_it(
+def test_proximal_pass_is_skipped_where_the_first_step_gives_it(
     minibatches: int, epochs: int, forwards: int, policy_forwards: Callable[[Scenario], int]
 ) -> None:
     assert policy_forwards(Scenario(num_minibatches=minibatches, num_epochs=epochs)) == forwards
 
 
-def test_the_skipped_pass_would_have_given_the_same(make_learner: Callable[..., Learner]) -> None:
-    """With a KL in the reward the proximal pass is made even for one step; a zero-like coefficient changes nothing."""
-    scenario = Scenario(num_minibatches=1)
+@pytest.mark.parametrize(("minibatches", "epochs"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_the_skipped_pass_would_have_given_the_same(
+    minibatches: int, epochs: int, make_learner: Callable[..., Learner]
+) -> None:
+    """With a KL in the reward the proximal pass is made of every minibatch; a zero-like coefficient changes nothing."""
+    scenario = Scenario(num_minibatches=minibatches, num_epochs=epochs)
     skipped, made = make_learner(scenario), make_learner(scenario, kl_coef=1e-30)
 
     figures = [runs.update(learner, scenario, 0) for learner in (skipped, made)]
 
+    assert "first_ratio_deviation_max" not in figures[0]
     assert figures[0]["policy_loss"] == pytest.approx(figures[1]["policy_loss"], abs=1e-7)
+    assert figures[0]["approx_kl"] == pytest.approx(figures[1]["approx_kl"], abs=1e-7)
     assert_same_weights(runs.full_weights(skipped.policy), runs.full_weights(made.policy), 1e-7)
+
+
+def test_a_critic_that_warms_up_asks_nothing_of_the_policy(make_learner: Callable[..., Learner]) -> None:
+    scenario = Scenario(update_policy=(False,))
+    learner = make_learner(scenario, kl_coef=0.1, kl_in="loss")
+    calls: list[int] = []
+    for scorer in (learner._score, learner._reference):
+        scorer.model.register_forward_hook(lambda *_: calls.append(1))
+
+    figures = runs.update(learner, scenario, 0)
+
+    assert calls == []
+    assert figures["value_loss"] > 0.0
 
 
 # Truncated completions bootstrap from the critic; finished ones do not.
