@@ -214,6 +214,14 @@ class LearnerSettings:
     num_gpus_per_learner: float | None = setting(None, "GPUs a learner, 0 or 1; none: 1 on GPU clusters, 0 elsewhere")
     max_tokens_per_microbatch: int = setting(4096, "tokens, padding included, in one forward and backward")
     gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    compile_backend: str | None = setting(
+        None, "torch.compile backend of the decoder layers, inductor for one; none: they are not compiled"
+    )
+    offload_reference: bool = setting(False, "keep the reference in CPU memory; a layer at a time is on the GPU")
+    offload_optimizer: bool = setting(
+        False,
+        "keep weights, gradients and optimiser state in CPU memory and step there; a layer at a time is on the GPU",
+    )
     num_threads: int | None = setting(None, "threads of a CPU learner; none: its share of the machine's cores")
     startup_timeout_s: float = setting(900.0, "longest wait for the learners to start, in seconds")
     update_timeout_s: float = setting(3600.0, "longest wait for one update, in seconds")

@@ -17,6 +17,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.group import LearnerGroup
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
+from rlhf_ray.learner.models import check_compile_backend
 from rlhf_ray.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.prompts.evaluation_prompts import load_prompts
 from rlhf_ray.prompts.stream import PromptStream
@@ -92,6 +93,8 @@ def check_inputs(settings: Settings) -> Inputs:
     check_advantage(advantage, settings)
     loss = loss_plugin(settings.training.loss, settings.training.loss_args)
     check_loss(loss, settings)
+    if settings.learners.compile_backend is not None:
+        check_compile_backend(settings.learners.compile_backend)
     load_tokenizer(tokenizer_path, trust_remote_code=trust)
     config = _model_config("model.path", policy_path, trust)
     if critic_path is not None:
@@ -268,6 +271,9 @@ def _learner_group(
         attn_implementation=model.attn_implementation,
         trust_remote_code=model.trust_remote_code,
         gradient_checkpointing=learners.gradient_checkpointing,
+        compile_backend=learners.compile_backend,
+        offload_reference=learners.offload_reference,
+        offload_optimizer=learners.offload_optimizer,
         dtype=dtype,
         wire_dtype=dtype,
         temperature=settings.rollouts.temperature,

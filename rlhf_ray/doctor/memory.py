@@ -21,7 +21,7 @@ __all__ = ["MemoryNeed", "check_disk", "check_memory"]
 
 _GIB = 1024**3
 _TRAINED_BYTES = 16
-_FROZEN_BYTES = 4
+_WEIGHT_BYTES = 4
 _SAVED_BYTES = 12
 """A checkpoint: weights and Adam's moments."""
 # Resident size of a process with torch and transformers, and of vLLM's two processes, before any weights.
@@ -37,6 +37,8 @@ class MemoryNeed:
 
     learner: int
     """Policy, critic, optimisers and reference, a learner."""
+    offloaded: int
+    """What of it a learner on a GPU keeps in CPU memory."""
     engine_weights: int
     """An engine's weights, a GPU of it."""
     sequence: int
@@ -61,17 +63,20 @@ class MemoryNeed:
             settings: The run's settings.
             policy: The model to train.
             critic: The model that the critic starts from; ``None``: there is no critic.
-            dtype_bytes: Bytes of an engine's weight.
+            dtype_bytes: Bytes of a weight in the type that is computed in.
             max_tokens: Longest prompt and completion together.
             cpu_cache: Key-value cache that a CPU engine will reserve.
         """
         # Adapters are small beside the weights, which are then frozen and serve as the reference too.
         lora = settings.model.lora_rank > 0
         trained = _TRAINED_BYTES * (_parameters(critic) + (0 if lora else policy.num_parameters))
-        frozen = _FROZEN_BYTES * policy.num_parameters if lora or settings.training.kl_coef > 0 else 0
-        shards = settings.rollouts.tensor_parallel_size
+        reference = dtype_bytes * policy.num_parameters if settings.training.kl_coef > 0 and not lora else 0
+        base = _WEIGHT_BYTES * policy.num_parameters if lora else 0
+        shards, learners = settings.rollouts.tensor_parallel_size, settings.learners
+        offloaded = (trained + base) * learners.offload_optimizer + reference * learners.offload_reference
         return cls(
-            learner=(trained + frozen) // settings.learners.num_learners,
+            learner=(trained + base + reference) // learners.num_learners,
+            offloaded=offloaded // learners.num_learners,
             engine_weights=dtype_bytes * policy.num_parameters // shards,
             sequence=max_tokens * _token_bytes(policy.config, dtype_bytes) // shards,
             cpu_cache=cpu_cache,
@@ -97,7 +102,7 @@ def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts | None
     checkpoint = _SAVED_BYTES * (policy.num_parameters + _parameters(critic))
     # The newest is written before the oldest is deleted.
     kept = settings.checkpointing.keep + 1 if settings.checkpointing.interval else 0
-    needed = _LOGS_BYTES + kept * checkpoint + _FROZEN_BYTES * policy.num_parameters
+    needed = _LOGS_BYTES + kept * checkpoint + _WEIGHT_BYTES * policy.num_parameters
     detail = f"{in_units(free)} free at {existing}"
     if free < needed:
         text = f"{detail}, wants {in_units(needed)} for {kept} checkpoints, the model and logs"
@@ -130,15 +135,17 @@ def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engin
 
 def _learner_gpu(machine: Machine, need: MemoryNeed) -> Check:
     name = "learner memory"
-    detail = f"{in_units(need.learner)} a GPU for weights, gradients and Adam"
+    on_gpu = need.learner - need.offloaded
+    detail = f"{in_units(on_gpu)} a GPU for weights, gradients and Adam"
     if not machine.gpus:
         return passed(name, f"{detail}; no GPU here to compare with")
     size = min(gpu.memory_bytes for gpu in machine.gpus)
     detail = f"{detail}, of {in_units(size)}"
-    if need.learner > size:
-        enough = -(-need.learner // int(0.6 * size))
-        return failed(name, detail, f"shard over more GPUs: learners.num_learners times {enough}")
-    if need.learner > 0.7 * size:
+    if on_gpu > size:
+        enough = -(-on_gpu // int(0.6 * size))
+        remedy = f"shard over more GPUs (learners.num_learners times {enough}) or set learners.offload_optimizer"
+        return failed(name, detail, remedy)
+    if on_gpu > 0.7 * size:
         remedy = "activations may not fit: more num_learners, gradient_checkpointing, or smaller microbatches"
         return warned(name, detail, remedy)
     return passed(name, detail)

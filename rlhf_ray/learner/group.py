@@ -186,7 +186,7 @@ class LearnerGroup:
         return TorchTrainer(
             train_loop,
             train_loop_config={"spec": self._spec, "bridge": self.bridge},
-            torch_config=TorchConfig(backend="nccl" if self._spec.on_gpu else "gloo"),
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if self._spec.on_gpu else "gloo"),
             scaling_config=ScalingConfig(
                 num_workers=self.num_learners, use_gpu=self._spec.on_gpu, resources_per_worker=resources
             ),

@@ -27,7 +27,15 @@ from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
 from rlhf_ray.learner.metrics import MetricSums
-from rlhf_ray.learner.models import attention_kernel, head_is_new, load_critic, load_policy, set_head_bias, shard
+from rlhf_ray.learner.models import (
+    attention_kernel,
+    freeze,
+    head_is_new,
+    load_critic,
+    load_policy,
+    set_head_bias,
+    shard,
+)
 from rlhf_ray.learner.objective import PolicyObjective, PolicyTerms
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.trained_model import TrainedModel
@@ -60,6 +68,12 @@ class LearnerSpec:
     attn_implementation: str
     trust_remote_code: bool
     gradient_checkpointing: bool
+    compile_backend: str | None
+    """Of ``torch.compile``; ``None``: models run as they are."""
+    offload_reference: bool
+    """Keep the reference in CPU memory."""
+    offload_optimizer: bool
+    """Keep all of policy and critic in CPU memory, and step there."""
     dtype: str
     """Compute type: ``float32`` or ``bfloat16``."""
     wire_dtype: str
@@ -107,14 +121,22 @@ class Learner:
         }
 
         def sharded(model: PreTrainedModel, *, trained: bool = True) -> PreTrainedModel:
-            checkpointing = spec.gradient_checkpointing and trained
-            return shard(model, mesh, compute_dtype=compute_dtype, gradient_checkpointing=checkpointing)
+            return shard(
+                model,
+                mesh,
+                compute_dtype=compute_dtype,
+                gradient_checkpointing=spec.gradient_checkpointing and trained,
+                compile_backend=spec.compile_backend,
+                offload=spec.offload_optimizer if trained else spec.offload_reference,
+            )
 
         def scorer(*, trained: bool) -> TokenScorer:
             model = load_policy(spec.policy_path, **loading).to(device)
             head = LogprobHead.adopt(model)
             if spec.lora is not None:
                 add_adapters(model, spec.lora)
+            if not trained:
+                freeze(model, compute_dtype)
             return TokenScorer(sharded(model, trained=trained), head, temperature=spec.temperature)
 
         training = self._training
@@ -142,7 +164,6 @@ class Learner:
             self._reference = self._score.initial()
         elif training.kl_coef > 0:
             self._reference = scorer(trained=False)
-            self._reference.model.requires_grad_(False)
         self._kl_in_reward = self._reference is not None and training.kl_in == "reward"
 
     def update(self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.weight_sync.buckets import full_tensor
@@ -16,7 +16,16 @@ from rlhf_ray.weight_sync.buckets import full_tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["attention_kernel", "head_is_new", "load_critic", "load_policy", "set_head_bias", "shard"]
+__all__ = [
+    "attention_kernel",
+    "check_compile_backend",
+    "freeze",
+    "head_is_new",
+    "load_critic",
+    "load_policy",
+    "set_head_bias",
+    "shard",
+]
 
 # Gathering a smaller layer by itself costs more than the memory that it frees is worth: 4 MiB in float32.
 _MIN_UNIT_PARAMETERS = 2**20
@@ -32,6 +41,17 @@ def attention_kernel(setting: str, device: torch.device) -> str:
         if is_flash_attn_2_available():
             return "flash_attention_2"
     return "sdpa"
+
+
+def check_compile_backend(name: str) -> None:
+    """Raise where ``torch.compile`` has no such backend.
+
+    Raises:
+        ConfigError: It has not.
+    """
+    known = torch.compiler.list_backends(exclude_tags=())
+    if name not in known:
+        raise ConfigError("learners.compile_backend", name, f"no such backend; there is {', '.join(known)}")
 
 
 def load_policy(path: str, *, attn_implementation: str, trust_remote_code: bool) -> PreTrainedModel:
@@ -98,23 +118,41 @@ def _head(critic: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
     return [(name, parameter) for name, parameter in critic.named_parameters() if not name.startswith(backbone)]
 
 
+def freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Take a model that is not trained out of autograd, its weights in the type that it computes in."""
+    model.requires_grad_(False)
+    for parameter in model.parameters():  # Buffers, such as rotary frequencies, keep theirs.
+        parameter.data = parameter.data.to(dtype)
+
+
 def shard(
-    model: PreTrainedModel, mesh: DeviceMesh, *, compute_dtype: torch.dtype, gradient_checkpointing: bool
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype,
+    gradient_checkpointing: bool = False,
+    compile_backend: str | None = None,
+    offload: bool = False,
 ) -> PreTrainedModel:
     """Shard a model over the mesh: one FSDP2 unit a decoder layer, one for the rest and for layers that are tiny.
 
-    Weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced in
-    float32.
+    Trained weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced
+    in float32. With ``offload`` weights and gradients, and so the optimiser's state, stay in CPU memory.
     """
+    kwargs: dict[str, Any] = {"mesh": mesh}
+    if offload:
+        kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy = MixedPrecisionPolicy()
     if compute_dtype != torch.float32:
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        kwargs["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in _decoder_layers(model):
+        if compile_backend is not None:
+            # Before it is sharded: FSDP's hooks stay outside of the graph. Lengths differ in every microbatch.
+            layer.compile(backend=compile_backend, dynamic=True)
         if sum(parameter.numel() for parameter in layer.parameters()) >= _MIN_UNIT_PARAMETERS:
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+            fully_shard(layer, **kwargs)
+    fully_shard(model, **kwargs)
     return model
 
 

@@ -57,6 +57,11 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
         ConfigError,
         r"model\.critic_path = '.*no-such-critic': no such folder",
     ),
+    "unknown compile backend": (
+        lambda: PPOConfig().learners(compile_backend="inducter"),
+        ConfigError,
+        r"learners\.compile_backend = 'inducter': no such backend; there is .*inductor",
+    ),
     "not a model": (folder_without_a_model, ConfigError, r"model\.(tokenizer_)?path = '.*folder'"),
     "unknown kind of model": (config_of_no_model, ConfigError, r"model\.path = '.*folder': .*toaster"),
     "missing dataset": (

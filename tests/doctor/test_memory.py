@@ -46,8 +46,19 @@ def test_sixteen_bytes_a_trained_parameter() -> None:
     assert need(Settings(), critic=BILLION // 2).learner == 24 * BILLION
 
 
-def test_a_reference_is_weights_alone() -> None:
-    assert need(Settings(training=TrainingSettings(kl_coef=0.1))).learner == 36 * BILLION
+def test_a_reference_is_weights_alone_in_the_type_it_computes_in() -> None:
+    settings = Settings(training=TrainingSettings(kl_coef=0.1))
+    assert need(settings).learner == 34 * BILLION
+    assert need(settings, dtype_bytes=4).learner == 36 * BILLION
+
+
+@pytest.mark.parametrize(
+    ("reference", "optimizer", "billions"), [(True, False, 2), (False, True, 32), (True, True, 34)]
+)
+def test_what_is_offloaded_is_not_on_the_gpu(reference: bool, optimizer: bool, billions: int) -> None:
+    learners = LearnerSettings(offload_reference=reference, offload_optimizer=optimizer, num_learners=2)
+    needed = need(Settings(training=TrainingSettings(kl_coef=0.1), learners=learners))
+    assert (needed.learner, needed.offloaded) == (17 * BILLION, billions * BILLION // 2)
 
 
 def test_learners_share() -> None:

@@ -167,6 +167,23 @@ def test_recomputed_activations_change_nothing(on_one_rank: Callable[[str], Outc
     assert_same(runs.run(scenario, models), on_one_rank("token_mean"))
 
 
+@pytest.mark.parametrize("name", ["kl_in_reward", "lora"])
+def test_models_in_cpu_memory_learn_the_same(name: str, on_one_rank: Callable[[str], Outcome], models: Path) -> None:
+    scenario = SCENARIOS[name]
+    offloaded = scenario.spec | {"offload_reference": True, "offload_optimizer": True}
+
+    assert_same(runs.run(replace(scenario, spec=offloaded), models), on_one_rank(name))
+
+
+def test_compiled_layers_learn_the_same(on_one_rank: Callable[[str], Outcome], models: Path) -> None:
+    """By PyTorch's backend that traces as the others do and generates no code: inductor takes a minute."""
+    scenario = replace(SCENARIOS["kl_in_loss"], spec={"compile_backend": "aot_eager"})
+    torch._dynamo.utils.counters.clear()
+
+    assert_same(runs.run(scenario, models), on_one_rank("kl_in_loss"))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
 def test_the_scenarios_hold_what_they_say() -> None:
     """Idle ranks, empty microbatches, and runs that really move both models."""
 

@@ -127,7 +127,7 @@ def test_each_decoder_layer_is_a_shard_of_its_own_and_weights_stay_float32(
 ) -> None:
     monkeypatch.setattr(module, "_MIN_UNIT_PARAMETERS", 1)
     policy = load_policy(str(models / "policy"), **OPTIONS)
-    policy = shard(policy, init_device_mesh("cpu", (1,)), compute_dtype=compute_dtype, gradient_checkpointing=False)
+    policy = shard(policy, init_device_mesh("cpu", (1,)), compute_dtype=compute_dtype)
 
     units = [name for name, part in policy.named_modules() if isinstance(part, FSDPModule)]
     assert units == ["", "model.layers.0", "model.layers.1"]
@@ -139,5 +139,5 @@ def test_each_decoder_layer_is_a_shard_of_its_own_and_weights_stay_float32(
 @pytest.mark.usefixtures("one_rank")
 def test_tiny_layers_share_a_shard(models: Path) -> None:
     policy = load_policy(str(models / "policy"), **OPTIONS)
-    policy = shard(policy, init_device_mesh("cpu", (1,)), compute_dtype=torch.float32, gradient_checkpointing=False)
+    policy = shard(policy, init_device_mesh("cpu", (1,)), compute_dtype=torch.float32)
     assert [name for name, part in policy.named_modules() if isinstance(part, FSDPModule)] == [""]
