@@ -104,7 +104,9 @@ class RolloutSettings:
         None, "groups dropped by dynamic_sampling in one iteration before the run stops; none: 10 x data.batch_size"
     )
     max_staleness: int = setting(0, "versions a rollout may lag behind the policy; 0 is synchronous PPO")
-    max_concurrent_groups: int | None = setting(None, "groups in flight at once; none: data.batch_size")
+    max_concurrent_groups: int | None = setting(
+        None, "groups in flight at once; none: data.batch_size x (max_staleness + 1)"
+    )
     tensor_parallel_size: int = setting(1, "GPUs a replica")
     gpu_memory_utilization: float = setting(0.85, "share of a GPU's memory that an engine may take")
     kv_cache_bytes: int | None = setting(
@@ -117,6 +119,7 @@ class RolloutSettings:
     )
     engine_args: dict[str, Any] = setting({}, "further vLLM AsyncEngineArgs, passed as they are")
     timeout_s: float = setting(600.0, "longest wait for one group, in seconds")
+    stall_timeout_s: float = setting(1800.0, "longest wait without any group getting further, in seconds")
     startup_timeout_s: float = setting(900.0, "longest wait for the replicas to start, in seconds")
 
 
@@ -190,6 +193,18 @@ class TrainingSettings:
         "zero", "first values of a critic whose head is new: 0, or the mean reward of the first batch"
     )
     mask_truncated: bool = setting(False, "leave truncated completions out of the losses")
+    proximal: Literal["recompute", "loglinear"] = setting(
+        "recompute",
+        "the policy that ratios are clipped against: as it was before the update, or between it and the sampling policy on a line of log-probabilities, which saves a forward pass",
+    )
+    behavior_weights: Literal["token", "sequence", "none"] = setting(
+        "token", "weight of stale data, p(proximal) / p(sampling): of each token, of the whole completion, or none"
+    )
+    behavior_mode: Literal["truncate", "mask"] = setting(
+        "truncate", "what becomes of a weight outside behavior_floor and behavior_cap: the bound, or 0"
+    )
+    behavior_cap: float = setting(5.0, "largest weight of stale data")
+    behavior_floor: float | None = setting(None, "smallest weight of stale data; none: 0")
     entropy_coef: float = setting(0.0, "weight of the entropy bonus")
     kl_coef: float = setting(0.0, "weight of the KL to the frozen reference; 0 starts no reference")
     kl_target: float | None = setting(

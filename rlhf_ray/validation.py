@@ -237,7 +237,8 @@ RANGES: Final[Mapping[str, Range]] = {
     "rollouts.group_size": _COUNT,
     "rollouts.max_prompt_tokens": _COUNT,
     "rollouts.max_new_tokens": _COUNT,
-    "rollouts.temperature": _POSITIVE,
+    # The engine takes no more than 2.
+    "rollouts.temperature": Range(0, 2, open_low=True),
     "rollouts.stop_token_ids": _FROM_ZERO,
     "rollouts.max_concurrent_groups": _COUNT,
     "rollouts.tensor_parallel_size": _COUNT,
@@ -245,6 +246,8 @@ RANGES: Final[Mapping[str, Range]] = {
     "rollouts.kv_cache_bytes": _COUNT,
     "rollouts.num_threads": _COUNT,
     "rollouts.timeout_s": _POSITIVE,
+    "rollouts.max_staleness": _FROM_ZERO,
+    "rollouts.stall_timeout_s": _POSITIVE,
     "rollouts.startup_timeout_s": _POSITIVE,
     "rewards.weights": Range(-math.inf),
     "rewards.num_workers": _COUNT,
@@ -255,6 +258,8 @@ RANGES: Final[Mapping[str, Range]] = {
     "rewards.scale": Range(-math.inf),
     "rewards.clip": _POSITIVE,
     "rollouts.max_dropped_groups": _COUNT,
+    "training.behavior_cap": Range(1),
+    "training.behavior_floor": _SHARE,
     "training.value_huber": _POSITIVE,
     "training.kl_target": _POSITIVE,
     "training.kl_horizon": _COUNT,
@@ -286,7 +291,7 @@ RANGES: Final[Mapping[str, Range]] = {
     "learners.update_timeout_s": _POSITIVE,
     "evaluation.interval": _FROM_ZERO,
     "evaluation.num_prompts": _COUNT,
-    "evaluation.temperature": _FROM_ZERO,
+    "evaluation.temperature": Range(0, 2),
     "evaluation.max_new_tokens": _COUNT,
     "checkpointing.interval": _FROM_ZERO,
     "checkpointing.keep": _COUNT,
@@ -424,10 +429,11 @@ def _check_trainable_sampling(settings: Settings) -> None:
         raise ConfigError("rollouts.top_k", settings.rollouts.top_k, f"training needs 0: {why}")
 
 
-def _check_synchronous(settings: Settings) -> None:
-    staleness = settings.rollouts.max_staleness
-    if staleness != 0:
-        raise ConfigError("rollouts.max_staleness", staleness, "use 0; asynchronous training is not in this version")
+def _check_proximal(settings: Settings) -> None:
+    training = settings.training
+    if training.proximal == "loglinear" and training.kl_coef > 0 and training.kl_in == "reward":
+        remedy = "a KL in the reward needs the forward pass that this saves; use recompute, or kl_in='loss'"
+        raise ConfigError("training.proximal", training.proximal, remedy)
 
 
 def _check_engine_args(settings: Settings) -> None:
@@ -467,8 +473,15 @@ def check_loss(plugin: Plugin, settings: Settings) -> None:
     """Refuse settings that the loss would ignore.
 
     Raises:
-        ConfigError: A dual clip is given to a loss that has none.
+        ConfigError: A dual clip is given to a loss that has none, or data may be stale and the loss cannot correct it.
     """
+    training, staleness = settings.training, settings.rollouts.max_staleness
+    if staleness > 0 and training.behavior_weights != "none" and "behavior_weights" not in plugin.asks_for:
+        remedy = (
+            f"the loss {plugin.name} has no parameter behavior_weights, so it would not correct stale data; add it, or "
+            "use rollouts.max_staleness=0, or say training.behavior_weights='none'"
+        )
+        raise ConfigError("rollouts.max_staleness", staleness, remedy)
     dual_clip = settings.training.dual_clip
     if dual_clip is not None and "dual_clip" not in plugin.asks_for:
         raise ConfigError("training.dual_clip", dual_clip, f"the loss {plugin.name} has no dual clip; leave it out")
@@ -631,7 +644,7 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     _check_reward_weights,
     _check_evaluation_data,
     _check_trainable_sampling,
-    _check_synchronous,
+    _check_proximal,
     _check_engine_args,
     _check_minibatches,
     _check_microbatch_fits,

@@ -14,7 +14,7 @@ from rlhf_ray.validation import RANGES, section_types, setting_types, typed_valu
 
 NUMBERS = {int, float}
 # Checked by a function of their own, because the remedy is not a range.
-NOT_A_RANGE = {"rollouts.top_p", "rollouts.top_k", "rollouts.max_staleness", "learners.num_gpus_per_learner"}
+NOT_A_RANGE = {"rollouts.top_p", "rollouts.top_k", "learners.num_gpus_per_learner"}
 
 
 def settings(changes: dict[str, Any]) -> Settings:
@@ -40,7 +40,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "rollouts.group_size": ([1], [0]),
     "rollouts.max_prompt_tokens": ([1, None], [0]),
     "rollouts.max_new_tokens": ([1], [0]),
-    "rollouts.temperature": ([0.01, 2.0], [0.0, -1.0, math.nan, math.inf]),
+    "rollouts.temperature": ([0.01, 2.0], [0.0, -1.0, 2.1, math.nan, math.inf]),
     "rollouts.stop_token_ids": ([[0, 5], []], [[3, -1]]),
     "rollouts.max_concurrent_groups": ([1, None], [0]),
     "rollouts.tensor_parallel_size": ([1, 2], [0]),
@@ -78,6 +78,10 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "rewards.bias": ([-1.0], [math.nan]),
     "rewards.scale": ([-1.0, 10.0], [math.inf]),
     "rewards.clip": ([0.1, None], [0.0]),
+    "rollouts.max_staleness": ([0, 8], [-1]),
+    "rollouts.stall_timeout_s": ([0.1], [0.0]),
+    "training.behavior_cap": ([1.0], [0.9]),
+    "training.behavior_floor": ([0.0, 1.0, None], [-0.1, 1.1]),
     "rollouts.max_dropped_groups": ([1, None], [0]),
     "training.dual_clip": ([1.01, None], [1.0, 0.5]),
     "training.value_clip": ([0.1, None], [0.0]),
@@ -91,7 +95,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "learners.update_timeout_s": ([0.1], [0.0]),
     "evaluation.interval": ([0], [-1]),
     "evaluation.num_prompts": ([1, None], [0]),
-    "evaluation.temperature": ([0.0, 1.0], [-0.1]),
+    "evaluation.temperature": ([0.0, 2.0], [-0.1, 2.1]),
     "evaluation.max_new_tokens": ([1, None], [0]),
     "checkpointing.interval": ([0], [-1]),
     "checkpointing.keep": ([1], [0]),
@@ -167,8 +171,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({**GSM8K, "evaluation.interval": 5}, "evaluation.interval", "set data.eval_path"),
     ({"rollouts.top_p": 0.9}, "rollouts.top_p", "training needs 1.0"),
     ({"rollouts.top_k": 50}, "rollouts.top_k", "training needs 0"),
-    ({"rollouts.max_staleness": 2}, "rollouts.max_staleness", "use 0"),
-    ({"rollouts.max_staleness": -1}, "rollouts.max_staleness", "use 0"),
+    ({"training.proximal": "loglinear", "training.kl_coef": 0.1}, "training.proximal", "kl_in='loss'"),
     ({"rollouts.engine_args": {"seed": 1}}, "rollouts.engine_args.seed", "set debugging.seed"),
     ({"rollouts.engine_args": {"model": "x"}}, "rollouts.engine_args.model", "set model.path"),
     ({"rollouts.engine_args": {"dtype": "half"}}, "rollouts.engine_args.dtype", "set model.dtype"),

@@ -99,7 +99,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         parts, version = self._running(), self.policy_version
         collected = parts.controller.collect(version)
         batch = shaped(
-            SequenceBatch.from_groups(collected.groups),
+            SequenceBatch.from_groups(collected.groups, version=version),
             self.settings.rewards,
             mask_truncated=self.settings.training.mask_truncated,
         )
@@ -116,7 +116,6 @@ class Algorithm(Trainable):  # type: ignore[misc]
             plan,
             figures,
             publication,
-            version=version,
             iteration_s=iteration_s,
             dropped_prompts=self._inputs.prompts.dropped,
             reward_workers_replaced=parts.rewards.workers_replaced,
@@ -233,6 +232,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
         _LIVE.discard(self)
         parts, self._parts = self._parts, None
         if parts is not None:
+            # The controller first: it would open the prompts again.
+            parts.controller.stop()
             self._inputs.prompts.close()
             parts.stop()
         elif getattr(self, "_session", None) is not None:

@@ -27,6 +27,7 @@ from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.functions import resolve_rewards
 from rlhf_ray.rewards.pool import RewardPool
 from rlhf_ray.rewards.shipping import pack
+from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
@@ -174,7 +175,7 @@ def start_parts(
         sampling=training_sampling(settings),
         batch_size=settings.data.batch_size,
         max_staleness=settings.rollouts.max_staleness,
-        max_concurrent=settings.rollouts.max_concurrent_groups or settings.data.batch_size,
+        max_concurrent=max_concurrent_groups(settings),
         max_retries=settings.fault_tolerance.max_group_retries,
         max_failures=_first_given(settings.rewards.max_failures, settings.data.batch_size),
         max_equal_groups=_first_given(settings.rollouts.max_dropped_groups, 10 * settings.data.batch_size)
@@ -182,6 +183,7 @@ def start_parts(
         else None,
         greedy_baseline=inputs.advantage.needs_greedy_rewards,
         timeout_s=settings.rollouts.timeout_s,
+        stall_timeout_s=settings.rollouts.stall_timeout_s,
         seed=settings.debugging.seed,
     )
     publisher = NcclPublisher if _uses_nccl(settings, session) else ObjectStorePublisher
@@ -278,6 +280,7 @@ def _learner_group(
         wire_dtype=dtype,
         temperature=settings.rollouts.temperature,
         max_new_tokens=settings.rollouts.max_new_tokens,
+        max_staleness=settings.rollouts.max_staleness,
         total_steps=Schedule.of(settings).total_optimiser_steps,
         on_gpu=session.on_gpu,
         num_threads=learners.num_threads,
@@ -305,7 +308,7 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
         tokenizer_path=inputs.tokenizer_path,
         config=inputs.model_config,
         prompt_tokens=inputs.max_prompt_tokens,
-        groups_in_flight=rollouts.max_concurrent_groups or settings.data.batch_size,
+        groups_in_flight=max_concurrent_groups(settings),
         seed=settings.debugging.seed,
         on_gpu=session.on_gpu,
         dtype=_dtype(settings, session),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ def iteration_result(
     figures: dict[str, float],
     publication: Publication,
     *,
-    version: int,
     iteration_s: float,
     dropped_prompts: int,
     reward_workers_replaced: int,
@@ -39,7 +38,6 @@ def iteration_result(
         plan: How they were split.
         figures: The learners' answer.
         publication: The weight sync that followed.
-        version: Policy version that the iteration began with.
         iteration_s: Seconds of the whole iteration.
         dropped_prompts: Over-long prompts so far.
         reward_workers_replaced: Reward actors replaced so far.
@@ -48,10 +46,10 @@ def iteration_result(
     learner_s = sum(timers.values())
     tokens = int(batch.lengths.sum())
     return {
-        "rollouts": _rollout_metrics(collected, batch, version)
+        "rollouts": _rollout_metrics(collected, batch)
         | {"dropped_prompts": dropped_prompts, "equal_reward_groups": collected.equal_reward_groups},
         "rewards": _reward_metrics(collected),
-        "learner": {name: value for name, value in figures.items() if name not in _TIMERS}
+        "learner": _nested({name: value for name, value in figures.items() if name not in _TIMERS})
         | {
             "num_tokens": tokens,
             "num_microbatches": sum(len(m.microbatches) for m in plan.ranks[0].minibatches),
@@ -92,8 +90,7 @@ def evaluation_metrics(outcomes: Sequence[ScoredGroup | RewardFailure]) -> dict[
     }
 
 
-def _rollout_metrics(collected: Collected, batch: SequenceBatch, version: int) -> dict[str, Any]:
-    staleness = np.asarray([version - v for v in _token_versions(collected.groups)])
+def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, Any]:
     # As the functions gave them; the batch's own may be shaped.
     rewards = np.concatenate([scored.rewards for scored in collected.groups])
     return {
@@ -103,22 +100,28 @@ def _rollout_metrics(collected: Collected, batch: SequenceBatch, version: int) -
         "completion_tokens_max": int(batch.completion_lengths.max()),
         "prompt_tokens_mean": float(batch.prompt_lengths.mean()),
         "truncated_fraction": float(batch.truncated.mean()),
-        "tokens_per_s": float(batch.completion_lengths.sum()) / collected.rollout_s,
-        "staleness_mean": float(staleness.mean()),
-        "staleness_max": int(staleness.max()),
+        "tokens_per_s": float(batch.completion_lengths.sum()) / collected.generating_s,
+        "staleness_mean": float(batch.staleness.mean()),
+        "staleness_max": int(batch.staleness.max()),
+        "staleness_fraction": {
+            str(distance): float(count) / len(batch.staleness)
+            for distance, count in zip(*np.unique(batch.staleness, return_counts=True), strict=True)
+        },
         "num_groups": len(collected.groups),
         "num_completions": len(batch),
     }
 
 
-def _token_versions(groups: Iterable[ScoredGroup]) -> list[int]:
-    return [
-        span.version
-        for scored in groups
-        for completion in scored.group.completions
-        for span in completion.version_spans
-        for _ in range(span.end - span.start)
-    ]
+def _nested(figures: Mapping[str, float]) -> dict[str, Any]:
+    """``{"a/b": 1}`` to ``{"a": {"b": 1}}``."""
+    nested: dict[str, Any] = {}
+    for name, value in figures.items():
+        outer, slash, inner = name.partition("/")
+        if slash:
+            nested.setdefault(outer, {})[inner] = value
+        else:
+            nested[name] = value
+    return nested
 
 
 def _reward_metrics(collected: Collected) -> dict[str, Any]:

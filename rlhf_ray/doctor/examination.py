@@ -157,6 +157,7 @@ def _inputs(settings: Settings) -> Check:
 
 def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tuple[EngineSpec, int]:
     """Make what a replica of this run would be given, and its longest sequence in tokens."""
+    from rlhf_ray.rollouts.admission import max_concurrent_groups
     from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
 
     rollouts, dtype = settings.rollouts, settings.model.dtype
@@ -168,7 +169,7 @@ def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tup
         tokenizer_path=settings.model.tokenizer_path or policy.path,
         config=policy.config,
         prompt_tokens=prompt_tokens,
-        groups_in_flight=rollouts.max_concurrent_groups or settings.data.batch_size,
+        groups_in_flight=max_concurrent_groups(settings),
         seed=settings.debugging.seed,
         on_gpu=on_gpu,
         dtype=("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype,

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_ray.types import Float32Array, Int32Array, ScoredGroup
+from rlhf_ray.types import Completion, Float32Array, Int32Array, ScoredGroup
 
 __all__ = ["SequenceBatch"]
 
@@ -25,6 +25,8 @@ class SequenceBatch:
     """``[N]``, T"""
     sampling_logprobs: Float32Array
     """``[sum(T)]``"""
+    staleness: Int32Array
+    """``[sum(T)]``, policy version that is trained minus the version that sampled the token"""
     rewards: Float32Array
     """``[N]``"""
     truncated: npt.NDArray[np.bool_]
@@ -37,8 +39,8 @@ class SequenceBatch:
     """``[N]``, false where the completion is left out of the losses"""
 
     @classmethod
-    def from_groups(cls, groups: Sequence[ScoredGroup]) -> SequenceBatch:
-        """Lay out the completions of all groups, in order."""
+    def from_groups(cls, groups: Sequence[ScoredGroup], *, version: int) -> SequenceBatch:
+        """Lay out the completions of all groups, in order; ``version`` is the policy's that is to be trained."""
         sizes = [len(scored.group.completions) for scored in groups]
         rows = [(scored.group.prompt, c) for scored in groups for c in scored.group.completions]
         return cls(
@@ -46,6 +48,7 @@ class SequenceBatch:
             prompt_lengths=np.asarray([len(prompt.token_ids) for prompt, _ in rows], dtype=np.int32),
             completion_lengths=np.asarray([len(c.token_ids) for _, c in rows], dtype=np.int32),
             sampling_logprobs=np.concatenate([c.sampling_logprobs for _, c in rows]),
+            staleness=np.concatenate([np.int32(version) - _versions(c) for _, c in rows]),
             rewards=np.concatenate([scored.rewards for scored in groups]),
             truncated=np.asarray([c.truncated for _, c in rows], dtype=np.bool_),
             group_ids=np.repeat([scored.group.group_id for scored in groups], sizes).astype(np.int64),
@@ -74,6 +77,7 @@ class SequenceBatch:
             prompt_lengths=self.prompt_lengths[order],
             completion_lengths=self.completion_lengths[order],
             sampling_logprobs=_select_ragged(self.sampling_logprobs, self.completion_lengths, order),
+            staleness=_select_ragged(self.staleness, self.completion_lengths, order),
             rewards=self.rewards[order],
             truncated=self.truncated[order],
             group_ids=self.group_ids[order],
@@ -84,6 +88,13 @@ class SequenceBatch:
     def size_bytes(self) -> int:
         """Bytes of all arrays."""
         return sum(getattr(self, field.name).nbytes for field in fields(self))
+
+
+def _versions(completion: Completion) -> Int32Array:
+    """``[T]``, which policy version sampled each token."""
+    spans = completion.version_spans
+    lengths = [span.end - span.start for span in spans]
+    return np.repeat(np.asarray([span.version for span in spans], dtype=np.int32), lengths)
 
 
 def _select_ragged(values: npt.NDArray[np.generic], lengths: Int32Array, order: npt.NDArray[np.int64]) -> npt.NDArray:  # type: ignore[type-arg]

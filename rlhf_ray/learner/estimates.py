@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from rlhf_ray.learner.batch import SequenceBatch
@@ -19,6 +20,8 @@ class Estimates:
     mask: torch.Tensor
     """Bool, true at tokens that enter the losses."""
     sampling_logprobs: torch.Tensor
+    staleness: torch.Tensor
+    """Whole versions, 0 where a token is of the policy that is trained."""
     proximal_logprobs: torch.Tensor
     """Under the policy before the update; those of the first step's minibatch are written by that step."""
     values: torch.Tensor | None = None
@@ -37,6 +40,7 @@ class Estimates:
         return cls(
             mask=torch.arange(sampling.shape[1], device=device)[None, :] < lengths[:, None],
             sampling_logprobs=sampling,
+            staleness=pad_completions(batch.staleness.astype(np.float32), batch.completion_lengths, device=device),
             proximal_logprobs=torch.zeros_like(sampling),
             values=torch.zeros_like(sampling) if values else None,
             bootstrap=torch.zeros(len(batch), device=device) if values else None,

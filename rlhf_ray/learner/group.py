@@ -175,15 +175,15 @@ class LearnerGroup:
         # Read when fit() begins; without it Ray Train notices a worker's end only seconds later.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
 
-        from rlhf_ray.learner.controller_callback import announce_controller
+        from rlhf_ray.learner.ray_trainer import LearnerTrainer, announce_controller
         from rlhf_ray.learner.train_loop import train_loop
 
         resources = {"CPU": self._num_cpus}
         if self._spec.on_gpu:
             resources["GPU"] = 1
-        return TorchTrainer(
+        return LearnerTrainer(
             train_loop,
             train_loop_config={"spec": self._spec, "bridge": self.bridge},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if self._spec.on_gpu else "gloo"),

@@ -37,6 +37,7 @@ from rlhf_ray.learner.models import (
     shard,
 )
 from rlhf_ray.learner.objective import PolicyObjective, PolicyTerms
+from rlhf_ray.learner.off_policy import effective_sample_size, loglinear_proximal, stale_weights, staleness_metrics
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
@@ -81,6 +82,8 @@ class LearnerSpec:
     temperature: float
     """Sampling temperature: log-probabilities are those of the distribution sampled from."""
     max_new_tokens: int
+    max_staleness: int
+    """Versions that data may lag behind the policy; 0: there is nothing to correct."""
     total_steps: int
     """Optimiser steps of the run."""
     on_gpu: bool
@@ -165,6 +168,7 @@ class Learner:
         elif training.kl_coef > 0:
             self._reference = scorer(trained=False)
         self._kl_in_reward = self._reference is not None and training.kl_in == "reward"
+        self._proximal_is_recomputed = training.proximal == "recompute"
 
     def update(self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True) -> dict[str, float]:
         """Train on one batch; returns the figures of the update, the same on every rank.
@@ -193,7 +197,7 @@ class Learner:
                 self._step(plan.minibatches[index], microbatches, estimates, metrics, update_policy, first=first)
                 first = False
         self._reshard()
-        figures |= metrics.merge(len(plan.minibatches) * len(plan.epochs))
+        figures |= effective_sample_size(metrics.merge(len(plan.minibatches) * len(plan.epochs)))
         if self._reference is not None:
             figures["kl_coef"] = kl_coef
             self._credit.adapt(figures.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
@@ -276,7 +280,9 @@ class Learner:
         )
         for index, minibatch in enumerate(plan.minibatches):
             # The policy does not change before the first step, whose own forward pass gives the same numbers.
-            proximal = self._kl_in_reward or (update_policy and index != plan.epochs[0][0])
+            proximal = self._kl_in_reward or (
+                update_policy and self._proximal_is_recomputed and index != plan.epochs[0][0]
+            )
             for rows in minibatch.microbatches:
                 self._estimate_microbatch(microbatches[rows], estimates, proximal=proximal)
         if estimates.bootstrap is not None:
@@ -347,20 +353,31 @@ class Learner:
     ) -> None:
         assert estimates.advantages is not None
         logprobs, entropies = self._score(micro, entropy_gradient=self._training.entropy_coef != 0.0)
-        if first and not self._kl_in_reward:
+        sampling, staleness = take(estimates.sampling_logprobs, micro), take(estimates.staleness, micro)
+        if first and self._proximal_is_recomputed and not self._kl_in_reward:
             put(estimates.proximal_logprobs, micro, logprobs.detach())
+        proximal = take(estimates.proximal_logprobs, micro)
+        if not self._proximal_is_recomputed:
+            proximal = loglinear_proximal(logprobs, sampling, staleness)
+        weights: torch.Tensor | None = None
+        of_weights: dict[str, torch.Tensor] = {}
+        if self._spec.max_staleness > 0:
+            weights, of_weights = stale_weights(self._training, proximal, sampling, micro.mask)
+            for of_distance, tokens in staleness_metrics(proximal, sampling, staleness, micro.mask):
+                metrics.add(of_distance, tokens)
         terms = PolicyTerms(
             logprobs=logprobs,
             entropies=entropies,
-            proximal_logprobs=take(estimates.proximal_logprobs, micro),
+            proximal_logprobs=proximal,
             ref_logprobs=None if estimates.ref_logprobs is None else take(estimates.ref_logprobs, micro),
             advantages=take(estimates.advantages, micro),
+            behavior_weights=weights,
             mask=micro.mask,
         )
         total, loss, means = self._objective(terms, normalizer=normalizer, kl_coef=self._credit.kl_coef)
         (total * self._world_size).backward()
         metrics.add_loss("policy_loss", loss)
-        means = means | {"entropy": aggregate(entropies.detach(), micro.mask, "token_mean")}
+        means = means | of_weights | {"entropy": aggregate(entropies.detach(), micro.mask, "token_mean")}
         if terms.ref_logprobs is not None and not self._kl_in_reward:
             penalty = kl(terms.proximal_logprobs, terms.ref_logprobs, estimator=self._training.kl_estimator)
             means["kl_to_reference"] = aggregate(penalty, micro.mask, "token_mean")
@@ -377,16 +394,17 @@ class Learner:
         metrics: MetricSums,
     ) -> None:
         """Exactness: the engine's log-probabilities against ours, and the first ratio against 1."""
-        tokens = float(micro.mask.sum())
-        if tokens == 0:
-            return
-        difference = (logprobs - take(estimates.sampling_logprobs, micro)).abs()[micro.mask]
-        metrics.add(
-            {"sampling_logprob_diff_mean": difference.mean(), "sampling_logprob_diff_max": difference.max()}, tokens
-        )
-        if self._kl_in_reward:  # Elsewhere they are one tensor.
+        # An engine keeps what it computed of earlier tokens under older weights: one stale token touches all others.
+        fresh = micro.mask & (take(estimates.staleness, micro).amax(dim=1, keepdim=True) == 0)
+        if fresh.any():
+            difference = (logprobs - take(estimates.sampling_logprobs, micro)).abs()[fresh]
+            metrics.add(
+                {"sampling_logprob_diff_mean": difference.mean(), "sampling_logprob_diff_max": difference.max()},
+                float(fresh.sum()),
+            )
+        if self._kl_in_reward and micro.mask.any():  # Elsewhere they are one tensor.
             deviation = ((logprobs - proximal).exp() - 1.0).abs()[micro.mask]
-            metrics.add({"first_ratio_deviation_max": deviation.max()}, tokens)
+            metrics.add({"first_ratio_deviation_max": deviation.max()}, float(micro.mask.sum()))
 
     def _values(self, micro: Microbatch) -> torch.Tensor:
         """``[tokens of input_ids]``, the critic's value of the state after each token."""

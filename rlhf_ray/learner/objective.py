@@ -25,6 +25,8 @@ class PolicyTerms:
     proximal_logprobs: torch.Tensor
     ref_logprobs: torch.Tensor | None
     advantages: torch.Tensor
+    behavior_weights: torch.Tensor | None
+    """Correct stale data; ``None`` where it is not corrected."""
     mask: torch.Tensor
 
 
@@ -55,7 +57,7 @@ class PolicyObjective:
                 "clip_low": training.clip_low,
                 "clip_high": training.clip_high,
                 "dual_clip": training.dual_clip,
-                "behavior_weights": None,
+                "behavior_weights": terms.behavior_weights,
                 **aggregated,
             }
         )

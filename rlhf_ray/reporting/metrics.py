@@ -42,7 +42,16 @@ METRICS: tuple[Metric, ...] = (
     Metric("rollouts/completion_tokens_mean", "tokens", "mean completion length, EOS included"),
     Metric("rollouts/completion_tokens_max", "tokens", "longest completion, EOS included"),
     Metric("rollouts/truncated_fraction", "fraction", "completions whose finish_reason is length / completions"),
-    Metric("rollouts/tokens_per_s", "tokens/s", "completion tokens of the iteration / timers/rollout_s"),
+    Metric(
+        "rollouts/tokens_per_s",
+        "tokens/s",
+        "completion tokens of the batch / time since the last batch with a group at the replicas",
+    ),
+    Metric(
+        "rollouts/staleness_fraction/<versions>",
+        "fraction",
+        "tokens sampled by the policy that many versions before the one that is trained / tokens",
+    ),
     Metric("rollouts/staleness_mean", "versions", "mean over tokens of the policy version minus the sampling version"),
     Metric("rollouts/staleness_max", "versions", "largest policy version minus sampling version over tokens"),
     Metric(
@@ -89,11 +98,32 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/advantage_std", "reward", "standard deviation over tokens of the same advantage"),
     Metric("learner/kl_to_reference", "nats", "token mean of kl_estimator, policy against the frozen reference"),
     Metric("learner/kl_coef", "reward/nat", "weight of the KL to the reference in this update (fixed or adapted)"),
+    Metric(
+        "learner/behavior_weight_mean",
+        "ratio",
+        "token mean of the weight of stale data, proximal / sampling policy within its bounds (max_staleness above 0)",
+    ),
+    Metric("learner/behavior_ratio_max", "ratio", "largest proximal / sampling ratio, before the bounds"),
+    Metric("learner/behavior_clip_fraction", "fraction", "tokens whose ratio lies outside the bounds / tokens"),
+    Metric("learner/effective_sample_size", "fraction", "(sum w)^2 / (n sum w^2) of the weights w of the n tokens"),
+    Metric(
+        "learner/proximal_logprob_diff_by_staleness/<versions>",
+        "nats",
+        "mean of |log p(proximal) - log p(sampling)| over the tokens sampled that many versions before",
+    ),
     Metric("learner/lr", "1/step", "learning rate of the policy at the last optimiser step"),
     Metric("learner/critic_lr", "1/step", "learning rate of the critic at the last optimiser step"),
-    # The three below are taken at the first optimiser step, where learner and engine hold the same policy.
-    Metric("learner/sampling_logprob_diff_mean", "nats", "token mean of |log p(learner) - log p(engine)|"),
-    Metric("learner/sampling_logprob_diff_max", "nats", "largest |log p(learner) - log p(engine)| of a token"),
+    # The three below are taken at the first optimiser step; the first two where learner and engine hold one policy.
+    Metric(
+        "learner/sampling_logprob_diff_mean",
+        "nats",
+        "mean of |log p(learner) - log p(engine)| over completions without a stale token",
+    ),
+    Metric(
+        "learner/sampling_logprob_diff_max",
+        "nats",
+        "largest |log p(learner) - log p(engine)| of a token of such a completion",
+    ),
     Metric(
         "learner/first_ratio_deviation_max",
         "ratio",

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rlhf_ray.errors import RolloutError
 from rlhf_ray.types import Completion, Prompt, SamplingSettings, VersionSpan
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
@@ -59,6 +60,7 @@ class RolloutEngine:
         self._spec = spec
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec.engine_args))
         self._requests = 0
+        self._updates = 0
         self._paused_at = 0.0
         self.version = -1
         """Policy version that the engine samples from."""
@@ -79,16 +81,27 @@ class RolloutEngine:
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
     async def generate(self, prompt: Prompt, sampling: SamplingSettings, *, seed: int) -> tuple[Completion, ...]:
-        """Draw ``sampling.group_size`` completions of one prompt; the i-th one's seed is ``seed + i``."""
+        """Draw ``sampling.group_size`` completions of one prompt; the i-th one's seed is ``seed + i``.
+
+        Raises:
+            RolloutError: The engine does not take such a prompt or such sampling settings.
+        """
+        from vllm.exceptions import VLLMClientError
+
         self._requests += 1
         request = self._engine.generate(
-            {"prompt_token_ids": prompt.token_ids.tolist()},
+            # A prefix is shared among requests that came under the same weights only. To clear the cache would not do:
+            # vLLM keeps it where sequences are in flight.
+            {"prompt_token_ids": prompt.token_ids.tolist(), "cache_salt": str(self._updates)},
             self._sampling_params(sampling, seed),
             request_id=f"{prompt.prompt_id}-{self._requests}",
         )
         output = None
-        async for answer in request:
-            output = answer
+        try:
+            async for answer in request:
+                output = answer
+        except VLLMClientError as error:  # What the engine would say again, and any other one.
+            raise RolloutError(f"the engine refuses prompt {prompt.prompt_id}: {error}") from error
         if output is None or not output.finished:
             raise RuntimeError(f"the engine ended prompt {prompt.prompt_id} without an output")
         return tuple(_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index))
@@ -115,7 +128,7 @@ class RolloutEngine:
         """
         self._paused_at = time.perf_counter()
         # Not pause_generation(): it does this and then sleeps 20 ms, only for its callers' convenience.
-        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=True)
+        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
         await self._engine.start_weight_update()
 
     async def apply_update(self, update: dict[str, Any]) -> None:
@@ -129,6 +142,7 @@ class RolloutEngine:
         await self._engine.finish_weight_update(weight_version=str(version))
         await self._engine.resume_generation()
         self.version = version
+        self._updates += 1
         self.pause_s = time.perf_counter() - self._paused_at
 
     async def check_health(self) -> None:

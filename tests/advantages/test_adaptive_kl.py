@@ -28,6 +28,13 @@ def test_hand_computed(kl, expected):
     assert adaptive.coef == pytest.approx(expected, rel=1e-12)
 
 
+def test_equals_published_numbers():
+    # SkyRL (github.com/NovaSky-AI/SkyRL), test_ppo_utils.py: an error of 1, clipped to 0.2; 0.2 * (1 + 0.2 * 10 / 100).
+    adaptive = controller(init_coef=0.2, target=0.1, horizon=100.0)
+    adaptive.update(0.2, 10)
+    assert adaptive.coef == pytest.approx(0.204, rel=1e-12)
+
+
 def test_updates_compound():
     adaptive = controller()
     for _ in range(3):

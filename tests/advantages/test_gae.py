@@ -83,6 +83,37 @@ def test_equals_the_double_sum_on_random_masks(seed, gamma, lam):
     torch.testing.assert_close(returns, (advantages + values) * mask)
 
 
+@pytest.mark.parametrize(
+    ("lam", "expected"),
+    [
+        (1.0, [-1.45118, -4.4557, 2.5396, 0.5249, -0.49]),
+        (0.7, [-0.676979, -5.248167, 2.4846, 0.6704, -0.49]),
+        (0.4, [0.56731, -6.042, 2.3431, 0.815, -0.49]),
+    ],
+)
+def test_equals_the_published_numbers_of_a_truncated_row(lam, expected):
+    # rlax (github.com/google-deepmind/rlax), multistep_test.py, TruncatedGeneralizedAdvantageEstimationTest.
+    rewards, values = torch.tensor([[0.0, 0.0, 1.0, 0.0, -0.5]]), torch.tensor([[1.0, 4.0, -3.0, -2.0, -1.0]])
+    bootstrap = torch.tensor([-1.0])
+    advantages, returns = gae(rewards, values, torch.ones(1, 5), gamma=0.99, lam=lam, bootstrap=bootstrap)
+    torch.testing.assert_close(advantages, torch.tensor([expected]), rtol=0, atol=1e-3)
+    torch.testing.assert_close(returns, torch.tensor([expected]) + values, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("lam", "expected"),
+    [(1.0, [3.0, 2.0, 1.0, 0.0]), (0.7, [2.2899, 1.73, 1.0, 0.0]), (0.4, [1.725, 1.46, 1.0, 0.0])],
+)
+def test_equals_the_published_numbers_of_a_finished_and_a_one_token_row(lam, expected):
+    # The second batch of the same test, whose discount of 0 after the fourth step separates two episodes.
+    values = torch.tensor([[-3.0, -2.0, -1.0, 0.0], [5.0, 8.0, 8.0, 8.0]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])
+    rewards = torch.tensor([[0.0, 0.0, 0.0, 0.0], [1.0, 8.0, 8.0, 8.0]])
+    advantages, _ = gae(rewards, values, mask, gamma=0.9, lam=lam, bootstrap=torch.tensor([0.0, -1.0]))
+    assert advantages[0].tolist() == pytest.approx(expected, abs=1e-3)
+    assert advantages[1].tolist() == pytest.approx([-4.9, 0.0, 0.0, 0.0])
+
+
 def test_lambda_one_gamma_one_is_return_to_go_minus_value():
     rewards, values, mask, bootstrap = random_batch(0)
     advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0, bootstrap=bootstrap)
@@ -109,9 +140,27 @@ def test_garbage_under_the_mask_changes_nothing(garbage):
         assert torch.equal(expected, got)
 
 
+def test_rows_do_not_depend_on_each_other_or_on_their_padding():
+    rewards, values, mask, bootstrap = random_batch(4)
+    whole = gae(rewards, values, mask, gamma=0.9, lam=0.8, bootstrap=bootstrap)
+    for row in range(len(mask)):
+        width = int(mask[row].nonzero().max()) + 1 if mask[row].any() else 0
+        part = [tensor[row : row + 1, :width] for tensor in (rewards, values, mask)]
+        alone = gae(*part, gamma=0.9, lam=0.8, bootstrap=bootstrap[row : row + 1])
+        for of_row, of_batch in zip(alone, whole, strict=True):
+            assert torch.equal(of_row, of_batch[row : row + 1, :width])
+
+
+def test_nothing_unmasked_gives_zeros():
+    garbage = torch.full((2, 3), math.nan)
+    for result in gae(garbage, garbage, torch.zeros(2, 3), gamma=0.9, lam=0.8, bootstrap=torch.full((2,), math.nan)):
+        assert torch.equal(result, torch.zeros(2, 3))
+
+
 def test_results_are_targets_without_gradient():
-    values = torch.zeros(1, 3, requires_grad=True)
-    advantages, returns = gae(torch.zeros(1, 3), values, EVERYTHING, gamma=1.0, lam=1.0)
+    rewards, values = (torch.zeros(1, 3, requires_grad=True) for _ in range(2))
+    bootstrap = torch.zeros(1, requires_grad=True)
+    advantages, returns = gae(rewards, values, EVERYTHING, gamma=1.0, lam=1.0, bootstrap=bootstrap)
     assert not advantages.requires_grad
     assert not returns.requires_grad
 

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,6 +47,42 @@ def test_k2_is_biased_on_the_same_distribution():
     expectation = (POLICY * kl(POLICY.log(), REFERENCE.log(), estimator="k2")).sum().item()
     exact = (POLICY * (POLICY / REFERENCE).log()).sum().item()
     assert abs(expectation - exact) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("shift", "estimator", "bias", "spread"),
+    [
+        (0.1, "k1", 0.0, 20.0),
+        (0.1, "k2", 0.002, 1.42),
+        (0.1, "k3", 0.0, 1.42),
+        (1.0, "k1", 0.0, 2.0),
+        (1.0, "k2", 0.25, 1.73),
+        (1.0, "k3", 0.0, 1.7),
+    ],
+)
+def test_equals_the_published_bias_and_spread(shift, estimator, bias, spread):
+    # joschu.net/blog/kl-approx.html, its two tables: samples of N(0, 1), a reference N(shift, 1), bias and standard
+    # deviation as shares of the KL, shift^2 / 2. Sums over Gauss-Hermite nodes stand for the expectations.
+    nodes, weights = (torch.from_numpy(x) for x in np.polynomial.hermite_e.hermegauss(80))
+    weights = weights / weights.sum()
+    estimates = kl(-nodes.square() / 2, -(nodes - shift).square() / 2, estimator=estimator)
+    mean = (weights * estimates).sum().item()
+    deviation = math.sqrt((weights * (estimates - mean).square()).sum().item())
+    exact = shift**2 / 2
+    # The tables round: to the last digit that they give.
+    assert mean / exact - 1 == pytest.approx(bias, abs=1e-3)
+    assert deviation / exact == pytest.approx(spread, abs=0.02)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
+def test_garbage_stays_at_its_own_token(estimator):
+    logprobs, ref_logprobs = random_logprobs()
+    dirty = logprobs.clone()
+    dirty[1, 2], dirty[3, 4] = math.nan, 1e9
+    kept = torch.ones_like(logprobs, dtype=torch.bool)
+    kept[1, 2] = kept[3, 4] = False
+    clean = kl(logprobs, ref_logprobs, estimator=estimator)
+    assert torch.equal(kl(dirty, ref_logprobs, estimator=estimator)[kept], clean[kept])
 
 
 def test_relations_between_the_estimators():

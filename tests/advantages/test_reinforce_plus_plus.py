@@ -21,6 +21,13 @@ def test_hand_computed():
     assert reinforce_plus_plus(rewards, mask, gamma=0.5).tolist() == [[3, 4, 4], [3, 0, 0]]
 
 
+@pytest.mark.parametrize(("gamma", "expected"), [(0.5, [2.75, 3.5, 3.0]), (1.0, [6.0, 5.0, 3.0])])
+def test_equals_published_numbers(gamma, expected):
+    # SkyRL (github.com/NovaSky-AI/SkyRL), test_ppo_utils.py: returns of REINFORCE++ and of GAE with lambda 1.
+    rewards = torch.tensor([[1.0, 2.0, 3.0]])
+    assert reinforce_plus_plus(rewards, torch.ones(1, 3), gamma=gamma).tolist() == [expected]
+
+
 def test_masked_middle_is_as_if_it_were_not_there():
     # 1 + 0.5 * 4 = 3: one step, not three.
     rewards = torch.tensor([[1.0, 9.0, 9.0, 4.0]])
@@ -60,6 +67,20 @@ def test_garbage_under_the_mask_changes_nothing(garbage):
     dirty = reinforce_plus_plus(rewards.masked_fill(~mask, garbage), mask, gamma=0.9)
     assert torch.equal(clean, dirty)
     assert (clean[~mask] == 0).all()
+
+
+def test_rows_do_not_depend_on_each_other_or_on_their_padding():
+    rewards, mask = random_batch(3)
+    whole = reinforce_plus_plus(rewards, mask, gamma=0.9)
+    for row in range(len(mask)):
+        width = int(mask[row].nonzero().max()) + 1 if mask[row].any() else 0
+        alone = reinforce_plus_plus(rewards[row : row + 1, :width], mask[row : row + 1, :width], gamma=0.9)
+        assert torch.equal(alone, whole[row : row + 1, :width])
+
+
+def test_nothing_unmasked_gives_zeros():
+    advantages = reinforce_plus_plus(torch.full((2, 3), math.nan), torch.zeros(2, 3), gamma=0.9)
+    assert torch.equal(advantages, torch.zeros(2, 3))
 
 
 def test_result_is_a_target_without_gradient_in_the_dtype_of_the_rewards():

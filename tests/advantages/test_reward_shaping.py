@@ -22,6 +22,14 @@ def test_shaping_hand_computed():
     assert shape_rewards(-REWARDS, clip=3.0).tolist() == [0, -2, -1, -3, -3]
 
 
+def test_shaping_of_right_and_wrong_as_in_areal():
+    # The GSM8K configurations of AReaL (github.com/inclusionAI/AReaL): reward_bias -0.5, reward_scaling 10; its code
+    # adds before it multiplies, so that 0 and 1 become -5 and 5.
+    rewards = torch.tensor([0.0, 1.0])
+    assert shape_rewards(rewards, bias=-0.5, scale=10.0).tolist() == [-5.0, 5.0]
+    assert shape_rewards(rewards, bias=-0.5, scale=10.0, clip=2.0).tolist() == [-2.0, 2.0]
+
+
 def test_shaping_changes_nothing_unless_asked():
     assert torch.equal(shape_rewards(REWARDS), REWARDS)
 
@@ -77,6 +85,16 @@ def test_batch_level_is_group_level_with_one_group():
     assert torch.equal(batch, normalise_rewards(rewards, ids * 0, level="group", mean=True, std=True))
     assert batch.double().mean().item() == pytest.approx(0.0, abs=1e-7)
     assert batch.double().std().item() == pytest.approx(1.0, abs=1e-6)
+
+
+def test_groups_in_separate_calls_equal_one_call():
+    rewards, ids = random_batch(3)
+    settings = {"level": "group", "mean": True, "std": True, "leave_one_out": True}
+    whole, marked = normalise_rewards(rewards, ids, **settings), zero_variance(rewards, ids)
+    for part in (ids < 3, (ids >= 3) & (ids < 5), ids >= 5):
+        assert part.any()
+        torch.testing.assert_close(normalise_rewards(rewards[part], ids[part], **settings), whole[part])
+        assert torch.equal(zero_variance(rewards[part], ids[part]), marked[part])
 
 
 def test_removing_nothing_changes_nothing():

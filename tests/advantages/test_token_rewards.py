@@ -22,6 +22,26 @@ def test_penalty_hand_computed():
     torch.testing.assert_close(token_rewards, expected)
 
 
+def test_a_single_token_carries_reward_and_penalty():
+    # 3 - 0.5 * 2
+    assert kl_penalised_rewards(torch.tensor([3.0]), torch.ones(1, 1), kl=torch.tensor([[2.0]]), coef=0.5).item() == 2.0
+
+
+def test_rows_do_not_depend_on_each_other_or_on_their_padding():
+    rewards, kl = torch.tensor([1.0, 3.0, 5.0]), torch.arange(12.0).view(3, 4)
+    whole = kl_penalised_rewards(rewards, MASK, kl=kl, coef=0.5)
+    for row, width in enumerate((3, 4, 0)):
+        rows = slice(row, row + 1)
+        alone = kl_penalised_rewards(rewards[rows], MASK[rows, :width], kl=kl[rows, :width], coef=0.5)
+        assert torch.equal(alone, whole[rows, :width])
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (0, 3), (2, 0)])
+def test_nothing_unmasked_gives_zeros(shape):
+    rewards, kl = torch.full(shape[:1], math.nan), torch.full(shape, math.nan)
+    assert torch.equal(kl_penalised_rewards(rewards, torch.zeros(shape), kl=kl, coef=0.5), torch.zeros(shape))
+
+
 def test_sum_over_tokens_is_reward_minus_penalty():
     generator = torch.Generator().manual_seed(0)
     kl, rewards = torch.randn(2, 4, generator=generator), torch.randn(2, generator=generator)

@@ -20,6 +20,13 @@ def test_hand_computed():
     torch.testing.assert_close(whiten(x, mask, unbiased=False), torch.tensor([[-edge, 0.0], [edge, 0.0]]))
 
 
+def test_equals_published_numbers():
+    # SkyRL (github.com/NovaSky-AI/SkyRL), test_ppo_utils.py: advantages 5.5, 4 and 1.5, of which the second is masked.
+    # Mean 3.5, variance (2^2 + 2^2) / 1 = 8. What SkyRL leaves at the masked position is 0 here.
+    whitened = whiten(torch.tensor([[5.5, 4.0, 1.5]]), torch.tensor([[1, 0, 1]]))
+    torch.testing.assert_close(whitened, torch.tensor([[0.7071, 0.0, -0.7071]]), rtol=0, atol=1e-4)
+
+
 def test_eps_is_added_to_the_variance():
     # variance of 1, 3, 5 is 4; (5 - 3) / sqrt(4 + 12) = 0.5
     assert whiten(torch.tensor([1.0, 3.0, 5.0]), torch.ones(3), eps=12.0).tolist() == [-0.5, 0.0, 0.5]
@@ -56,6 +63,22 @@ def test_shards_with_merged_moments_equal_the_whole():
     whitened = torch.cat([whiten(*shard, moments=moments) for shard in shards[:2]])
     torch.testing.assert_close(whitened, whole, rtol=1e-6, atol=1e-7)
     assert (whiten(*shards[2], moments=moments) == 0).all()
+
+
+def test_gradient_of_shards_equals_that_of_the_whole_and_takes_mean_and_scale_as_constants():
+    # Variance of 1, 3, 5 is 4: each number's own derivative is 1 / 2, and no other number enters it.
+    x, mask = torch.tensor([1.0, 3.0, 5.0, 77.0]).requires_grad_(), torch.tensor([1, 1, 1, 0])
+    upstream = torch.tensor([2.0, -1.0, 4.0, 8.0])
+    (whole,) = torch.autograd.grad((whiten(x, mask) * upstream).sum(), x)
+    assert whole.tolist() == pytest.approx([1.0, -0.5, 2.0, 0.0])
+    moments = Moments.of(x, mask)
+    for part in (slice(0, 1), slice(1, 4)):
+        (whiten(x[part], mask[part], moments=moments) * upstream[part]).sum().backward()
+    torch.testing.assert_close(x.grad, whole)
+
+
+def test_a_single_number_gives_zero():
+    assert whiten(torch.tensor([[7.0, math.nan]]), torch.tensor([[1, 0]])).tolist() == [[0.0, 0.0]]
 
 
 def test_equal_numbers_give_zero():

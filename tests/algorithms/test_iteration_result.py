@@ -64,8 +64,9 @@ def make_result(**overrides: Any) -> dict[str, Any]:
         retries=3,
         rollout_s=2.0,
         reward_s=0.25,
+        generating_s=4.0,
     )
-    batch = SequenceBatch.from_groups(GROUPS)
+    batch = SequenceBatch.from_groups(GROUPS, version=5)
     arguments: dict[str, Any] = {
         "collected": collected,
         "batch": batch,
@@ -82,7 +83,6 @@ def make_result(**overrides: Any) -> dict[str, Any]:
         ),
         "figures": dict(FIGURES),
         "publication": Publication(version=6, size_bytes=3000, pause_s=0.03, num_replicas=2, weight_sync_s=0.125),
-        "version": 5,
         "iteration_s": 4.5,
         "dropped_prompts": 7,
         "reward_workers_replaced": 1,
@@ -102,10 +102,11 @@ def test_rollouts_by_hand() -> None:
         "completion_tokens_mean": pytest.approx(2.0),
         "completion_tokens_max": 4,
         "truncated_fraction": pytest.approx(0.25),
-        "tokens_per_s": pytest.approx(8 / 2.0),
+        "tokens_per_s": pytest.approx(8 / 4.0),
         # 4 of 8 tokens are one version old.
         "staleness_mean": pytest.approx(0.5),
         "staleness_max": 1,
+        "staleness_fraction": {"0": 0.5, "1": 0.5},
         "dropped_prompts": 7,
     }
 
@@ -121,7 +122,13 @@ def test_rewards_are_told_by_function_where_it_applies() -> None:
 def test_a_function_that_never_applies_has_no_mean() -> None:
     silent = (scored(1, 1, [completion(1, (5, 0, 1))], [0.0], form=[NAN]),)
     collected = Collected(
-        groups=silent, failures=Counter(), equal_reward_groups=0, retries=0, rollout_s=1.0, reward_s=0.0
+        groups=silent,
+        failures=Counter(),
+        equal_reward_groups=0,
+        retries=0,
+        rollout_s=1.0,
+        reward_s=0.0,
+        generating_s=1.0,
     )
 
     rewards = make_result(collected=collected)["rewards"]

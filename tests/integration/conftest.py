@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,12 @@ def small_config(run_dir: Path) -> PPOConfig:
         .reporting(run_dir=str(run_dir), wandb_project="tests")
         .fault_tolerance(max_group_retries=20)
     )
+
+
+@pytest.fixture(scope="session")
+def small() -> Callable[[Path], PPOConfig]:
+    """:func:`small_config`, for algorithms of a test's own."""
+    return small_config
 
 
 @pytest.fixture(scope="session")

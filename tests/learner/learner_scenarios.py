@@ -52,6 +52,8 @@ class Scenario:
     """One update an entry."""
     masked: bool = False
     """Whether truncated completions are left out of the losses."""
+    stale: bool = False
+    """Whether earlier policies sampled some of the tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +111,15 @@ SCENARIOS: dict[str, Scenario] = {
         spec={"lora": LoraSpec(rank=4, alpha=8.0, targets=(), seed=5)},
         num_epochs=2,
     ),
+    "stale": Scenario(
+        training={"behavior_cap": 1.5, "behavior_floor": 0.5}, spec={"max_staleness": 3}, stale=True, num_epochs=2
+    ),
+    "stale_sequences": Scenario(
+        training={"advantage": "grpo", "behavior_weights": "sequence", "behavior_mode": "mask", "behavior_cap": 1e3},
+        spec={"max_staleness": 3},
+        stale=True,
+    ),
+    "stale_loglinear": Scenario(training={"proximal": "loglinear"}, spec={"max_staleness": 3}, stale=True),
     "small_critic": Scenario(critic="small_critic"),
     # Two sequences in two minibatches: the second of two ranks holds no sequence at all.
     "idle_rank": Scenario(num_sequences=2),
@@ -173,6 +184,7 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "wire_dtype": "float32",
         "temperature": 0.8,
         "max_new_tokens": MAX_NEW_TOKENS,
+        "max_staleness": 0,
         "total_steps": 12,
         "on_gpu": False,
         "num_threads": 1,
@@ -180,7 +192,7 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
     return LearnerSpec(**arguments | scenario.spec)
 
 
-def make_batch(num_sequences: int, seed: int, *, masked: bool = False) -> SequenceBatch:
+def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bool = False) -> SequenceBatch:
     """Random sequences with completions of 1 to ``MAX_NEW_TOKENS`` tokens, read-only as from the object store."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(2, 9, size=num_sequences).astype(np.int32)
@@ -191,6 +203,7 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False) -> Sequen
         prompt_lengths=prompts,
         completion_lengths=completions,
         sampling_logprobs=-rng.exponential(2.0, size=int(completions.sum())).astype(np.float32),
+        staleness=np.zeros(int(completions.sum()), dtype=np.int32),
         rewards=rng.normal(size=num_sequences).astype(np.float32),
         truncated=rng.random(num_sequences) < 0.4,
         # Groups of three, scattered over the batch.
@@ -198,6 +211,11 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False) -> Sequen
         greedy_rewards=rng.normal(size=num_sequences).astype(np.float32),
         in_loss=np.ones(num_sequences, dtype=np.bool_),
     )
+    if stale:
+        # A third of the sequences is fresh; of the others the first tokens are the stalest.
+        newest = np.repeat(rng.integers(0, 3, size=num_sequences), completions)
+        positions = np.concatenate([np.arange(length) for length in completions])
+        batch = replace(batch, staleness=(newest * (1 + (positions < 3))).astype(np.int32))
     if masked:
         batch = replace(batch, in_loss=~batch.truncated)
     for array in fields(batch):
@@ -224,7 +242,7 @@ def share_of(batch: SequenceBatch, scenario: Scenario, seed: int = 0) -> tuple[S
 
 def update(learner: Learner, scenario: Scenario, number: int) -> Figures:
     """The run's update ``number``, from 0."""
-    whole = make_batch(scenario.num_sequences, seed=100 + number, masked=scenario.masked)
+    whole = make_batch(scenario.num_sequences, seed=100 + number, masked=scenario.masked, stale=scenario.stale)
     batch, plan = share_of(whole, scenario, seed=number)
     return learner.update(batch, plan, update_policy=scenario.update_policy[number])
 

@@ -12,7 +12,11 @@ def scored_group(group_id: int, prompt: list[int], completions: list[tuple[list[
         Completion(
             token_ids=np.asarray(ids, dtype=np.int32),
             sampling_logprobs=np.asarray([-(group_id + i / 10 + t / 100) for t in range(len(ids))], dtype=np.float32),
-            version_spans=(VersionSpan(version=0, start=0, end=len(ids)),),
+            # All tokens but the last of the version before.
+            version_spans=(
+                VersionSpan(version=group_id, start=0, end=len(ids) - 1),
+                VersionSpan(version=group_id + 1, start=len(ids) - 1, end=len(ids)),
+            ),
             finish_reason=reason,
         )
         for i, (ids, reason) in enumerate(completions)
@@ -32,7 +36,8 @@ def two_groups() -> SequenceBatch:
         [
             scored_group(1, [1, 2], [([3], "stop"), ([4, 5, 6], "length")]),
             scored_group(2, [7], [([8, 9], "stop")]),
-        ]
+        ],
+        version=5,
     )
 
 
@@ -47,6 +52,7 @@ def test_from_groups_lays_the_completions_out_in_order_each_after_its_prompt() -
     assert batch.truncated.tolist() == [False, True, False]
     np.testing.assert_allclose(batch.rewards, [1.0, 1.1, 2.0], rtol=1e-6)
     np.testing.assert_allclose(batch.sampling_logprobs, [-1.0, -1.1, -1.11, -1.12, -2.0, -2.01], rtol=1e-6)
+    assert batch.staleness.tolist() == [3, 4, 4, 3, 3, 2]
 
 
 def test_from_groups_keeps_the_narrow_types_that_travel() -> None:
@@ -91,5 +97,5 @@ def test_a_rank_without_work_gets_an_empty_batch_of_the_same_types() -> None:
 
 
 def test_size_bytes_counts_every_array() -> None:
-    # 11 tokens, 2 x 3 lengths, 6 log-probabilities and 2 x 3 rewards of 4 bytes, 3 ids of 8, and 2 x 3 flags.
-    assert two_groups().size_bytes() == 4 * (11 + 6 + 6 + 6) + 8 * 3 + 2 * 3
+    # 11 tokens, 2 x 3 lengths, 6 log-probabilities, 6 stalenesses, 2 x 3 rewards of 4 bytes; 3 ids of 8; 6 flags.
+    assert two_groups().size_bytes() == 4 * (11 + 6 + 6 + 6 + 6) + 8 * 3 + 2 * 3

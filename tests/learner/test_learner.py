@@ -287,6 +287,78 @@ def test_a_critic_that_warms_up_asks_nothing_of_the_policy(make_learner: Callabl
     assert figures["value_loss"] > 0.0
 
 
+# Stale data.
+
+
+def sampled_by_the_policy(
+    batch: SequenceBatch, plain_logprobs: Callable[[SequenceBatch, float], Iterator[torch.Tensor]]
+) -> SequenceBatch:
+    return replace(batch, sampling_logprobs=torch.cat(list(plain_logprobs(batch, 0.8))).numpy())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_fresh_data_has_weights_of_one(
+    level: str,
+    make_learner: Callable[..., Learner],
+    models: Path,
+    plain_logprobs: Callable[[SequenceBatch, float], Iterator[torch.Tensor]],
+) -> None:
+    batch = sampled_by_the_policy(runs.make_batch(9, seed=5), plain_logprobs)
+    scenario = Scenario(training={"behavior_weights": level})
+    on_policy = Learner(runs.make_spec(models, scenario))
+    corrected = Learner(runs.make_spec(models, replace(scenario, spec={"max_staleness": 2})))
+
+    on_policy.update(*runs.share_of(batch, scenario))
+    figures = corrected.update(*runs.share_of(batch, scenario))
+
+    assert figures["effective_sample_size"] == pytest.approx(1.0, abs=1e-5)
+    assert figures["behavior_weight_mean"] == pytest.approx(1.0, abs=1e-5)
+    assert_same_weights(runs.full_weights(corrected.policy), runs.full_weights(on_policy.policy), 1e-6)
+
+
+def test_stale_tokens_are_weighted_and_their_distance_reported(
+    models: Path, plain_logprobs: Callable[[SequenceBatch, float], Iterator[torch.Tensor]]
+) -> None:
+    """Sampled with half the probability that the policy gives: a weight of 2, whose gradient is twice the other."""
+    batch = sampled_by_the_policy(runs.make_batch(9, seed=5), plain_logprobs)
+    batch = replace(batch, sampling_logprobs=batch.sampling_logprobs - np.float32(np.log(2)))
+    batch = replace(batch, staleness=np.full(len(batch.sampling_logprobs), 3, dtype=np.int32))
+    scenario = Scenario(num_minibatches=1, training={"max_grad_norm": None})
+    figures = [
+        Learner(runs.make_spec(models, replace(scenario, spec={"max_staleness": bound}))).update(
+            *runs.share_of(batch, scenario)
+        )
+        for bound in (0, 3)
+    ]
+
+    assert figures[1]["behavior_weight_mean"] == pytest.approx(2.0, abs=1e-4)
+    assert figures[1]["grad_norm"] == pytest.approx(2 * figures[0]["grad_norm"], rel=1e-4)
+    assert figures[1]["proximal_logprob_diff_by_staleness/3"] == pytest.approx(np.log(2), abs=1e-5)
+    assert "behavior_weight_mean" not in figures[0]
+
+
+def test_engine_and_learner_are_compared_on_fresh_completions_alone(
+    models: Path, plain_logprobs: Callable[[SequenceBatch, float], Iterator[torch.Tensor]]
+) -> None:
+    batch = sampled_by_the_policy(runs.make_batch(5, seed=5), plain_logprobs)
+    ends = np.cumsum(batch.completion_lengths)
+    sampling, staleness = batch.sampling_logprobs.copy(), np.zeros(ends[-1], dtype=np.int32)
+    # One stale token, and another one of the same completion that is far off for its sake.
+    staleness[ends[0]] = 1
+    sampling[ends[0] + 1] -= 4.0
+    sampling[ends[2]] -= 0.5
+    scenario = Scenario(num_minibatches=1, spec={"max_staleness": 1})
+    batch = replace(batch, sampling_logprobs=sampling, staleness=staleness)
+
+    figures = Learner(runs.make_spec(models, scenario)).update(*runs.share_of(batch, scenario))
+
+    assert figures["sampling_logprob_diff_max"] == pytest.approx(0.5, abs=1e-5)
+
+
+def test_the_loglinear_policy_takes_no_forward_pass(policy_forwards: Callable[[Scenario], int]) -> None:
+    assert policy_forwards(Scenario(num_minibatches=2, num_epochs=2, training={"proximal": "loglinear"})) == 4
+
+
 # Truncated completions bootstrap from the critic; finished ones do not.
 
 

@@ -44,6 +44,7 @@ def batch() -> SequenceBatch:
         prompt_lengths=prompts,
         completion_lengths=completions,
         sampling_logprobs=np.zeros(7, dtype=np.float32),
+        staleness=np.zeros(7, dtype=np.int32),
         rewards=np.zeros(3, dtype=np.float32),
         truncated=np.zeros(3, dtype=np.bool_),
         group_ids=np.arange(3),

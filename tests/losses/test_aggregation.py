@@ -24,6 +24,47 @@ def test_hand_computed(mode):
     assert aggregate(X, MASK, mode).item() == pytest.approx(EXPECTED[mode])
 
 
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("token_mean", 2.5), ("seq_mean_token_mean", 3.0), ("seq_mean_token_sum", 5.0), ("seq_mean_token_sum_norm", 1.25)],
+)
+def test_equals_published_numbers(mode, expected):
+    # SkyRL (github.com/NovaSky-AI/SkyRL), test_ppo_utils.py, test_reduce_loss, with a constant length of 4. The third
+    # mode is not among its three: (1 + 2 + 3 + 4) / 2.
+    x, mask = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([[1, 1, 1], [1, 0, 0]])
+    normalizer = global_normalizer([3, 1], mode, max_length=4)
+    assert aggregate(x, mask, mode, normalizer).item() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("mode", "long", "short"),
+    [
+        # What a token of the row of three and the only token of the other row weigh.
+        ("token_mean", 1 / 4, 1 / 4),
+        ("seq_mean_token_mean", 1 / 6, 1 / 2),
+        ("seq_mean_token_sum", 1 / 2, 1 / 2),
+        ("seq_mean_token_sum_norm", 1 / 8, 1 / 8),
+    ],
+)
+def test_gradient_is_the_weight_of_each_token(mode, long, short):
+    x = X.clone().requires_grad_()
+    aggregate(x, MASK, mode).backward()
+    expected = torch.tensor([[long, long, long, 0.0], [short, 0.0, 0.0, 0.0], [0.0] * 4])
+    torch.testing.assert_close(x.grad, expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_alone_add_up_to_the_whole(mode):
+    x = X.clone().requires_grad_()
+    whole = aggregate(x, MASK, mode)
+    (gradient,) = torch.autograd.grad(whole, x)
+    normalizer = global_normalizer([3, 1, 0], mode, max_length=4)
+    parts = [aggregate(x[row : row + 1, :3], MASK[row : row + 1, :3], mode, normalizer) for row in range(3)]
+    sum(parts).backward()
+    assert sum(part.item() for part in parts) == pytest.approx(whole.item())
+    torch.testing.assert_close(x.grad, gradient)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_global_normalizer_of_the_whole_is_the_default(mode):
     normalizer = global_normalizer([3, 1, 0], mode, max_length=4)

@@ -49,6 +49,42 @@ def test_sequence_level_hand_computed(mode, floor, expected):
     assert with_ratios(ratios, mask, level="sequence", mode=mode, cap=3.0, floor=floor)[0] == approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("level", "cap", "mask", "expected"),
+    [
+        ("token", 2.0, [1, 1, 1], [1.6487, 0.6065, 2.0]),
+        ("sequence", 5.0, [1, 1, 1], [2.7183, 2.7183, 2.7183]),  # exp(0.5 - 0.5 + 1)
+        ("sequence", 10.0, [1, 0, 1], [4.4817, 0.0, 4.4817]),  # exp(0.5 + 1)
+        ("sequence", 2.5, [1, 1, 1], [2.5, 2.5, 2.5]),
+    ],
+)
+def test_equals_published_numbers(level, cap, mask, expected):
+    # SkyRL (github.com/NovaSky-AI/SkyRL), test_off_policy_correction.py, test_compute_tis_ratio_*: log-ratios 0.5, -0.5
+    # and 1. The cap of 2.5 is not among its cases.
+    proximal, behavior = torch.tensor([[-1.0, -1.5, -0.5]]), torch.tensor([[-1.5, -1.0, -1.5]])
+    weights, _ = behavior_weights(proximal, behavior, torch.tensor([mask]), level=level, mode="truncate", cap=cap)
+    assert weights.tolist() == [pytest.approx(expected, rel=1e-4)]
+
+
+@pytest.mark.parametrize(
+    ("log_ratios", "expected"),
+    [([15.0, 15.0], 20.0), ([30.0, -10.0], 10.0), ([-30.0, 30.0], -10.0), ([15.0, 4.0], 19.0)],
+)
+def test_each_token_and_the_sum_of_a_sequence_are_bounded(log_ratios, expected):
+    # By 20, from above only: first each token, then the sum.
+    proximal = torch.tensor([log_ratios])
+    settings = {"level": "sequence", "mode": "truncate", "cap": math.inf}
+    weights, _ = behavior_weights(proximal, torch.zeros(1, 2), torch.ones(1, 2), **settings)
+    assert weights.log().tolist() == [pytest.approx([expected] * 2, rel=1e-5)]
+
+
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+@pytest.mark.parametrize("ratio", [0.1, 0.7, 1.5, 8.0])
+def test_of_a_single_token_both_levels_are_the_same(mode, ratio):
+    token, sequence = (with_ratios([[ratio]], level=level, mode=mode, floor=0.5) for level in ("token", "sequence"))
+    assert token == sequence
+
+
 def test_metrics_hand_computed():
     # Ratios 4, 1, 1, 0.5 under a cap of 2: weights 2, 1, 1, 0.5, sum 4.5, sum of squares 6.25.
     _, metrics = with_ratios([[4.0, 1.0], [1.0, 0.5]])
@@ -104,6 +140,21 @@ def test_decoupled_ppo_inside_the_bounds_weights_by_current_over_behaviour():
     weights, _ = behavior_weights(proximal, behavior, mask, **ANY)
     loss, _ = ppo_loss(current, proximal, advantages, mask, clip_low=0.9, clip_high=9.0, behavior_weights=weights)
     torch.testing.assert_close(loss, -((current - behavior).exp() * advantages).mean())
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("mode", ["truncate", "mask"])
+def test_weights_made_of_the_trained_logprobs_are_constants_to_the_gradient(level, mode):
+    # One token each, 0.5 / 0.25 = 2 and 0.5 / 0.5 = 1, with A = 3 and -1: gradient -w A / 2, and not twice the first.
+    logprobs = torch.tensor([[0.5], [0.5]]).log().requires_grad_()
+    behavior = torch.tensor([[0.25], [0.5]]).log()
+    weights, _ = behavior_weights(logprobs, behavior, torch.ones(2, 1), level=level, mode=mode, cap=4.0)
+    advantages = torch.tensor([[3.0], [-1.0]])
+    loss, _ = ppo_loss(
+        logprobs, logprobs.detach(), advantages, torch.ones(2, 1), clip_low=0.2, clip_high=0.2, behavior_weights=weights
+    )
+    loss.backward()
+    assert logprobs.grad.flatten().tolist() == pytest.approx([-3.0, 0.5])
 
 
 @pytest.mark.parametrize("level", ["token", "sequence"])

@@ -76,6 +76,42 @@ def test_numbers_by_hand() -> None:
     torch.testing.assert_close(entropies, torch.tensor(by_hand))
 
 
+def test_gradients_by_hand() -> None:
+    # With a hidden state of 1 and weights of their logarithms the probabilities are 1/4 and 3/4; target 0. By the
+    # logits, the log-probability has the gradient 1 - 1/4, -3/4, and the entropy H has -p (ln p + H); H = 0.562335,
+    # ln p + H = -0.823959 and 0.274653. The weights' gradient is that of the logits; twice the entropy is taken.
+    hidden = torch.ones(1, 1)
+    weight = torch.tensor([[0.25], [0.75]]).log().requires_grad_()
+    logprobs, entropies = chunked_logprobs_and_entropy(hidden, weight, torch.tensor([0]), entropy_gradient=True)
+    (logprobs + 2 * entropies).sum().backward()
+
+    assert weight.grad is not None
+    by_hand = [0.75 + 2 * 0.205990, -0.75 - 2 * 0.205990]
+    torch.testing.assert_close(weight.grad.flatten(), torch.tensor(by_hand), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("sizes", [(23,), (1, 22), (5, 0, 11, 7)])
+def test_microbatches_add_up_to_the_whole(sizes: tuple[int, ...], entropy: bool) -> None:
+    targets = case()[3]
+
+    def split(hidden: Tensor, weight: Tensor, bias: Tensor) -> Pair:
+        parts = [
+            chunked_logprobs_and_entropy(rows, weight, ids, bias=bias, entropy_gradient=entropy, max_logits=100)
+            for rows, ids in zip(hidden.split(sizes), targets.split(sizes), strict=True)
+        ]
+        return torch.cat([logprobs for logprobs, _ in parts]), torch.cat([entropies for _, entropies in parts])
+
+    def at_once(hidden: Tensor, weight: Tensor, bias: Tensor) -> Pair:
+        return chunked_logprobs_and_entropy(hidden, weight, targets, bias=bias, entropy_gradient=entropy)
+
+    values, grads = gradients(split, entropy=entropy)
+    expected, expected_grads = gradients(at_once, entropy=entropy)
+
+    for given, wanted in zip((*values, *grads), (*expected, *expected_grads), strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_entropies_carry_no_gradient_unless_asked_for() -> None:
     hidden, weight, _, targets = case()
     _, entropies = chunked_logprobs_and_entropy(hidden.requires_grad_(), weight, targets)
@@ -113,6 +149,50 @@ def test_logits_as_large_as_half_precision_allows_stay_finite() -> None:
     assert hidden.grad is not None and bool(hidden.grad.isfinite().all())
 
 
+def of_logits(logits: Tensor, targets: Tensor) -> tuple[Pair, Tensor]:
+    """Values, and the gradient by a weight that holds these logits: each hidden state picks a row of them."""
+    weight = logits.T.contiguous().requires_grad_()
+    values = chunked_logprobs_and_entropy(
+        torch.eye(len(logits), dtype=logits.dtype), weight, targets, entropy_gradient=True, max_logits=len(weight)
+    )
+    (values[0].sum() + values[1].sum()).backward()
+    assert weight.grad is not None
+    return values, weight.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+def test_half_precision_logits_are_reduced_in_float32(scale: float, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = (scale * torch.randn(6, 50, generator=generator)).to(dtype)
+    targets = torch.randint(0, 50, (6,), generator=generator)
+    (logprobs, entropies), gradient = of_logits(logits, targets)
+
+    exact = logits.double().requires_grad_()
+    log_softmax = torch.log_softmax(exact, dim=-1)
+    wanted = log_softmax.gather(-1, targets[:, None])[:, 0], -(log_softmax.exp() * log_softmax).sum(-1)
+    (wanted[0].sum() + wanted[1].sum()).backward()
+    # A float32 near 1,000 has a spacing of 6e-5.
+    torch.testing.assert_close(logprobs.double(), wanted[0].detach(), rtol=1e-6, atol=2e-4)
+    torch.testing.assert_close(entropies.double(), wanted[1].detach(), rtol=1e-6, atol=2e-4)
+    assert exact.grad is not None
+    torch.testing.assert_close(gradient.T.double(), exact.grad, rtol=0.02, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extreme_half_precision_logits_stay_finite_and_near_the_exact(dtype: torch.dtype) -> None:
+    logits = torch.tensor([[6e4, 6e4, -6e4], [6e4, -6e4, 0.0], [-6e4, -6e4, -6e4], [6e4, 0.0, -6e4]], dtype=dtype)
+    (logprobs, entropies), gradient = of_logits(logits, torch.tensor([0, 1, 2, 0]))
+
+    # Two equal, the least likely, three equal, the only likely. A float32 near 6e4 has a spacing of 1/256.
+    wanted = [-math.log(2.0), -2.0 * logits[0, 0].item(), -math.log(3.0), 0.0]
+    torch.testing.assert_close(logprobs, torch.tensor(wanted), rtol=0, atol=1 / 256)
+    torch.testing.assert_close(entropies, torch.tensor([math.log(2.0), 0.0, math.log(3.0), 0.0]), rtol=0, atol=1 / 256)
+    # That of the entropy is 0 at each of these; that of a log-probability is 1 less the probability at the target.
+    by_hand = [[0.5, -0.5, 0.0], [-1.0, 1.0, 0.0], [-1 / 3, -1 / 3, 2 / 3], [0.0, 0.0, 0.0]]
+    torch.testing.assert_close(gradient.T.float(), torch.tensor(by_hand), rtol=0, atol=4e-3)
+
+
 def test_a_token_of_probability_zero_leaves_the_entropy_finite() -> None:
     hidden, weight = torch.ones(1, 1), torch.zeros(3, 1)
     bias = torch.tensor([0.0, 0.0, -math.inf])
@@ -121,12 +201,41 @@ def test_a_token_of_probability_zero_leaves_the_entropy_finite() -> None:
     torch.testing.assert_close(entropies, torch.tensor([math.log(2.0)]))
 
 
-def test_no_token_is_no_error() -> None:
+def test_a_token_of_probability_zero_gets_no_gradient_from_the_entropy() -> None:
+    # The other two are equally likely, where the entropy has its maximum.
+    hidden, weight = torch.ones(1, 1), torch.zeros(3, 1, requires_grad=True)
+    bias = torch.tensor([0.0, 0.0, -math.inf], requires_grad=True)
     logprobs, entropies = chunked_logprobs_and_entropy(
-        torch.zeros(0, 4), torch.zeros(5, 4), torch.zeros(0, dtype=torch.int64)
+        hidden, weight, torch.tensor([0]), bias=bias, entropy_gradient=True
     )
+    (logprobs + entropies).sum().backward()
+
+    assert bias.grad is not None and weight.grad is not None
+    torch.testing.assert_close(bias.grad, torch.tensor([0.5, -0.5, 0.0]))
+    torch.testing.assert_close(weight.grad.flatten(), bias.grad)
+
+
+def test_the_gradient_of_many_half_precision_tokens_keeps_the_small_ones() -> None:
+    # Each token adds 1/2 to the weight of its target; a sum in bfloat16 would stay at 128, where the spacing is 1.
+    hidden, weight = torch.ones(1000, 1).bfloat16(), torch.zeros(2, 1).bfloat16().requires_grad_()
+    bias = torch.zeros(2).bfloat16().requires_grad_()
+    targets = torch.zeros(1000, dtype=torch.int64)
+    chunked_logprobs_and_entropy(hidden, weight, targets, bias=bias, max_logits=2)[0].sum().backward()
+
+    assert weight.grad is not None and weight.grad.flatten().tolist() == [500.0, -500.0]
+    assert bias.grad is not None and bias.grad.tolist() == [500.0, -500.0]
+
+
+def test_no_token_is_no_error() -> None:
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(5, 4, requires_grad=True)
+    logprobs, entropies = chunked_logprobs_and_entropy(
+        hidden, weight, torch.zeros(0, dtype=torch.int64), entropy_gradient=True
+    )
+    (logprobs.sum() + entropies.sum()).backward()
 
     assert logprobs.shape == entropies.shape == (0,)
+    assert hidden.grad is not None and hidden.grad.shape == (0, 4)
+    assert weight.grad is not None and torch.equal(weight.grad, torch.zeros(5, 4))
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 
 import rlhf_ray.losses as package
 from rlhf_ray.losses import (
+    behavior_weights,
     cispo_loss,
     entropy_bonus,
     global_normalizer,
@@ -113,6 +114,48 @@ def test_loss_and_gradient_do_not_depend_on_the_split(loss, mode, seed):
     assert whole_gradient.abs().max() > 1e-3
 
 
+@every_policy_loss
+@every_mode
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_whole_objective_does_not_depend_on_the_split(name, mode, level):
+    function, settings = POLICY_LOSSES[name]
+    x, others, mask = random_batch()
+    scale = {"aggregation": mode, "normalizer": global_normalizer(mask.sum(1).tolist(), mode, max_length=MAX_LENGTH)}
+
+    def objective(x, old, advantages, written_by, mask):
+        weights, _ = behavior_weights(old, written_by, mask, level=level, mode="truncate", cap=2.0)
+        loss, _ = function(x, old, advantages, mask, behavior_weights=weights, **settings, **scale)
+        bonus, _ = entropy_bonus(x.square(), mask, **scale)
+        divergence, _ = kl_loss(x, written_by, mask, estimator="k3", **scale)
+        return loss - 0.1 * bonus + 0.2 * divergence
+
+    whole = objective(x, *others, mask)
+    (whole_gradient,) = torch.autograd.grad(whole, x)
+    total = 0.0
+    for rows, width in microbatches(mask, seed=2):
+        part = objective(*(tensor[rows, :width] for tensor in (x, *others, mask)))
+        part.backward()
+        total += part.item()
+    assert total == pytest.approx(whole.item(), rel=1e-5, abs=1e-5)
+    torch.testing.assert_close(x.grad, whole_gradient, rtol=0, atol=1e-5)
+    assert whole_gradient.abs().max() > 1e-3
+
+
+@every_loss
+@every_mode
+def test_a_sequence_without_tokens_is_as_if_it_were_not_there(loss, mode):
+    x, others, mask = random_batch()
+    kept = mask.any(dim=1)
+    assert not kept.all()
+    with_it, metrics = loss(x, others, mask, aggregation=mode)
+    without, metrics_without = loss(x[kept], [tensor[kept] for tensor in others], mask[kept], aggregation=mode)
+    torch.testing.assert_close(with_it, without)
+    torch.testing.assert_close(metrics, metrics_without)
+    gradients = [torch.autograd.grad(total, x)[0] for total in (with_it, without)]
+    torch.testing.assert_close(*gradients)
+    assert (gradients[0][~kept] == 0).all()
+
+
 @every_loss
 def test_metrics_of_parts_weighted_by_tokens_equal_those_of_the_whole(loss):
     x, others, mask = random_batch()
@@ -129,6 +172,16 @@ def test_metrics_of_parts_weighted_by_tokens_equal_those_of_the_whole(loss):
             else:
                 combined[name] += share * metric.item()
     assert combined == pytest.approx({name: metric.item() for name, metric in whole.items()}, abs=1e-6)
+
+
+@every_loss
+def test_metrics_do_not_depend_on_aggregation_or_normalizer(loss):
+    x, others, mask = random_batch()
+    _, default = loss(x, others, mask)
+    for mode in MODES:
+        for normalizer in (None, 5.0):
+            _, metrics = loss(x, others, mask, aggregation=mode, normalizer=normalizer)
+            assert metrics == default
 
 
 @every_loss

@@ -1,3 +1,5 @@
+import math
+
 import torch
 
 from rlhf_ray.losses import entropy_bonus, token_entropy
@@ -11,6 +13,13 @@ def test_hand_computed():
     assert bonus.item() == 3.75
     # The metric is the mean over tokens whatever the aggregation.
     assert metrics["entropy"].item() == 3.0
+
+
+def test_gradient_is_the_share_of_each_token():
+    # Means of 2 tokens and of 1, averaged over 2 sequences; nothing passes where the mask is 0.
+    entropies = torch.tensor([[1.0, 2.0], [6.0, math.nan]], requires_grad=True)
+    entropy_bonus(entropies, torch.tensor([[1, 1], [1, 0]]), aggregation="seq_mean_token_mean")[0].backward()
+    assert entropies.grad.tolist() == [[0.25, 0.25], [0.5, 0.0]]
 
 
 def test_normalizer_is_the_global_denominator():

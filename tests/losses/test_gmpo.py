@@ -102,6 +102,18 @@ def test_without_a_clip_it_is_gspo(mode):
     torch.testing.assert_close(*[torch.autograd.grad(loss, new)[0] for loss in losses])
 
 
+@pytest.mark.parametrize("ratio", [0.5, 0.6702, 0.6704, 1.0, 1.4917, 1.4919, 3.0])
+@pytest.mark.parametrize("advantage", [2.0, -2.0])
+def test_one_token_is_ppo_with_the_published_bounds(ratio, advantage):
+    # arXiv:2507.20673 clips at e^-0.4 = 0.67032 and e^0.4 = 1.49182.
+    loss, metrics, gradient = with_ratios([ratio], [advantage], clip_low=0.4, clip_high=0.4)
+    held = (advantage > 0 and ratio > 1.49182) or (advantage < 0 and ratio < 0.67032)
+    bounded = min(max(ratio, 0.67032), 1.49182) if held else ratio
+    assert loss == pytest.approx(-bounded * advantage, rel=1e-5)
+    assert gradient == pytest.approx([0.0 if held else -ratio * advantage], rel=1e-5)
+    assert metrics["clip_fraction"] == held
+
+
 def test_metrics_are_of_tokens_before_the_clip():
     # Ratios 8, 1, 0.25, 0.25 with A = 1, 1, 1, -1: clipped are the first, above, and the last, below.
     # k3, r - 1 - ln r: 4.920558, 0, 0.636294 twice; mean 1.548287.

@@ -97,6 +97,22 @@ def test_one_token_is_ppo():
     assert metrics["clip_fraction"] == 0.0
 
 
+@pytest.mark.parametrize(
+    ("mean_log_ratio", "advantage", "clipped"),
+    [(3.5e-4, 1.0, 0.0), (4.5e-4, 1.0, 1.0), (4.5e-4, -1.0, 0.0), (-2.5e-4, -1.0, 0.0), (-3.5e-4, -1.0, 1.0)],
+)
+def test_tells_apart_what_lies_within_bounds_as_narrow_as_the_published(mean_log_ratio, advantage, clipped):
+    # arXiv:2507.18071, section 5.1: 3e-4 below and 4e-4 above. Log-probabilities of -8 have a spacing of 1e-6 at most.
+    old_logprobs = torch.full((1, 64), -8.0)
+    logprobs = (old_logprobs + mean_log_ratio + 0.5 * torch.tensor([1.0, -1.0]).repeat(32)).requires_grad_()
+    advantages, mask = torch.full((1, 64), advantage), torch.ones(1, 64)
+    loss, metrics = gspo_loss(logprobs, old_logprobs, advantages, mask, clip_low=3e-4, clip_high=4e-4)
+    loss.backward()
+    assert metrics["clip_fraction"].item() == clipped
+    # Every token has the same share: of the mean over 64, and of a ratio within 5e-4 of 1.
+    assert logprobs.grad.flatten().tolist() == pytest.approx([-(1 - clipped) * advantage / 64] * 64, rel=1e-3)
+
+
 def test_metrics_hand_computed():
     # Rows with s = 2 and 0.5, of 2 tokens and 1: the first clipped above, the second below.
     # k3 of each token, r - 1 - ln r: 4 -> 1.613706, 1 -> 0, 0.5 -> 0.193147; mean 0.602284.

@@ -84,6 +84,26 @@ def test_hand_computed():
     assert logprobs.grad[0].tolist() == pytest.approx([0.346574, -0.346574], rel=1e-5)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_gradient_at_each_token_is_that_of_k2_whatever_the_value(estimator):
+    # d = ln 4, 0 and -ln 2 over three tokens, and one masked: gradient d / 3. That of k1 itself would be 1 / 3 at each,
+    # that of k3 (1 - exp(-d)) / 3 = 0.25, 0 and -1 / 3.
+    logprobs = torch.tensor([[0.8, 0.5, 0.25, math.nan]]).log().requires_grad_()
+    reference = torch.tensor([[0.2, 0.5, 0.5, 0.9]]).log().requires_grad_()
+    loss, _ = kl_loss(logprobs, reference, torch.tensor([[1, 1, 1, 0]]), estimator=estimator)
+    loss.backward()
+    assert logprobs.grad[0].tolist() == pytest.approx([math.log(4) / 3, 0.0, -math.log(2) / 3, 0.0])
+    assert reference.grad is None
+
+
+def test_gradient_of_abs_at_each_token_is_the_sign():
+    logprobs = torch.tensor([[0.8, 0.5, 0.25]]).log().requires_grad_()
+    loss, _ = kl_loss(logprobs, torch.tensor([[0.2, 0.5, 0.5]]).log(), torch.ones(1, 3), estimator="abs")
+    loss.backward()
+    assert loss.item() == pytest.approx((math.log(4) + math.log(2)) / 3)
+    assert logprobs.grad[0].tolist() == pytest.approx([1 / 3, 0.0, -1 / 3])
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "abs"])
 def test_zero_loss_and_gradient_at_the_reference(estimator):
     logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)

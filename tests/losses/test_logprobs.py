@@ -77,6 +77,19 @@ def test_large_logits_do_not_overflow():
     assert logprobs.item() == pytest.approx(-math.log(2), abs=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_extreme_half_precision_logits_stay_finite_and_near_the_exact(dtype):
+    logits = torch.tensor([[6e4, 6e4, -6e4], [6e4, -6e4, 0.0], [-6e4, -6e4, -6e4]], dtype=dtype).requires_grad_()
+    logprobs, entropy = token_logprobs_and_entropy(logits, torch.tensor([0, 1, 2]))
+    (logprobs.sum() + entropy.sum()).backward()
+    # A float32 near 6e4 has a spacing of 1/256.
+    expected = [-math.log(2), -2 * logits[0, 0].item(), -math.log(3)]
+    assert logprobs.tolist() == pytest.approx(expected, rel=0, abs=1 / 256)
+    assert entropy.tolist() == pytest.approx([math.log(2), 0.0, math.log(3)], rel=0, abs=1 / 256)
+    by_hand = [[0.5, -0.5, 0.0], [-1.0, 1.0, 0.0], [-1 / 3, -1 / 3, 2 / 3]]
+    torch.testing.assert_close(logits.grad.float(), torch.tensor(by_hand), rtol=0, atol=4e-3)
+
+
 def test_forbidden_ids_have_no_probability_and_no_gradient():
     # Minus infinity on the ids that pad the vocabulary; the rest is a distribution of two equal ids.
     logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)

@@ -36,6 +36,14 @@ def test_only_tokens_that_move_further_away_are_dropped_or_counted():
     assert of_row([0.1, -5.0, 5.0, 5.0, 0.0], [1.0, 1.0, -1.0, 0.0, 1.0], 0.04) == [True] * 5
 
 
+@pytest.mark.parametrize(
+    ("differences", "threshold"),
+    [([0.5], 0.25), ([0.5, 0.5, 0.5], 0.25), ([0.5, 1.0], 0.625), ([1.0, 0.5, 0.0], 0.625)],
+)
+def test_a_mean_of_exactly_the_threshold_keeps_every_token(differences, threshold):
+    assert of_row(differences, [1.0] * len(differences), threshold) == [True] * len(differences)
+
+
 def test_of_equal_tokens_the_later_are_dropped():
     # Squares 0.01, 0.25, 0.25, 0.25: means 0.01, 0.13, 0.17, 0.19.
     assert of_row([0.1, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0], 0.18) == [True, True, True, False]
@@ -109,6 +117,22 @@ def test_as_behavior_weights_it_gives_the_published_loss():
     torch.testing.assert_close(loss, -objective.mean())
     (gradient,) = torch.autograd.grad(loss, new)
     assert torch.equal(gradient != 0, kept)
+
+
+def test_with_the_mask_of_the_whole_microbatches_add_up():
+    new, old, advantages, mask = random_batch()
+    new.requires_grad_()
+    kept = m2po_mask(new, old, advantages, mask, threshold=0.04)
+    settings = {"clip_low": 1.0, "clip_high": math.inf, "normalizer": float(mask.sum())}
+    whole, _ = ppo_loss(new, old, advantages, mask, behavior_weights=kept, **settings)
+    (gradient,) = torch.autograd.grad(whole, new)
+    parts = [
+        ppo_loss(new[rows], old[rows], advantages[rows], mask[rows], behavior_weights=kept[rows], **settings)[0]
+        for rows in (slice(0, 1), slice(1, 6), slice(6, 8))
+    ]
+    sum(parts).backward()
+    assert sum(part.item() for part in parts) == pytest.approx(whole.item(), abs=1e-6)
+    torch.testing.assert_close(new.grad, gradient, rtol=0, atol=1e-6)
 
 
 def test_result_is_a_new_tensor_of_booleans_without_gradient():

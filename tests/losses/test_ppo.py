@@ -65,6 +65,15 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens(ratio, advantage, expected, gra
     assert got == pytest.approx([gradient], rel=1e-6)
 
 
+def test_equals_published_numbers_of_the_dual_clip():
+    # SkyRL (github.com/NovaSky-AI/SkyRL), test_losses.py, test_policy_loss_dual_clip, adapted there from NeMo-RL:
+    # ratios 0.5, 1 and 10, losses -0.5, 1 and 3 * 4, their mean 4.1667.
+    logprobs, old_logprobs = torch.tensor([[-1.69315, -1.0, -0.69741]]), torch.tensor([[-1.0, -1.0, -3.0]])
+    advantages = torch.tensor([[1.0, -1.0, -4.0]])
+    loss, _ = ppo_loss(logprobs, old_logprobs, advantages, torch.ones(1, 3), clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    assert loss.item() == pytest.approx(4.1667, abs=1e-4)
+
+
 def test_ratio_one_gives_the_policy_gradient():
     # At logprobs = old_logprobs the loss is -mean(A) and its gradient -A / n, whatever the clip, 0 included.
     advantages = torch.tensor([[0.5, -1.5, 3.0, -0.25]])

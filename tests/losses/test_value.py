@@ -43,6 +43,20 @@ def test_clip_hand_computed(value, expected, gradient, fraction):
     assert one_token(value, 0.0, 1.0, 0.5) == pytest.approx((expected, gradient, fraction))
 
 
+@pytest.mark.parametrize(
+    ("value", "expected", "gradient", "fraction"),
+    [
+        # Old value 2, return 1, clip 0.5: the mirror image, seen from 2.
+        (1.75, 0.28125, 0.75, 0.0),
+        (1.25, 0.125, 0.0, 1.0),  # 1/2 * (1.5 - 1)^2
+        (2.75, 1.53125, 1.75, 0.0),
+        (0.0, 0.5, -1.0, 0.0),
+    ],
+)
+def test_clip_towards_a_lower_return_hand_computed(value, expected, gradient, fraction):
+    assert one_token(value, 2.0, 1.0, 0.5) == pytest.approx((expected, gradient, fraction))
+
+
 def test_clip_out_of_reach_changes_nothing():
     generator = torch.Generator().manual_seed(0)
     values, old_values, returns = torch.randn(3, 4, 5, generator=generator).unbind(0)
@@ -88,6 +102,30 @@ def test_huber_hand_computed(value, expected, gradient):
     loss.backward()
     assert loss.item() == pytest.approx(expected)
     assert values.grad.item() == gradient
+
+
+@pytest.mark.parametrize(
+    ("huber", "error", "expected", "gradient"),
+    [
+        # rlax (github.com/google-deepmind/rlax), clipping_test.py, HuberLossTest: values and derivatives at delta 1.
+        (1.0, -2.0, 1.5, -1.0),
+        (1.0, -1.0, 0.5, -1.0),
+        (1.0, -0.5, 0.125, -0.5),
+        (1.0, 0.0, 0.0, 0.0),
+        (1.0, 0.5, 0.125, 0.5),
+        (1.0, 1.0, 0.5, 1.0),
+        (1.0, 2.0, 1.5, 1.0),
+        # Other deltas, by hand: 0.5 * (3 - 0.25), 4 * (5 - 2), 1/2 * 3^2.
+        (0.5, 3.0, 1.375, 0.5),
+        (4.0, -5.0, 12.0, -4.0),
+        (4.0, 3.0, 4.5, 3.0),
+    ],
+)
+def test_huber_equals_published_numbers_and_scales_with_its_width(huber, error, expected, gradient):
+    values = torch.tensor([[7.0 + error]], requires_grad=True)
+    loss, _ = value_loss(values, torch.zeros(1, 1), torch.full((1, 1), 7.0), torch.ones(1, 1), huber=huber)
+    loss.backward()
+    assert (loss.item(), values.grad.item()) == (expected, gradient)
 
 
 def test_huber_out_of_reach_changes_nothing():

@@ -4,7 +4,6 @@ import asyncio
 import gc
 import itertools
 import logging
-import random
 import threading
 import time
 from collections import Counter
@@ -15,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
 from rlhf_ray.rollouts import controller as module
-from rlhf_ray.rollouts.controller import RolloutController, admission_capacity
+from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Completion, Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, VersionSpan
 
@@ -126,6 +125,7 @@ def make() -> Iterator[Callable[..., RolloutController]]:
             "max_equal_groups": None,
             "greedy_baseline": False,
             "timeout_s": 10.0,
+            "stall_timeout_s": 10.0,
             "seed": 5,
         }
         started.append(
@@ -145,85 +145,6 @@ def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def ids(groups: Iterable[ScoredGroup | RewardFailure]) -> list[int]:
     return [outcome.group.group_id if isinstance(outcome, ScoredGroup) else -1 for outcome in groups]
-
-
-# Admission.
-
-
-@pytest.mark.parametrize(
-    ("staleness", "version", "max_concurrent", "running", "accepted", "capacity"),
-    [
-        # Synchronous, B = 4: one batch a version.
-        (0, 0, 4, 0, 0, 4),
-        (0, 0, 4, 3, 0, 1),
-        (0, 0, 4, 1, 3, 0),
-        (0, 0, 4, 0, 4, 0),
-        (0, 1, 4, 0, 4, 4),
-        (0, 7, 4, 0, 28, 4),
-        # Fewer at once than a batch, and more.
-        (0, 0, 2, 0, 0, 2),
-        (0, 0, 2, 1, 2, 1),
-        (0, 0, 99, 0, 0, 4),
-        # One version of lag admits one batch more, ever.
-        (1, 0, 99, 0, 0, 8),
-        (1, 0, 99, 4, 4, 0),
-        (1, 1, 99, 4, 4, 4),
-        # More accepted than the bound allows, as after a restart with a smaller bound.
-        (0, 0, 4, 0, 9, 0),
-    ],
-)
-def test_capacity_by_hand(
-    staleness: int, version: int, max_concurrent: int, running: int, accepted: int, capacity: int
-) -> None:
-    found = admission_capacity(
-        batch_size=4,
-        max_staleness=staleness,
-        version=version,
-        max_concurrent=max_concurrent,
-        running=running,
-        accepted=accepted,
-    )
-
-    assert found == capacity
-
-
-@pytest.mark.parametrize("staleness", [0, 1, 3])
-@pytest.mark.parametrize("seed", range(8))
-def test_no_group_is_trained_on_later_than_the_staleness_bound(staleness: int, seed: int) -> None:
-    """Groups finish and fail in any order and are trained on in the order of submission."""
-    rng = random.Random(seed)
-    batch_size, max_concurrent = rng.randint(1, 5), rng.randint(1, 20)
-    version = accepted = 0
-    queue: list[int] = []  # submission numbers that are not yet trained on, oldest first
-    submitted_at: list[int] = []
-    running: set[int] = set()
-    worst = 0
-    while version < 30:
-        capacity = admission_capacity(
-            batch_size=batch_size,
-            max_staleness=staleness,
-            version=version,
-            max_concurrent=max_concurrent,
-            running=len(running),
-            accepted=accepted,
-        )
-        assert 0 <= capacity <= max_concurrent - len(running)
-        for _ in range(capacity):
-            running.add(len(submitted_at))
-            queue.append(len(submitted_at))
-            submitted_at.append(version)
-        assert running, "something must be in flight, or nothing would ever happen again"
-        for number in rng.sample(sorted(running), rng.randint(1, len(running))):
-            running.remove(number)
-            if rng.random() < 0.2:
-                queue.remove(number)  # its reward failed
-            else:
-                accepted += 1
-        while len(queue) >= batch_size and not running.intersection(queue[:batch_size]):
-            worst = max(worst, *(version - submitted_at[number] for number in queue[:batch_size]))
-            del queue[:batch_size]
-            version += 1
-    assert worst <= staleness
 
 
 # Collecting a batch.
@@ -393,6 +314,16 @@ def test_a_defect_is_not_tried_again(make: Callable[..., RolloutController]) -> 
     replicas = Replicas(errors={1: [ValueError("a bug")]})
 
     with pytest.raises(ValueError, match="a bug"):
+        make(replicas).collect(0)
+
+    assert replicas.asked().count(1) == 1
+
+
+def test_what_the_engine_refuses_is_not_tried_again(make: Callable[..., RolloutController]) -> None:
+    refusal = RayTaskError("generate", "traceback", RolloutError("the engine refuses prompt 1: too hot"))
+    replicas = Replicas(errors={1: [refusal]})
+
+    with pytest.raises(RolloutError, match="refuses prompt 1: too hot"):
         make(replicas).collect(0)
 
     assert replicas.asked().count(1) == 1
@@ -710,3 +641,132 @@ def test_an_error_cancels_the_greedy_completion_of_the_same_prompt(make: Callabl
         make(replicas, Verdicts(), greedy_baseline=True).collect(0)
 
     assert replicas.running == 0
+
+
+# Asynchrony.
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.perf_counter() + 5.0
+    while not condition():
+        assert time.perf_counter() < deadline, "it did not happen within 5 s"
+        time.sleep(0.002)
+
+
+def test_groups_are_sent_while_nobody_collects(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={5: FOREVER_S})
+    controller = make(replicas, max_staleness=2, max_concurrent=3)
+
+    controller.collect(0)
+
+    # Three at once; each that ends makes room, until all twelve that version 0 may have are out.
+    wait_for(lambda: sorted(replicas.asked()) == list(range(12)) and replicas.running == 1)
+    assert ids(controller.collect(1).groups) == [4, 6, 7, 8], "5 has until version 2"
+
+
+def test_a_straggler_holds_up_its_last_version_alone(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={0: 0.3})
+    controller = make(replicas, max_staleness=1, max_concurrent=99)
+
+    first = controller.collect(0)
+    assert (replicas.running, 0 in ids(first.groups)) == (1, False)
+    second = controller.collect(1)
+    assert (replicas.running, 0 in ids(second.groups)) == (0, True)
+
+
+def test_each_group_is_asked_for_at_the_version_it_was_admitted_at(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas, max_staleness=1, max_concurrent=99)
+    for version in range(3):
+        controller.collect(version)
+
+    asked = {p.prompt_id: (seed, version) for p, _, seed, version in replicas.calls}
+    admitted = [0] * 8 + [1] * 4 + [2] * 4
+    assert asked == {number: (group_seed(5, version, number), version) for number, version in enumerate(admitted)}
+
+
+def test_a_failed_group_is_replaced_while_nobody_collects(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={6: 0.05, 7: 0.05, 8: 0.05})
+    controller = make(replicas, Rewards(failing=[7]), max_staleness=1, max_concurrent=99)
+
+    first = controller.collect(0)
+    wait_for(lambda: 8 in replicas.asked())
+    second = controller.collect(1)
+
+    assert first.failures == Counter()
+    assert second.failures == Counter(raised=1), "counted for the batch that was due"
+
+
+def test_an_error_that_nobody_waited_for_is_raised_by_the_next_collect(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={6: 0.02}, errors={6: [ValueError("a bug")]})
+    controller = make(replicas, max_staleness=1, max_concurrent=99)
+    controller.collect(0)
+    wait_for(lambda: replicas.running == 0)
+
+    with pytest.raises(ValueError, match="a bug"):
+        controller.collect(1)
+
+
+def test_after_an_error_scored_groups_stay_and_the_others_are_sent_again(
+    make: Callable[..., RolloutController],
+) -> None:
+    replicas = Replicas(delays_s={2: FOREVER_S, 1: 0.02}, errors={1: [ValueError("once")]})
+    controller = make(replicas)
+    with pytest.raises(ValueError, match="once"):
+        controller.collect(0)
+    replicas._delays_s.clear()
+
+    assert ids(controller.collect(0).groups) == [0, 1, 2, 3]
+    assert sorted(replicas.asked()) == [0, 1, 1, 2, 2, 3]
+
+
+def test_a_restart_forgets_what_is_in_flight_and_what_is_scored(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={4: FOREVER_S})
+    controller = make(replicas, max_staleness=1, max_concurrent=99)
+    controller.collect(0)
+    wait_for(lambda: replicas.running == 1)
+
+    controller.resume(3)
+
+    assert (replicas.running, replicas.cancelled) == (0, [4])
+    assert ids(controller.collect(3).groups) == [8, 9, 10, 11]
+
+
+def test_evaluation_does_not_wait_for_training_rollouts(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={4: FOREVER_S})
+    controller = make(replicas, max_staleness=1, max_concurrent=99)
+    controller.collect(0)
+
+    assert ids(controller.score_prompts([prompt(90)], GREEDY, 1)) == [90]
+    assert replicas.running == 1
+
+
+def test_the_time_with_work_at_the_replicas_is_told(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={0: 0.1, 4: 0.1})
+    controller = make(replicas, max_concurrent=99)
+
+    first = controller.collect(0)
+    time.sleep(0.2)  # Nothing runs meanwhile.
+    second = controller.collect(1)
+
+    for collected in (first, second):
+        assert 0.1 <= collected.generating_s < 0.2
+
+
+def test_a_wait_without_progress_ends_and_says_what_for(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={2: FOREVER_S})
+    controller = make(replicas, Rewards(), stall_timeout_s=0.2, timeout_s=FOREVER_S)
+
+    with pytest.raises(RolloutError, match=r"rollouts\.stall_timeout_s = 0\.2 s") as caught:
+        controller.collect(0)
+
+    assert "3 scored groups of 4" in str(caught.value)
+    assert "1 to be generated; the oldest is prompt 2" in str(caught.value)
+    assert replicas.running == 0
+
+
+def test_a_wait_for_a_reward_names_the_reward(make: Callable[..., RolloutController]) -> None:
+    controller = make(Replicas(), Rewards(delay_s=FOREVER_S), stall_timeout_s=0.2)
+
+    with pytest.raises(RolloutError, match="4 to be scored"):
+        controller.collect(0)

@@ -1,0 +1,76 @@
+"""Stage 5 on a learner rank: log-probabilities of stale tokens -> proximal policy and weights that correct for them.
+
+Decoupled PPO ("AReaL: A Large-Scale Asynchronous Reinforcement Learning System for Language Reasoning",
+arXiv:2505.24298): ratios are clipped against a proximal policy, and each loss is weighted by how much likelier that
+policy makes the token than the policy that sampled it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from rlhf_ray.losses import aggregate, behavior_weights
+from rlhf_ray.settings import TrainingSettings
+
+__all__ = ["effective_sample_size", "loglinear_proximal", "stale_weights", "staleness_metrics"]
+
+
+def loglinear_proximal(
+    logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, staleness: torch.Tensor
+) -> torch.Tensor:
+    """Approximate log-probabilities under the policy before the update, without a forward pass of it.
+
+    The policy that is trained is taken to be one version ahead of that policy, and the one that sampled a token
+    ``s = staleness`` behind it. Log-probabilities are assumed to move evenly over versions::
+
+        proximal = sampling + s / (s + 1) * (current - sampling)
+
+    exact where ``s = 0``. No gradient passes. All ``[B, T]``, in nats and versions.
+    """
+    share = staleness / (staleness + 1.0)
+    return sampling_logprobs + share * (logprobs.detach() - sampling_logprobs)
+
+
+def stale_weights(
+    training: TrainingSettings, proximal_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, mask: torch.Tensor
+) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    """Weights of a microbatch's tokens and their metrics, as the settings ask; ``None``: data is not corrected.
+
+    Of the metrics :func:`effective_sample_size` makes the batch's, which no mean over microbatches is.
+    """
+    if training.behavior_weights == "none":
+        return None, {}
+    weights, metrics = behavior_weights(
+        proximal_logprobs,
+        sampling_logprobs,
+        mask,
+        level=training.behavior_weights,
+        mode=training.behavior_mode,
+        cap=training.behavior_cap,
+        floor=training.behavior_floor,
+    )
+    del metrics["behavior_ess"]
+    return weights, metrics | {"behavior_weight_square_mean": aggregate(weights.square(), mask, "token_mean")}
+
+
+def effective_sample_size(figures: dict[str, float]) -> dict[str, float]:
+    """Replace the mean square of the weights by ``(sum w)^2 / (n * sum w^2)``, in place where there is one."""
+    square = figures.pop("behavior_weight_square_mean", None)
+    if square is not None:
+        figures["effective_sample_size"] = figures["behavior_weight_mean"] ** 2 / square if square > 0.0 else 0.0
+    return figures
+
+
+def staleness_metrics(
+    proximal_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, staleness: torch.Tensor, mask: torch.Tensor
+) -> list[tuple[dict[str, Any], float]]:
+    """How far the sampling policy is from the proximal one, by version distance: means and numbers of tokens."""
+    gaps = (proximal_logprobs - sampling_logprobs).abs()
+    found = []
+    for distance in staleness[mask].unique().tolist():
+        chosen = mask & (staleness == distance)
+        mean = aggregate(gaps, chosen, "token_mean")
+        found.append(({f"proximal_logprob_diff_by_staleness/{distance:.0f}": mean}, float(chosen.sum())))
+    return found

@@ -1,0 +1,134 @@
+"""Which groups may be started, and which are trained on next, so that none is ever staler than it may be.
+
+Plain bookkeeping without clocks, threads or Ray: the rollout controller asks it, and so does the simulation.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from typing import Generic, TypeVar
+
+from rlhf_ray.settings import Settings
+
+__all__ = ["GroupLedger", "admission_capacity", "max_concurrent_groups"]
+
+Item = TypeVar("Item")
+
+
+def admission_capacity(
+    *, batch_size: int, max_staleness: int, version: int, max_concurrent: int, running: int, accepted: int
+) -> int:
+    """Groups that may be submitted now (AReaL, arXiv:2505.24298, section 5.1).
+
+    ``min(max_concurrent - running, (max_staleness + version + 1) * batch_size - (accepted + running))``: with
+    ``accepted`` groups finished since the start and ``running`` in flight. ``max_staleness = 0`` is synchronous PPO.
+    """
+    room = (max_staleness + version + 1) * batch_size - (accepted + running)
+    return max(0, min(max_concurrent - running, room))
+
+
+def max_concurrent_groups(settings: Settings) -> int:
+    """Groups in flight at once: the setting, or all that the staleness rule may ever admit."""
+    everything = (settings.rollouts.max_staleness + 1) * settings.data.batch_size
+    return settings.rollouts.max_concurrent_groups or everything
+
+
+class GroupLedger(Generic[Item]):
+    """Groups in flight and groups ready, by the policy version at which they were admitted.
+
+    Every batch has exactly ``batch_size`` groups, and a group that was admitted at version ``a`` is in a batch of
+    version ``a + max_staleness`` at the latest. Two rules make that so:
+
+    - Admission: :func:`admission_capacity`. At version ``v`` at most ``(max_staleness + 1) * batch_size`` groups are
+      in flight or ready.
+    - Batches: oldest first, and none is made before it can be made without leaving too many old ones behind. Those
+      admitted up to ``a`` that a batch of version ``v`` leaves behind must fit the batches up to version
+      ``a + max_staleness``: ``alive(a) - taken(a) <= (a + max_staleness - v) * batch_size``. A straggler is so waited
+      for in its last version, and not before.
+
+    Args:
+        batch_size: Groups an update.
+        max_staleness: Versions that a group may lag behind.
+        max_concurrent: Groups in flight at once.
+    """
+
+    def __init__(self, *, batch_size: int, max_staleness: int, max_concurrent: int) -> None:
+        self._batch_size = batch_size
+        self._max_staleness = max_staleness
+        self._max_concurrent = max_concurrent
+        self._alive: Counter[int] = Counter()
+        self._ready: defaultdict[int, list[tuple[int, Item]]] = defaultdict(list)
+        self._in_flight: dict[int, int] = {}
+        self._admitted = 0
+        self._accepted = 0
+        self.version = 0
+        """The policy's; it may only rise between two :meth:`restart`."""
+
+    def restart(self, version: int) -> None:
+        """Forget all groups; those of earlier versions count as accepted."""
+        self._alive.clear()
+        self._ready.clear()
+        self._in_flight.clear()
+        self._accepted = version * self._batch_size
+        self.version = version
+
+    @property
+    def running(self) -> int:
+        """Groups in flight."""
+        return len(self._in_flight)
+
+    @property
+    def ready(self) -> int:
+        """Groups accepted and not yet in a batch."""
+        return sum(map(len, self._ready.values()))
+
+    def capacity(self) -> int:
+        """Groups that may be admitted now."""
+        return admission_capacity(
+            batch_size=self._batch_size,
+            max_staleness=self._max_staleness,
+            version=self.version,
+            max_concurrent=self._max_concurrent,
+            running=self.running,
+            accepted=self._accepted,
+        )
+
+    def admit(self) -> int:
+        """Put a group in flight; returns its ticket."""
+        self._admitted += 1
+        self._in_flight[self._admitted] = self.version
+        self._alive[self.version] += 1
+        return self._admitted
+
+    def reject(self, ticket: int) -> None:
+        """End a group in flight that is not trained on; its capacity is free again."""
+        self._alive[self._in_flight.pop(ticket)] -= 1
+
+    def accept(self, ticket: int, item: Item) -> None:
+        """End a group in flight that is to be trained on."""
+        self._ready[self._in_flight.pop(ticket)].append((ticket, item))
+        self._accepted += 1
+
+    def batch(self) -> list[Item] | None:
+        """Take the next batch, in the order of admission; ``None`` where it must wait for groups in flight."""
+        if self.ready < self._batch_size:
+            return None
+        alive = ready = 0
+        for admitted in range(self.version - self._max_staleness, self.version + 1):
+            alive += self._alive[admitted]
+            ready += len(self._ready.get(admitted, ()))
+            left_for_later = (admitted + self._max_staleness - self.version) * self._batch_size
+            if alive - min(ready, self._batch_size) > left_for_later:
+                return None
+        return self._take_oldest()
+
+    def _take_oldest(self) -> list[Item]:
+        batch: list[Item] = []
+        for admitted in sorted(self._ready):
+            entries = sorted(self._ready.pop(admitted), key=lambda entry: entry[0])
+            taken, left = entries[: self._batch_size - len(batch)], entries[self._batch_size - len(batch) :]
+            batch += [item for _, item in taken]
+            self._alive[admitted] -= len(taken)
+            if left:
+                self._ready[admitted] = left
+        return batch

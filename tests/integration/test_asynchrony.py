@@ -1,0 +1,114 @@
+"""Asynchronous training on the real stack: generation goes on while learners compute and weights change."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_ray import PPOConfig
+from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.quickstart import model_path
+from rlhf_ray.reporting.metrics import flatten, metric_for
+from rlhf_ray.types import ScoredGroup
+
+pytestmark = pytest.mark.engine
+
+STALENESS = 2
+
+
+@pytest.fixture(scope="module")
+def long_winded(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The embedded model with random weights: it seldom ends a completion, so publications come in the middle."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tmp_path_factory.mktemp("models") / "random"
+    shutil.copytree(model_path(), folder)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder)).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def asynchronous(
+    cluster: None, long_winded: str, small: Callable[[Path], PPOConfig], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Algorithm]:
+    algorithm = (
+        small(tmp_path_factory.mktemp("run") / "asynchronous")
+        .model(path=long_winded)
+        .data(batch_size=6)
+        .rollouts(max_staleness=STALENESS, max_new_tokens=300)
+        .learners(max_tokens_per_microbatch=1024)
+        .training(kl_coef=0.0)
+        .build_algo()
+    )
+    yield algorithm
+    algorithm.stop()
+
+
+@pytest.fixture(scope="module")
+def iterations(asynchronous: Algorithm) -> list[tuple[dict[str, Any], tuple[ScoredGroup, ...]]]:
+    """Results of some iterations, and the groups that each was trained on."""
+    seen: list[tuple[ScoredGroup, ...]] = []
+    collect = asynchronous._running().controller.collect
+
+    def remembering(version: int) -> Any:
+        collected = collect(version)
+        seen.append(collected.groups)
+        return collected
+
+    asynchronous._running().controller.collect = remembering  # type: ignore[method-assign]
+    results = [asynchronous.train() for _ in range(8)]
+    return list(zip(results, seen, strict=True))
+
+
+def test_staleness_is_used_and_keeps_its_bound(iterations: list[tuple[dict[str, Any], Any]]) -> None:
+    worst = [result["rollouts"]["staleness_max"] for result, _ in iterations]
+
+    assert worst[0] == 0
+    assert 1 <= max(worst) <= STALENESS
+    for result, _ in iterations:
+        assert sum(result["rollouts"]["staleness_fraction"].values()) == pytest.approx(1.0)
+        assert [key for key in flatten(result) if metric_for(key) is None] == []
+
+
+def test_weights_change_in_the_middle_of_completions(
+    iterations: list[tuple[dict[str, Any], tuple[ScoredGroup, ...]]],
+) -> None:
+    completions = [c for _, groups in iterations for scored in groups for c in scored.group.completions]
+    cut = [c for c in completions if len(c.version_spans) > 1]
+
+    assert cut
+    for completion in completions:
+        spans = completion.version_spans
+        assert [spans[0].start, spans[-1].end] == [0, len(completion.token_ids)]
+        assert all(a.end == b.start and a.version < b.version for a, b in itertools.pairwise(spans))
+
+
+def test_no_prompt_is_trained_on_twice(iterations: list[tuple[dict[str, Any], tuple[ScoredGroup, ...]]]) -> None:
+    trained = [scored.group.group_id for _, groups in iterations for scored in groups]
+
+    assert len(set(trained)) == len(trained) == 8 * 6
+
+
+def test_fresh_completions_are_exact_and_stale_ones_are_corrected(
+    iterations: list[tuple[dict[str, Any], Any]],
+) -> None:
+    for result, _ in iterations:
+        learner = result["learner"]
+        # Absent where no completion was fresh from its first to its last token.
+        assert learner.get("sampling_logprob_diff_max", 0.0) < 1e-3
+        assert 0.0 < learner["effective_sample_size"] <= 1.0 + 1e-6
+        assert math.isfinite(learner["policy_loss"])
+    distances = {d for result, _ in iterations for d in result["learner"]["proximal_logprob_diff_by_staleness"]}
+    assert distances > {"0"}
+
+
+def test_evaluation_is_of_the_policy_as_it_is(asynchronous: Algorithm, iterations: object) -> None:
+    assert asynchronous.evaluate() == asynchronous.evaluate()

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlhf_ray.learner.off_policy import effective_sample_size, loglinear_proximal, stale_weights, staleness_metrics
+from rlhf_ray.settings import TrainingSettings
+
+PROXIMAL = torch.tensor([[0.5, 0.4], [0.2, 0.9]]).log()
+SAMPLING = torch.tensor([[0.25, 0.5], [0.8, 1e-9]]).log()
+MASK = torch.tensor([[True, True], [True, False]])
+
+
+def weights_of(**training: object) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
+    return stale_weights(TrainingSettings(**training), PROXIMAL, SAMPLING, MASK)
+
+
+def test_the_loglinear_policy_lies_on_the_line_by_version() -> None:
+    current, sampling = torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-3.0, -3.0, -3.0]])
+
+    proximal = loglinear_proximal(current, sampling, torch.tensor([[0.0, 1.0, 3.0]]))
+
+    # 0, 1 and 3 of 1, 2 and 4 steps from -3 to -1.
+    assert proximal.tolist() == [[-3.0, -2.0, -1.5]]
+
+
+def test_the_loglinear_policy_has_no_gradient() -> None:
+    current = torch.tensor([[-1.0]], requires_grad=True)
+
+    assert not loglinear_proximal(current, torch.tensor([[-3.0]]), torch.ones(1, 1)).requires_grad
+
+
+@pytest.mark.parametrize(
+    ("training", "wanted"),
+    [
+        ({}, [[2.0, 0.8], [0.25, 0.0]]),
+        ({"behavior_cap": 1.5, "behavior_floor": 0.5}, [[1.5, 0.8], [0.5, 0.0]]),
+        ({"behavior_cap": 1.5, "behavior_floor": 0.5, "behavior_mode": "mask"}, [[0.0, 0.8], [0.0, 0.0]]),
+        ({"behavior_weights": "sequence"}, [[1.6, 1.6], [0.25, 0.0]]),
+    ],
+)
+def test_weights_are_what_the_settings_ask_for(training: dict[str, object], wanted: list[list[float]]) -> None:
+    weights, _ = weights_of(**training)
+
+    torch.testing.assert_close(weights, torch.tensor(wanted))
+
+
+def test_data_is_left_as_it_is_only_where_that_is_said() -> None:
+    assert weights_of(behavior_weights="none") == (None, {})
+
+
+def test_the_effective_sample_size_is_that_of_all_microbatches() -> None:
+    _, metrics = weights_of()
+    figures = {name: float(value) for name, value in metrics.items()}
+
+    found = effective_sample_size(dict(figures))
+
+    # Weights 2, 0.8 and 0.25.
+    assert found["effective_sample_size"] == pytest.approx(3.05**2 / (3 * (4 + 0.64 + 0.0625)))
+    assert not any("square" in name for name in found)
+    assert effective_sample_size({"policy_loss": 1.0}) == {"policy_loss": 1.0}
+
+
+def test_weights_that_are_all_masked_away_are_no_samples() -> None:
+    _, metrics = weights_of(behavior_cap=1.0, behavior_floor=1.0, behavior_mode="mask")
+
+    assert effective_sample_size({n: float(v) for n, v in metrics.items()})["effective_sample_size"] == 0.0
+
+
+def test_distance_is_measured_by_version() -> None:
+    found = staleness_metrics(PROXIMAL, SAMPLING, torch.tensor([[2.0, 0.0], [2.0, 5.0]]), MASK)
+
+    assert [(next(iter(means)), tokens) for means, tokens in found] == [
+        ("proximal_logprob_diff_by_staleness/0", 1.0),
+        ("proximal_logprob_diff_by_staleness/2", 2.0),
+    ]
+    fresh, old = (float(next(iter(means.values()))) for means, _ in found)
+    assert fresh == pytest.approx(math.log(1.25))
+    assert old == pytest.approx((math.log(2) + math.log(4)) / 2)
+
+
+def test_an_empty_microbatch_says_nothing() -> None:
+    assert staleness_metrics(PROXIMAL, SAMPLING, torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)) == []

@@ -1,0 +1,231 @@
+from __future__ import annotations
+
+import random
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from rlhf_ray.rollouts.admission import GroupLedger, admission_capacity, max_concurrent_groups
+from rlhf_ray.settings import DataSettings, RolloutSettings, Settings
+
+
+def ledger(**given: Any) -> GroupLedger[int]:
+    return GroupLedger(**{"batch_size": 2, "max_staleness": 1, "max_concurrent": 99} | given)
+
+
+def fill(groups: GroupLedger[int]) -> list[int]:
+    return [groups.admit() for _ in range(groups.capacity())]
+
+
+@pytest.mark.parametrize(
+    ("staleness", "version", "max_concurrent", "running", "accepted", "capacity"),
+    [
+        # Synchronous, B = 4: one batch a version.
+        (0, 0, 4, 0, 0, 4),
+        (0, 0, 4, 3, 0, 1),
+        (0, 0, 4, 1, 3, 0),
+        (0, 0, 4, 0, 4, 0),
+        (0, 1, 4, 0, 4, 4),
+        (0, 7, 4, 0, 28, 4),
+        # Fewer at once than a batch, and more.
+        (0, 0, 2, 0, 0, 2),
+        (0, 0, 2, 1, 2, 1),
+        (0, 0, 99, 0, 0, 4),
+        # One version of lag admits one batch more, ever.
+        (1, 0, 99, 0, 0, 8),
+        (1, 0, 99, 4, 4, 0),
+        (1, 1, 99, 4, 4, 4),
+        # More accepted than the bound allows, as after a restart with a smaller bound.
+        (0, 0, 4, 0, 9, 0),
+    ],
+)
+def test_capacity_by_hand(
+    staleness: int, version: int, max_concurrent: int, running: int, accepted: int, capacity: int
+) -> None:
+    found = admission_capacity(
+        batch_size=4,
+        max_staleness=staleness,
+        version=version,
+        max_concurrent=max_concurrent,
+        running=running,
+        accepted=accepted,
+    )
+
+    assert found == capacity
+
+
+@pytest.mark.parametrize(("staleness", "given", "wanted"), [(0, None, 8), (2, None, 24), (2, 5, 5)])
+def test_by_default_all_that_may_be_admitted_runs_at_once(staleness: int, given: int | None, wanted: int) -> None:
+    rollouts = RolloutSettings(max_staleness=staleness, max_concurrent_groups=given)
+
+    assert max_concurrent_groups(Settings(rollouts=rollouts, data=DataSettings(batch_size=8))) == wanted
+
+
+# Which groups are in a batch.
+
+
+def test_synchronous_batches_are_whole() -> None:
+    groups = ledger(max_staleness=0)
+    first, second = fill(groups)
+
+    groups.accept(second, 20)
+    assert groups.batch() is None
+    groups.accept(first, 10)
+    assert groups.batch() == [10, 20]
+    assert groups.capacity() == 0, "the next ones belong to the next version"
+
+
+def test_whoever_is_ready_goes_first_while_there_is_time() -> None:
+    groups = ledger()
+    *_, third, fourth = fill(groups)
+    groups.accept(third, 3)
+    groups.accept(fourth, 4)
+
+    assert groups.batch() == [3, 4]
+
+
+def test_of_those_ready_the_oldest_go_first() -> None:
+    groups = ledger()
+    for ticket in reversed(fill(groups)):
+        groups.accept(ticket, ticket)
+
+    assert groups.batch() == [1, 2]
+
+
+def test_a_straggler_is_waited_for_in_its_last_version() -> None:
+    groups = ledger()
+    slow, *others = fill(groups)
+    for ticket in others:
+        groups.accept(ticket, ticket)
+    assert groups.batch() == [2, 3]
+    groups.version = 1
+    for ticket in fill(groups):
+        groups.accept(ticket, ticket)
+
+    assert groups.ready == 3
+    assert groups.batch() is None, "of version 0, which may not be two versions late"
+    groups.accept(slow, slow)
+    assert groups.batch() == [1, 4]
+
+
+def test_stragglers_that_would_not_fit_the_batches_left_are_waited_for_earlier() -> None:
+    """Six of version 0 in three batches of two: the second batch cannot be of version 1 alone."""
+    groups = ledger(max_staleness=2)
+    first = fill(groups)
+    for ticket in first[:2]:
+        groups.accept(ticket, ticket)
+    assert groups.batch() == first[:2]
+    groups.version = 1
+    for ticket in fill(groups):
+        groups.accept(ticket, ticket)
+
+    assert groups.batch() is None
+    groups.accept(first[2], first[2])
+    assert groups.batch() is None
+    groups.accept(first[3], first[3])
+    assert groups.batch() == first[2:4]
+
+
+def test_a_rejected_group_gives_its_room_back() -> None:
+    groups = ledger(max_staleness=0)
+    first, second = fill(groups)
+
+    groups.reject(first)
+    assert (groups.capacity(), groups.running) == (1, 1)
+    groups.accept(second, 2)
+    assert groups.capacity() == 1
+
+
+def test_a_restart_forgets_groups_and_counts_earlier_versions() -> None:
+    groups = ledger(max_staleness=0)
+    groups.accept(fill(groups)[0], 1)
+
+    groups.restart(7)
+
+    assert (groups.version, groups.running, groups.ready, groups.capacity()) == (7, 0, 0, 2)
+
+
+class Schedule:
+    """One random run: groups end in any order, some are rejected, and the learner comes when it comes."""
+
+    def __init__(self, seed: int, staleness: int, max_concurrent: int | None = None) -> None:
+        self.rng = random.Random(seed)
+        self.batch_size = self.rng.randint(1, 6)
+        self.reject = self.rng.choice([0.0, 0.2, 0.7])
+        # A few groups that hardly ever end, as long completions and slow replicas are.
+        self.slow = self.rng.choice([0.0, 0.1, 0.5])
+        self.groups = ledger(
+            batch_size=self.batch_size,
+            max_staleness=staleness,
+            max_concurrent=max_concurrent or self.rng.choice([1, 3, 10, 1000]),
+        )
+        self.admitted_at: dict[int, int] = {}
+        self.running: set[int] = set()
+        self.stragglers: set[int] = set()
+        self.trained: Counter[int] = Counter()
+        self.rejected: set[int] = set()
+        self.worst = 0
+
+    def admit(self) -> None:
+        for ticket in fill(self.groups):
+            self.admitted_at[ticket] = self.groups.version
+            self.running.add(ticket)
+            if self.rng.random() < self.slow:
+                self.stragglers.add(ticket)
+
+    def end_some(self) -> None:
+        quick = sorted(self.running - self.stragglers)
+        ending = self.rng.sample(quick, self.rng.randint(0, len(quick))) if quick else []
+        # Nothing else moves: even the slowest ends some day.
+        ending = ending or [self.rng.choice(sorted(self.running))]
+        for ticket in ending:
+            self.running.remove(ticket)
+            if self.rng.random() < self.reject:
+                self.groups.reject(ticket)
+                self.rejected.add(ticket)
+            else:
+                self.groups.accept(ticket, ticket)
+
+    def train(self) -> None:
+        while (batch := self.groups.batch()) is not None:
+            assert len(batch) == self.batch_size
+            assert batch == sorted(batch, key=lambda ticket: (self.admitted_at[ticket], ticket))
+            self.worst = max(self.worst, *(self.groups.version - self.admitted_at[ticket] for ticket in batch))
+            self.trained.update(batch)
+            self.groups.version += 1
+            if self.rng.random() < 0.5:  # The learner is behind, or at once back.
+                self.admit()
+
+
+@pytest.mark.parametrize("staleness", [0, 1, 2, 5])
+@pytest.mark.parametrize("seed", range(40))
+def test_staleness_keeps_its_bound_and_no_group_is_lost_or_trained_twice(staleness: int, seed: int) -> None:
+    run = Schedule(seed, staleness)
+    while run.groups.version < 40:
+        run.admit()
+        assert run.running or run.groups.ready >= run.batch_size, "something is in flight, or nothing would ever happen"
+        if run.running:
+            run.end_some()
+        run.train()
+
+    assert run.worst <= staleness
+    assert max(run.trained.values()) == 1
+    assert not run.rejected & run.trained.keys()
+    waiting = len(run.running) + run.groups.ready
+    assert len(run.admitted_at) == len(run.trained) + len(run.rejected) + waiting
+    assert waiting <= (staleness + 1) * run.batch_size
+    left = run.admitted_at.keys() - run.trained.keys() - run.rejected
+    assert all(run.groups.version - run.admitted_at[ticket] <= staleness for ticket in left)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_the_bound_is_used(seed: int) -> None:
+    """A bound that nothing reaches would be a synchronous run in disguise."""
+    run = Schedule(seed, 2, max_concurrent=1000)
+    while run.groups.version < 40:
+        run.admit()
+        run.end_some()
+        run.train()
+
+    assert run.worst >= 1
