@@ -31,6 +31,7 @@ from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
+from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
 from rlhf_ray.settings import DataSettings, Settings
@@ -168,7 +169,7 @@ def start_parts(
             part.stop()
         raise
     streams = GroupStreams(app.handle.options(stream=True).generate.remote, num_replicas=settings.rollouts.num_replicas)
-    controller = RolloutController(
+    flow = RolloutFlow(
         generate=streams.generate,
         scorer=rewards,
         prompts=inputs.prompts,
@@ -192,7 +193,7 @@ def start_parts(
         learners=learners,
         app=app,
         rewards=rewards,
-        controller=controller,
+        controller=RolloutController(flow),
         publisher=publisher(source=learners, handle=app.handle),
     )
 

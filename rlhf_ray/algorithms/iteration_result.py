@@ -10,7 +10,7 @@ import numpy as np
 
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan
-from rlhf_ray.rollouts.controller import Collected
+from rlhf_ray.rollouts.flow import Collected
 from rlhf_ray.types import RewardFailure, ScoredGroup
 from rlhf_ray.weight_sync.publisher import Publication
 

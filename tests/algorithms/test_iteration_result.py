@@ -11,7 +11,7 @@ from rlhf_ray.algorithms.iteration_result import evaluation_metrics, iteration_r
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import plan_update
 from rlhf_ray.reporting.metrics import flatten, metric_for
-from rlhf_ray.rollouts.controller import Collected
+from rlhf_ray.rollouts.flow import Collected
 from rlhf_ray.types import Completion, Prompt, RewardFailure, RolloutGroup, ScoredGroup, VersionSpan
 from rlhf_ray.weight_sync.publisher import Publication
 

@@ -17,8 +17,9 @@ import pytest
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
-from rlhf_ray.rollouts import controller as module
+from rlhf_ray.rollouts import flow as module
 from rlhf_ray.rollouts.controller import RolloutController
+from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Completion, Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, VersionSpan
 
@@ -128,9 +129,8 @@ def make() -> Iterator[Callable[..., RolloutController]]:
             "stall_timeout_s": 10.0,
             "seed": 5,
         }
-        started.append(
-            RolloutController(generate=replicas.generate, scorer=rewards or Rewards(), **arguments | overrides)
-        )
+        flow = RolloutFlow(generate=replicas.generate, scorer=rewards or Rewards(), **arguments | overrides)
+        started.append(RolloutController(flow))
         return started[-1]
 
     yield build
