@@ -3,7 +3,8 @@
 Every run samples the same number of completions from the same model, those of groups that dynamic sampling drops
 counted too; the learning rate falls over as many iterations as that is without a dropped group. Held-out accuracy is
 greedy. Each finished run is kept in results/baseline.json, so that an interrupted benchmark goes on where
-it stopped; the plot and the table in results/baseline.{png,md} are drawn from that file.
+it stopped; the plot and the table in results/baseline.{png,md} and the curves of the algorithms' own pages in
+results/curves are drawn from that file.
 
     python benchmarks/baseline.py                                   # all that is missing
     python benchmarks/baseline.py --algorithms GRPO RLOO --seeds 0  # some of it
@@ -40,7 +41,7 @@ Run = dict[str, Any]
 
 
 def train(name: str, seed: int, iterations: int, folder: Path) -> Run:
-    """One run from the embedded model; accuracy by completions sampled, mean training reward, seconds."""
+    """One run from the embedded model; accuracy by completions sampled, mean training rewards."""
     config = getattr(rlhf_ray, f"{name}Config")()
     for section, values in CHANGES.get(name, {}).items():
         getattr(config, section)(**values)
@@ -49,7 +50,7 @@ def train(name: str, seed: int, iterations: int, folder: Path) -> Run:
     algorithm = config.build()
     try:
         accuracy, sampled, budget = {0: _accuracy(algorithm)}, 0, None
-        rewards, seconds = [], []
+        rewards = []
         while budget is None or sampled < budget:
             result = algorithm.train()
             rollouts = result["rollouts"]
@@ -57,7 +58,6 @@ def train(name: str, seed: int, iterations: int, folder: Path) -> Run:
             budget = budget or kept * iterations
             before, sampled = sampled, sampled + kept + _dropped(rollouts, kept / rollouts["num_groups"])
             rewards.append(rollouts["reward_mean"])
-            seconds.append(result["timers"]["iteration_s"])
             if before * EVALUATIONS // budget < sampled * EVALUATIONS // budget:
                 accuracy[sampled] = _accuracy(algorithm)
     finally:
@@ -70,7 +70,6 @@ def train(name: str, seed: int, iterations: int, folder: Path) -> Run:
         "changes": CHANGES.get(name, {}),
         "accuracy": accuracy,
         "reward_mean": rewards,
-        "iteration_s_mean": statistics.mean(seconds),
     } | {"origin": provenance()}
 
 
@@ -98,24 +97,48 @@ def keep(runs: list[Run]) -> None:
 def draw(runs: list[Run]) -> None:
     """Accuracy against completions: the mean over seeds, and a band from the worst to the best."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for name in ALGORITHMS:
+        draw_runs(axes, runs, name)
+    finish(axes)
+    figure.savefig(RESULTS / "baseline.png", dpi=150)
+    curves = RESULTS / "curves"
+    curves.mkdir(exist_ok=True)
     for name in dict.fromkeys(run["algorithm"] for run in runs):
-        # Runs that drop groups pass the evaluation points at slightly different counts: their means are drawn.
-        curves = [run["accuracy"] for run in runs if run["algorithm"] == name]
-        steps = [statistics.mean(map(int, point)) for point in zip(*curves, strict=False)]
-        values = list(zip(*(curve.values() for curve in curves), strict=False))
-        (line,) = axes.plot(steps, [statistics.mean(v) for v in values], marker="o", markersize=3, label=name)
-        axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.12)
+        figure, axes = plt.subplots(figsize=(6, 3), layout="constrained")
+        if name != "PPO":
+            draw_runs(axes, runs, "PPO", color="0.7")
+        draw_runs(axes, runs, name, color="C0")
+        finish(axes)
+        # Without the date and random ids, so that the same runs make the same file.
+        with plt.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
+            figure.savefig(curves / f"{name}.svg", metadata={"Date": None})
+        plt.close(figure)
+
+
+def draw_runs(axes: Any, runs: list[Run], name: str, color: str | None = None) -> None:
+    """The curve of one algorithm, where it was run."""
+    # Runs that drop groups pass the evaluation points at slightly different counts: their means are drawn.
+    curves = [run["accuracy"] for run in runs if run["algorithm"] == name]
+    if not curves:
+        return
+    steps = [statistics.mean(map(int, point)) for point in zip(*curves, strict=False)]
+    values = list(zip(*(curve.values() for curve in curves), strict=False))
+    (line,) = axes.plot(steps, [statistics.mean(v) for v in values], marker="o", markersize=3, label=name, color=color)
+    axes.fill_between(steps, [min(v) for v in values], [max(v) for v in values], color=line.get_color(), alpha=0.12)
+
+
+def finish(axes: Any) -> None:
+    """Labels, scale, legend."""
     axes.set(xlabel="completions sampled", ylabel="held-out accuracy, greedy", ylim=(0.3, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False, ncol=2)
-    figure.savefig(RESULTS / "baseline.png", dpi=150)
 
 
 def table(runs: list[Run]) -> str:
-    """One row an algorithm: accuracy before and after, gain, reward of the last ten iterations, seconds of each."""
+    """One row an algorithm: accuracy before and after, gain, reward of the last ten iterations."""
     lines = [
-        "| algorithm | seeds | accuracy before | after, mean (min to max) | gain | reward | iterations | s each |",
-        "|---|---|---|---|---|---|---|---|",
+        "| algorithm | seeds | accuracy before | after, mean (min to max) | gain | reward | iterations |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name in dict.fromkeys(run["algorithm"] for run in runs):
         mine = [run for run in runs if run["algorithm"] == name]
@@ -123,11 +146,10 @@ def table(runs: list[Run]) -> str:
         after = [list(run["accuracy"].values())[-1] for run in mine]
         reward = statistics.mean(statistics.mean(run["reward_mean"][-10:]) for run in mine)
         iterations = statistics.mean(run["iterations"] for run in mine)
-        seconds = statistics.mean(run["iteration_s_mean"] for run in mine)
         gain = statistics.mean(after) - before
         lines.append(
             f"| {name} | {len(mine)} | {before:.3f} | {before + gain:.3f} ({min(after):.3f} to {max(after):.3f}) | "
-            f"{gain:+.3f} | {reward:.3f} | {iterations:.0f} | {seconds:.2f} |"
+            f"{gain:+.3f} | {reward:.3f} | {iterations:.0f} |"
         )
     return "\n".join(lines) + "\n"
 

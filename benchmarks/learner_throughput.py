@@ -99,6 +99,7 @@ def learner_of(config: AlgorithmConfig) -> Learner:
             max_staleness=0,
             total_steps=1000,
             on_gpu=False,
+            timeline=False,
             num_threads=None,
         )
     )

@@ -1,10 +1,11 @@
-"""Around the loop: refreshes the tables of ``docs/algorithms/*.md`` from the configuration classes.
+"""Around the loop: refreshes the tables of ``docs/algorithms/*.md`` from the configuration classes and the baseline.
 
-A page says where a table belongs with ``<!-- defaults -->`` ... ``<!-- /defaults -->`` (settings in which the page's
-algorithms differ from PPO) or ``<!-- index -->`` ... ``<!-- /index -->`` (all algorithms). What stands between the
-markers is replaced; the rest is written by hand.
+A page says where one belongs with ``<!-- defaults -->`` ... ``<!-- /defaults -->`` (settings in which the page's
+algorithms differ from PPO), ``<!-- curve -->`` (what they did in ``benchmarks/results/baseline.json``) or
+``<!-- index -->`` (all algorithms). What stands between the markers is replaced; the rest is written by hand.
 
-Run ``python docs/algorithm_tables.py`` after a change of an algorithm's defaults; a test compares the two.
+Run ``python docs/algorithm_tables.py`` after a change of an algorithm's defaults and after ``benchmarks/baseline.py``;
+a test compares the two.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
+from statistics import mean
+from textwrap import fill
 from typing import Any
 
 import rlhf_ray
@@ -22,6 +25,8 @@ from rlhf_ray.plugins import advantage_plugin
 from rlhf_ray.validation import section_types
 
 FOLDER = Path(__file__).parent / "algorithms"
+BASELINE = Path(__file__).parents[1] / "benchmarks" / "results" / "baseline.json"
+CURVES = "../../benchmarks/results/curves"
 ConfigClass = type[AlgorithmConfig]
 
 
@@ -41,7 +46,8 @@ def refreshed(page: Path) -> str:
     """Return a page's text with its tables as they should be."""
     classes = [item for item in config_classes() if page_of(item) == page]
     text = page.read_text(encoding="utf-8")
-    return _filled(_filled(text, "defaults", defaults_table(classes)), "index", index_table())
+    text = _filled(_filled(text, "defaults", defaults_table(classes)), "index", index_table())
+    return _filled(text, "curve", "\n\n".join(map(curve, classes)))
 
 
 def defaults_table(classes: list[ConfigClass]) -> str:
@@ -51,6 +57,27 @@ def defaults_table(classes: list[ConfigClass]) -> str:
         return "None. The other algorithms are compared with this one; its defaults are in [settings](../settings.md)."
     head = ["setting", "`PPOConfig`", *(f"`{item.__name__}`" for item in classes)]
     return _table(head, changed)
+
+
+def curve(config_class: ConfigClass) -> str:
+    """Return the picture of an algorithm's runs in the published baseline, and its figures in one sentence."""
+    name = config_class.algorithm_name
+    runs = [run for run in json.loads(BASELINE.read_text(encoding="utf-8"))["runs"] if run["algorithm"] == name]
+    if not runs:
+        return f"{name} is not in the baseline."
+    before = mean(run["accuracy"]["0"] for run in runs)
+    after = [list(run["accuracy"].values())[-1] for run in runs]
+    seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds, {min(after):.1%} to {max(after):.1%}"
+    figures = f"{before:.1%} to {mean(after):.1%} ({seeds})"
+    changed = ", ".join(
+        f"`{section}.{setting}={value}`"
+        for section, settings in runs[0]["changes"].items()
+        for setting, value in settings.items()
+    )
+    changed = f", with {changed}" if changed else ""
+    text = f"{name} takes greedy held-out accuracy from {figures} in {runs[0]['budget']:,} completions{changed}."
+    picture = f"![Greedy held-out accuracy of {name} against completions sampled]({CURVES}/{name}.svg)"
+    return f"{picture}\n\n{fill(text, 120)}"
 
 
 def index_table() -> str:

@@ -274,6 +274,7 @@ class ReportingSettings:
         "offline", "offline writes to the run directory; sync it later with wandb sync"
     )
     completions_interval: int = setting(1, "iterations between completion tables; 0: none")
+    timeline_interval: int = setting(0, "iterations between timelines for Perfetto; 0: none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

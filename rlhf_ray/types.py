@@ -6,6 +6,7 @@ arrays are variable-length numpy arrays, never padded batches.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -24,6 +25,7 @@ __all__ = [
     "RolloutGroup",
     "SamplingSettings",
     "ScoredGroup",
+    "Span",
     "VersionSpan",
 ]
 
@@ -115,6 +117,24 @@ class ScoredGroup:
     """Seconds the reward functions took."""
     greedy_reward: float | None = None
     """Reward of a greedy completion of the prompt, where the advantage asks for one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Something that took time, for the timeline."""
+
+    lane: str
+    """Who did it: ``replica <id>``, ``reward actors``, ``learner <rank>`` or ``algorithm``."""
+    name: str
+    start: float
+    """Unix time in seconds."""
+    end: float
+
+    @classmethod
+    def ending_now(cls, lane: str, name: str, seconds: float) -> Span:
+        """Something that has just ended."""
+        now = time.time()
+        return cls(lane=lane, name=name, start=now - seconds, end=now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -296,6 +296,7 @@ RANGES: Final[Mapping[str, Range]] = {
     "checkpointing.interval": _FROM_ZERO,
     "checkpointing.keep": _COUNT,
     "reporting.completions_interval": _FROM_ZERO,
+    "reporting.timeline_interval": _FROM_ZERO,
     "fault_tolerance.max_group_retries": _FROM_ZERO,
     "fault_tolerance.max_learner_restarts": _FROM_ZERO,
     # numpy's seeds, the narrowest of those that a run sets.

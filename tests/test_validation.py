@@ -100,6 +100,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "checkpointing.interval": ([0], [-1]),
     "checkpointing.keep": ([1], [0]),
     "reporting.completions_interval": ([0], [-1]),
+    "reporting.timeline_interval": ([0], [-1]),
     "fault_tolerance.max_group_retries": ([0], [-1]),
     "fault_tolerance.max_learner_restarts": ([0], [-1]),
     "debugging.seed": ([0, 2**32 - 1], [-1, 2**32]),

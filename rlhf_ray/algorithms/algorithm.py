@@ -34,7 +34,7 @@ from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.settings import Settings
-from rlhf_ray.types import Prompt, RewardFailure, ScoredGroup
+from rlhf_ray.types import Prompt, RewardFailure, ScoredGroup, Span
 
 __all__ = ["Algorithm"]
 
@@ -110,6 +110,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self.policy_version = version + 1
         iteration_s = time.perf_counter() - started
         self._report_completions(collected.groups)
+        self._report_timeline(collected.spans)
         return iteration_result(
             collected,
             batch,
@@ -290,6 +291,13 @@ class Algorithm(Trainable):  # type: ignore[misc]
     def _report_completions(self, groups: tuple[ScoredGroup, ...]) -> None:
         if _due(self.settings.reporting.completions_interval, self.iteration + 1):
             self._reporters.report_completions(self.iteration + 1, groups)
+
+    def _report_timeline(self, spans: tuple[Span, ...]) -> None:
+        if self.settings.reporting.timeline_interval > 0:
+            # In every iteration, or one that is written would have those of several.
+            others = self._running().learners.take_spans()
+            if _due(self.settings.reporting.timeline_interval, self.iteration + 1):
+                self._reporters.report_spans(self.iteration + 1, (*spans, *others))
 
     def _save_in_run_dir(self, number: int) -> None:
         self.save_to_path(self._directory.checkpoints / f"iteration_{number:06d}")

@@ -284,6 +284,7 @@ def _learner_group(
         max_staleness=settings.rollouts.max_staleness,
         total_steps=Schedule.of(settings).total_optimiser_steps,
         on_gpu=session.on_gpu,
+        timeline=settings.reporting.timeline_interval > 0,
         num_threads=learners.num_threads,
     )
     return LearnerGroup(
@@ -316,7 +317,7 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
     )
     return RolloutApp(
         run_id=run_id,
-        spec=spec,
+        spec=replace(spec, timeline=settings.reporting.timeline_interval > 0),
         num_replicas=rollouts.num_replicas,
         num_cpus=session.shares.replica,
         bridge=bridge,

@@ -55,6 +55,7 @@ def iteration_result(
             "num_microbatches": sum(len(m.microbatches) for m in plan.ranks[0].minibatches),
             "padding_fraction": plan.padding_fraction,
             "tokens_per_s": tokens / learner_s,
+            "idle_fraction": max(0.0, 1.0 - learner_s / iteration_s),
             "policy_version": publication.version,
         },
         "weight_sync": {
@@ -101,6 +102,7 @@ def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, An
         "prompt_tokens_mean": float(batch.prompt_lengths.mean()),
         "truncated_fraction": float(batch.truncated.mean()),
         "tokens_per_s": float(batch.completion_lengths.sum()) / collected.generating_s,
+        "idle_fraction": max(0.0, 1.0 - collected.generating_s / collected.elapsed_s),
         "staleness_mean": float(batch.staleness.mean()),
         "staleness_max": int(batch.staleness.max()),
         "staleness_fraction": {

@@ -8,12 +8,16 @@ a replica or a learner group that starts again finds the state it needs. Plain a
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
 _SNAPSHOT_TIMEOUT_S = 600.0
+# Nobody takes them where the Algorithm is stuck.
+_MOST_SPANS = 100_000
 
 __all__ = ["Bridge", "Command", "RankFailure", "bridge_actor"]
 
@@ -69,6 +73,7 @@ class Bridge:
         self._version = 0
         self._commanding = asyncio.Lock()
         self._controller: Any = None
+        self._spans: deque[Span] = deque(maxlen=_MOST_SPANS)
 
     async def register(self, rank: int) -> int:
         """A rank reports that its models are loaded; returns the sequence number to listen after."""
@@ -79,6 +84,16 @@ class Bridge:
             self._ready.add(rank)
             self._changed.notify_all()
             return self._sequence
+
+    async def add_spans(self, spans: list[Span]) -> None:
+        """Keep what a rank or a replica did, for the timeline."""
+        self._spans.extend(spans)
+
+    async def take_spans(self) -> list[Span]:
+        """Give what was kept since the last call."""
+        spans = list(self._spans)
+        self._spans.clear()
+        return spans
 
     async def attempt(self) -> int:
         """How often the group was started again."""

@@ -19,6 +19,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.bridge import RankFailure, bridge_actor
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.packing import UpdatePlan
+from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
 __all__ = ["LearnerGroup"]
@@ -114,6 +115,11 @@ class LearnerGroup:
         argument = (f"{self._run_id}-rollout", "RolloutReplica", self._tensor_parallel_size, replica_ids)
         size_bytes: int = self._execute("send", (argument,))[0]
         return size_bytes
+
+    def take_spans(self) -> list[Span]:
+        """What ranks and replicas did since the last call, where ``reporting.timeline_interval`` asks for it."""
+        spans: list[Span] = ray.get(self.bridge.take_spans.remote())
+        return spans
 
     def save(self, folder: str) -> None:
         """Write a distributed checkpoint."""

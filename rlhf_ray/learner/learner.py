@@ -87,6 +87,8 @@ class LearnerSpec:
     total_steps: int
     """Optimiser steps of the run."""
     on_gpu: bool
+    timeline: bool
+    """Whether ranks tell what they do when."""
     num_threads: int | None
     """CPU threads of a rank; none: its share of the machine's cores."""
 

@@ -6,6 +6,7 @@ and the Algorithm is unblocked by the last answer. ``ray.train.report`` is far t
 
 from __future__ import annotations
 
+import time
 import traceback
 import uuid
 from typing import Any
@@ -15,6 +16,7 @@ import ray
 from rlhf_ray.learner.bridge import Command, RankFailure
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.packing import RankPlan
+from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
 __all__ = ["train_loop"]
@@ -39,12 +41,26 @@ def train_loop(config: dict[str, Any]) -> None:
             if command.verb == "stop":
                 ray.get(bridge.answer.remote(after, rank, None))
                 return
+            started = time.perf_counter()
             result = worker.execute(command.verb, command.argument(rank))
             bridge.answer.remote(after, rank, result)
+            if config["spec"].timeline:
+                bridge.add_spans.remote(_spans(rank, command.verb, time.perf_counter() - started, result))
     except Exception:
         # The Algorithm must hear the reason at once; Ray Train's own report of it comes seconds later.
         ray.get(bridge.fail.remote(RankFailure(rank=rank, message=traceback.format_exc())))
         raise
+
+
+def _spans(rank: int, verb: str, seconds: float, result: Any) -> list[Span]:
+    """A command that has just ended, and the halves of an update within it."""
+    lane = f"learner {rank}"
+    whole = Span.ending_now(lane, verb, seconds)
+    if verb != "update":
+        return [whole]
+    middle = whole.end - result["update_s"]
+    estimates = Span(lane=lane, name="estimates and advantages", start=middle - result["advantage_s"], end=middle)
+    return [whole, estimates, Span(lane=lane, name="optimiser steps", start=middle, end=whole.end)]
 
 
 class _Worker:

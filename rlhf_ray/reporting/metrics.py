@@ -48,6 +48,9 @@ METRICS: tuple[Metric, ...] = (
         "completion tokens of the batch / time since the last batch with a group at the replicas",
     ),
     Metric(
+        "rollouts/idle_fraction", "fraction", "time since the last batch without any group at the replicas / that time"
+    ),
+    Metric(
         "rollouts/staleness_fraction/<versions>",
         "fraction",
         "tokens sampled by the policy that many versions before the one that is trained / tokens",
@@ -133,6 +136,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/num_tokens", "tokens", "prompt and completion tokens of the batch, one pass, all learners"),
     Metric("learner/num_microbatches", "microbatches", "microbatches in one pass over the batch, first learner"),
     Metric("learner/padding_fraction", "fraction", "padding / (padding + tokens) in the microbatches"),
+    Metric("learner/idle_fraction", "fraction", "1 - (timers/advantage_s + timers/update_s) / timers/iteration_s"),
     Metric("learner/tokens_per_s", "tokens/s", "learner/num_tokens / (timers/advantage_s + timers/update_s)"),
     Metric("learner/policy_version", "versions", "updates applied since the run began"),
     # Where the time went.

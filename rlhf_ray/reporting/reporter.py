@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.settings import Settings
-from rlhf_ray.types import ScoredGroup
+from rlhf_ray.types import ScoredGroup, Span
 
 __all__ = ["Reporter"]
 
@@ -15,8 +15,8 @@ __all__ = ["Reporter"]
 class Reporter:
     """Receives what a run produces; does nothing with it until a subclass overrides a method.
 
-    All calls come from the driver, in this order: ``start``, then any of ``phase``, ``report`` and
-    ``report_completions``, then ``stop``.
+    All calls come from the driver, in this order: ``start``, then any of ``phase``, ``report``,
+    ``report_completions`` and ``report_spans``, then ``stop``.
     """
 
     def start(self, settings: Settings, run_dir: RunDirectory) -> None:
@@ -30,6 +30,9 @@ class Reporter:
 
     def report_completions(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Receive the groups that iteration ``step`` trained on."""
+
+    def report_spans(self, step: int, spans: Sequence[Span]) -> None:
+        """Receive what replicas, reward actors, learners and the Algorithm did in iteration ``step``."""
 
     def stop(self) -> None:
         """Write what is held back and close."""

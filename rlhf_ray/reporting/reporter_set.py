@@ -10,7 +10,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.settings import Settings
-from rlhf_ray.types import ScoredGroup
+from rlhf_ray.types import ScoredGroup, Span
 
 __all__ = ["ReporterSet"]
 
@@ -37,12 +37,15 @@ class ReporterSet(Reporter):
         from rlhf_ray.reporting.console import ConsoleReporter
         from rlhf_ray.reporting.jsonl import JsonlReporter
         from rlhf_ray.reporting.tensorboard import TensorBoardReporter
+        from rlhf_ray.reporting.timeline import TimelineReporter
         from rlhf_ray.reporting.wandb import WandbReporter
 
         reporting = settings.reporting
         reporters: list[Reporter] = [JsonlReporter()]
         if reporting.completions_interval:
             reporters.append(CompletionsReporter())
+        if reporting.timeline_interval:
+            reporters.append(TimelineReporter())
         if reporting.tensorboard:
             reporters.append(TensorBoardReporter())
         if reporting.wandb_project is not None:
@@ -84,6 +87,10 @@ class ReporterSet(Reporter):
     def report_completions(self, step: int, groups: Sequence[ScoredGroup]) -> None:
         """Hand the iteration's groups to every reporter."""
         self._each("report_completions", step, groups)
+
+    def report_spans(self, step: int, spans: Sequence[Span]) -> None:
+        """Hand the iteration's spans to every reporter."""
+        self._each("report_spans", step, spans)
 
     def stop(self) -> None:
         """Stop every reporter; a second call does nothing."""

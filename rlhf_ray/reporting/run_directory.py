@@ -76,6 +76,11 @@ class RunDirectory:
         return self.path / "completions"
 
     @property
+    def timeline(self) -> Path:
+        """Folder of timelines."""
+        return self.path / "timeline"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of checkpoints."""
         return self.path / "checkpoints"

@@ -38,6 +38,8 @@ class EngineSpec:
     """``shared_memory`` or ``nccl``."""
     tensor_parallel_size: int
     on_gpu: bool
+    timeline: bool = False
+    """Whether replicas tell when they stood still for new weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,7 @@ import numpy as np
 from rlhf_ray.errors import RewardError, RolloutError
 from rlhf_ray.rollouts.admission import GroupLedger
 from rlhf_ray.rollouts.seeds import group_seed
-from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup
+from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Span
 
 __all__ = ["Collected", "RolloutFlow"]
 
@@ -57,6 +57,10 @@ class Collected:
     """How long it was waited for after that: what rewards add to the rollout."""
     generating_s: float
     """Time since the last batch with a group at the replicas."""
+    elapsed_s: float
+    """All of the time since the last batch."""
+    spans: tuple[Span, ...]
+    """What replicas and reward actors did since the last batch, and the wait for this one."""
 
 
 @dataclass(slots=True)
@@ -138,6 +142,8 @@ class RolloutFlow:
         self._generating_since = 0.0
         self._generating_s = 0.0
         self._last_completion = 0.0
+        self._counted_from: float | None = None
+        self._spans: list[Span] = []
 
     async def restart(self, version: int) -> None:
         """Continue a restored run at ``version``: earlier versions have their groups, others are forgotten."""
@@ -159,6 +165,8 @@ class RolloutFlow:
         """
         started = _now()
         self._last_completion = started
+        if self._counted_from is None:
+            self._counted_from = started
         self._ledger.version = version
         try:
             self._admit()
@@ -176,6 +184,8 @@ class RolloutFlow:
             rollout_s=max(0.0, self._last_completion - started),
             reward_s=ended - max(started, self._last_completion),
             generating_s=self._generating_time(ended),
+            elapsed_s=ended - self._counted_from,
+            spans=(*self._spans, Span.ending_now("algorithm", f"collect for version {version}", ended - started)),
         )
         self._forget_counts()
         return collected
@@ -253,7 +263,8 @@ class RolloutFlow:
         self._equal = 0
         self._retries = 0
         self._generating_s = 0.0
-        self._generating_since = _now()
+        self._generating_since = self._counted_from = _now()
+        self._spans = []
 
     def _generating_time(self, now: float) -> float:
         return self._generating_s + (now - self._generating_since if self._generating else 0.0)
@@ -315,8 +326,11 @@ class RolloutFlow:
         return await self._score(await self._generate_with_retry(prompt, sampling, version), prompt)
 
     async def _score(self, group: RolloutGroup, prompt: Prompt) -> ScoredGroup | RewardFailure:
+        started = _now()
         # Replicas need not send the row's columns back.
-        return await self._scorer.score(replace(group, prompt=prompt))
+        outcome = await self._scorer.score(replace(group, prompt=prompt))
+        self._spans.append(Span.ending_now("reward actors", f"group {prompt.prompt_id}", _now() - started))
+        return outcome
 
     @contextmanager
     def _generating_now(self) -> Iterator[None]:
@@ -334,10 +348,14 @@ class RolloutFlow:
     async def _generate_with_retry(self, prompt: Prompt, sampling: SamplingSettings, version: int) -> RolloutGroup:
         seed = group_seed(self._seed, version, prompt.prompt_id)
         bare = replace(prompt, columns={}, text="")
+        started = _now()
         for attempt in range(self._max_retries + 1):
             try:
                 async with asyncio.timeout(self._timeout_s):
-                    return await self._generate(bare, sampling, seed=seed, min_version=version)
+                    group = await self._generate(bare, sampling, seed=seed, min_version=version)
+                lane, name = f"replica {group.replica_id}", f"group {prompt.prompt_id}"
+                self._spans.append(Span.ending_now(lane, name, _now() - started))
+                return group
             except TimeoutError:
                 raise RolloutError(
                     f"prompt {prompt.prompt_id} was not completed within rollouts.timeout_s = {self._timeout_s:g} s"

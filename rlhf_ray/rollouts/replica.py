@@ -16,7 +16,7 @@ from ray import serve
 from rlhf_ray.rollouts.engine import EngineSpec, LoadReport, RolloutEngine
 from rlhf_ray.rollouts.start_failure import engine_start_failure
 from rlhf_ray.rollouts.streams import FinishedGroups
-from rlhf_ray.types import Completion, Prompt, SamplingSettings
+from rlhf_ray.types import Completion, Prompt, SamplingSettings, Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
 __all__ = ["RolloutReplica"]
@@ -32,6 +32,7 @@ class RolloutReplica:
 
     async def __init__(self, spec: EngineSpec, bridge: Any) -> None:  # type: ignore[misc]
         self._bridge = bridge
+        self._timeline = spec.timeline
         self._failure: BaseException | None = None
         self._updating = asyncio.Lock()
         self._publication: str | None = None
@@ -76,6 +77,7 @@ class RolloutReplica:
                 with self._failing():
                     await self._engine.load_weights(manifest, await asyncio.gather(*refs))
                 self._publication = manifest.publication
+                self._tell_pause()
         return self._report()
 
     async def init_weight_transfer(self, init_infos: dict[str, dict[str, Any]]) -> LoadReport:
@@ -101,6 +103,7 @@ class RolloutReplica:
         with self._failing():
             await self._engine.finish_update(version)
         self._updating.release()
+        self._tell_pause()
         return self._report()
 
     async def status(self) -> LoadReport:
@@ -122,6 +125,12 @@ class RolloutReplica:
         if self._engine.version < version:
             manifest, refs = await self._bridge.newest_weights.remote(version)
             await self.load_weights(manifest, refs)
+
+    def _tell_pause(self) -> None:
+        if self._timeline:
+            name = f"load version {self._engine.version}"
+            pause = Span.ending_now(f"replica {self.replica_id}", name, self._engine.pause_s)
+            self._bridge.add_spans.remote([pause])
 
     @contextmanager
     def _failing(self) -> Iterator[None]:

@@ -65,6 +65,8 @@ def make_result(**overrides: Any) -> dict[str, Any]:
         rollout_s=2.0,
         reward_s=0.25,
         generating_s=4.0,
+        elapsed_s=5.0,
+        spans=(),
     )
     batch = SequenceBatch.from_groups(GROUPS, version=5)
     arguments: dict[str, Any] = {
@@ -104,6 +106,7 @@ def test_rollouts_by_hand() -> None:
         "truncated_fraction": pytest.approx(0.25),
         "tokens_per_s": pytest.approx(8 / 4.0),
         # 4 of 8 tokens are one version old.
+        "idle_fraction": pytest.approx(0.2),
         "staleness_mean": pytest.approx(0.5),
         "staleness_max": 1,
         "staleness_fraction": {"0": 0.5, "1": 0.5},
@@ -129,6 +132,8 @@ def test_a_function_that_never_applies_has_no_mean() -> None:
         rollout_s=1.0,
         reward_s=0.0,
         generating_s=1.0,
+        elapsed_s=1.0,
+        spans=(),
     )
 
     rewards = make_result(collected=collected)["rewards"]
@@ -150,6 +155,7 @@ def test_learner_timers_and_weight_sync() -> None:
         "num_microbatches": 2,
         "padding_fraction": 0.0,
         "tokens_per_s": pytest.approx(24 / 2.0),
+        "idle_fraction": pytest.approx(2.5 / 4.5),
         "policy_version": 6,
     }
     assert result["timers"] == {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ def asynchronous(
         .rollouts(max_staleness=STALENESS, max_new_tokens=300)
         .learners(max_tokens_per_microbatch=1024)
         .training(kl_coef=0.0)
+        .reporting(timeline_interval=2)
         .build_algo()
     )
     yield algorithm
@@ -108,6 +110,18 @@ def test_fresh_completions_are_exact_and_stale_ones_are_corrected(
         assert math.isfinite(learner["policy_loss"])
     distances = {d for result, _ in iterations for d in result["learner"]["proximal_logprob_diff_by_staleness"]}
     assert distances > {"0"}
+
+
+def test_the_timeline_shows_every_part(asynchronous: Algorithm, iterations: object) -> None:
+    paths = sorted((asynchronous.run_dir / "timeline").iterdir())
+    events = json.loads(paths[1].read_text())["traceEvents"]
+
+    assert [path.name for path in paths] == [f"step_{number:06d}.json" for number in (2, 4, 6, 8)]
+    lanes = sorted(event["args"]["name"] for event in events if event["ph"] == "M")
+    assert lanes[:3] == ["algorithm", "learner 0", "learner 1"]
+    assert len([lane for lane in lanes if lane.startswith("replica ")]) == 2
+    names = {event["name"] for event in events}
+    assert {"update", "optimiser steps", "publish", "collect for version 3", "load version 4"} <= names
 
 
 def test_evaluation_is_of_the_policy_as_it_is(asynchronous: Algorithm, iterations: object) -> None:

@@ -187,6 +187,7 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "max_staleness": 0,
         "total_steps": 12,
         "on_gpu": False,
+        "timeline": False,
         "num_threads": 1,
     }
     return LearnerSpec(**arguments | scenario.spec)

@@ -1,0 +1,72 @@
+"""After an iteration, on request: who did what when, as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_ray.reporting.reporter import Reporter
+from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.settings import Settings
+from rlhf_ray.types import Span
+
+__all__ = ["TimelineReporter", "trace_events"]
+
+
+class TimelineReporter(Reporter):
+    """Writes ``timeline/step_000001.json`` every ``reporting.timeline_interval`` iterations."""
+
+    def __init__(self) -> None:
+        self._folder = Path()
+
+    def start(self, settings: Settings, run_dir: RunDirectory) -> None:
+        """Make the folder."""
+        self._folder = run_dir.timeline
+        self._folder.mkdir(exist_ok=True)
+
+    def report_spans(self, step: int, spans: Sequence[Span]) -> None:
+        """Write the iteration's trace."""
+        path = self._folder / f"step_{step:06d}.json"
+        unfinished = path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps({"traceEvents": trace_events(spans)}), encoding="utf-8")
+        os.replace(unfinished, path)
+
+
+def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
+    """Spans as complete events of the Trace Event Format, times in microseconds since the first one.
+
+    A lane is a process. What overlaps in it without one being within the other lies in rows below each other.
+    """
+    if not spans:
+        return []
+    origin = min(span.start for span in spans)
+    lanes: defaultdict[str, list[Span]] = defaultdict(list)
+    for span in spans:
+        lanes[span.lane].append(span)
+    events: list[dict[str, Any]] = []
+    for process, lane in enumerate(sorted(lanes), start=1):
+        events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": lane}})
+        for row, span in _in_rows(lanes[lane]):
+            start, length = 1e6 * (span.start - origin), 1e6 * (span.end - span.start)
+            events.append({"ph": "X", "name": span.name, "pid": process, "tid": row, "ts": start, "dur": length})
+    return events
+
+
+def _in_rows(spans: Iterable[Span]) -> Iterable[tuple[int, Span]]:
+    """Put each span into the first row where it overlaps none, or lies within the last one."""
+    rows: list[list[Span]] = []
+    for span in sorted(spans, key=lambda span: (span.start, -span.end)):
+        for number, open_spans in enumerate(rows):
+            while open_spans and open_spans[-1].end <= span.start:
+                open_spans.pop()
+            if not open_spans or span.end <= open_spans[-1].end:
+                open_spans.append(span)
+                yield number, span
+                break
+        else:
+            rows.append([span])
+            yield len(rows) - 1, span
