@@ -106,11 +106,11 @@ def raw_generation(folder: Path, repeats: int) -> float:
 def raw_training(folder: Path, repeats: int) -> float:
     """Median seconds of the same passes and optimiser steps on bare PyTorch models."""
     import torch
+    from learner_throughput import BareLoop
 
     from rlhf_ray import PPOConfig
     from rlhf_ray.learner.batch import SequenceBatch
     from rlhf_ray.learner.layout import lay_out
-    from rlhf_ray.learner.models import load_critic, load_policy
     from rlhf_ray.learner.packing import plan_update
 
     settings = PPOConfig.from_yaml(folder / "config.yaml").settings
@@ -130,46 +130,15 @@ def raw_training(folder: Path, repeats: int) -> float:
         seed=0,
     )
     batch = batch.select(plan.sequences[0])
-    path = str(folder / "policy")
-    policy = load_policy(path, attn_implementation="sdpa", trust_remote_code=False)
-    critic = load_critic(path, attn_implementation="sdpa", trust_remote_code=False)
-    optimizers = [
-        torch.optim.AdamW(policy.parameters(), lr=1e-8, fused=True),
-        torch.optim.AdamW(critic.parameters(), lr=1e-8, fused=True),
-    ]
     minibatches = [
         [lay_out(batch, rows, packed=False, device=torch.device("cpu")) for rows in minibatch.microbatches]
         for minibatch in plan.ranks[0].minibatches
     ]
-    needs_old = len(minibatches) > 1 or training.num_epochs > 1
-
-    def policy_loss(micro: Any) -> torch.Tensor:
-        logits = policy(input_ids=micro.input_ids, logits_to_keep=micro.kept).logits
-        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), micro.targets.flatten())
-
-    def critic_loss(micro: Any) -> torch.Tensor:
-        return critic(input_ids=micro.input_ids).logits.square().mean()
-
-    def iteration() -> None:
-        with torch.no_grad():
-            for micro in (m for minibatch in minibatches for m in minibatch):
-                critic_loss(micro)
-                if needs_old:
-                    policy_loss(micro)
-        for _ in range(training.num_epochs):
-            for minibatch in minibatches:
-                for micro in minibatch:
-                    critic_loss(micro).backward()
-                    policy_loss(micro).backward()
-                for model, optimizer in zip((policy, critic), optimizers, strict=True):
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                    optimizer.step()
-                    optimizer.zero_grad()
-
+    bare = BareLoop(str(folder / "policy"), critic=True)
     times = []
     for _ in range(repeats + 2):
         started = time.perf_counter()
-        iteration()
+        bare.planned(minibatches, epochs=training.num_epochs)
         times.append(time.perf_counter() - started)
     return statistics.median(times[2:])
 
@@ -200,6 +169,7 @@ def _batch(folder: Path, batch_class: Any) -> Any:
         prompt_lengths=prompt_lengths,
         completion_lengths=completion_lengths,
         sampling_logprobs=np.zeros(int(completion_lengths.sum()), dtype=np.float32),
+        staleness=np.zeros(int(completion_lengths.sum()), dtype=np.int32),
         rewards=np.zeros(len(completion_lengths), dtype=np.float32),
         truncated=np.zeros(len(completion_lengths), dtype=np.bool_),
         group_ids=np.asarray(table["group_id"], dtype=np.int64),

@@ -108,22 +108,23 @@ def learner_of(config: AlgorithmConfig) -> Learner:
 class BareLoop:
     """Plain models and optimisers: a forward pass for the old policy (several steps), forward, backward, step."""
 
-    def __init__(self, *, critic: bool) -> None:
+    def __init__(self, path: str, *, critic: bool) -> None:
         loading: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": False}
-        self._models = [load_policy(model_path(), **loading)]
+        self._models = [load_policy(path, **loading)]
         if critic:
-            self._models.append(load_critic(model_path(), **loading))
+            self._models.append(load_critic(path, **loading))
         self._optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-9, fused=True) for m in self._models]
 
-    def planned(self, minibatches: list[list[Microbatch]]) -> None:
+    def planned(self, minibatches: list[list[Microbatch]], *, epochs: int = 1) -> None:
         """The learner's passes on the learner's microbatches."""
         with torch.no_grad():
-            for micro in (m for minibatch in minibatches for m in minibatch):
-                if len(self._models) > 1:
-                    self._values(micro)
-                if len(minibatches) > 1:
-                    self._logprobs(micro.input_ids, micro.targets, micro.kept)
-        for minibatch in minibatches:
+            for index, minibatch in enumerate(minibatches):
+                for micro in minibatch:
+                    if len(self._models) > 1:
+                        self._values(micro)
+                    if index > 0:  # The first step's own pass is the old policy's.
+                        self._logprobs(micro.input_ids, micro.targets, micro.kept)
+        for minibatch in minibatches * epochs:
             for micro in minibatch:
                 if len(self._models) > 1:
                     (self._values(micro).square() * 1e-3).mean().backward()
@@ -186,7 +187,7 @@ def main() -> None:
     batch = long_tail_batch()
     work: dict[str, Callable[[], object]] = {}
     for name, config in (("GRPO", GRPOConfig), ("PPO", PPOConfig)):
-        learner, bare = learner_of(config()), BareLoop(critic=name == "PPO")
+        learner, bare = learner_of(config()), BareLoop(model_path(), critic=name == "PPO")
         for steps in (1, 4):
             plan = plan_of(batch, steps)
             own = batch.select(plan.sequences[0])

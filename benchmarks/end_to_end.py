@@ -1,0 +1,353 @@
+"""Whole training steps: rlhf_ray, synchronous and asynchronous, beside TRL's GRPOTrainer and the raw work alone.
+
+GRPO without a KL, one optimiser step a batch, on the same model, prompts, reward, sampling settings and number of
+samples, one system after the other in processes of their own. Two regimes:
+
+- ``long tail``: 32 prompts of 8 completions by a model with random weights: lengths are geometric, mean about 97, at
+  most 500 tokens;
+- ``short``: 64 prompts of 4 completions by the quickstart's model, about 4 tokens each.
+
+``raw`` is what no system can avoid: a bare vLLM engine writes the same completions, then a bare PyTorch loop makes the
+same forward and backward passes over sequences of those lengths. TRL comes with ``pip install 'rlhf-ray[trl]'``.
+
+    python benchmarks/end_to_end.py [--regimes short] [--systems sync async trl raw] [--steps 6]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from provenance import write_result
+
+WARM_UP = 2
+STALENESS = 2
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regime:
+    """What is sampled in one step."""
+
+    prompts: int
+    group_size: int
+    max_new_tokens: int
+    random_weights: bool
+
+
+REGIMES = {
+    "long tail": Regime(prompts=32, group_size=8, max_new_tokens=500, random_weights=True),
+    "short": Regime(prompts=64, group_size=4, max_new_tokens=8, random_weights=False),
+}
+
+
+def reward(*, completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    """1 for the right sum; else a little for digits, so that groups of random text differ."""
+    return [
+        1.0 if text.strip() == right else 0.1 * sum(map(str.isdigit, text)) / max(1, len(text))
+        for text, right in zip(completions, answer, strict=True)
+    ]
+
+
+def prepare(regime: Regime, folder: Path) -> None:
+    """Write ``model`` and ``prompts.jsonl``."""
+    import random
+
+    from rlhf_ray.quickstart import model_path
+
+    rng = random.Random(0)
+    sums = [(rng.randint(10, 99), rng.randint(10, 99)) for _ in range(4096)]
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in sums]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if not regime.random_weights:
+        (folder / "model").symlink_to(model_path())
+        return
+    import torch
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    # 97 tokens, the end of a completion one of them: with random weights each token ends it with probability 1/97.
+    vocabulary = {chr(32 + code): code for code in range(95)} | {"<pad>": 95, "<eos>": 96}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(
+        folder / "model"
+    )
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(
+        model_path(), vocab_size=97, pad_token_id=95, eos_token_id=96, bos_token_id=None
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
+
+
+def ours(regime: Regime, folder: Path, steps: int, *, staleness: int) -> Figures:
+    """rlhf_ray, as a user runs it."""
+    from rlhf_ray import GRPOConfig
+
+    config = (
+        GRPOConfig()
+        .model(path=str(folder / "model"))
+        .data(path=str(folder / "prompts.jsonl"), batch_size=regime.prompts)
+        .rollouts(group_size=regime.group_size, max_new_tokens=regime.max_new_tokens, max_prompt_tokens=16)
+        .rollouts(max_staleness=staleness)
+        .rewards(reward)
+        .training(kl_coef=0.0, num_minibatches=1, iterations=1000)
+        .reporting(run_dir=str(folder / "run"), progress="off", tensorboard=False, completions_interval=0)
+    )
+    if staleness:  # Both sides compute at the same time.
+        config.rollouts(num_threads=1).learners(num_threads=1)
+    algorithm = config.build()
+    try:
+        for _ in range(WARM_UP + staleness):
+            algorithm.train()
+        started, results = time.perf_counter(), []
+        for _ in range(steps):
+            results.append(algorithm.train())
+        seconds = time.perf_counter() - started
+    finally:
+        algorithm.stop()
+    tokens = sum(r["rollouts"]["completion_tokens_mean"] * r["rollouts"]["num_completions"] for r in results)
+    timers = {name: statistics.median(r["timers"][name] for r in results) for name in results[0]["timers"]}
+    return {"step_s": seconds / steps, "tokens": tokens / steps} | timers
+
+
+def trl(regime: Regime, folder: Path, steps: int) -> Figures:
+    """TRL's trainer with the batch that its documentation asks for: all of a step's completions at once."""
+    from datasets import load_dataset
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    micro = 32
+    arguments = GRPOConfig(
+        output_dir=str(folder / "trl"),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=regime.prompts * regime.group_size // micro,
+        num_generations=regime.group_size,
+        max_completion_length=regime.max_new_tokens,
+        temperature=1.0,
+        beta=0.0,
+        learning_rate=2e-4,
+        max_steps=WARM_UP + steps,
+        use_cpu=True,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+    )
+    ends: list[float] = []
+
+    class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    trainer = GRPOTrainer(
+        model=str(folder / "model"),
+        reward_funcs=reward,
+        args=arguments,
+        train_dataset=load_dataset("json", data_files=str(folder / "prompts.jsonl"), split="train"),
+        processing_class=AutoTokenizer.from_pretrained(folder / "model", padding_side="left"),
+        callbacks=[Clock()],
+    )
+    trainer.train()
+    lengths = [entry["completions/mean_length"] for entry in trainer.state.log_history if "loss" in entry]
+    samples = regime.prompts * regime.group_size
+    return {
+        "step_s": (ends[-1] - ends[WARM_UP - 1]) / steps,
+        "tokens": statistics.mean(lengths[WARM_UP:]) * samples,
+    }
+
+
+def raw(regime: Regime, folder: Path, steps: int) -> Figures:
+    """A bare engine, then a bare training loop over sequences of the lengths that it wrote."""
+    generation = in_process("raw generation", regime, folder, steps)
+    training = in_process("raw training", regime, folder, steps)
+    return {
+        "step_s": generation["step_s"] + training["step_s"],
+        "tokens": generation["tokens"],
+        "generation_s": generation["step_s"],
+        "training_s": training["step_s"],
+    }
+
+
+def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
+    """Mean seconds of ``LLM.generate``; leaves the lengths in ``lengths.json``."""
+    import os
+
+    os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    from vllm import LLM, SamplingParams
+
+    prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
+    engine = LLM(
+        model=str(folder / "model"),
+        dtype="float32",
+        max_model_len=16 + regime.max_new_tokens,
+        max_num_seqs=regime.prompts * regime.group_size,
+        enforce_eager=True,
+        kv_cache_memory_bytes=2**31,
+        logprobs_mode="processed_logprobs",
+        disable_log_stats=True,
+    )
+    seconds, lengths = [], []
+    for step in range(WARM_UP + steps):
+        params = SamplingParams(
+            n=regime.group_size, max_tokens=regime.max_new_tokens, temperature=1.0, seed=step, logprobs=0
+        )
+        asked = prompts[step * regime.prompts : (step + 1) * regime.prompts]
+        started = time.perf_counter()
+        answers = engine.generate(asked, params, use_tqdm=False)
+        seconds.append(time.perf_counter() - started)
+        lengths.append([len(choice.token_ids) for answer in answers for choice in answer.outputs])
+    (folder / "lengths.json").write_text(json.dumps(lengths[-1]))
+    return {
+        "step_s": statistics.mean(seconds[WARM_UP:]),
+        "tokens": statistics.mean(sum(one) for one in lengths[WARM_UP:]),
+    }
+
+
+def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
+    """Mean seconds of the learner's passes in bare PyTorch, on its own microbatches of such lengths."""
+    import numpy as np
+    import torch
+    from learner_throughput import BareLoop
+
+    from rlhf_ray.learner.batch import SequenceBatch
+    from rlhf_ray.learner.layout import lay_out
+    from rlhf_ray.learner.packing import plan_update
+    from rlhf_ray.settings import LearnerSettings
+
+    lengths = np.asarray(json.loads((folder / "lengths.json").read_text()), dtype=np.int32)
+    prompts = np.full_like(lengths, 6)
+    count, tokens = len(lengths), int(lengths.sum())
+    batch = SequenceBatch(
+        token_ids=np.ones(int((prompts + lengths).sum()), dtype=np.int32),
+        prompt_lengths=prompts,
+        completion_lengths=lengths,
+        sampling_logprobs=np.zeros(tokens, dtype=np.float32),
+        staleness=np.zeros(tokens, dtype=np.int32),
+        rewards=np.zeros(count, dtype=np.float32),
+        truncated=np.zeros(count, dtype=np.bool_),
+        group_ids=np.arange(count),
+        greedy_rewards=np.zeros(count, dtype=np.float32),
+        in_loss=np.ones(count, dtype=np.bool_),
+    )
+    plan = plan_update(
+        batch.lengths.tolist(),
+        batch.completion_lengths.tolist(),
+        num_minibatches=1,
+        num_epochs=1,
+        num_ranks=1,
+        max_tokens=LearnerSettings().max_tokens_per_microbatch,
+        attention_length=1536.0,
+        packed=False,
+        seed=0,
+    )
+    own = batch.select(plan.sequences[0])
+    minibatches = [
+        [lay_out(own, rows, packed=False, device=torch.device("cpu")) for rows in minibatch.microbatches]
+        for minibatch in plan.ranks[0].minibatches
+    ]
+    bare = BareLoop(str(folder / "model"), critic=False)
+    for _ in range(WARM_UP):
+        bare.planned(minibatches)
+    started = time.perf_counter()
+    for _ in range(steps):
+        bare.planned(minibatches)
+    return {"step_s": (time.perf_counter() - started) / steps, "tokens": float(tokens)}
+
+
+STAGES: dict[str, Callable[[Regime, Path, int], Figures]] = {
+    "sync": lambda regime, folder, steps: ours(regime, folder, steps, staleness=0),
+    "async": lambda regime, folder, steps: ours(regime, folder, steps, staleness=STALENESS),
+    "trl": trl,
+    "raw": raw,
+    "raw generation": raw_generation,
+    "raw training": raw_training,
+}
+
+
+def in_process(stage: str, regime: Regime, folder: Path, steps: int) -> Figures:
+    """Run a stage with fresh thread pools and nothing else in memory; its figures and its peak memory in GB."""
+    name = next(name for name, known in REGIMES.items() if known == regime)
+    arguments = ["--stage", stage, "--regimes", name, "--folder", str(folder), "--steps", str(steps)]
+    process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, _memory(process.pid))
+        time.sleep(0.5)
+    assert process.stdout is not None
+    output = process.stdout.read()
+    if process.returncode != 0:
+        raise RuntimeError(f"{stage} ended with {process.returncode}:\n{output}")
+    figures: Figures = json.loads(output.split("RESULT")[-1])
+    return figures | {"peak_gb": peak / 1e9}
+
+
+def _memory(pid: int) -> int:
+    """Proportional set size of a process and all below it: shared pages count once."""
+    total = 0
+    try:
+        processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    except psutil.NoSuchProcess:
+        return 0
+    for process in processes:
+        try:
+            total += process.memory_full_info().pss
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return total
+
+
+def report(name: str, regime: Regime, found: dict[str, Figures]) -> dict[str, float]:
+    """Print one regime's table; return its ratios."""
+    samples = regime.prompts * regime.group_size
+    print(f"\n{name}: {samples} samples a step")
+    print(f"{'':<8}{'s a step':>10}{'samples/s':>11}{'tokens/s':>10}{'peak GB':>9}")
+    for system, figures in found.items():
+        step, peak = figures["step_s"], figures["peak_gb"]
+        print(f"{system:<8}{step:>10.2f}{samples / step:>11.1f}{figures['tokens'] / step:>10.0f}{peak:>9.1f}")
+    rates = {system: figures["tokens"] / figures["step_s"] for system, figures in found.items()}
+    pairs = [("sync", "trl"), ("async", "trl"), ("sync", "raw"), ("async", "raw")]
+    ratios = {f"{ours} / {other}": rates[ours] / rates[other] for ours, other in pairs if {ours, other} <= rates.keys()}
+    for pair, ratio in ratios.items():
+        print(f"{pair} in tokens/s: {ratio:.2f}")
+    return ratios
+
+
+def main() -> None:
+    """Run every system in turn, print tables, write results/end_to_end.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
+    parser.add_argument("--systems", nargs="+", default=["raw", "sync", "async", "trl"])
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.stage is not None:
+        regime = REGIMES[arguments.regimes[0]]
+        print("RESULT", json.dumps(STAGES[arguments.stage](regime, arguments.folder, arguments.steps)))
+        return
+    result = {}
+    for name in arguments.regimes:
+        found = {}
+        for system in arguments.systems:
+            with tempfile.TemporaryDirectory() as temporary:
+                prepare(REGIMES[name], Path(temporary))
+                found[system] = in_process(system, REGIMES[name], Path(temporary), arguments.steps)
+        result[name] = {"systems": found, "ratios": report(name, REGIMES[name], found)}
+    print("written to", write_result("end_to_end", {"steps": arguments.steps, "regimes": result}))
+
+
+if __name__ == "__main__":
+    main()
