@@ -2,7 +2,7 @@
 
 A page says where one belongs with ``<!-- defaults -->`` ... ``<!-- /defaults -->`` (settings in which the page's
 algorithms differ from PPO), ``<!-- curve -->`` (what they did in ``benchmarks/results/baseline.json``) or
-``<!-- index -->`` (all algorithms). What stands between the markers is replaced; the rest is written by hand.
+``<!-- index -->`` (all algorithms) or ``<!-- baseline -->`` (the baseline's table). What stands between the markers is replaced; the rest is written by hand.
 
 Run ``python docs/algorithm_tables.py`` after a change of an algorithm's defaults and after ``benchmarks/baseline.py``;
 a test compares the two.
@@ -47,6 +47,7 @@ def refreshed(page: Path) -> str:
     classes = [item for item in config_classes() if page_of(item) == page]
     text = page.read_text(encoding="utf-8")
     text = _filled(_filled(text, "defaults", defaults_table(classes)), "index", index_table())
+    text = _filled(text, "baseline", BASELINE.with_suffix(".md").read_text(encoding="utf-8").strip())
     return _filled(text, "curve", "\n\n".join(map(curve, classes)))
 
 

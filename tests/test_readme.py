@@ -141,13 +141,19 @@ def test_make_targets_exist(page: Path) -> None:
 
 @every_page
 def test_links_lead_somewhere(page: Path) -> None:
-    text = page.read_text()
-    slugs = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if target.startswith("#"):
-            assert target[1:] in slugs, target
-        elif not target.startswith("https://"):
-            assert (page.parent / target).exists(), target
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, section = target.partition("#")
+        linked = page.parent / path if path else page
+        assert linked.exists(), target
+        assert not section or section in slugs(linked), target
+
+
+def slugs(page: Path) -> set[str]:
+    """The names under which the headings of a page are linked to."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles}
 
 
 @every_page
