@@ -1,8 +1,9 @@
 """Around the loop: refreshes the tables of ``docs/algorithms/*.md`` from the configuration classes and the baseline.
 
 A page says where one belongs with ``<!-- defaults -->`` ... ``<!-- /defaults -->`` (settings in which the page's
-algorithms differ from PPO), ``<!-- curve -->`` (what they did in ``benchmarks/results/baseline.json``) or
-``<!-- index -->`` (all algorithms) or ``<!-- baseline -->`` (the baseline's table). What stands between the markers is replaced; the rest is written by hand.
+algorithms differ from PPO), ``<!-- curve -->`` (what they did in ``benchmarks/results/baseline.json``),
+``<!-- index -->`` (all algorithms) or ``<!-- baseline -->`` (the baseline's table). What stands between the markers is
+replaced; the rest is written by hand.
 
 Run ``python docs/algorithm_tables.py`` after a change of an algorithm's defaults and after ``benchmarks/baseline.py``;
 a test compares the two.
