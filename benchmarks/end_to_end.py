@@ -236,6 +236,7 @@ def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
         completion_lengths=lengths,
         sampling_logprobs=np.zeros(tokens, dtype=np.float32),
         staleness=np.zeros(tokens, dtype=np.int32),
+        fresh=np.ones(count, dtype=np.bool_),
         rewards=np.zeros(count, dtype=np.float32),
         truncated=np.zeros(count, dtype=np.bool_),
         group_ids=np.arange(count),

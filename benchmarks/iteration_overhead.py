@@ -170,6 +170,7 @@ def _batch(folder: Path, batch_class: Any) -> Any:
         completion_lengths=completion_lengths,
         sampling_logprobs=np.zeros(int(completion_lengths.sum()), dtype=np.float32),
         staleness=np.zeros(int(completion_lengths.sum()), dtype=np.int32),
+        fresh=np.ones(len(completion_lengths), dtype=np.bool_),
         rewards=np.zeros(len(completion_lengths), dtype=np.float32),
         truncated=np.zeros(len(completion_lengths), dtype=np.bool_),
         group_ids=np.asarray(table["group_id"], dtype=np.int64),

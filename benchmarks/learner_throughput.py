@@ -51,6 +51,7 @@ def long_tail_batch(seed: int = 0) -> SequenceBatch:
         completion_lengths=lengths,
         sampling_logprobs=np.full(int(lengths.sum()), -5.5, dtype=np.float32),
         staleness=np.zeros(int(lengths.sum()), dtype=np.int32),
+        fresh=np.ones(count, dtype=np.bool_),
         rewards=rng.integers(0, 2, size=count).astype(np.float32),
         truncated=lengths == LONGEST,
         group_ids=np.repeat(np.arange(PROMPTS), GROUP),

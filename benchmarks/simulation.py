@@ -177,6 +177,7 @@ class Pool:
         return Completion(
             token_ids=np.broadcast_to(np.int32(0), (length,)),
             sampling_logprobs=np.broadcast_to(np.float32(0), (length,)),
+            asked_version=0,
             version_spans=spans,
             finish_reason="stop",
         )
@@ -279,6 +280,7 @@ async def controller_alone(groups: int, in_flight: int) -> dict[str, float]:
         completion = Completion(
             token_ids=np.zeros(1, dtype=np.int32),
             sampling_logprobs=np.zeros(1, dtype=np.float32),
+            asked_version=0,
             version_spans=(VersionSpan(version=min_version, start=0, end=1),),
             finish_reason="stop",
         )

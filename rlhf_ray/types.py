@@ -81,6 +81,8 @@ class Completion:
     sampling_logprobs: Float32Array
     """``[T]``, log-probability of each token under the distribution it was drawn from, in nats."""
     version_spans: tuple[VersionSpan, ...]
+    asked_version: int
+    """Policy version when the engine was asked: keys and values of the prompt may be that old."""
     finish_reason: str
     """``stop`` (EOS or a stop condition) or ``length`` (truncated)."""
 

@@ -297,6 +297,7 @@ def addition(group_id: int, prompt: str, completion: str, reward: float) -> Scor
     written = Completion(
         token_ids=tokens,
         sampling_logprobs=np.zeros(len(tokens), dtype=np.float32),
+        asked_version=0,
         version_spans=(VersionSpan(version=0, start=0, end=len(tokens)),),
         finish_reason="stop",
     )

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +36,7 @@ from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.settings import Settings
 from rlhf_ray.types import Prompt, RewardFailure, ScoredGroup, Span
+from rlhf_ray.weight_sync.publisher import Publication
 
 __all__ = ["Algorithm"]
 
@@ -69,7 +71,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self.settings: Settings = self.algorithm_config.settings
         logging.getLogger("rlhf_ray").setLevel(self.settings.debugging.log_level)
         self._reporters = ReporterSet.from_settings(self.settings)
-        self.policy_version = 0
+        self.policy_version = self._published_version = 0
         self._evaluation_set: tuple[str, tuple[Prompt, ...]] | None = None
         inputs = check_inputs(self.settings)
         directory = RunDirectory.create(
@@ -97,6 +99,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
         """One iteration; returns its result."""
         started = time.perf_counter()
         parts, version = self._running(), self.policy_version
+        if self._published_version != version:  # What followed the last update failed.
+            self._publish()
         collected = parts.controller.collect(version)
         batch = shaped(
             SequenceBatch.from_groups(collected.groups, version=version),
@@ -106,8 +110,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
         plan = self._plan(batch, version)
         update_policy = version >= self.settings.training.critic_warmup_iterations
         figures = parts.learners.update(batch, plan, version=version + 1, update_policy=update_policy)
-        publication = parts.publisher.publish(version + 1)
         self.policy_version = version + 1
+        publication = self._publish()
         iteration_s = time.perf_counter() - started
         self._report_completions(collected.groups)
         self._report_timeline(collected.spans)
@@ -177,12 +181,13 @@ class Algorithm(Trainable):  # type: ignore[misc]
         checkpoint = Checkpoint(Path(path).expanduser().absolute())
         state = checkpoint.read()
         parts = self._running()
-        parts.learners.load(str(checkpoint.learner), state.policy_version)
-        if state.policy_version > 0:
-            parts.publisher.publish(state.policy_version)
+        # First: what is in flight would go on asking for the version that it was admitted at.
         parts.controller.resume(state.policy_version)
+        parts.learners.load(str(checkpoint.learner), state.policy_version)
         self._inputs.prompts.restore(state.prompt_position)
         self.policy_version = state.policy_version
+        if state.policy_version > 0 or self._published_version > 0:
+            self._publish()
         self._iteration = state.iteration
 
     @classmethod
@@ -233,10 +238,11 @@ class Algorithm(Trainable):  # type: ignore[misc]
         _LIVE.discard(self)
         parts, self._parts = self._parts, None
         if parts is not None:
-            # The controller first: it would open the prompts again.
-            parts.controller.stop()
-            self._inputs.prompts.close()
-            parts.stop()
+            with ExitStack() as stack:  # Each is stopped, whatever another one raises.
+                stack.callback(parts.stop)
+                stack.callback(self._inputs.prompts.close)
+                # Before the prompts, which it would open again.
+                stack.callback(parts.controller.stop)
         elif getattr(self, "_session", None) is not None:
             self._session.stop()
         self._reporters.stop()
@@ -264,6 +270,14 @@ class Algorithm(Trainable):  # type: ignore[misc]
         if self._parts is None:
             raise RuntimeError("this algorithm was stopped; build a new one")
         return self._parts
+
+    def _publish(self) -> Publication:
+        """Bring the learners' policy to every replica, and let rollouts of it begin."""
+        parts, version = self._running(), self.policy_version
+        publication = parts.publisher.publish(version)
+        self._published_version = version
+        parts.controller.published(version)
+        return publication
 
     def _plan(self, batch: SequenceBatch, version: int) -> UpdatePlan:
         training, learners = self.settings.training, self.settings.learners

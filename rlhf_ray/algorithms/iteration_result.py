@@ -101,7 +101,7 @@ def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, An
         "completion_tokens_max": int(batch.completion_lengths.max()),
         "prompt_tokens_mean": float(batch.prompt_lengths.mean()),
         "truncated_fraction": float(batch.truncated.mean()),
-        "tokens_per_s": float(batch.completion_lengths.sum()) / collected.generating_s,
+        "tokens_per_s": collected.generated_tokens / collected.generating_s if collected.generating_s > 0 else 0.0,
         "idle_fraction": max(0.0, 1.0 - collected.generating_s / collected.elapsed_s),
         "staleness_mean": float(batch.staleness.mean()),
         "staleness_max": int(batch.staleness.max()),

@@ -27,6 +27,8 @@ class SequenceBatch:
     """``[sum(T)]``"""
     staleness: Int32Array
     """``[sum(T)]``, policy version that is trained minus the version that sampled the token"""
+    fresh: npt.NDArray[np.bool_]
+    """``[N]``, written from the first token to the last by the policy that is trained"""
     rewards: Float32Array
     """``[N]``"""
     truncated: npt.NDArray[np.bool_]
@@ -49,6 +51,7 @@ class SequenceBatch:
             completion_lengths=np.asarray([len(c.token_ids) for _, c in rows], dtype=np.int32),
             sampling_logprobs=np.concatenate([c.sampling_logprobs for _, c in rows]),
             staleness=np.concatenate([np.int32(version) - _versions(c) for _, c in rows]),
+            fresh=np.asarray([c.asked_version == version and not any(version - _versions(c)) for _, c in rows]),
             rewards=np.concatenate([scored.rewards for scored in groups]),
             truncated=np.asarray([c.truncated for _, c in rows], dtype=np.bool_),
             group_ids=np.repeat([scored.group.group_id for scored in groups], sizes).astype(np.int64),
@@ -78,6 +81,7 @@ class SequenceBatch:
             completion_lengths=self.completion_lengths[order],
             sampling_logprobs=_select_ragged(self.sampling_logprobs, self.completion_lengths, order),
             staleness=_select_ragged(self.staleness, self.completion_lengths, order),
+            fresh=self.fresh[order],
             rewards=self.rewards[order],
             truncated=self.truncated[order],
             group_ids=self.group_ids[order],

@@ -22,6 +22,8 @@ class Estimates:
     sampling_logprobs: torch.Tensor
     staleness: torch.Tensor
     """Whole versions, 0 where a token is of the policy that is trained."""
+    fresh: torch.Tensor
+    """Bool, true at all tokens of a completion that was written by the policy that is trained."""
     proximal_logprobs: torch.Tensor
     """Under the policy before the update; those of the first step's minibatch are written by that step."""
     values: torch.Tensor | None = None
@@ -41,6 +43,7 @@ class Estimates:
             mask=torch.arange(sampling.shape[1], device=device)[None, :] < lengths[:, None],
             sampling_logprobs=sampling,
             staleness=pad_completions(batch.staleness.astype(np.float32), batch.completion_lengths, device=device),
+            fresh=torch.tensor(batch.fresh, device=device)[:, None].expand(sampling.shape),
             proximal_logprobs=torch.zeros_like(sampling),
             values=torch.zeros_like(sampling) if values else None,
             bootstrap=torch.zeros(len(batch), device=device) if values else None,

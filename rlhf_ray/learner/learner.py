@@ -397,7 +397,7 @@ class Learner:
     ) -> None:
         """Exactness: the engine's log-probabilities against ours, and the first ratio against 1."""
         # An engine keeps what it computed of earlier tokens under older weights: one stale token touches all others.
-        fresh = micro.mask & (take(estimates.staleness, micro).amax(dim=1, keepdim=True) == 0)
+        fresh = micro.mask & (take(estimates.fresh, micro) > 0)
         if fresh.any():
             difference = (logprobs - take(estimates.sampling_logprobs, micro)).abs()[fresh]
             metrics.add(

@@ -45,7 +45,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rollouts/tokens_per_s",
         "tokens/s",
-        "completion tokens of the batch / time since the last batch with a group at the replicas",
+        "completion tokens written since the last batch / the time of it with a group at the replicas",
     ),
     Metric(
         "rollouts/idle_fraction", "fraction", "time since the last batch without any group at the replicas / that time"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
@@ -11,6 +12,9 @@ from rlhf_ray.rollouts.flow import Collected, RolloutFlow
 from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
 
 __all__ = ["RolloutController"]
+
+_LOG = logging.getLogger(__name__)
+_STOP_TIMEOUT_S = 10.0
 
 Result = TypeVar("Result")
 
@@ -28,6 +32,10 @@ class RolloutController:
         """See :meth:`RolloutFlow.collect`."""
         return self._run(self._flow.collect(version))
 
+    def published(self, version: int) -> None:
+        """See :meth:`RolloutFlow.published`; does not wait for it."""
+        self._loop.call_soon_threadsafe(self._flow.published, version)
+
     def score_prompts(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, version: int
     ) -> tuple[ScoredGroup | RewardFailure, ...]:
@@ -39,7 +47,7 @@ class RolloutController:
         self._run(self._flow.restart(version))
 
     def stop(self) -> None:
-        """Cancel what is in flight and end the thread."""
+        """Cancel what is in flight and end the thread; a thread that hangs in the prompt stream is left behind."""
         if not self._thread.is_alive():
             return
 
@@ -49,10 +57,14 @@ class RolloutController:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-        asyncio.run_coroutine_threadsafe(cancel(), self._loop).result(timeout=10.0)
+        try:
+            asyncio.run_coroutine_threadsafe(cancel(), self._loop).result(timeout=_STOP_TIMEOUT_S)
+        except TimeoutError:
+            _LOG.warning("the rollout controller did not stop within %g s", _STOP_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout=10.0)
-        self._loop.close()
+        self._thread.join(timeout=_STOP_TIMEOUT_S)
+        if not self._thread.is_alive():
+            self._loop.close()
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -91,6 +91,7 @@ class RolloutEngine:
         from vllm.exceptions import VLLMClientError
 
         self._requests += 1
+        asked_version = self.version
         request = self._engine.generate(
             # A prefix is shared among requests that came under the same weights only. To clear the cache would not do:
             # vLLM keeps it where sequences are in flight.
@@ -106,7 +107,9 @@ class RolloutEngine:
             raise RolloutError(f"the engine refuses prompt {prompt.prompt_id}: {error}") from error
         if output is None or not output.finished:
             raise RuntimeError(f"the engine ended prompt {prompt.prompt_id} without an output")
-        return tuple(_completion(choice) for choice in sorted(output.outputs, key=lambda choice: choice.index))
+        return tuple(
+            _completion(choice, asked_version) for choice in sorted(output.outputs, key=lambda choice: choice.index)
+        )
 
     async def load_weights(self, manifest: WeightManifest, buckets: Sequence[npt.NDArray[np.uint8]]) -> None:
         """Load one published version through shared memory; sequences in flight go on under the new weights."""
@@ -131,6 +134,8 @@ class RolloutEngine:
         self._paused_at = time.perf_counter()
         # Not pause_generation(): it does this and then sleeps 20 ms, only for its callers' convenience.
         await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        # Whoever comes from here on is served by the new weights.
+        self._updates += 1
         await self._engine.start_weight_update()
 
     async def apply_update(self, update: dict[str, Any]) -> None:
@@ -144,7 +149,6 @@ class RolloutEngine:
         await self._engine.finish_weight_update(weight_version=str(version))
         await self._engine.resume_generation()
         self.version = version
-        self._updates += 1
         self.pause_s = time.perf_counter() - self._paused_at
 
     async def check_health(self) -> None:
@@ -178,7 +182,7 @@ class RolloutEngine:
         )
 
 
-def _completion(choice: Any) -> Completion:
+def _completion(choice: Any, asked_version: int) -> Completion:
     token_ids = np.asarray(choice.token_ids, dtype=np.int32)
     logprobs = np.asarray(choice.logprobs.logprobs, dtype=np.float32)
     if len(logprobs) != len(token_ids):
@@ -190,5 +194,6 @@ def _completion(choice: Any) -> Completion:
         token_ids=token_ids,
         sampling_logprobs=logprobs,
         version_spans=spans,
+        asked_version=asked_version,
         finish_reason=choice.finish_reason,
     )

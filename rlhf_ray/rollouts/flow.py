@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlhf_ray.errors import RewardError, RolloutError
+from rlhf_ray.errors import DataError, RewardError, RolloutError
 from rlhf_ray.rollouts.admission import GroupLedger
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Span
@@ -55,6 +55,8 @@ class Collected:
     """How long the batch was waited for, to the last completion."""
     reward_s: float
     """How long it was waited for after that: what rewards add to the rollout."""
+    generated_tokens: int
+    """Completion tokens that replicas wrote since the last batch, for whichever one."""
     generating_s: float
     """Time since the last batch with a group at the replicas."""
     elapsed_s: float
@@ -71,7 +73,13 @@ class _InFlight:
     prompt: Prompt
     version: int
     started: float
-    stage: str = "generated"
+    unwritten: int
+    """Requests at the replicas: the group's own and that of the greedy completion."""
+
+    @property
+    def stage(self) -> str:
+        """What is still to be done with it."""
+        return "generated" if self.unwritten else "scored"
 
 
 class RolloutFlow:
@@ -142,11 +150,14 @@ class RolloutFlow:
         self._generating_since = 0.0
         self._generating_s = 0.0
         self._last_completion = 0.0
+        self._generated_tokens = 0
         self._counted_from: float | None = None
         self._spans: list[Span] = []
+        self._last: tuple[int, Collected] | None = None
 
     async def restart(self, version: int) -> None:
         """Continue a restored run at ``version``: earlier versions have their groups, others are forgotten."""
+        self._last = None
         await self._cancel_all()
         self._again.clear()
         self._ledger.restart(version)
@@ -154,8 +165,9 @@ class RolloutFlow:
     async def collect(self, version: int) -> Collected:
         """Return the next batch of scored groups, sampled by policy ``version`` or within the staleness bound.
 
-        After an error nothing is in flight; groups that were scored by then are in the next batch, and the prompts of
-        the others are the next ones that are sent.
+        Asked again for the same version, because what came after it failed, it returns the same batch. After an error
+        nothing is in flight; groups that were scored by then are in the next batch, and the prompts of the others are
+        the next ones that are sent.
 
         Raises:
             RewardError: More than ``max_failures`` groups could not be scored, or more than ``max_equal_groups`` had
@@ -163,6 +175,8 @@ class RolloutFlow:
             RolloutError: A group failed ``max_retries`` times or took longer than ``timeout_s``, or no group got
                 further for ``stall_timeout_s``.
         """
+        if self._last is not None and self._last[0] == version:
+            return self._last[1]
         started = _now()
         self._last_completion = started
         if self._counted_from is None:
@@ -183,12 +197,23 @@ class RolloutFlow:
             retries=self._retries,
             rollout_s=max(0.0, self._last_completion - started),
             reward_s=ended - max(started, self._last_completion),
+            generated_tokens=self._generated_tokens,
             generating_s=self._generating_time(ended),
             elapsed_s=ended - self._counted_from,
             spans=(*self._spans, Span.ending_now("algorithm", f"collect for version {version}", ended - started)),
         )
         self._forget_counts()
+        self._last = (version, collected)
         return collected
+
+    def published(self, version: int) -> None:
+        """Admit the groups of a version as soon as the replicas have it; where none may be stale, ``collect`` does."""
+        if self._max_staleness > 0 and self._error is None:
+            self._ledger.version = version
+            try:
+                self._admit()
+            except BaseException as error:  # for whoever collects
+                self._error = error
 
     def _next_batch(self) -> list[ScoredGroup] | None:
         if self._error is not None:
@@ -196,6 +221,8 @@ class RolloutFlow:
         return self._ledger.batch()
 
     async def _wait_for_change(self) -> None:
+        if not self._in_flight and not self._changed.is_set():
+            raise RolloutError(self._what_is_waited_for())
         try:
             async with asyncio.timeout(self._stall_timeout_s):
                 await self._changed.wait()
@@ -205,16 +232,28 @@ class RolloutFlow:
 
     def _admit(self) -> None:
         """Put groups in flight while there is room."""
-        # All of them before the first task: a stream that fails must leave nothing running.
-        sampled = [self._next_prompt() for _ in range(self._ledger.capacity())]
+        sampled: list[Prompt] = []
+        try:
+            for _ in range(self._ledger.capacity()):
+                sampled.append(self._next_prompt())
+        except BaseException:
+            # Nothing was started, and nothing that was read is lost.
+            self._again.extendleft(reversed(sampled))
+            raise
+        requests = 1 if self._greedy is None else 2
         for prompt in sampled:
-            group = _InFlight(self._ledger.admit(), prompt, self._ledger.version, _now())
+            group = _InFlight(self._ledger.admit(), prompt, self._ledger.version, _now(), unwritten=requests)
             task = asyncio.create_task(self._training_rollout(group))
             self._in_flight[task] = group
             task.add_done_callback(self._ended)
 
     def _next_prompt(self) -> Prompt:
-        return self._again.popleft() if self._again else next(self._prompts)
+        if self._again:
+            return self._again.popleft()
+        try:
+            return next(self._prompts)
+        except StopIteration:
+            raise DataError("the stream of training prompts has ended; it must be endless") from None
 
     def _ended(self, task: asyncio.Task[ScoredGroup | RewardFailure]) -> None:
         """Book a group that ended; what it leaves room for is admitted at once, learners computing or not."""
@@ -262,6 +301,7 @@ class RolloutFlow:
         self._failures = Counter()
         self._equal = 0
         self._retries = 0
+        self._generated_tokens = 0
         self._generating_s = 0.0
         self._generating_since = self._counted_from = _now()
         self._spans = []
@@ -317,7 +357,8 @@ class RolloutFlow:
     async def _training_part(self, group: _InFlight, sampling: SamplingSettings) -> ScoredGroup | RewardFailure:
         with self._generating_now():
             written = await self._generate_with_retry(group.prompt, sampling, group.version)
-        group.stage = "scored"
+        self._generated_tokens += sum(len(completion.token_ids) for completion in written.completions)
+        group.unwritten -= 1
         self._last_completion = _now()
         self._changed.set()
         return await self._score(written, group.prompt)
@@ -348,15 +389,17 @@ class RolloutFlow:
     async def _generate_with_retry(self, prompt: Prompt, sampling: SamplingSettings, version: int) -> RolloutGroup:
         seed = group_seed(self._seed, version, prompt.prompt_id)
         bare = replace(prompt, columns={}, text="")
-        started = _now()
         for attempt in range(self._max_retries + 1):
+            started = _now()
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self._timeout_s) as limit:
                     group = await self._generate(bare, sampling, seed=seed, min_version=version)
                 lane, name = f"replica {group.replica_id}", f"group {prompt.prompt_id}"
                 self._spans.append(Span.ending_now(lane, name, _now() - started))
                 return group
             except TimeoutError:
+                if not limit.expired():
+                    raise
                 raise RolloutError(
                     f"prompt {prompt.prompt_id} was not completed within rollouts.timeout_s = {self._timeout_s:g} s"
                 ) from None
@@ -407,7 +450,7 @@ async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
 
 def _replica_errors() -> tuple[type[BaseException], ...]:
     """What a call raises when its replica died or its engine did; anything else is a defect and propagates."""
-    from ray.exceptions import RayActorError, RayTaskError, WorkerCrashedError
+    from ray.exceptions import ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError
     from ray.serve.exceptions import RequestCancelledError
 
-    return (RayActorError, RayTaskError, WorkerCrashedError, RequestCancelledError)
+    return (ObjectLostError, RayActorError, RayTaskError, WorkerCrashedError, RequestCancelledError)

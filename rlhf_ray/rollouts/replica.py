@@ -72,12 +72,8 @@ class RolloutReplica:
 
     async def load_weights(self, manifest: WeightManifest, refs: list[Any]) -> LoadReport:
         """Load a published version from the object store, unless this replica has pulled it already."""
-        async with self._updating:
-            if self._publication != manifest.publication:
-                with self._failing():
-                    await self._engine.load_weights(manifest, await asyncio.gather(*refs))
-                self._publication = manifest.publication
-                self._tell_pause()
+        # A request that is cancelled while it waits for newer weights must not leave the engine half-loaded.
+        await asyncio.shield(asyncio.ensure_future(self._load(manifest, refs, at_least=None)))
         return self._report()
 
     async def init_weight_transfer(self, init_infos: dict[str, dict[str, Any]]) -> LoadReport:
@@ -124,7 +120,19 @@ class RolloutReplica:
     async def _catch_up(self, version: int) -> None:
         if self._engine.version < version:
             manifest, refs = await self._bridge.newest_weights.remote(version)
-            await self.load_weights(manifest, refs)
+            await asyncio.shield(asyncio.ensure_future(self._load(manifest, refs, at_least=version)))
+
+    async def _load(self, manifest: WeightManifest, refs: list[Any], *, at_least: int | None) -> None:
+        """Load a publication; with ``at_least`` only where no other has brought that version meanwhile."""
+        buckets = await asyncio.gather(*refs)
+        async with self._updating:
+            is_there = at_least is not None and self._engine.version >= at_least
+            if is_there or self._publication == manifest.publication:
+                return
+            with self._failing():
+                await self._engine.load_weights(manifest, buckets)
+            self._publication = manifest.publication
+            self._tell_pause()
 
     def _tell_pause(self) -> None:
         if self._timeline:

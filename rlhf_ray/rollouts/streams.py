@@ -71,18 +71,26 @@ class GroupStreams:
                 _cancel_with(stream, part)
 
     async def _receive(self, calls: Sequence[_Call], sampling: SamplingSettings, min_version: int) -> None:
-        answers = self._generate(
-            tuple(call.prompt for call in calls),
-            sampling,
-            seeds=tuple(call.seed for call in calls),
-            min_version=min_version,
-        )
+        answers: Any = None
         try:
+            answers = self._generate(
+                tuple(call.prompt for call in calls),
+                sampling,
+                seeds=tuple(call.seed for call in calls),
+                min_version=min_version,
+            )
             await _deliver(answers, calls)
             error: BaseException = RuntimeError("the replica ended its answer before all groups were in it")
         except asyncio.CancelledError:
-            answers.cancel()
-            raise
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                if answers is not None:
+                    answers.cancel()
+                raise
+            from ray.serve.exceptions import RequestCancelledError
+
+            # Serve's word for a request that ended with its replica.
+            error = RequestCancelledError()
         except Exception as caught:
             error = caught
         for call in calls:

@@ -22,6 +22,7 @@ def completion(length: int, *spans: tuple[int, int, int], finish_reason: str = "
     return Completion(
         token_ids=np.arange(length, dtype=np.int32),
         sampling_logprobs=np.zeros(length, dtype=np.float32),
+        asked_version=0,
         version_spans=tuple(VersionSpan(version=v, start=start, end=end) for v, start, end in spans),
         finish_reason=finish_reason,
     )
@@ -64,6 +65,7 @@ def make_result(**overrides: Any) -> dict[str, Any]:
         retries=3,
         rollout_s=2.0,
         reward_s=0.25,
+        generated_tokens=8,
         generating_s=4.0,
         elapsed_s=5.0,
         spans=(),
@@ -131,6 +133,7 @@ def test_a_function_that_never_applies_has_no_mean() -> None:
         retries=0,
         rollout_s=1.0,
         reward_s=0.0,
+        generated_tokens=1,
         generating_s=1.0,
         elapsed_s=1.0,
         spans=(),

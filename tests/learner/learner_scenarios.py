@@ -205,6 +205,7 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bo
         completion_lengths=completions,
         sampling_logprobs=-rng.exponential(2.0, size=int(completions.sum())).astype(np.float32),
         staleness=np.zeros(int(completions.sum()), dtype=np.int32),
+        fresh=np.ones(num_sequences, dtype=np.bool_),
         rewards=rng.normal(size=num_sequences).astype(np.float32),
         truncated=rng.random(num_sequences) < 0.4,
         # Groups of three, scattered over the batch.
@@ -216,7 +217,9 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bo
         # A third of the sequences is fresh; of the others the first tokens are the stalest.
         newest = np.repeat(rng.integers(0, 3, size=num_sequences), completions)
         positions = np.concatenate([np.arange(length) for length in completions])
-        batch = replace(batch, staleness=(newest * (1 + (positions < 3))).astype(np.int32))
+        staleness = (newest * (1 + (positions < 3))).astype(np.int32)
+        fresh = np.asarray([not part.any() for part in np.split(staleness, np.cumsum(completions)[:-1])])
+        batch = replace(batch, staleness=staleness, fresh=fresh)
     if masked:
         batch = replace(batch, in_loss=~batch.truncated)
     for array in fields(batch):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from rlhf_ray.learner.batch import SequenceBatch
@@ -13,6 +15,7 @@ def scored_group(group_id: int, prompt: list[int], completions: list[tuple[list[
             token_ids=np.asarray(ids, dtype=np.int32),
             sampling_logprobs=np.asarray([-(group_id + i / 10 + t / 100) for t in range(len(ids))], dtype=np.float32),
             # All tokens but the last of the version before.
+            asked_version=0,
             version_spans=(
                 VersionSpan(version=group_id, start=0, end=len(ids) - 1),
                 VersionSpan(version=group_id + 1, start=len(ids) - 1, end=len(ids)),
@@ -53,6 +56,28 @@ def test_from_groups_lays_the_completions_out_in_order_each_after_its_prompt() -
     np.testing.assert_allclose(batch.rewards, [1.0, 1.1, 2.0], rtol=1e-6)
     np.testing.assert_allclose(batch.sampling_logprobs, [-1.0, -1.1, -1.11, -1.12, -2.0, -2.01], rtol=1e-6)
     assert batch.staleness.tolist() == [3, 4, 4, 3, 3, 2]
+    assert batch.fresh.tolist() == [False, False, False]
+
+
+def test_fresh_is_what_was_asked_and_written_under_the_policy_that_is_trained() -> None:
+    def completion(asked: int, *written: int) -> Completion:
+        spans = tuple(VersionSpan(version=v, start=i, end=i + 1) for i, v in enumerate(written))
+        return Completion(
+            token_ids=np.zeros(len(written), dtype=np.int32),
+            sampling_logprobs=np.zeros(len(written), dtype=np.float32),
+            asked_version=asked,
+            version_spans=spans,
+            finish_reason="stop",
+        )
+
+    group = scored_group(1, [1], [([3], "stop")] * 3)
+    completions = (completion(5, 5, 5), completion(4, 5, 5), completion(4, 4, 5))
+    group = replace(group, group=replace(group.group, completions=completions))
+
+    batch = SequenceBatch.from_groups([group], version=5)
+
+    assert batch.fresh.tolist() == [True, False, False], "the second waited for the weights with an older prefix"
+    assert batch.staleness.tolist() == [0, 0, 0, 0, 1, 0]
 
 
 def test_from_groups_keeps_the_narrow_types_that_travel() -> None:
@@ -97,5 +122,5 @@ def test_a_rank_without_work_gets_an_empty_batch_of_the_same_types() -> None:
 
 
 def test_size_bytes_counts_every_array() -> None:
-    # 11 tokens, 2 x 3 lengths, 6 log-probabilities, 6 stalenesses, 2 x 3 rewards of 4 bytes; 3 ids of 8; 6 flags.
-    assert two_groups().size_bytes() == 4 * (11 + 6 + 6 + 6 + 6) + 8 * 3 + 2 * 3
+    # 11 tokens, 2 x 3 lengths, 6 log-probabilities, 6 stalenesses, 2 x 3 rewards of 4 bytes; 3 ids of 8; 9 flags.
+    assert two_groups().size_bytes() == 4 * (11 + 6 + 6 + 6 + 6) + 8 * 3 + 3 * 3

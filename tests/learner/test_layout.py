@@ -21,6 +21,7 @@ def batch_of(*sequences: tuple[list[int], list[int]]) -> SequenceBatch:
         completion_lengths=np.asarray([len(completion) for completion in completions], dtype=np.int32),
         sampling_logprobs=np.zeros(sum(map(len, completions)), dtype=np.float32),
         staleness=np.zeros(sum(map(len, completions)), dtype=np.int32),
+        fresh=np.ones(len(sequences), dtype=np.bool_),
         rewards=np.zeros(len(sequences), dtype=np.float32),
         truncated=np.zeros(len(sequences), dtype=np.bool_),
         group_ids=np.arange(len(sequences)),

@@ -345,10 +345,11 @@ def test_engine_and_learner_are_compared_on_fresh_completions_alone(
     sampling, staleness = batch.sampling_logprobs.copy(), np.zeros(ends[-1], dtype=np.int32)
     # One stale token, and another one of the same completion that is far off for its sake.
     staleness[ends[0]] = 1
+    fresh = np.asarray([True, False, True, True, True])
     sampling[ends[0] + 1] -= 4.0
     sampling[ends[2]] -= 0.5
     scenario = Scenario(num_minibatches=1, spec={"max_staleness": 1})
-    batch = replace(batch, sampling_logprobs=sampling, staleness=staleness)
+    batch = replace(batch, sampling_logprobs=sampling, staleness=staleness, fresh=fresh)
 
     figures = Learner(runs.make_spec(models, scenario)).update(*runs.share_of(batch, scenario))
 

@@ -45,6 +45,7 @@ def batch() -> SequenceBatch:
         completion_lengths=completions,
         sampling_logprobs=np.zeros(7, dtype=np.float32),
         staleness=np.zeros(7, dtype=np.int32),
+        fresh=np.ones(3, dtype=np.bool_),
         rewards=np.zeros(3, dtype=np.float32),
         truncated=np.zeros(3, dtype=np.bool_),
         group_ids=np.arange(3),

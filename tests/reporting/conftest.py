@@ -73,6 +73,7 @@ def completion(text: str, oldest_version: int) -> Completion:
     return Completion(
         token_ids=tokens,
         sampling_logprobs=np.zeros(len(tokens), dtype=np.float32),
+        asked_version=0,
         version_spans=(
             VersionSpan(version=oldest_version + 1, start=len(tokens) - 1, end=len(tokens)),
             VersionSpan(version=oldest_version, start=0, end=len(tokens) - 1),

@@ -33,7 +33,9 @@ def make_group(
         span = VersionSpan(version=0, start=0, end=len(ids))
         logprobs = np.full(len(ids), -1.0, dtype=np.float32)
         completions.append(
-            Completion(token_ids=ids, sampling_logprobs=logprobs, version_spans=(span,), finish_reason="stop")
+            Completion(
+                token_ids=ids, sampling_logprobs=logprobs, asked_version=0, version_spans=(span,), finish_reason="stop"
+            )
         )
     row = Prompt(prompt_id=group_id, token_ids=np.array([1], dtype=np.int32), text=prompt, columns=columns)
     return RolloutGroup(group_id=group_id, prompt=row, completions=tuple(completions), replica_id="r0")

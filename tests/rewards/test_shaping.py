@@ -40,6 +40,7 @@ def batch(**changes: Any) -> SequenceBatch:
         completion_lengths=read_only([1] * size, np.int32),
         sampling_logprobs=read_only([-0.5] * size, np.float32),
         staleness=read_only([0] * size, np.int32),
+        fresh=read_only([True] * size, np.bool_),
         rewards=read_only(given["rewards"], np.float32),
         truncated=read_only(given["truncated"], np.bool_),
         group_ids=read_only(given["group_ids"], np.int64),

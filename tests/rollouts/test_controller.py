@@ -17,6 +17,7 @@ import pytest
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
+from rlhf_ray.rollouts import controller as thread_module
 from rlhf_ray.rollouts import flow as module
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.flow import RolloutFlow
@@ -84,6 +85,7 @@ def written(prompt: Prompt, sampling: SamplingSettings) -> RolloutGroup:
     completion = Completion(
         token_ids=np.asarray([1], dtype=np.int32),
         sampling_logprobs=np.zeros(1, dtype=np.float32),
+        asked_version=0,
         version_spans=(VersionSpan(version=0, start=0, end=1),),
         finish_reason="stop",
     )
@@ -785,3 +787,103 @@ def test_a_wait_for_a_reward_names_the_reward(make: Callable[..., RolloutControl
 
     with pytest.raises(RolloutError, match="4 to be scored"):
         controller.collect(0)
+
+
+def test_a_batch_is_given_again_where_what_followed_failed(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas)
+
+    first, again = controller.collect(0), controller.collect(0)
+
+    assert ids(again.groups) == ids(first.groups) == [0, 1, 2, 3]
+    assert len(replicas.calls) == 4
+    assert ids(controller.collect(1).groups) == [4, 5, 6, 7]
+
+
+def test_a_version_that_is_published_is_sampled_before_anybody_collects(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas, max_staleness=1, max_concurrent=99)
+    controller.collect(0)
+
+    controller.published(1)
+
+    wait_for(lambda: len(replicas.calls) == 12)
+    assert {version for p, _, _, version in replicas.calls if p.prompt_id >= 8} == {1}
+
+
+def test_a_synchronous_run_samples_nothing_before_somebody_collects(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas)
+    controller.collect(0)
+
+    controller.published(1)
+    controller.score_prompts([], GREEDY, 1)  # After it on the loop.
+
+    assert len(replicas.calls) == 4
+
+
+def test_prompts_are_not_lost_where_the_stream_fails(make: Callable[..., RolloutController]) -> None:
+    class Torn(Iterator[Prompt]):
+        def __init__(self) -> None:
+            self.next = 0
+
+        def __next__(self) -> Prompt:
+            self.next += 1
+            if self.next == 3:
+                raise DataError("torn")
+            return prompt(self.next)
+
+    replicas = Replicas()
+    controller = make(replicas, prompts=Torn())
+    with pytest.raises(DataError, match="torn"):
+        controller.collect(0)
+
+    assert ids(controller.collect(0).groups) == [1, 2, 4, 5]
+
+
+def test_a_stream_that_ends_says_so(make: Callable[..., RolloutController]) -> None:
+    with pytest.raises(DataError, match="has ended"):
+        make(Replicas(), prompts=iter([prompt(0)])).collect(0)
+
+
+def test_a_batch_that_nothing_will_complete_is_not_waited_for(make: Callable[..., RolloutController]) -> None:
+    """Nobody gets here who does not lose a batch; whoever does must not hang."""
+    controller = make(Replicas())
+    controller.collect(0)
+    controller._flow._last = None
+
+    with pytest.raises(RolloutError, match="none in flight"):
+        controller.collect(0)
+
+
+def test_a_greedy_baseline_is_scored_when_both_requests_are_written(make: Callable[..., RolloutController]) -> None:
+    class Slow(Replicas):
+        async def generate(self, prompt: Prompt, sampling: SamplingSettings, **given: Any) -> RolloutGroup:
+            if sampling.group_size > 1:
+                await asyncio.sleep(FOREVER_S)
+            return written(prompt, sampling)
+
+    controller = make(Slow(), greedy_baseline=True, stall_timeout_s=0.2)
+
+    with pytest.raises(RolloutError, match="4 to be generated"):
+        controller.collect(0)
+
+
+def test_a_thread_that_hangs_in_the_prompts_is_left_behind(
+    make: Callable[..., RolloutController], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(thread_module, "_STOP_TIMEOUT_S", 0.1)
+    released = threading.Event()
+
+    def hanging() -> Iterator[Prompt]:
+        released.wait(FOREVER_S)
+        yield from endless()
+
+    controller = make(Replicas(), prompts=hanging())
+    threading.Thread(target=controller.collect, args=[0], daemon=True).start()
+    time.sleep(0.05)
+    with caplog.at_level(logging.WARNING, logger="rlhf_ray"):
+        controller.stop()
+    released.set()
+
+    assert "did not stop" in caplog.text

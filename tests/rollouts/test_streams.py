@@ -52,6 +52,7 @@ def completion(token: int) -> Completion:
     return Completion(
         token_ids=np.asarray([token], dtype=np.int32),
         sampling_logprobs=np.zeros(1, dtype=np.float32),
+        asked_version=0,
         version_spans=(),
         finish_reason="stop",
     )
