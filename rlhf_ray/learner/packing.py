@@ -6,14 +6,20 @@ log-probabilities are computed in the same packing and the first ratio is exactl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 __all__ = ["Minibatch", "RankPlan", "UpdatePlan", "attention_length", "plan_update"]
 
 Indices = tuple[int, ...]
+
+# What a forward and backward pass costs whatever it holds, in tokens. With the quickstart's model on two cores, values
+# from 30 to 200 take the same time within 2 %; 35 passes where 18 would do take 4 % more.
+_PASS_TOKENS = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,18 +132,43 @@ def _deal(indices: list[int], lengths: Sequence[int], num_ranks: int, attention_
 
 
 def _microbatches(ordered: list[int], lengths: Sequence[int], max_tokens: int, *, packed: bool) -> list[list[int]]:
-    microbatches: list[list[int]] = []
-    tokens = 0
-    for index in ordered:
-        # Longest first: the first of a microbatch sets the width of the padded rectangle.
-        added = lengths[index] if packed or not microbatches else lengths[microbatches[-1][0]]
-        if not microbatches or tokens + added > max_tokens:
-            microbatches.append([index])
-            tokens = lengths[index]
-        else:
-            microbatches[-1].append(index)
-            tokens += added
-    return microbatches
+    """Cut a share, longest first, into pieces of at most ``max_tokens``."""
+    own = np.asarray([lengths[index] for index in ordered], dtype=np.int64)
+    cuts = _cuts_packed(own, max_tokens) if packed else _cuts_padded(own, max_tokens)
+    return [ordered[start:end] for start, end in itertools.pairwise(cuts)]
+
+
+def _cuts_packed(lengths: npt.NDArray[np.int64], max_tokens: int) -> list[int]:
+    """Fill one after the other: nothing is padded."""
+    cuts, tokens = [0], 0
+    for index, length in enumerate(lengths):
+        if tokens + length > max_tokens and index > cuts[-1]:
+            cuts.append(index)
+            tokens = 0
+        tokens += length
+    return [*cuts, len(lengths)] if len(lengths) else cuts
+
+
+def _cuts_padded(lengths: npt.NDArray[np.int64], max_tokens: int) -> list[int]:
+    """Cuts of least cost, padding against the number of passes, by dynamic programming.
+
+    The first of a microbatch, its longest, sets the width of the rectangle.
+    """
+    count = len(lengths)
+    cost = np.zeros(count + 1)
+    cut_before = np.zeros(count + 1, dtype=np.int64)
+    first = 0
+    for end in range(1, count + 1):
+        while first < end - 1 and lengths[first] * (end - first) > max_tokens:
+            first += 1
+        starts = np.arange(first, end)
+        costs = cost[first:end] + lengths[first:end] * (end - starts) + _PASS_TOKENS
+        best = int(costs.argmin())
+        cost[end], cut_before[end] = costs[best], first + best
+    cuts = [count]
+    while cuts[-1] > 0:
+        cuts.append(int(cut_before[cuts[-1]]))
+    return cuts[::-1]
 
 
 def _cost(lengths: list[int], *, packed: bool) -> int:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_ray.learner import packing as module
 from rlhf_ray.learner.packing import UpdatePlan, attention_length, plan_update
 
 
@@ -127,6 +129,26 @@ def test_padding_fraction_by_hand() -> None:
     assert plan_of(lengths, num_minibatches=1, max_tokens=16).padding_fraction == pytest.approx(4 / 16)
     assert plan_of(lengths, num_minibatches=1, max_tokens=1).padding_fraction == 0.0
     assert plan_of(lengths, num_minibatches=1, max_tokens=9, packed=True).padding_fraction == 0.0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_padded_rows_are_cut_where_it_costs_least(seed: int) -> None:
+    """Against every way to cut a short row of sequences."""
+    rng = np.random.default_rng(seed)
+    lengths = sorted(rng.integers(1, 400, size=8).tolist(), reverse=True)
+    budget = int(rng.integers(200, 1500))
+
+    def cost(cuts: tuple[int, ...]) -> float:
+        parts = [lengths[start:end] for start, end in itertools.pairwise((0, *cuts, len(lengths)))]
+        if any(len(part) > 1 and max(part) * len(part) > budget for part in parts):
+            return math.inf
+        return sum(max(part) * len(part) + module._PASS_TOKENS for part in parts)
+
+    every = (cuts for size in range(len(lengths)) for cuts in itertools.combinations(range(1, len(lengths)), size))
+    found = plan_of(lengths, num_minibatches=1, max_tokens=budget).ranks[0].minibatches[0].microbatches
+
+    ends = tuple(itertools.accumulate(len(part) for part in found))[:-1]
+    assert cost(ends) == min(map(cost, every))
 
 
 def test_a_sequence_longer_than_the_budget_is_alone() -> None:
