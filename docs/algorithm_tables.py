@@ -78,7 +78,7 @@ def curve(config_class: ConfigClass) -> str:
     )
     changed = f", with {changed}" if changed else ""
     text = f"{name} takes greedy held-out accuracy from {figures} in {runs[0]['budget']:,} completions{changed}."
-    picture = f"![Greedy held-out accuracy of {name} against completions sampled]({CURVES}/{name}.svg)"
+    picture = f"![Accuracy of {name} against completions sampled]({CURVES}/{name}.svg)"
     return f"{picture}\n\n{fill(text, 120)}"
 
 
