@@ -205,6 +205,10 @@ class TrainingSettings:
     )
     behavior_cap: float = setting(5.0, "largest weight of stale data")
     behavior_floor: float | None = setting(None, "smallest weight of stale data; none: 0")
+    m2po_threshold: float | None = setting(
+        None,
+        "mean squared log-ratio, proximal against sampling policy, that the tokens of a minibatch may have; those furthest off are left out of the policy loss until it holds (M2PO; 0.04 in its paper); none: off",
+    )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus")
     kl_coef: float = setting(0.0, "weight of the KL to the frozen reference; 0 starts no reference")
     kl_target: float | None = setting(

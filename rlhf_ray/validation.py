@@ -260,6 +260,7 @@ RANGES: Final[Mapping[str, Range]] = {
     "rollouts.max_dropped_groups": _COUNT,
     "training.behavior_cap": Range(1),
     "training.behavior_floor": _SHARE,
+    "training.m2po_threshold": _POSITIVE,
     "training.value_huber": _POSITIVE,
     "training.kl_target": _POSITIVE,
     "training.kl_horizon": _COUNT,
@@ -435,6 +436,12 @@ def _check_proximal(settings: Settings) -> None:
     if training.proximal == "loglinear" and training.kl_coef > 0 and training.kl_in == "reward":
         remedy = "a KL in the reward needs the forward pass that this saves; use recompute, or kl_in='loss'"
         raise ConfigError("training.proximal", training.proximal, remedy)
+    if training.m2po_threshold is not None and training.proximal == "loglinear":
+        remedy = "m2po_threshold needs the forward pass that this saves; use recompute"
+        raise ConfigError("training.proximal", training.proximal, remedy)
+    if training.m2po_threshold is not None and settings.rollouts.max_staleness == 0:
+        remedy = "it masks stale data, and with rollouts.max_staleness=0 there is none; leave it out"
+        raise ConfigError("training.m2po_threshold", training.m2po_threshold, remedy)
 
 
 def _check_engine_args(settings: Settings) -> None:

@@ -21,7 +21,7 @@ from rlhf_ray.losses import aggregate
 from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
 
-__all__ = ["CreditAssignment", "merged_moments"]
+__all__ = ["CreditAssignment", "gathered_rows", "merged_moments"]
 
 
 class CreditAssignment:
@@ -113,7 +113,9 @@ class CreditAssignment:
         if penalty is not None:
             rewards = rewards - self.kl_coef * (penalty * mask).sum(dim=1)
         mine = np.stack([batch.group_ids, batch.completion_lengths, batch.greedy_rewards], axis=1).astype(np.float64)
-        table, first = _gathered(torch.cat([rewards.double()[:, None], torch.tensor(mine, device=self._device)], dim=1))
+        table, first = gathered_rows(
+            torch.cat([rewards.double()[:, None], torch.tensor(mine, device=self._device)], dim=1)
+        )
         advantages = self._plugin.call(
             {
                 "rewards": table[:, 0].float(),
@@ -141,7 +143,7 @@ def merged_moments(mask: torch.Tensor, *tensors: torch.Tensor) -> list[Moments]:
     return [sum(map(Moments.from_tensor, parts[:, i]), Moments()) for i in range(len(tensors))]
 
 
-def _gathered(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+def gathered_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     """The ``[N, K]`` rows of all ranks, end to end, and where this rank's begin."""
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]

@@ -31,6 +31,8 @@ class Estimates:
     bootstrap: torch.Tensor | None = None
     """``[N]``, value after the last token; 0 where the completion finished."""
     ref_logprobs: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    """Bool, false at tokens whose policy loss is left out (M2PO); ``None``: none is."""
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
 

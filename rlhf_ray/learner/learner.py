@@ -37,7 +37,13 @@ from rlhf_ray.learner.models import (
     shard,
 )
 from rlhf_ray.learner.objective import PolicyObjective, PolicyTerms
-from rlhf_ray.learner.off_policy import effective_sample_size, loglinear_proximal, stale_weights, staleness_metrics
+from rlhf_ray.learner.off_policy import (
+    effective_sample_size,
+    loglinear_proximal,
+    m2po_kept,
+    stale_weights,
+    staleness_metrics,
+)
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
@@ -171,6 +177,7 @@ class Learner:
             self._reference = scorer(trained=False)
         self._kl_in_reward = self._reference is not None and training.kl_in == "reward"
         self._proximal_is_recomputed = training.proximal == "recompute"
+        self._proximal_comes_first = self._kl_in_reward or training.m2po_threshold is not None
 
     def update(self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True) -> dict[str, float]:
         """Train on one batch; returns the figures of the update, the same on every rank.
@@ -192,6 +199,8 @@ class Learner:
         estimates = self._estimate(batch, microbatches, plan, update_policy=update_policy)
         kl_coef = self._credit.kl_coef
         figures = self._credit.assign(batch, estimates, metrics)
+        if self._training.m2po_threshold is not None and update_policy:
+            self._mask_far_tokens(plan, estimates, self._training.m2po_threshold)
         estimated = time.perf_counter()
         first = True
         for epoch in plan.epochs:
@@ -282,9 +291,8 @@ class Learner:
         )
         for index, minibatch in enumerate(plan.minibatches):
             # The policy does not change before the first step, whose own forward pass gives the same numbers.
-            proximal = self._kl_in_reward or (
-                update_policy and self._proximal_is_recomputed and index != plan.epochs[0][0]
-            )
+            is_first = index == plan.epochs[0][0] and not self._proximal_comes_first
+            proximal = self._kl_in_reward or (update_policy and self._proximal_is_recomputed and not is_first)
             for rows in minibatch.microbatches:
                 self._estimate_microbatch(microbatches[rows], estimates, proximal=proximal)
         if estimates.bootstrap is not None:
@@ -301,6 +309,12 @@ class Learner:
             put(estimates.proximal_logprobs, micro, self._score(micro)[0])
         if self._reference is not None and estimates.ref_logprobs is not None:
             put(estimates.ref_logprobs, micro, self._reference(micro)[0])
+
+    def _mask_far_tokens(self, plan: RankPlan, estimates: Estimates, threshold: float) -> None:
+        estimates.kept = estimates.mask.clone()
+        for minibatch in plan.minibatches:
+            rows = torch.tensor([row for part in minibatch.microbatches for row in part], device=self._device).long()
+            estimates.kept[rows] = m2po_kept(estimates, rows, threshold=threshold)
 
     def _step(
         self,
@@ -356,7 +370,7 @@ class Learner:
         assert estimates.advantages is not None
         logprobs, entropies = self._score(micro, entropy_gradient=self._training.entropy_coef != 0.0)
         sampling, staleness = take(estimates.sampling_logprobs, micro), take(estimates.staleness, micro)
-        if first and self._proximal_is_recomputed and not self._kl_in_reward:
+        if first and self._proximal_is_recomputed and not self._proximal_comes_first:
             put(estimates.proximal_logprobs, micro, logprobs.detach())
         proximal = take(estimates.proximal_logprobs, micro)
         if not self._proximal_is_recomputed:
@@ -364,7 +378,8 @@ class Learner:
         weights: torch.Tensor | None = None
         of_weights: dict[str, torch.Tensor] = {}
         if self._spec.max_staleness > 0:
-            weights, of_weights = stale_weights(self._training, proximal, sampling, micro.mask)
+            kept = None if estimates.kept is None else take(estimates.kept, micro).bool()
+            weights, of_weights = stale_weights(self._training, proximal, sampling, micro.mask, kept)
             for of_distance, tokens in staleness_metrics(proximal, sampling, staleness, micro.mask):
                 metrics.add(of_distance, tokens)
         terms = PolicyTerms(

@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.learner.credit import gathered_rows
+from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.losses import aggregate, behavior_weights
 from rlhf_ray.settings import TrainingSettings
 
-__all__ = ["effective_sample_size", "loglinear_proximal", "stale_weights", "staleness_metrics"]
+__all__ = ["effective_sample_size", "loglinear_proximal", "m2po_kept", "stale_weights", "staleness_metrics"]
 
 
 def loglinear_proximal(
@@ -34,14 +36,20 @@ def loglinear_proximal(
 
 
 def stale_weights(
-    training: TrainingSettings, proximal_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, mask: torch.Tensor
+    training: TrainingSettings,
+    proximal_logprobs: torch.Tensor,
+    sampling_logprobs: torch.Tensor,
+    mask: torch.Tensor,
+    kept: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """Weights of a microbatch's tokens and their metrics, as the settings ask; ``None``: data is not corrected.
 
-    Of the metrics :func:`effective_sample_size` makes the batch's, which no mean over microbatches is.
+    Tokens that are not ``kept`` have a weight of 0 and stay in the denominators. Of the metrics
+    :func:`effective_sample_size` makes the batch's, which no mean over microbatches is.
     """
+    masked = {} if kept is None else {"m2po_masked_fraction": aggregate(1.0 - kept.float(), mask, "token_mean")}
     if training.behavior_weights == "none":
-        return None, {}
+        return None if kept is None else kept.float(), masked
     weights, metrics = behavior_weights(
         proximal_logprobs,
         sampling_logprobs,
@@ -52,7 +60,8 @@ def stale_weights(
         floor=training.behavior_floor,
     )
     del metrics["behavior_ess"]
-    return weights, metrics | {"behavior_weight_square_mean": aggregate(weights.square(), mask, "token_mean")}
+    weights = weights if kept is None else weights * kept
+    return weights, metrics | masked | {"behavior_weight_square_mean": aggregate(weights.square(), mask, "token_mean")}
 
 
 def effective_sample_size(figures: dict[str, float]) -> dict[str, float]:
@@ -61,6 +70,32 @@ def effective_sample_size(figures: dict[str, float]) -> dict[str, float]:
     if square is not None:
         figures["effective_sample_size"] = figures["behavior_weight_mean"] ** 2 / square if square > 0.0 else 0.0
     return figures
+
+
+def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float) -> torch.Tensor:
+    """Tokens of a minibatch that M2PO's trust region lets through, the same on any number of ranks.
+
+    As :func:`rlhf_ray.losses.m2po_mask` on all sequences of all ranks, but that tokens of equal moments go together.
+    The policy before the update stands for the one that is trained, which it is in the first step.
+
+    Args:
+        estimates: The rank's batch, advantages included.
+        rows: ``[B]`` the minibatch's sequences on this rank.
+        threshold: Largest mean of the squared log-ratio, in square nats.
+
+    Returns:
+        ``[B, T]`` bool.
+    """
+    assert estimates.advantages is not None
+    mask, advantages = estimates.mask[rows], estimates.advantages[rows]
+    differences = (estimates.proximal_logprobs - estimates.sampling_logprobs)[rows]
+    constrained = mask & (differences.sign() * advantages.sign() > 0)
+    squares = differences.double().square()
+    everyones, _ = gathered_rows(squares[constrained][:, None])
+    moments = everyones[:, 0].sort().values
+    means = moments.cumsum(0) / torch.arange(1, len(moments) + 1, device=moments.device)
+    dropped = moments[means > threshold]
+    return mask & ~(constrained & (squares >= dropped[0])) if len(dropped) else mask
 
 
 def staleness_metrics(

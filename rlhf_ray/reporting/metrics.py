@@ -108,6 +108,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("learner/behavior_ratio_max", "ratio", "largest proximal / sampling ratio, before the bounds"),
     Metric("learner/behavior_clip_fraction", "fraction", "tokens whose ratio lies outside the bounds / tokens"),
+    Metric("learner/m2po_masked_fraction", "fraction", "tokens that training.m2po_threshold leaves out / tokens"),
     Metric("learner/effective_sample_size", "fraction", "(sum w)^2 / (n sum w^2) of the weights w of the n tokens"),
     Metric(
         "learner/proximal_logprob_diff_by_staleness/<versions>",

@@ -119,6 +119,9 @@ SCENARIOS: dict[str, Scenario] = {
         spec={"max_staleness": 3},
         stale=True,
     ),
+    "stale_m2po": Scenario(
+        training={"advantage": "grpo", "m2po_threshold": 4.0}, spec={"max_staleness": 3}, stale=True, num_epochs=2
+    ),
     "stale_loglinear": Scenario(training={"proximal": "loglinear"}, spec={"max_staleness": 3}, stale=True),
     "small_critic": Scenario(critic="small_critic"),
     # Two sequences in two minibatches: the second of two ranks holds no sequence at all.

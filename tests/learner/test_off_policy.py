@@ -5,7 +5,15 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.learner.off_policy import effective_sample_size, loglinear_proximal, stale_weights, staleness_metrics
+from rlhf_ray.learner.estimates import Estimates
+from rlhf_ray.learner.off_policy import (
+    effective_sample_size,
+    loglinear_proximal,
+    m2po_kept,
+    stale_weights,
+    staleness_metrics,
+)
+from rlhf_ray.losses import m2po_mask
 from rlhf_ray.settings import TrainingSettings
 
 PROXIMAL = torch.tensor([[0.5, 0.4], [0.2, 0.9]]).log()
@@ -83,3 +91,43 @@ def test_distance_is_measured_by_version() -> None:
 
 def test_an_empty_microbatch_says_nothing() -> None:
     assert staleness_metrics(PROXIMAL, SAMPLING, torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)) == []
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("scale", [1.0, 0.0])
+@pytest.mark.parametrize("threshold", [1e-3, 0.5, 2.0, 100.0])
+def test_one_rank_keeps_what_the_mask_of_the_whole_minibatch_keeps(threshold: float, scale: float) -> None:
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.rand(6, 5, generator=generator) < 0.7
+    estimates = Estimates(
+        mask=mask,
+        sampling_logprobs=torch.randn(6, 5, generator=generator),
+        staleness=torch.zeros(6, 5),
+        fresh=mask,
+        proximal_logprobs=torch.randn(6, 5, generator=generator),
+        advantages=scale * torch.randn(6, 5, generator=generator),
+    )
+    rows = torch.tensor([4, 0, 3])
+
+    kept = m2po_kept(estimates, rows, threshold=threshold)
+
+    wanted = m2po_mask(
+        estimates.proximal_logprobs[rows],
+        estimates.sampling_logprobs[rows],
+        estimates.advantages[rows],
+        mask[rows],
+        threshold=threshold,
+    )
+    assert torch.equal(kept, wanted)
+
+
+def test_tokens_that_are_not_kept_weigh_nothing() -> None:
+    kept = torch.tensor([[True, False], [True, False]])
+
+    weights, metrics = stale_weights(TrainingSettings(), PROXIMAL, SAMPLING, MASK, kept)
+    alone, _ = stale_weights(TrainingSettings(behavior_weights="none"), PROXIMAL, SAMPLING, MASK, kept)
+
+    torch.testing.assert_close(weights, torch.tensor([[2.0, 0.0], [0.25, 0.0]]))
+    assert alone is not None
+    assert alone.tolist() == [[1.0, 0.0], [1.0, 0.0]]
+    assert float(metrics["m2po_masked_fraction"]) == pytest.approx(1 / 3)
