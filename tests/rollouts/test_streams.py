@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
+from ray.serve.exceptions import RequestCancelledError
 
 from rlhf_ray.rollouts.streams import FinishedGroups, GroupStreams, split_evenly
 from rlhf_ray.types import Completion, Prompt, RolloutGroup, SamplingSettings
@@ -193,3 +194,32 @@ def test_split_evenly(count: int, parts: int, lengths: list[int]) -> None:
     pieces = split_evenly(list(range(count)), parts)
     assert [len(piece) for piece in pieces] == lengths
     assert [item for piece in pieces for item in piece] == list(range(count))
+
+
+async def ended_by_its_replica(prompts: Sequence[Prompt]) -> AsyncIterator[list[int]]:
+    yield [0]
+    # What Serve's iterator raises when the request was cancelled at the other end.
+    raise asyncio.CancelledError
+
+
+def test_a_request_that_ends_with_its_replica_is_one_to_send_again() -> None:
+    streams = GroupStreams(Handle(ended_by_its_replica), num_replicas=1)
+
+    async def run() -> list[Any]:
+        return await asyncio.wait_for(asyncio.gather(*ask(streams, [1, 2]), return_exceptions=True), 5.0)
+
+    first, second = asyncio.run(run())
+    assert isinstance(first, RolloutGroup)
+    assert isinstance(second, RequestCancelledError)
+
+
+def test_a_handle_that_raises_at_once_answers_every_caller() -> None:
+    def broken(*_: Any, **__: Any) -> Any:
+        raise ActorDiedError()
+
+    streams = GroupStreams(broken, num_replicas=1)
+
+    async def run() -> list[Any]:
+        return await asyncio.wait_for(asyncio.gather(*ask(streams, [1, 2]), return_exceptions=True), 5.0)
+
+    assert [type(outcome) for outcome in asyncio.run(run())] == [ActorDiedError, ActorDiedError]

@@ -1,0 +1,120 @@
+"""What a replica does about versions; its engine is recorded here, the real one is in tests/integration."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+
+from rlhf_ray.rollouts.replica import RolloutReplica
+from rlhf_ray.weight_sync.manifest import WeightManifest
+
+
+class Engine:
+    """Takes a moment to load, and remembers what."""
+
+    def __init__(self) -> None:
+        self.version = 4
+        self.pause_s = 0.0
+        self.loaded: list[int] = []
+
+    async def load_weights(self, manifest: WeightManifest, buckets: Sequence[Any]) -> None:
+        await asyncio.sleep(0.02)
+        self.version = manifest.version
+        self.loaded.append(manifest.version)
+
+    def shutdown(self) -> None:
+        """A replica that is forgotten ends its engine."""
+
+
+class Call:
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    async def remote(self, *arguments: Any) -> Any:
+        return self._answer(*arguments)
+
+
+class Bridge:
+    """Publishes whatever version it is asked for."""
+
+    newest_weights = Call(lambda version: (manifest(version), [ready()]))
+
+
+def manifest(version: int) -> WeightManifest:
+    return WeightManifest(version=version, publication=f"publication {version}", buckets=())
+
+
+def ready() -> asyncio.Future[Any]:
+    future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    future.set_result(None)
+    return future
+
+
+def late() -> asyncio.Future[Any]:
+    return asyncio.get_running_loop().create_future()
+
+
+@pytest.fixture
+def replica() -> RolloutReplica:
+    made = RolloutReplica.__new__(RolloutReplica)
+    made._bridge = Bridge()
+    made._timeline = False
+    made._failure = None
+    made._publication = None
+    made.replica_id = "r"
+    made._engine = Engine()
+    return made
+
+
+def test_a_replica_that_is_behind_pulls_what_a_request_needs(replica: RolloutReplica) -> None:
+    async def run() -> None:
+        replica._updating = asyncio.Lock()
+        await replica._catch_up(3)
+        await replica._catch_up(5)
+
+    asyncio.run(run())
+    assert replica._engine.loaded == [5]
+
+
+def test_catching_up_never_loads_over_something_newer(replica: RolloutReplica) -> None:
+    """Version 6 is published while the weights of 5 are still on their way."""
+
+    async def run() -> None:
+        replica._updating = asyncio.Lock()
+        weights = late()
+        replica._bridge.newest_weights = Call(lambda version: (manifest(version), [weights]))
+        catching_up = asyncio.ensure_future(replica._catch_up(5))
+        await asyncio.sleep(0)
+        await replica.load_weights(manifest(6), [ready()])
+        weights.set_result(None)
+        await catching_up
+
+    asyncio.run(run())
+    assert replica._engine.loaded == [6]
+
+
+def test_a_restore_does_load_an_older_version(replica: RolloutReplica) -> None:
+    async def run() -> None:
+        replica._updating = asyncio.Lock()
+        await replica.load_weights(manifest(2), [ready()])
+
+    asyncio.run(run())
+    assert replica._engine.version == 2
+
+
+def test_a_request_that_is_cancelled_while_it_catches_up_leaves_a_sound_engine(replica: RolloutReplica) -> None:
+    async def run() -> None:
+        replica._updating = asyncio.Lock()
+        request = asyncio.ensure_future(replica._catch_up(5))
+        await asyncio.sleep(0.01)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+    assert replica._engine.loaded == [5]
+    assert replica._failure is None
