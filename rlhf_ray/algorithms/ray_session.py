@@ -5,14 +5,20 @@ from __future__ import annotations
 import logging
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
+import psutil
 import ray
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.settings import Settings
 
 __all__ = ["RaySession", "Shares", "cpu_shares"]
+
+_LOG = logging.getLogger(__name__)
+# How long workers have to end after their raylet.
+_GRACE_S = 5.0
 
 # What a cluster that ends with this run does not need, and what would wake its processes up beside two busy cores.
 _OWN_CLUSTER_ENV = {
@@ -101,8 +107,11 @@ class RaySession:
 
     def stop(self) -> None:
         """Leave the cluster; one that this session started ends with it."""
-        if self._connected and ray.is_initialized():
-            ray.shutdown()
+        if not (self._connected and ray.is_initialized()):
+            return
+        workers = _ray_workers() if self.ends_ray else []
+        ray.shutdown()
+        _end(workers, grace_s=_GRACE_S)
 
     @staticmethod
     def _quieten(level: str) -> None:
@@ -125,3 +134,19 @@ class RaySession:
                 "rollouts.num_replicas or learners.num_learners, or set resources.device = cpu",
             )
         return on_gpu
+
+
+def _ray_workers() -> list[psutil.Process]:
+    """All processes below the raylets that this process started: Ray's workers, and the engines below them."""
+    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
+    return [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+
+
+def _end(processes: list[psutil.Process], *, grace_s: float) -> None:
+    """Kill what does not end by itself: a worker of Ray 2.60 sometimes hangs in its last destructor, for ever."""
+    _, left = psutil.wait_procs(processes, timeout=grace_s)
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            _LOG.info("process %d (%s) did not end with its cluster and is killed", process.pid, process.name())
+            process.kill()
+    psutil.wait_procs(left, timeout=grace_s)

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from rlhf_ray.algorithms.ray_session import Shares, cpu_shares
+from rlhf_ray.algorithms.ray_session import Shares, _end, _ray_workers, cpu_shares
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.settings import Settings
 
@@ -77,3 +82,31 @@ def test_more_than_the_cluster_has_is_refused(arguments: dict[str, Any], cpus: f
     with pytest.raises(ConfigError, match=f"{cpus} CPUs") as caught:
         cpu_shares(settings_of(**arguments), cpus)
     assert caught.value.field.startswith("resources.cpus_per_replica")
+
+
+def test_the_workers_of_a_cluster_are_all_below_its_raylet(tmp_path: Path) -> None:
+    raylet = tmp_path / "raylet"
+    raylet.symlink_to("/bin/sh")
+    other = subprocess.Popen(["sleep", "60"])
+    cluster = subprocess.Popen([str(raylet), "-c", "sleep 60 & sh -c 'sleep 60; true' & wait"])
+    try:
+        deadline = time.perf_counter() + 5
+        while len(found := _ray_workers()) < 3 and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        assert sorted(process.name() for process in found) == ["sh", "sleep", "sleep"]
+        _end(found, grace_s=0.1)
+        assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
+        assert other.poll() is None
+    finally:
+        for process in (cluster, other):
+            process.kill()
+            process.wait()
+
+
+def test_processes_that_end_by_themselves_are_waited_for_and_not_killed() -> None:
+    quick = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.2)"])
+    process = psutil.Process(quick.pid)
+
+    _end([process], grace_s=5.0)
+
+    assert quick.wait() == 0

@@ -22,7 +22,7 @@ def choice(**overrides: Any) -> SimpleNamespace:
 
 
 def test_a_completion_is_taken_over_token_by_token() -> None:
-    completion = _completion(choice())
+    completion = _completion(choice(), 3)
 
     assert completion.token_ids.tolist() == [5, 6, 1]
     assert completion.token_ids.dtype == np.int32
@@ -33,16 +33,16 @@ def test_a_completion_is_taken_over_token_by_token() -> None:
 
 
 def test_versions_are_numbers_again() -> None:
-    assert _completion(choice()).version_spans == (
+    assert _completion(choice(), 3).version_spans == (
         VersionSpan(version=3, start=0, end=2),
         VersionSpan(version=4, start=2, end=3),
     )
 
 
 def test_a_length_limit_is_a_truncation() -> None:
-    assert _completion(choice(finish_reason="length")).truncated
+    assert _completion(choice(finish_reason="length"), 3).truncated
 
 
 def test_a_log_probability_that_is_missing_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="2 log-probabilities for 3 tokens"):
-        _completion(choice(logprobs=SimpleNamespace(logprobs=[-0.5, -1.0])))
+        _completion(choice(logprobs=SimpleNamespace(logprobs=[-0.5, -1.0])), 3)
