@@ -62,7 +62,7 @@ class _Request:
     outcome: asyncio.Future[ScoredGroup | RewardFailure]
     retries: int = DEATH_RETRIES
     alone: bool = False
-    """A call that it was part of ended badly: it gets one of its own, to know which group was to blame."""
+    """A call that it was part of ended badly: it gets a worker of its own, to know which group was to blame."""
 
 
 class RewardPool:
@@ -191,16 +191,21 @@ class RewardPool:
 
     def _send(self) -> None:
         """Give waiting groups to free workers."""
-        while self._waiting and self._free:
-            worker = self._free.popleft()
-            if worker.retired:
-                continue
-            batch = self._next_batch()
-            if not batch:
-                self._free.appendleft(worker)
+        while self._free:
+            while self._waiting and self._waiting[0].outcome.done():  # its caller gave up
+                self._waiting.popleft()
+            if not self._waiting:
                 return
+            # Nothing goes beside a group that is to be alone: whatever ends the worker then is of its making.
+            alone = self._waiting[0].alone
+            worker = next((w for w in self._free if not alone or self._free.count(w) == self._slots), None)
+            if worker is None:
+                return
+            slots = self._slots if alone else 1
+            for _ in range(slots):
+                self._free.remove(worker)
             # A task of the pool: when a caller gives up, the worker is still busy and its time limit must be kept.
-            self._spawn(self._attempt(worker, batch))
+            self._spawn(self._attempt(worker, self._next_batch(), slots))
 
     def _next_batch(self) -> list[_Request]:
         """The groups of the next call, oldest first; fewer than wait where there is work for several workers."""
@@ -220,8 +225,8 @@ class RewardPool:
                 break
         return batch
 
-    async def _attempt(self, worker: _Worker, batch: list[_Request]) -> None:
-        """One call of a worker."""
+    async def _attempt(self, worker: _Worker, batch: list[_Request], slots: int) -> None:
+        """One call of a worker, which gets its ``slots`` back afterwards."""
         answer = worker.actor.score.remote([request.group for request in batch])
         try:
             async with worker.turn:
@@ -235,7 +240,8 @@ class RewardPool:
         except Exception as error:
             self._fail(batch, error)
         finally:
-            self._free.append(worker)
+            if not worker.retired:
+                self._free.extend([worker] * slots)
             self._send()
 
     async def _answer(self, worker: _Worker, batch: list[_Request], answer: Any) -> None:
@@ -318,6 +324,7 @@ class RewardPool:
             return
         worker.retired = True
         self._workers.remove(worker)
+        self._free = deque(other for other in self._free if other is not worker)
         _kill(worker)
         self.workers_replaced += 1
         self._spawn(self._start_replacement())

@@ -232,7 +232,7 @@ def test_quick_groups_share_a_call(cluster: None, tokenizer: Any, group_of: Grou
     with started("length", tokenizer=tokenizer) as pool:
         pool._seconds_a_group = 1e-4
         attempt = pool._attempt
-        pool._attempt = lambda worker, batch: calls.append(len(batch)) or attempt(worker, batch)
+        pool._attempt = lambda worker, batch, slots: calls.append(len(batch)) or attempt(worker, batch, slots)
         outcomes = score_all(pool, [group_of(["x" * (i % 7)], group_id=i) for i in range(200)])
     assert [outcome.group.group_id for outcome in outcomes] == list(range(200))
     assert [len(outcome.texts[0]) for outcome in outcomes] == [i % 7 for i in range(200)]
@@ -292,6 +292,22 @@ def test_a_function_that_kills_its_worker(cluster: None, tokenizer: Any, group_o
     assert outcomes[2].kind == "worker_died"
     assert "died, 2 times" in outcomes[2].message
     assert (pool.failures, pool.workers_replaced) == ({"worker_died": 1}, 3)
+
+
+def test_an_async_function_that_kills_its_worker(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
+    async def judge(*, completions: list[str], **columns: Any) -> list[float]:
+        await asyncio.sleep(0.2)
+        if completions[0] == "die":
+            os._exit(1)
+        await asyncio.sleep(0.2)
+        return [1.0] * len(completions)
+
+    groups = [group_of([word], group_id=i) for i, word in enumerate(["fine", "die", "fine", "fine"])]
+    with started(judge, tokenizer=tokenizer, timeout_s=60.0) as pool:
+        outcomes = score_all(pool, groups)
+    # All four go down together; alone, only the one to blame does again.
+    assert [isinstance(outcome, ScoredGroup) for outcome in outcomes] == [True, False, True, True]
+    assert (pool.failures, pool.workers_replaced) == ({"worker_died": 1}, 2)
 
 
 def test_workers_take_one_computing_thread(pool: RewardPool, group_of: GroupOf) -> None:
