@@ -219,53 +219,19 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
 def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
     """Mean seconds of the learner's passes in bare PyTorch, on its own microbatches of such lengths."""
     import numpy as np
-    import torch
-    from learner_throughput import BareLoop
+    from bare_loop import BareLoop, sequences_of, split
 
-    from rlhf_ray.learner.batch import SequenceBatch
-    from rlhf_ray.learner.layout import lay_out
-    from rlhf_ray.learner.packing import plan_update
     from rlhf_ray.settings import LearnerSettings
 
-    lengths = np.asarray(json.loads((folder / "lengths.json").read_text()), dtype=np.int32)
-    prompts = np.full_like(lengths, 6)
-    count, tokens = len(lengths), int(lengths.sum())
-    batch = SequenceBatch(
-        token_ids=np.ones(int((prompts + lengths).sum()), dtype=np.int32),
-        prompt_lengths=prompts,
-        completion_lengths=lengths,
-        sampling_logprobs=np.zeros(tokens, dtype=np.float32),
-        staleness=np.zeros(tokens, dtype=np.int32),
-        fresh=np.ones(count, dtype=np.bool_),
-        rewards=np.zeros(count, dtype=np.float32),
-        truncated=np.zeros(count, dtype=np.bool_),
-        group_ids=np.arange(count),
-        greedy_rewards=np.zeros(count, dtype=np.float32),
-        in_loss=np.ones(count, dtype=np.bool_),
-    )
-    plan = plan_update(
-        batch.lengths.tolist(),
-        batch.completion_lengths.tolist(),
-        num_minibatches=1,
-        num_epochs=1,
-        num_ranks=1,
-        max_tokens=LearnerSettings().max_tokens_per_microbatch,
-        attention_length=1536.0,
-        packed=False,
-        seed=0,
-    )
-    own = batch.select(plan.sequences[0])
-    minibatches = [
-        [lay_out(own, rows, packed=False, device=torch.device("cpu")) for rows in minibatch.microbatches]
-        for minibatch in plan.ranks[0].minibatches
-    ]
+    batch = sequences_of(6, np.asarray(json.loads((folder / "lengths.json").read_text()), dtype=np.int32))
+    _, _, minibatches = split(batch, num_minibatches=1, max_tokens=LearnerSettings().max_tokens_per_microbatch)
     bare = BareLoop(str(folder / "model"), critic=False)
     for _ in range(WARM_UP):
         bare.planned(minibatches)
     started = time.perf_counter()
     for _ in range(steps):
         bare.planned(minibatches)
-    return {"step_s": (time.perf_counter() - started) / steps, "tokens": float(tokens)}
+    return {"step_s": (time.perf_counter() - started) / steps, "tokens": float(batch.completion_lengths.sum())}
 
 
 STAGES: dict[str, Callable[[Regime, Path, int], Figures]] = {

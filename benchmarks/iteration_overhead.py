@@ -106,34 +106,22 @@ def raw_generation(folder: Path, repeats: int) -> float:
 def raw_training(folder: Path, repeats: int) -> float:
     """Median seconds of the same passes and optimiser steps on bare PyTorch models."""
     import torch
-    from learner_throughput import BareLoop
+    from bare_loop import BareLoop, sequences_of, split
 
     from rlhf_ray import PPOConfig
-    from rlhf_ray.learner.batch import SequenceBatch
-    from rlhf_ray.learner.layout import lay_out
-    from rlhf_ray.learner.packing import plan_update
 
     settings = PPOConfig.from_yaml(folder / "config.yaml").settings
     training = settings.training
     if settings.learners.num_threads is not None:
         torch.set_num_threads(settings.learners.num_threads)
-    batch = _batch(folder, SequenceBatch)
-    plan = plan_update(
-        batch.lengths.tolist(),
-        batch.completion_lengths.tolist(),
+    # The lengths of the last iteration.
+    batch = sequences_of(len(_prompt_tokens(folder)[0]), np.asarray(_completions(folder)["num_tokens"], dtype=np.int32))
+    _, _, minibatches = split(
+        batch,
         num_minibatches=training.num_minibatches,
-        num_epochs=training.num_epochs,
-        num_ranks=1,
         max_tokens=settings.learners.max_tokens_per_microbatch,
-        attention_length=1536.0,
-        packed=False,
-        seed=0,
+        num_epochs=training.num_epochs,
     )
-    batch = batch.select(plan.sequences[0])
-    minibatches = [
-        [lay_out(batch, rows, packed=False, device=torch.device("cpu")) for rows in minibatch.microbatches]
-        for minibatch in plan.ranks[0].minibatches
-    ]
     bare = BareLoop(str(folder / "policy"), critic=True)
     times = []
     for _ in range(repeats + 2):
@@ -156,27 +144,6 @@ def _prompt_tokens(folder: Path) -> list[list[int]]:
     table = _completions(folder)
     by_group = dict(zip(table["group_id"], table["prompt"], strict=True))
     return [tokenizer(text).input_ids for text in by_group.values()]
-
-
-def _batch(folder: Path, batch_class: Any) -> Any:
-    """Sequences of the last iteration's lengths; the ids themselves do not change the cost."""
-    table = _completions(folder)
-    prompt_length = len(_prompt_tokens(folder)[0])
-    completion_lengths = np.asarray(table["num_tokens"], dtype=np.int32)
-    prompt_lengths = np.full_like(completion_lengths, prompt_length)
-    return batch_class(
-        token_ids=np.ones(int((prompt_lengths + completion_lengths).sum()), dtype=np.int32),
-        prompt_lengths=prompt_lengths,
-        completion_lengths=completion_lengths,
-        sampling_logprobs=np.zeros(int(completion_lengths.sum()), dtype=np.float32),
-        staleness=np.zeros(int(completion_lengths.sum()), dtype=np.int32),
-        fresh=np.ones(len(completion_lengths), dtype=np.bool_),
-        rewards=np.zeros(len(completion_lengths), dtype=np.float32),
-        truncated=np.zeros(len(completion_lengths), dtype=np.bool_),
-        group_ids=np.asarray(table["group_id"], dtype=np.int64),
-        greedy_rewards=np.zeros(len(completion_lengths), dtype=np.float32),
-        in_loss=np.ones(len(completion_lengths), dtype=np.bool_),
-    )
 
 
 def in_process_of_its_own(stage: str, folder: Path, repeats: int) -> float:

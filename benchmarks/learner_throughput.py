@@ -18,25 +18,21 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from bare_loop import BareLoop, sequences_of, split
 from provenance import write_result
 
 from rlhf_ray import AlgorithmConfig, GRPOConfig, PPOConfig
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.learner import Learner, LearnerSpec
-from rlhf_ray.learner.models import load_critic, load_policy
-from rlhf_ray.learner.packing import UpdatePlan, plan_update
 from rlhf_ray.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.quickstart import model_path
 
 PROMPTS, GROUP, PROMPT_TOKENS, MEAN, LONGEST = 32, 8, 12, 97, 500
 MAX_TOKENS = 2048
-CPU = torch.device("cpu")
 
 
 def long_tail_batch(seed: int = 0) -> SequenceBatch:
@@ -44,34 +40,14 @@ def long_tail_batch(seed: int = 0) -> SequenceBatch:
     rng = np.random.default_rng(seed)
     count = PROMPTS * GROUP
     lengths = np.minimum(rng.geometric(1 / MEAN, size=count), LONGEST).astype(np.int32)
-    prompts = np.full(count, PROMPT_TOKENS, dtype=np.int32)
-    return SequenceBatch(
-        token_ids=rng.integers(10, 250, size=int((lengths + prompts).sum())).astype(np.int32),
-        prompt_lengths=prompts,
-        completion_lengths=lengths,
+    return sequences_of(
+        PROMPT_TOKENS,
+        lengths,
+        token_ids=rng.integers(10, 250, size=int(lengths.sum()) + count * PROMPT_TOKENS).astype(np.int32),
         sampling_logprobs=np.full(int(lengths.sum()), -5.5, dtype=np.float32),
-        staleness=np.zeros(int(lengths.sum()), dtype=np.int32),
-        fresh=np.ones(count, dtype=np.bool_),
         rewards=rng.integers(0, 2, size=count).astype(np.float32),
         truncated=lengths == LONGEST,
         group_ids=np.repeat(np.arange(PROMPTS), GROUP),
-        greedy_rewards=np.zeros(count, dtype=np.float32),
-        in_loss=np.ones(count, dtype=np.bool_),
-    )
-
-
-def plan_of(batch: SequenceBatch, num_minibatches: int) -> UpdatePlan:
-    """The split that a run would make."""
-    return plan_update(
-        batch.lengths.tolist(),
-        batch.loss_lengths.tolist(),
-        num_minibatches=num_minibatches,
-        num_epochs=1,
-        num_ranks=1,
-        max_tokens=MAX_TOKENS,
-        attention_length=1536.0,
-        packed=False,
-        seed=0,
     )
 
 
@@ -106,65 +82,6 @@ def learner_of(config: AlgorithmConfig) -> Learner:
     )
 
 
-class BareLoop:
-    """Plain models and optimisers: a forward pass for the old policy (several steps), forward, backward, step."""
-
-    def __init__(self, path: str, *, critic: bool) -> None:
-        loading: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": False}
-        self._models = [load_policy(path, **loading)]
-        if critic:
-            self._models.append(load_critic(path, **loading))
-        self._optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-9, fused=True) for m in self._models]
-
-    def planned(self, minibatches: list[list[Microbatch]], *, epochs: int = 1) -> None:
-        """The learner's passes on the learner's microbatches."""
-        with torch.no_grad():
-            for index, minibatch in enumerate(minibatches):
-                for micro in minibatch:
-                    if len(self._models) > 1:
-                        self._values(micro)
-                    if index > 0:  # The first step's own pass is the old policy's.
-                        self._logprobs(micro.input_ids, micro.targets, micro.kept)
-        for minibatch in minibatches * epochs:
-            for micro in minibatch:
-                if len(self._models) > 1:
-                    (self._values(micro).square() * 1e-3).mean().backward()
-                chosen = self._logprobs(micro.input_ids, micro.targets, micro.kept).flatten()[micro.completion_index]
-                (chosen * micro.mask).sum().div(1e5).backward()
-            self._step()
-
-    def in_input_order(self, batch: SequenceBatch, size: int) -> None:
-        """One optimiser step over batches of ``size``, all padded to the longest sequence, with whole logits."""
-        width = int(batch.lengths.max())
-        ends = np.cumsum(batch.lengths)
-        ids = torch.zeros(len(batch), width, dtype=torch.int64)
-        for row, (end, length) in enumerate(zip(ends, batch.lengths, strict=True)):
-            ids[row, :length] = torch.from_numpy(batch.token_ids[end - length : end].astype(np.int64))
-        mask = torch.arange(width)[None, :] < torch.from_numpy(batch.lengths)[:, None]
-        for part in range(0, len(batch), size):
-            rows = ids[part : part + size]
-            chosen = self._logprobs(rows, rows[:, 1:], None)
-            (chosen * mask[part : part + size, 1:]).sum().div(1e5).backward()
-        self._step()
-
-    def _values(self, micro: Microbatch) -> torch.Tensor:
-        values: torch.Tensor = self._models[1](input_ids=micro.input_ids, use_cache=False).logits
-        return values
-
-    def _logprobs(self, ids: torch.Tensor, targets: torch.Tensor, kept: torch.Tensor | None) -> torch.Tensor:
-        if kept is None:
-            logits = self._models[0](input_ids=ids, use_cache=False).logits[:, :-1]
-        else:
-            logits = self._models[0](input_ids=ids, logits_to_keep=kept, use_cache=False).logits
-        return logits.gather(-1, targets[..., None]).squeeze(-1) - logits.logsumexp(-1)
-
-    def _step(self) -> None:
-        for model, optimizer in zip(self._models, self._optimizers, strict=True):
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
-
-
 def measure(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
     """Median seconds of each, taken in turn so that a slow spell of the machine meets all of them."""
     times: dict[str, list[float]] = {name: [] for name in work}
@@ -190,13 +107,7 @@ def main() -> None:
     for name, config in (("GRPO", GRPOConfig), ("PPO", PPOConfig)):
         learner, bare = learner_of(config()), BareLoop(model_path(), critic=name == "PPO")
         for steps in (1, 4):
-            plan = plan_of(batch, steps)
-            own = batch.select(plan.sequences[0])
-            minibatches = [
-                [lay_out(own, rows, packed=False, device=CPU) for rows in minibatch.microbatches]
-                for minibatch in plan.ranks[0].minibatches
-            ]
-            rank = plan.ranks[0]
+            own, rank, minibatches = split(batch, num_minibatches=steps, max_tokens=MAX_TOKENS)
             work[f"{name}, {steps} steps: learner"] = lambda a=learner, b=own, c=rank: a.update(b, c)
             work[f"{name}, {steps} steps: bare loop"] = lambda a=bare, b=minibatches: a.planned(b)
         if name == "GRPO":

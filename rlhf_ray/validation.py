@@ -431,7 +431,7 @@ def _check_trainable_sampling(settings: Settings) -> None:
         raise ConfigError("rollouts.top_k", settings.rollouts.top_k, f"training needs 0: {why}")
 
 
-def _check_proximal(settings: Settings) -> None:
+def _check_off_policy(settings: Settings) -> None:
     training = settings.training
     if training.proximal == "loglinear" and training.kl_coef > 0 and training.kl_in == "reward":
         remedy = "a KL in the reward needs the forward pass that this saves; use recompute, or kl_in='loss'"
@@ -652,7 +652,7 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     _check_reward_weights,
     _check_evaluation_data,
     _check_trainable_sampling,
-    _check_proximal,
+    _check_off_policy,
     _check_engine_args,
     _check_minibatches,
     _check_microbatch_fits,

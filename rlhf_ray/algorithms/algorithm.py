@@ -11,7 +11,6 @@ import logging
 import os
 import time
 import weakref
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -238,11 +237,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         _LIVE.discard(self)
         parts, self._parts = self._parts, None
         if parts is not None:
-            with ExitStack() as stack:  # Each is stopped, whatever another one raises.
-                stack.callback(parts.stop)
-                stack.callback(self._inputs.prompts.close)
-                # Before the prompts, which it would open again.
-                stack.callback(parts.controller.stop)
+            parts.stop()
         elif getattr(self, "_session", None) is not None:
             self._session.stop()
         self._reporters.stop()

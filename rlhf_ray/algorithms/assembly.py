@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ class Parts:
     """The running parts of an algorithm."""
 
     session: RaySession
+    prompts: PromptStream
     learners: LearnerGroup
     app: RolloutApp
     rewards: RewardPool
@@ -73,8 +75,12 @@ class Parts:
 
     def stop(self) -> None:
         """Stop all, in an order in which nobody waits for one that is gone."""
-        for part in (self.controller, self.rewards, self.app, self.learners, self.session):
-            part.stop()
+        with ExitStack() as stack:  # Each, whatever another one raises; the last one pushed is the first.
+            for part in (self.session, self.learners, self.app, self.rewards):
+                stack.callback(part.stop)
+            # After the controller, which would open it again.
+            stack.callback(self.prompts.close)
+            stack.callback(self.controller.stop)
 
 
 def check_inputs(settings: Settings) -> Inputs:
@@ -190,6 +196,7 @@ def start_parts(
     publisher = NcclPublisher if _uses_nccl(settings, session) else ObjectStorePublisher
     return Parts(
         session=session,
+        prompts=inputs.prompts,
         learners=learners,
         app=app,
         rewards=rewards,

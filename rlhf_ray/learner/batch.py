@@ -45,13 +45,16 @@ class SequenceBatch:
         """Lay out the completions of all groups, in order; ``version`` is the policy's that is to be trained."""
         sizes = [len(scored.group.completions) for scored in groups]
         rows = [(scored.group.prompt, c) for scored in groups for c in scored.group.completions]
+        staleness = [np.int32(version) - _versions(c) for _, c in rows]
         return cls(
             token_ids=np.concatenate([piece for prompt, c in rows for piece in (prompt.token_ids, c.token_ids)]),
             prompt_lengths=np.asarray([len(prompt.token_ids) for prompt, _ in rows], dtype=np.int32),
             completion_lengths=np.asarray([len(c.token_ids) for _, c in rows], dtype=np.int32),
             sampling_logprobs=np.concatenate([c.sampling_logprobs for _, c in rows]),
-            staleness=np.concatenate([np.int32(version) - _versions(c) for _, c in rows]),
-            fresh=np.asarray([c.asked_version == version and not any(version - _versions(c)) for _, c in rows]),
+            staleness=np.concatenate(staleness),
+            fresh=np.asarray(
+                [c.asked_version == version and not s.any() for (_, c), s in zip(rows, staleness, strict=True)]
+            ),
             rewards=np.concatenate([scored.rewards for scored in groups]),
             truncated=np.asarray([c.truncated for _, c in rows], dtype=np.bool_),
             group_ids=np.repeat([scored.group.group_id for scored in groups], sizes).astype(np.int64),

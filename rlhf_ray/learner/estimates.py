@@ -63,5 +63,5 @@ def take(source: torch.Tensor, micro: Microbatch) -> torch.Tensor:
     """Read a microbatch's ``[B, T]`` from its rows of ``[N, T]``; zeros for an empty one."""
     width = micro.mask.shape[1]
     if len(micro.rows) == 0:
-        return torch.zeros(micro.mask.shape, device=source.device)
+        return source.new_zeros(micro.mask.shape)
     return source[micro.rows, :width]

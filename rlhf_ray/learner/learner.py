@@ -378,7 +378,7 @@ class Learner:
         weights: torch.Tensor | None = None
         of_weights: dict[str, torch.Tensor] = {}
         if self._spec.max_staleness > 0:
-            kept = None if estimates.kept is None else take(estimates.kept, micro).bool()
+            kept = None if estimates.kept is None else take(estimates.kept, micro)
             weights, of_weights = stale_weights(self._training, proximal, sampling, micro.mask, kept)
             for of_distance, tokens in staleness_metrics(proximal, sampling, staleness, micro.mask):
                 metrics.add(of_distance, tokens)
@@ -412,7 +412,7 @@ class Learner:
     ) -> None:
         """Exactness: the engine's log-probabilities against ours, and the first ratio against 1."""
         # An engine keeps what it computed of earlier tokens under older weights: one stale token touches all others.
-        fresh = micro.mask & (take(estimates.fresh, micro) > 0)
+        fresh = micro.mask & take(estimates.fresh, micro)
         if fresh.any():
             difference = (logprobs - take(estimates.sampling_logprobs, micro)).abs()[fresh]
             metrics.add(

@@ -13,7 +13,7 @@ import torch
 
 from rlhf_ray.learner.credit import gathered_rows
 from rlhf_ray.learner.estimates import Estimates
-from rlhf_ray.losses import aggregate, behavior_weights
+from rlhf_ray.losses import aggregate, behavior_weights, m2po_mask
 from rlhf_ray.settings import TrainingSettings
 
 __all__ = ["effective_sample_size", "loglinear_proximal", "m2po_kept", "stale_weights", "staleness_metrics"]
@@ -75,7 +75,6 @@ def effective_sample_size(figures: dict[str, float]) -> dict[str, float]:
 def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float) -> torch.Tensor:
     """Tokens of a minibatch that M2PO's trust region lets through, the same on any number of ranks.
 
-    As :func:`rlhf_ray.losses.m2po_mask` on all sequences of all ranks, but that tokens of equal moments go together.
     The policy before the update stands for the one that is trained, which it is in the first step.
 
     Args:
@@ -87,15 +86,14 @@ def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float) -> 
         ``[B, T]`` bool.
     """
     assert estimates.advantages is not None
-    mask, advantages = estimates.mask[rows], estimates.advantages[rows]
-    differences = (estimates.proximal_logprobs - estimates.sampling_logprobs)[rows]
-    constrained = mask & (differences.sign() * advantages.sign() > 0)
-    squares = differences.double().square()
-    everyones, _ = gathered_rows(squares[constrained][:, None])
-    moments = everyones[:, 0].sort().values
-    means = moments.cumsum(0) / torch.arange(1, len(moments) + 1, device=moments.device)
-    dropped = moments[means > threshold]
-    return mask & ~(constrained & (squares >= dropped[0])) if len(dropped) else mask
+    return m2po_mask(
+        estimates.proximal_logprobs[rows],
+        estimates.sampling_logprobs[rows],
+        estimates.advantages[rows],
+        estimates.mask[rows],
+        threshold=threshold,
+        gather=lambda squares: gathered_rows(squares[:, None])[0][:, 0],
+    )
 
 
 def staleness_metrics(

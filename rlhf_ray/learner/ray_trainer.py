@@ -1,4 +1,4 @@
-"""What the learner group needs of Ray Train beyond its public API; everything private of it is named here."""
+"""Around stage 5: what the learner group needs of Ray Train beyond its public API, all of it named here."""
 
 from __future__ import annotations
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,15 @@ from rlhf_ray.losses.policy_inputs import clean
 __all__ = ["m2po_mask"]
 
 
-def m2po_mask(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, threshold: float) -> Tensor:
+def m2po_mask(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    threshold: float,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Drop the tokens that moved furthest, until the mean squared log-ratio of the others is at most ``threshold``.
 
     With ``d = logprobs - old_logprobs``::
@@ -26,7 +36,8 @@ def m2po_mask(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     enters the mean. Of tokens with equal ``d^2`` the later, in row order, is dropped first.
 
     - **The mean is over the whole minibatch.** Call this once on all of its sequences, over all microbatches and
-      ranks: what is kept of a part alone is something else.
+      ranks: what is kept of a part alone is something else. Where other ranks hold some of them, ``gather`` brings
+      their ``d^2``; tokens of equal ``d^2``, which have no order then, are dropped together.
     - The paper's loss is ``-keep * ratio * A``, which is :func:`ppo_loss` with ``clip_low=1.0``,
       ``clip_high=math.inf``, ``aggregation="seq_mean_token_mean"`` and the result as ``behavior_weights``: the
       dropped tokens stay in the denominator, as those do that PPO clips. As ``mask`` it would take them out.
@@ -41,6 +52,7 @@ def m2po_mask(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
         advantages: ``[B, T]``; only their signs are used.
         mask: ``[B, T]``, True where a token counts.
         threshold: Largest mean of ``d^2``, in square nats, positive.
+        gather: From this call's ``[n]`` values of ``d^2`` in T to those of all calls; none: this call has all of T.
 
     Returns:
         ``[B, T]`` bool, True where a token is kept, False where ``mask`` is; no gradient.
@@ -54,10 +66,14 @@ def m2po_mask(logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: 
     differences = clean(logprobs.detach(), mask) - clean(old_logprobs.detach(), mask)
     constrained = mask & (differences.sign() * clean(advantages.detach(), mask).sign() > 0)
     # A running sum over all tokens of a batch: float32 would lose the small ones.
-    moments, order = differences[constrained].double().square().sort(stable=True)
+    squares = differences.double().square()
+    own = squares[constrained]
+    moments, order = (own if gather is None else gather(own)).sort(stable=True)
     # Means of ever larger moments rise, so what lies above the threshold is the end of the row.
-    means = moments.cumsum(0) / torch.arange(1, len(moments) + 1, device=moments.device)
-    rows, columns = constrained.nonzero()[order[means > threshold]].unbind(1)
+    dropped = moments.cumsum(0) / torch.arange(1, len(moments) + 1, device=moments.device) > threshold
+    if gather is not None:
+        return mask & ~(constrained & (squares >= moments[dropped].min())) if dropped.any() else mask
+    rows, columns = constrained.nonzero()[order[dropped]].unbind(1)
     kept = mask.clone()
     kept[rows, columns] = False
     return kept

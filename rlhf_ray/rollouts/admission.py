@@ -1,6 +1,6 @@
-"""Which groups may be started, and which are trained on next, so that none is ever staler than it may be.
+"""Before stages 2 and 4: which groups may be started, and which are trained on next; none is staler than it may be.
 
-Plain bookkeeping without clocks, threads or Ray: the rollout controller asks it, and so does the simulation.
+Plain bookkeeping without clocks, threads or Ray: the rollout flow (flow.py) asks it.
 """
 
 from __future__ import annotations

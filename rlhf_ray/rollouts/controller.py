@@ -1,4 +1,4 @@
-"""The rollout flow (flow.py) in a thread of the Algorithm: generation goes on whatever the Algorithm itself does."""
+"""The rollout controller: the flow of stages 1 to 3 (flow.py) in a thread, whatever the Algorithm itself does."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import threading
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
+from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.flow import Collected, RolloutFlow
 from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
 
@@ -51,20 +52,18 @@ class RolloutController:
         if not self._thread.is_alive():
             return
 
-        async def cancel() -> None:
-            tasks = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-
         try:
-            asyncio.run_coroutine_threadsafe(cancel(), self._loop).result(timeout=_STOP_TIMEOUT_S)
+            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=_STOP_TIMEOUT_S)
         except TimeoutError:
             _LOG.warning("the rollout controller did not stop within %g s", _STOP_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=_STOP_TIMEOUT_S)
         if not self._thread.is_alive():
             self._loop.close()
+
+    @staticmethod
+    async def _cancel() -> None:
+        await cancel_all(task for task in asyncio.all_tasks() if task is not asyncio.current_task())
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -1,4 +1,4 @@
-"""Keeps rollouts in flight: prompts -> replicas -> rewards -> scored groups, in order.
+"""The rollout controller's work (stages 1 to 3): prompts -> replicas -> rewards -> scored groups, in order.
 
 All of it on one asyncio loop: it consumes prompts and the policy version, admits groups by the staleness rule
 (admission.py) whenever there is room, also while the learners compute, sends a group again whose replica died, passes
@@ -14,12 +14,13 @@ from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
 from rlhf_ray.rollouts.admission import GroupLedger
+from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Span
 
@@ -32,7 +33,7 @@ Generate = Callable[..., Awaitable[RolloutGroup]]
 
 
 class Scorer(Protocol):
-    """What the controller needs of the reward pool."""
+    """What the flow needs of the reward pool."""
 
     async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
         """Score a group, or say why it cannot be scored."""
@@ -295,7 +296,7 @@ class RolloutFlow:
         for group in groups.values():
             self._ledger.reject(group.ticket)
         self._again.extendleft(group.prompt for group in reversed(groups.values()))
-        await _cancel(set(groups))
+        await cancel_all(groups)
 
     def _forget_counts(self) -> None:
         self._failures = Counter()
@@ -336,11 +337,11 @@ class RolloutFlow:
             async with limit:
                 return await self._rollout(prompt, sampling, version)
 
-        tasks = {asyncio.create_task(one(prompt)): None for prompt in prompts}
+        tasks = [asyncio.create_task(one(prompt)) for prompt in prompts]
         try:
             return tuple(await asyncio.gather(*tasks))
         finally:
-            await _cancel(set(tasks))
+            await cancel_all(tasks)
 
     async def _training_rollout(self, group: _InFlight) -> ScoredGroup | RewardFailure:
         if self._greedy is None:
@@ -349,7 +350,7 @@ class RolloutFlow:
         try:
             sampled, greedy = await asyncio.gather(*both)
         finally:
-            await _cancel(set(both))  # One that failed must leave nothing running.
+            await cancel_all(both)  # One that failed must leave nothing running.
         if isinstance(sampled, RewardFailure) or isinstance(greedy, RewardFailure):
             return sampled if isinstance(sampled, RewardFailure) else greedy
         return replace(sampled, greedy_reward=float(greedy.rewards[0]))
@@ -440,12 +441,6 @@ class RolloutFlow:
 def _now() -> float:
     """Seconds on the loop's clock, which a simulation sets."""
     return asyncio.get_running_loop().time()
-
-
-async def _cancel(tasks: set[asyncio.Task[Any]]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _replica_errors() -> tuple[type[BaseException], ...]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from ray import serve
 
+from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.engine import EngineSpec, LoadReport, RolloutEngine
 from rlhf_ray.rollouts.start_failure import engine_start_failure
 from rlhf_ray.rollouts.streams import FinishedGroups
@@ -66,14 +67,11 @@ class RolloutReplica:
                 left -= len(done)
                 yield self.replica_id, [(positions[task], task.result()) for task in done]
         finally:
-            for task in positions:
-                task.cancel()
-            await asyncio.gather(*positions, return_exceptions=True)
+            await cancel_all(positions)
 
     async def load_weights(self, manifest: WeightManifest, refs: list[Any]) -> LoadReport:
         """Load a published version from the object store, unless this replica has pulled it already."""
-        # A request that is cancelled while it waits for newer weights must not leave the engine half-loaded.
-        await asyncio.shield(asyncio.ensure_future(self._load(manifest, refs, at_least=None)))
+        await asyncio.shield(self._load(manifest, refs))
         return self._report()
 
     async def init_weight_transfer(self, init_infos: dict[str, dict[str, Any]]) -> LoadReport:
@@ -120,14 +118,21 @@ class RolloutReplica:
     async def _catch_up(self, version: int) -> None:
         if self._engine.version < version:
             manifest, refs = await self._bridge.newest_weights.remote(version)
-            await asyncio.shield(asyncio.ensure_future(self._load(manifest, refs, at_least=version)))
+            # A request that is cancelled meanwhile must not leave the engine half-loaded.
+            await asyncio.shield(self._load(manifest, refs, at_least=version))
 
-    async def _load(self, manifest: WeightManifest, refs: list[Any], *, at_least: int | None) -> None:
+    async def _load(self, manifest: WeightManifest, refs: list[Any], at_least: int | None = None) -> None:
         """Load a publication; with ``at_least`` only where no other has brought that version meanwhile."""
+
+        def is_needless() -> bool:
+            is_newer = at_least is not None and self._engine.version >= at_least
+            return is_newer or self._publication == manifest.publication
+
+        if is_needless():
+            return
         buckets = await asyncio.gather(*refs)
         async with self._updating:
-            is_there = at_least is not None and self._engine.version >= at_least
-            if is_there or self._publication == manifest.publication:
+            if is_needless():
                 return
             with self._failing():
                 await self._engine.load_weights(manifest, buckets)
