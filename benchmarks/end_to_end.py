@@ -32,6 +32,8 @@ from provenance import write_result
 
 WARM_UP = 2
 STALENESS = 2
+MEASURING = "measuring"
+"""File in the folder: the warm-up is over."""
 Figures = dict[str, float]
 
 
@@ -111,6 +113,7 @@ def ours(regime: Regime, folder: Path, steps: int, *, staleness: int) -> Figures
     try:
         for _ in range(WARM_UP + staleness):
             algorithm.train()
+        (folder / MEASURING).touch()
         started, results = time.perf_counter(), []
         for _ in range(steps):
             results.append(algorithm.train())
@@ -151,6 +154,8 @@ def trl(regime: Regime, folder: Path, steps: int) -> Figures:
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
+            if len(ends) == WARM_UP:
+                (folder / MEASURING).touch()
 
     trainer = GRPOTrainer(
         model=str(folder / "model"),
@@ -201,6 +206,8 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
     )
     seconds, lengths = [], []
     for step in range(WARM_UP + steps):
+        if step == WARM_UP:
+            (folder / MEASURING).touch()
         params = SamplingParams(
             n=regime.group_size, max_tokens=regime.max_new_tokens, temperature=1.0, seed=step, logprobs=0
         )
@@ -228,6 +235,7 @@ def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
     bare = BareLoop(str(folder / "model"), critic=False)
     for _ in range(WARM_UP):
         bare.planned(minibatches)
+    (folder / MEASURING).touch()
     started = time.perf_counter()
     for _ in range(steps):
         bare.planned(minibatches)
@@ -245,19 +253,24 @@ STAGES: dict[str, Callable[[Regime, Path, int], Figures]] = {
 
 
 def in_process(stage: str, regime: Regime, folder: Path, steps: int) -> Figures:
-    """Run a stage with fresh thread pools and nothing else in memory; its figures and its peak memory in GB."""
+    """Run a stage with fresh thread pools and nothing else in memory; its figures and its peak memory in GB.
+
+    Memory is looked at until the warm-up steps are over: counting shared pages holds the processes up.
+    """
+    (folder / MEASURING).unlink(missing_ok=True)
     name = next(name for name, known in REGIMES.items() if known == regime)
     arguments = ["--stage", stage, "--regimes", name, "--folder", str(folder), "--steps", str(steps)]
     process = subprocess.Popen([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True)
     peak = 0
     while process.poll() is None:
-        peak = max(peak, _memory(process.pid))
+        if not (folder / MEASURING).exists():
+            peak = max(peak, _memory(process.pid))
         time.sleep(0.5)
     assert process.stdout is not None
     output = process.stdout.read()
     if process.returncode != 0:
         raise RuntimeError(f"{stage} ended with {process.returncode}:\n{output}")
-    figures: Figures = json.loads(output.split("RESULT")[-1])
+    figures: Figures = json.loads(output.split("RESULT")[-1].splitlines()[0])
     return figures | {"peak_gb": peak / 1e9}
 
 

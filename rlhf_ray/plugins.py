@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, cast
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.user_code import load_reference
@@ -87,9 +87,9 @@ class Plugin:
         """The same with the function itself, as the process that calls it needs it."""
         function = self.function
         if isinstance(function, bytes):
-            from ray import cloudpickle
+            from rlhf_ray.rewards.shipping import unpack
 
-            function = cloudpickle.loads(function)
+            function = cast("Callable[..., Any]", unpack(function))
         if isinstance(function, str):
             function = load_reference(function, field=self.name, value=function)
         return replace(self, function=function)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
+import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from ray import cloudpickle
 
@@ -27,19 +30,24 @@ def pack_rewards(rewards: Sequence[NamedReward]) -> tuple[bytes, ...]:
 
 def unpack_rewards(parcels: Sequence[bytes]) -> tuple[NamedReward, ...]:
     """The rewards of :func:`pack_rewards`."""
-    return tuple(cloudpickle.loads(parcel) for parcel in parcels)
+    return tuple(cast(NamedReward, unpack(parcel)) for parcel in parcels)
 
 
 def pack(value: object, *, defined_by: object) -> bytes:
-    """Pickle ``value``; code of the module that defines ``defined_by`` goes along where workers cannot import it."""
+    """Pickle ``value``; code of the module that defines ``defined_by`` goes along where workers cannot import it.
+
+    This process's module path goes along too, as with Python's own ``multiprocessing``.
+    """
     with _carried_by_value(defined_by):
         parcel: bytes = cloudpickle.dumps(value)
-    return parcel
+    return pickle.dumps(([os.path.abspath(entry) for entry in sys.path], parcel))
 
 
 def unpack(parcel: bytes) -> object:
     """The value of :func:`pack`."""
-    return cloudpickle.loads(parcel)
+    path, inner = pickle.loads(parcel)
+    sys.path.extend(entry for entry in path if entry not in sys.path)
+    return cloudpickle.loads(inner)
 
 
 def _pack_reward(reward: NamedReward) -> bytes:

@@ -5,12 +5,14 @@ Consumes an engine spec; produces a handle that the controller calls. Owns what 
 
 from __future__ import annotations
 
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.schema import LoggingConfig
+from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from rlhf_ray.errors import RolloutError
 from rlhf_ray.rollouts.engine import EngineSpec
@@ -22,6 +24,8 @@ __all__ = ["RolloutApp"]
 _START_ERROR = "RuntimeError: EngineStartError: "
 
 _DEPLOYMENT = "RolloutReplica"
+_POLLING_S = 0.1
+_STOP_TIMEOUT_S = 60.0
 # A replica takes requests without bound: vLLM schedules them, and the controller limits groups in flight.
 _MAX_ONGOING_REQUESTS = 100_000
 
@@ -59,6 +63,7 @@ class RolloutApp:
         self._ray_ends = ray_ends
         self._started_serve = False
         self._deploying: Future[Any] | None = None
+        self._stopped = threading.Event()
         self.handle: Any = None
 
     def start(self) -> None:
@@ -73,22 +78,27 @@ class RolloutApp:
             RolloutError: A replica cannot start, or the time is over; says why.
         """
         assert self._deploying is not None, "start() comes first"
+        ends_at = time.monotonic() + self._startup_timeout_s
         try:
             self.handle = self._deploying.result(self._startup_timeout_s)
         except TimeoutError:
-            reason = f"not ready within rollouts.startup_timeout_s = {self._startup_timeout_s:g} s"
-            raise RolloutError(f"the rollout replicas cannot start: {reason}; {self._message()}\n{_REMEDY}") from None
-        except RuntimeError as error:  # what serve.run raises when a deployment fails
-            cause = root_cause(self._message().splitlines()) or str(error)
-            raise RolloutError(
-                f"the rollout replicas cannot start: {cause.removeprefix(_START_ERROR)}\n{_REMEDY}"
-            ) from error
+            raise self._late() from None
+        while (status := self._status()) != ApplicationStatus.RUNNING:
+            if status == ApplicationStatus.DEPLOY_FAILED:
+                cause = root_cause(self._message().splitlines()) or self._message()
+                raise RolloutError(f"the rollout replicas cannot start: {cause.removeprefix(_START_ERROR)}\n{_REMEDY}")
+            if self._stopped.wait(_POLLING_S):
+                raise RolloutError("the rollout replicas were stopped before they were ready")
+            if time.monotonic() > ends_at:
+                raise self._late()
         return self.handle
 
     def stop(self) -> None:
         """Delete the application, and Serve too if this pool started it and nobody else uses it."""
+        self._stopped.set()
         if self._deploying is None or not ray.is_initialized():
             return
+        wait([self._deploying], _STOP_TIMEOUT_S)  # It may not have come yet to what is to be deleted.
         self._deploying = None
         if not _serve_is_running():
             return
@@ -101,7 +111,20 @@ class RolloutApp:
         quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
         serve.start(proxy_location="Disabled", logging_config=quiet)
         application = self._deployment().bind(self._spec, self._bridge)
-        return serve.run(application, name=self.name, route_prefix=None, logging_config=quiet)
+        target = serve.RunTarget(application, name=self.name, route_prefix=None, logging_config=quiet)
+        # Not serve.run: nothing but the end of the cluster ends its wait.
+        (handle,) = serve.run_many(
+            [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+        )
+        return handle
+
+    def _status(self) -> Any:
+        application = serve.status().applications.get(self.name)
+        return None if application is None else application.status
+
+    def _late(self) -> RolloutError:
+        reason = f"not ready within rollouts.startup_timeout_s = {self._startup_timeout_s:g} s"
+        return RolloutError(f"the rollout replicas cannot start: {reason}; {self._message()}\n{_REMEDY}")
 
     def _message(self) -> str:
         application = serve.status().applications.get(self.name)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from ray.util.state import list_actors, list_placement_groups
 
-from rlhf_ray import PPOConfig, ReMaxConfig, RolloutError, plugins, register_advantage, register_loss
+from rlhf_ray import PPOConfig, ReMaxConfig, RewardError, RolloutError, plugins, register_advantage, register_loss
 from rlhf_ray.algorithms.algorithm import Algorithm
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.engine import LoadReport
@@ -159,6 +159,31 @@ def test_a_replica_that_cannot_start_says_why_and_leaves_nothing(cluster: None, 
         config.build_algo()
     assert [g for g in list_placement_groups() if g.state == "CREATED"] == []
     assert ray.is_initialized()
+
+
+class FailsElsewhere:
+    """A reward that leaves this process well and cannot be made in another one."""
+
+    def __init__(self, pid: int) -> None:
+        if os.getpid() != pid:
+            raise OSError("no such judge here")
+        self._pid = pid
+
+    def __reduce__(self) -> Any:
+        return FailsElsewhere, (self._pid,)
+
+    def __call__(self, *, completions: list[str], **columns: Any) -> list[float]:
+        return [0.0] * len(completions)
+
+
+def test_a_part_that_cannot_start_ends_the_wait_for_the_others(cluster: None, tmp_path: Path) -> None:
+    started = time.monotonic()
+    config = PPOConfig().reporting(run_dir=str(tmp_path / "run")).rewards(FailsElsewhere(os.getpid()))
+    with pytest.raises(RewardError, match="no such judge here"):
+        config.build_algo()
+    # The replicas have minutes to start, but for one of which nobody waits any more.
+    assert time.monotonic() - started < config.settings.rollouts.startup_timeout_s / 2
+    assert living_actors() == set()
 
 
 def test_a_relative_without_a_critic_trains_by_a_users_own_functions(tmp_path: Path) -> None:

@@ -76,3 +76,14 @@ def test_other_values_come_back() -> None:
 def test_rewards_come_back_in_order() -> None:
     rewards = resolve_rewards(RewardSettings(functions=["length", "gsm8k"], weights=[1, 2]))
     assert [(r.name, r.weight) for r in unpack_rewards(pack_rewards(rewards))] == [("length", 1.0), ("gsm8k", 2.0)]
+
+
+def test_modules_are_found_where_this_process_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "judges").mkdir()
+    (tmp_path / "judges" / "__init__.py").write_text("")
+    (tmp_path / "judges" / "scale.py").write_text("SCALE = 2.0\n")
+    text = "from .scale import SCALE\n\ndef score(*, completion_ids, **_):\n    return [SCALE * len(completion_ids)]\n"
+    (tmp_path / "judges" / "best.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (parcel,) = pack_rewards(resolve_rewards(RewardSettings(functions=["judges.best:score"])))
+    assert call_elsewhere(parcel) == "score 1.0 [2.0]"
