@@ -107,8 +107,6 @@ def ours(regime: Regime, folder: Path, steps: int, *, staleness: int) -> Figures
         .training(kl_coef=0.0, num_minibatches=1, iterations=1000)
         .reporting(run_dir=str(folder / "run"), progress="off", tensorboard=False, completions_interval=0)
     )
-    if staleness:  # Both sides compute at the same time.
-        config.rollouts(num_threads=1).learners(num_threads=1)
     algorithm = config.build()
     try:
         for _ in range(WARM_UP + staleness):

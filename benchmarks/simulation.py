@@ -246,6 +246,7 @@ async def train(model: Model, replicas: int, staleness: int, learner_gpus: float
         await asyncio.sleep(learner["overhead_s"] + size / (learner["tokens_per_s"] * learner_gpus))
         await asyncio.sleep(learner["publish_s"])
         pool.publish(version + 1, model["engine"]["pause_s"])
+        flow.published(version + 1)
     seconds = loop.time() - began
     working = [replica.busy_s - before for replica, before in zip(pool.replicas, busy, strict=True)]
     await flow.restart(0)
@@ -300,6 +301,7 @@ async def controller_alone(groups: int, in_flight: int) -> dict[str, float]:
     await flow.collect(0)
     started = time.perf_counter()
     for version in range(1, groups // batch_size + 1):
+        flow.published(version)
         await flow.collect(version)
     seconds = time.perf_counter() - started
     answering.cancel()

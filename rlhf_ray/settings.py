@@ -107,12 +107,17 @@ class RolloutSettings:
     max_concurrent_groups: int | None = setting(
         None, "groups in flight at once; none: data.batch_size x (max_staleness + 1)"
     )
+    max_paused_replicas: int | None = setting(
+        None, "replicas that stand still for new weights at the same time; none: all. Not with nccl, which sends to all"
+    )
     tensor_parallel_size: int = setting(1, "GPUs a replica")
     gpu_memory_utilization: float = setting(0.85, "share of a GPU's memory that an engine may take")
     kv_cache_bytes: int | None = setting(
         None, "key-value cache of a CPU engine in bytes; none: sized for max_concurrent_groups"
     )
-    num_threads: int | None = setting(None, "threads of a CPU engine; none: its share of the machine's cores")
+    num_threads: int | None = setting(
+        None, "threads of a CPU engine; none: its share of the machine's cores, of half of them if max_staleness > 0"
+    )
     enforce_eager: bool = setting(False, "skip CUDA graph capture")
     weight_transfer: Literal["auto", "shared_memory", "nccl"] = setting(
         "auto", "how weights reach the engines; auto: nccl when learners and engines are on GPUs"
@@ -241,7 +246,9 @@ class LearnerSettings:
         False,
         "keep weights, gradients and optimiser state in CPU memory and step there; a layer at a time is on the GPU",
     )
-    num_threads: int | None = setting(None, "threads of a CPU learner; none: its share of the machine's cores")
+    num_threads: int | None = setting(
+        None, "threads of a CPU learner; none: its share of the machine's cores, of half of them if max_staleness > 0"
+    )
     startup_timeout_s: float = setting(900.0, "longest wait for the learners to start, in seconds")
     update_timeout_s: float = setting(3600.0, "longest wait for one update, in seconds")
 

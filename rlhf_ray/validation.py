@@ -241,6 +241,7 @@ RANGES: Final[Mapping[str, Range]] = {
     "rollouts.temperature": Range(0, 2, open_low=True),
     "rollouts.stop_token_ids": _FROM_ZERO,
     "rollouts.max_concurrent_groups": _COUNT,
+    "rollouts.max_paused_replicas": _COUNT,
     "rollouts.tensor_parallel_size": _COUNT,
     "rollouts.gpu_memory_utilization": Range(0, 1, open_low=True),
     "rollouts.kv_cache_bytes": _COUNT,
@@ -615,6 +616,9 @@ def _check_weight_transfer(settings: Settings) -> None:
     if settings.learners.num_gpus_per_learner == 0:
         remedy = "nccl needs learners on GPUs; use auto, or set learners.num_gpus_per_learner to 1"
         raise ConfigError("rollouts.weight_transfer", transfer, remedy)
+    if settings.rollouts.max_paused_replicas is not None:
+        remedy = "nccl sends to all replicas at once; use None, or rollouts.weight_transfer shared_memory"
+        raise ConfigError("rollouts.max_paused_replicas", settings.rollouts.max_paused_replicas, remedy)
 
 
 # --- combinations: folders ------------------------------------------------------------------------------------------

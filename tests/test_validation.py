@@ -43,6 +43,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "rollouts.temperature": ([0.01, 2.0], [0.0, -1.0, 2.1, math.nan, math.inf]),
     "rollouts.stop_token_ids": ([[0, 5], []], [[3, -1]]),
     "rollouts.max_concurrent_groups": ([1, None], [0]),
+    "rollouts.max_paused_replicas": ([1, None], [0]),
     "rollouts.tensor_parallel_size": ([1, 2], [0]),
     "rollouts.gpu_memory_utilization": ([0.01, 1.0], [0.0, 1.01]),
     "rollouts.kv_cache_bytes": ([1, None], [0]),
@@ -231,6 +232,11 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"learners.num_gpus_per_learner": 1, "resources.device": "cpu"}, "learners.num_gpus_per_learner", "device is cpu"),
     ({"rollouts.tensor_parallel_size": 2, "resources.device": "cpu"}, "rollouts.tensor_parallel_size", "use 1"),
     ({"rollouts.weight_transfer": "nccl", "resources.device": "cpu"}, "rollouts.weight_transfer", "needs GPUs"),
+    (
+        {"rollouts.weight_transfer": "nccl", "rollouts.max_paused_replicas": 2},
+        "rollouts.max_paused_replicas",
+        "to all replicas at once",
+    ),
     (
         {"rollouts.weight_transfer": "nccl", "learners.num_gpus_per_learner": 0},
         "rollouts.weight_transfer",

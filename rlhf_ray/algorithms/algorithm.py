@@ -35,7 +35,6 @@ from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.settings import Settings
 from rlhf_ray.types import Prompt, RewardFailure, ScoredGroup, Span
-from rlhf_ray.weight_sync.publisher import Publication
 
 __all__ = ["Algorithm"]
 
@@ -70,7 +69,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self.settings: Settings = self.algorithm_config.settings
         logging.getLogger("rlhf_ray").setLevel(self.settings.debugging.log_level)
         self._reporters = ReporterSet.from_settings(self.settings)
-        self.policy_version = self._published_version = 0
+        self.policy_version = 0
         self._evaluation_set: tuple[str, tuple[Prompt, ...]] | None = None
         inputs = check_inputs(self.settings)
         directory = RunDirectory.create(
@@ -98,8 +97,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
         """One iteration; returns its result."""
         started = time.perf_counter()
         parts, version = self._running(), self.policy_version
-        if self._published_version != version:  # What followed the last update failed.
-            self._publish()
+        if parts.publications.version != version:  # What followed the last update failed.
+            parts.publications.publish(version, beside=False)
         collected = parts.controller.collect(version)
         batch = shaped(
             SequenceBatch.from_groups(collected.groups, version=version),
@@ -110,7 +109,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         update_policy = version >= self.settings.training.critic_warmup_iterations
         figures = parts.learners.update(batch, plan, version=version + 1, update_policy=update_policy)
         self.policy_version = version + 1
-        publication = self._publish()
+        publication = parts.publications.publish(version + 1)
         iteration_s = time.perf_counter() - started
         self._report_completions(collected.groups)
         self._report_timeline(collected.spans)
@@ -120,6 +119,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
             plan,
             figures,
             publication,
+            policy_version=version + 1,
+            weight_sync_s=parts.publications.held_up_s,
             iteration_s=iteration_s,
             dropped_prompts=self._inputs.prompts.dropped,
             reward_workers_replaced=parts.rewards.workers_replaced,
@@ -180,13 +181,14 @@ class Algorithm(Trainable):  # type: ignore[misc]
         checkpoint = Checkpoint(Path(path).expanduser().absolute())
         state = checkpoint.read()
         parts = self._running()
+        parts.publications.settle()
         # First: what is in flight would go on asking for the version that it was admitted at.
         parts.controller.resume(state.policy_version)
         parts.learners.load(str(checkpoint.learner), state.policy_version)
         self._inputs.prompts.restore(state.prompt_position)
         self.policy_version = state.policy_version
-        if state.policy_version > 0 or self._published_version > 0:
-            self._publish()
+        if state.policy_version > 0 or parts.publications.version != 0:
+            parts.publications.publish(state.policy_version, beside=False)
         self._iteration = state.iteration
 
     @classmethod
@@ -265,14 +267,6 @@ class Algorithm(Trainable):  # type: ignore[misc]
         if self._parts is None:
             raise RuntimeError("this algorithm was stopped; build a new one")
         return self._parts
-
-    def _publish(self) -> Publication:
-        """Bring the learners' policy to every replica, and let rollouts of it begin."""
-        parts, version = self._running(), self.policy_version
-        publication = parts.publisher.publish(version)
-        self._published_version = version
-        parts.controller.published(version)
-        return publication
 
     def _plan(self, batch: SequenceBatch, version: int) -> UpdatePlan:
         training, learners = self.settings.training, self.settings.learners

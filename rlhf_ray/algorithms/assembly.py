@@ -38,12 +38,15 @@ from rlhf_ray.schedule import Schedule
 from rlhf_ray.settings import DataSettings, Settings
 from rlhf_ray.types import Prompt, SamplingSettings
 from rlhf_ray.validation import check_advantage, check_loss
+from rlhf_ray.weight_sync.publications import Publications
 from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, Publisher
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = ["Inputs", "Parts", "check_inputs", "start_parts"]
+
+_SETTLE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +74,7 @@ class Parts:
     app: RolloutApp
     rewards: RewardPool
     controller: RolloutController
-    publisher: Publisher
+    publications: Publications
 
     def stop(self) -> None:
         """Stop all, in an order in which nobody waits for one that is gone."""
@@ -81,6 +84,7 @@ class Parts:
             # After the controller, which would open it again.
             stack.callback(self.prompts.close)
             stack.callback(self.controller.stop)
+            stack.callback(self.publications.settle, _SETTLE_S)
 
 
 def check_inputs(settings: Settings) -> Inputs:
@@ -174,6 +178,12 @@ def start_parts(
         for part in (rewards, app, learners):
             part.stop()
         raise
+    nccl = _uses_nccl(settings, session)
+    publisher: Publisher = (
+        NcclPublisher(source=learners, handle=app.handle)
+        if nccl
+        else ObjectStorePublisher(source=learners, handle=app.handle, max_paused=settings.rollouts.max_paused_replicas)
+    )
     streams = GroupStreams(app.handle.options(stream=True).generate.remote, num_replicas=settings.rollouts.num_replicas)
     flow = RolloutFlow(
         generate=streams.generate,
@@ -193,15 +203,19 @@ def start_parts(
         stall_timeout_s=settings.rollouts.stall_timeout_s,
         seed=settings.debugging.seed,
     )
-    publisher = NcclPublisher if _uses_nccl(settings, session) else ObjectStorePublisher
+    controller = RolloutController(flow)
     return Parts(
         session=session,
         prompts=inputs.prompts,
         learners=learners,
         app=app,
         rewards=rewards,
-        controller=RolloutController(flow),
-        publisher=publisher(source=learners, handle=app.handle),
+        controller=controller,
+        publications=Publications(
+            publisher,
+            published=controller.published,
+            beside_training=settings.rollouts.max_staleness > 0 and not nccl,
+        ),
     )
 
 

@@ -26,6 +26,8 @@ def iteration_result(
     figures: dict[str, float],
     publication: Publication,
     *,
+    policy_version: int,
+    weight_sync_s: float,
     iteration_s: float,
     dropped_prompts: int,
     reward_workers_replaced: int,
@@ -37,7 +39,9 @@ def iteration_result(
         batch: The same as sequences.
         plan: How they were split.
         figures: The learners' answer.
-        publication: The weight sync that followed.
+        publication: The last one that every replica acknowledged.
+        policy_version: The version that this update made.
+        weight_sync_s: Seconds for which weight sync held training up.
         iteration_s: Seconds of the whole iteration.
         dropped_prompts: Over-long prompts so far.
         reward_workers_replaced: Reward actors replaced so far.
@@ -56,18 +60,19 @@ def iteration_result(
             "padding_fraction": plan.padding_fraction,
             "tokens_per_s": tokens / learner_s,
             "idle_fraction": max(0.0, 1.0 - learner_s / iteration_s),
-            "policy_version": publication.version,
+            "policy_version": policy_version,
         },
         "weight_sync": {
             "size_bytes": publication.size_bytes,
             "pause_s": publication.pause_s,
+            "publication_s": publication.publication_s,
             "num_replicas": publication.num_replicas,
         },
         "timers": timers
         | {
             "rollout_s": collected.rollout_s,
             "reward_s": collected.reward_s,
-            "weight_sync_s": publication.weight_sync_s,
+            "weight_sync_s": weight_sync_s,
             "iteration_s": iteration_s,
         },
         "fault_tolerance": {

@@ -121,7 +121,7 @@ class Learner:
         self._training = spec.training
         device = spec.device
         if device.type == "cpu":
-            torch.set_num_threads(spec.num_threads or _share_of_cores())
+            torch.set_num_threads(spec.num_threads or _share_of_cores(beside_engines=spec.max_staleness > 0))
         self._device = device
         self._world_size = dist.get_world_size()
         mesh = init_device_mesh(device.type, (self._world_size,))
@@ -430,10 +430,11 @@ class Learner:
         return output.logits.float().flatten()
 
 
-def _share_of_cores() -> int:
+def _share_of_cores(*, beside_engines: bool) -> int:
     """Cores a rank of this machine; Ray sets PyTorch's own default to one."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    cores = len(os.sched_getaffinity(0))
+    return max(1, (cores // 2 if beside_engines else cores) // ranks_here)
 
 
 def _write_pretrained(model: PreTrainedModel, full: dict[str, torch.Tensor], path: Path) -> None:

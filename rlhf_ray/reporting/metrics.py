@@ -145,10 +145,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("timers/reward_s", "s", "from the last completion until the last reward: what rewards add to the rollout"),
     Metric("timers/advantage_s", "s", "recomputed log-probabilities, values and advantages"),
     Metric("timers/update_s", "s", "forward, backward and optimiser steps"),
-    Metric("timers/weight_sync_s", "s", "from the end of the update until every replica serves the new version"),
+    Metric("timers/weight_sync_s", "s", "how long weight sync holds training up"),
     Metric("timers/iteration_s", "s", "the whole training step"),
     Metric("weight_sync/size_bytes", "bytes", "weights published to each replica"),
     Metric("weight_sync/num_replicas", "replicas", "replicas that acknowledged the new version"),
+    Metric("weight_sync/publication_s", "s", "from the end of an update until every replica serves its policy"),
     Metric("weight_sync/pause_s", "s", "longest time for which a replica stood still to load them"),
     # What was measured on held-out prompts.
     Metric("evaluation/<dataset>/reward_mean", "reward", "mean reward of a held-out set at evaluation.temperature"),

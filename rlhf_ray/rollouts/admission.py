@@ -62,7 +62,7 @@ class GroupLedger(Generic[Item]):
         self._admitted = 0
         self._accepted = 0
         self.version = 0
-        """The policy's; it may only rise between two :meth:`restart`."""
+        """The newest that replicas have, and groups are admitted for; it may only rise between two :meth:`restart`."""
 
     def restart(self, version: int) -> None:
         """Forget all groups; those of earlier versions count as accepted."""
@@ -109,15 +109,18 @@ class GroupLedger(Generic[Item]):
         self._ready[self._in_flight.pop(ticket)].append((ticket, item))
         self._accepted += 1
 
-    def batch(self) -> list[Item] | None:
-        """Take the next batch, in the order of admission; ``None`` where it must wait for groups in flight."""
+    def batch(self, version: int) -> list[Item] | None:
+        """Take the batch that policy ``version`` is trained on next, in the order of admission.
+
+        Replicas may have that version already or be behind it. ``None`` where the batch must wait for groups in flight.
+        """
         if self.ready < self._batch_size:
             return None
         alive = ready = 0
-        for admitted in range(self.version - self._max_staleness, self.version + 1):
+        for admitted in range(version - self._max_staleness, version + 1):
             alive += self._alive[admitted]
             ready += len(self._ready.get(admitted, ()))
-            left_for_later = (admitted + self._max_staleness - self.version) * self._batch_size
+            left_for_later = (admitted + self._max_staleness - version) * self._batch_size
             if alive - min(ready, self._batch_size) > left_for_later:
                 return None
         return self._take_oldest()

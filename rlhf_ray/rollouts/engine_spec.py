@@ -169,7 +169,10 @@ def _cache_bytes(config: PretrainedConfig, tokens: int, max_length: int, dtype: 
 def _environment(rollouts: RolloutSettings, *, on_gpu: bool) -> dict[str, str]:
     env = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not on_gpu:
-        threads = rollouts.num_threads or max(1, (os.cpu_count() or 1) // rollouts.num_replicas)
+        cores = os.cpu_count() or 1
+        # Threads that wait for each other beside a learner's are slower than fewer of them: a core is one side's.
+        share = (cores // 2 if rollouts.max_staleness > 0 else cores) // rollouts.num_replicas
+        threads = rollouts.num_threads or max(1, share)
         env |= {
             "OMP_NUM_THREADS": str(threads),
             # The default binds every engine of a machine to the same cores.

@@ -182,10 +182,11 @@ class RolloutFlow:
         self._last_completion = started
         if self._counted_from is None:
             self._counted_from = started
-        self._ledger.version = version
+        if self._max_staleness == 0:
+            self._ledger.version = version
         try:
             self._admit()
-            while (groups := self._next_batch()) is None:
+            while (groups := self._next_batch(version)) is None:
                 await self._wait_for_change()
         except BaseException:
             await self._cancel_all()
@@ -208,7 +209,7 @@ class RolloutFlow:
         return collected
 
     def published(self, version: int) -> None:
-        """Admit the groups of a version as soon as the replicas have it; where none may be stale, ``collect`` does."""
+        """Admit groups for a version, which every replica has by now; where none may be stale, ``collect`` does."""
         if self._max_staleness > 0 and self._error is None:
             self._ledger.version = version
             try:
@@ -216,10 +217,10 @@ class RolloutFlow:
             except BaseException as error:  # for whoever collects
                 self._error = error
 
-    def _next_batch(self) -> list[ScoredGroup] | None:
+    def _next_batch(self, version: int) -> list[ScoredGroup] | None:
         if self._error is not None:
             raise self._error
-        return self._ledger.batch()
+        return self._ledger.batch(version)
 
     async def _wait_for_change(self) -> None:
         if not self._in_flight and not self._changed.is_set():

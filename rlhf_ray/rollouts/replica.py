@@ -69,9 +69,12 @@ class RolloutReplica:
         finally:
             await cancel_all(positions)
 
-    async def load_weights(self, manifest: WeightManifest, refs: list[Any]) -> LoadReport:
-        """Load a published version from the object store, unless this replica has pulled it already."""
-        await asyncio.shield(self._load(manifest, refs))
+    async def load_weights(
+        self, manifest: WeightManifest, refs: list[Any], replica_ids: frozenset[str] | None = None
+    ) -> LoadReport:
+        """Load a published version from the object store, unless this replica has pulled it or is not one of those."""
+        if replica_ids is None or self.replica_id in replica_ids:
+            await asyncio.shield(self._load(manifest, refs))
         return self._report()
 
     async def init_weight_transfer(self, init_infos: dict[str, dict[str, Any]]) -> LoadReport:

@@ -7,6 +7,7 @@ object store and shared memory; between GPUs the learners send them over NCCL (n
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -41,51 +42,69 @@ class Publication:
     """Longest time a replica's generation stood still."""
     num_replicas: int
     """Replicas that acknowledged; one that is starting pulls the version itself."""
-    weight_sync_s: float
+    publication_s: float
+    """From the end of the update until all had."""
 
 
 class Publisher(Protocol):
     """Brings a version to every replica."""
 
-    def publish(self, version: int) -> Publication:
-        """Send the learners' current policy, which is ``version``.
+    def gather(self, version: int) -> Callable[[], Publication]:
+        """Take the learners' current policy, which is ``version``; the call that is returned brings it to the replicas.
 
-        Raises:
+        Either raises:
             WeightSyncError: A replica failed to load it, or acknowledged another version.
         """
         ...
 
 
 class ObjectStorePublisher:
-    """Publication through the object store and shared memory.
+    """Publication through the object store and shared memory; what is gathered needs no learner any more.
 
     Args:
         source: The learner group.
         handle: The rollout app's Serve handle.
+        max_paused: Replicas that load at the same time; none: all.
     """
 
-    def __init__(self, *, source: WeightSource, handle: Any) -> None:
+    def __init__(self, *, source: WeightSource, handle: Any, max_paused: int | None = None) -> None:
         self._source = source
         self._handle = handle
+        self._max_paused = max_paused
 
-    def publish(self, version: int) -> Publication:
-        """See :meth:`Publisher.publish`."""
+    def gather(self, version: int) -> Callable[[], Publication]:
+        """See :meth:`Publisher.gather`."""
         started = time.perf_counter()
         manifest, refs = self._source.publish()
         if manifest.version != version:
             raise WeightSyncError(f"the learners published version {manifest.version} where {version} was due")
-        answers = _ask_all(self._handle, "load_weights", manifest, refs)
+        return lambda: self._deliver(manifest, refs, started)
+
+    def _deliver(self, manifest: WeightManifest, refs: list[Any], started: float) -> Publication:
+        for part in self._parts():
+            answers = _ask_all(self._handle, "load_weights", manifest, refs, part)
         return Publication(
-            version=version,
+            version=manifest.version,
             size_bytes=manifest.size_bytes,
-            pause_s=checked_pause(version, answers),
+            pause_s=checked_pause(manifest.version, answers),
             num_replicas=len(_reports(answers)),
-            weight_sync_s=time.perf_counter() - started,
+            publication_s=time.perf_counter() - started,
         )
+
+    def _parts(self) -> Iterator[frozenset[str] | None]:
+        """Ids of the replicas that load together, part by part; none: all that there are.
+
+        The last part is always all: those that have loaded have nothing to do, and those that are new have not.
+        """
+        if self._max_paused is not None:
+            replicas = sorted(report.replica_id for report in _reports(_ask_all(self._handle, "status")))
+            for first in range(0, len(replicas), self._max_paused):
+                yield frozenset(replicas[first : first + self._max_paused])
+        yield None
 
 
 class NcclPublisher:
-    """Publication from GPU to GPU; a replica that died since the last one is left out of the new group.
+    """Publication from GPU to GPU, which keeps the learners; a replica that died meanwhile is not in the new group.
 
     Args:
         source: The learner group.
@@ -96,8 +115,11 @@ class NcclPublisher:
         self._source = source
         self._handle = handle
 
-    def publish(self, version: int) -> Publication:
-        """See :meth:`Publisher.publish`."""
+    def gather(self, version: int) -> Callable[[], Publication]:
+        """See :meth:`Publisher.gather`."""
+        return lambda: self._send(version)
+
+    def _send(self, version: int) -> Publication:
         started = time.perf_counter()
         before = [report.replica_id for report in _reports(_ask_all(self._handle, "status"))]
         size_bytes = self._source.send(tuple(sorted(before)))
@@ -107,7 +129,7 @@ class NcclPublisher:
             size_bytes=size_bytes,
             pause_s=checked_pause(version, answers),
             num_replicas=len(_reports(answers)),
-            weight_sync_s=time.perf_counter() - started,
+            publication_s=time.perf_counter() - started,
         )
 
 

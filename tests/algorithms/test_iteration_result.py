@@ -86,7 +86,9 @@ def make_result(**overrides: Any) -> dict[str, Any]:
             seed=0,
         ),
         "figures": dict(FIGURES),
-        "publication": Publication(version=6, size_bytes=3000, pause_s=0.03, num_replicas=2, weight_sync_s=0.125),
+        "publication": Publication(version=6, size_bytes=3000, pause_s=0.03, num_replicas=2, publication_s=0.25),
+        "policy_version": 7,
+        "weight_sync_s": 0.125,
         "iteration_s": 4.5,
         "dropped_prompts": 7,
         "reward_workers_replaced": 1,
@@ -159,7 +161,7 @@ def test_learner_timers_and_weight_sync() -> None:
         "padding_fraction": 0.0,
         "tokens_per_s": pytest.approx(24 / 2.0),
         "idle_fraction": pytest.approx(2.5 / 4.5),
-        "policy_version": 6,
+        "policy_version": 7,
     }
     assert result["timers"] == {
         "rollout_s": 2.0,
@@ -169,7 +171,12 @@ def test_learner_timers_and_weight_sync() -> None:
         "weight_sync_s": 0.125,
         "iteration_s": 4.5,
     }
-    assert result["weight_sync"] == {"size_bytes": 3000, "pause_s": 0.03, "num_replicas": 2}
+    assert result["weight_sync"] == {
+        "size_bytes": 3000,
+        "pause_s": 0.03,
+        "publication_s": 0.25,
+        "num_replicas": 2,
+    }
     assert result["fault_tolerance"] == {"group_retries": 3, "reward_workers_replaced": 1}
 
 

@@ -681,10 +681,24 @@ def test_each_group_is_asked_for_at_the_version_it_was_admitted_at(make: Callabl
     controller = make(replicas, max_staleness=1, max_concurrent=99)
     for version in range(3):
         controller.collect(version)
+        controller.published(version + 1)
+    wait_for(lambda: len(replicas.calls) == 20)
 
     asked = {p.prompt_id: (seed, version) for p, _, seed, version in replicas.calls}
-    admitted = [0] * 8 + [1] * 4 + [2] * 4
+    admitted = [0] * 8 + [1] * 4 + [2] * 4 + [3] * 4
     assert asked == {number: (group_seed(5, version, number), version) for number, version in enumerate(admitted)}
+
+
+def test_a_version_on_its_way_to_the_replicas_admits_nothing(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas()
+    controller = make(replicas, max_staleness=1, max_concurrent=99)
+    controller.collect(0)
+
+    controller.collect(1)
+    assert {version for _, _, _, version in replicas.calls} == {0}
+    controller.published(1)
+    wait_for(lambda: len(replicas.calls) == 12)
+    assert [version for _, _, _, version in replicas.calls[8:]] == [1] * 4
 
 
 def test_a_failed_group_is_replaced_while_nobody_collects(make: Callable[..., RolloutController]) -> None:

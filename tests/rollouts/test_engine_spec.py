@@ -162,6 +162,8 @@ def test_cpu_replicas_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 
     assert spec_of(RolloutSettings(num_replicas=3)).env["OMP_NUM_THREADS"] == "2"
     assert spec_of(RolloutSettings(num_replicas=30)).env["OMP_NUM_THREADS"] == "1"
+    # The other half is for learners that compute at the same time.
+    assert spec_of(RolloutSettings(max_staleness=1)).env["OMP_NUM_THREADS"] == "4"
 
 
 def test_a_gpu_engine() -> None:

@@ -105,6 +105,17 @@ def test_a_restore_does_load_an_older_version(replica: RolloutReplica) -> None:
     assert replica._engine.version == 2
 
 
+def test_a_replica_loads_in_its_turn(replica: RolloutReplica) -> None:
+    async def run() -> list[int]:
+        replica._updating = asyncio.Lock()
+        turns = (frozenset({"q"}), frozenset({"q", "r"}), None)
+        return [(await replica.load_weights(manifest(2), [ready()], turn)).version for turn in turns]
+
+    before = replica._engine.version
+    assert asyncio.run(run()) == [before, 2, 2]
+    assert replica._engine.loaded == [2]
+
+
 def test_a_request_that_is_cancelled_while_it_catches_up_leaves_a_sound_engine(replica: RolloutReplica) -> None:
     async def run() -> None:
         replica._updating = asyncio.Lock()

@@ -96,33 +96,55 @@ def test_a_replica_that_serves_another_version_is_an_error(served: int) -> None:
 def test_object_store_publication() -> None:
     learners, handle = Learners(), Handle([report("a", pause_s=0.1), report("b", pause_s=0.3)])
 
-    publication = ObjectStorePublisher(source=learners, handle=handle).publish(1)
+    publication = ObjectStorePublisher(source=learners, handle=handle).gather(1)()
 
-    assert handle.asked == [("load_weights", learners.manifest, ["ref 0", "ref 1"])]
+    assert handle.asked == [("load_weights", learners.manifest, ["ref 0", "ref 1"], None)]
     assert publication.version == 1
     assert publication.size_bytes == 1280
     assert publication.pause_s == 0.3
     assert publication.num_replicas == 2
-    assert publication.weight_sync_s >= 0.0
+    assert publication.publication_s >= 0.0
+
+
+def test_replicas_load_in_turn_where_few_may_pause_at_once() -> None:
+    learners = Learners()
+    before = [report(name, version=0) for name in ("c", "a", "b")]
+    # Replica d came meanwhile.
+    after = [report(name) for name in ("a", "b", "c", "d")]
+    handle = Handle(before, before, before, after)
+
+    publication = ObjectStorePublisher(source=learners, handle=handle, max_paused=2).gather(1)()
+
+    parts = [arguments[3] for arguments in handle.asked[1:]]
+    assert handle.asked[0] == ("status",)
+    assert parts == [{"a", "b"}, {"c"}, None]
+    assert publication.num_replicas == 4
+
+
+def test_nothing_is_sent_before_it_is_asked_for() -> None:
+    handle = Handle([report("a")])
+    deliver = ObjectStorePublisher(source=Learners(), handle=handle).gather(1)
+    assert handle.asked == []
+    assert deliver().num_replicas == 1
 
 
 def test_a_dead_replica_has_acknowledged_nothing() -> None:
     handle = Handle([report("a"), RayActorError()])
 
-    assert ObjectStorePublisher(source=Learners(), handle=handle).publish(1).num_replicas == 1
+    assert ObjectStorePublisher(source=Learners(), handle=handle).gather(1)().num_replicas == 1
 
 
 def test_learners_that_hold_another_version_are_found_before_a_replica_loads_it() -> None:
     handle = Handle()
 
     with pytest.raises(WeightSyncError, match="published version 1 where 2 was due"):
-        ObjectStorePublisher(source=Learners(version=1), handle=handle).publish(2)
+        ObjectStorePublisher(source=Learners(version=1), handle=handle).gather(2)
     assert handle.asked == []
 
 
 def test_replicas_that_do_not_answer_in_time_are_a_weight_sync_error() -> None:
     with pytest.raises(WeightSyncError, match="did not answer load_weights within 600 s"):
-        ObjectStorePublisher(source=Learners(), handle=Handle(TimeoutError())).publish(1)
+        ObjectStorePublisher(source=Learners(), handle=Handle(TimeoutError())).gather(1)()
 
 
 # Over NCCL.
@@ -133,7 +155,7 @@ def test_nccl_publication_goes_to_the_replicas_that_are_there() -> None:
     before = [report("b", version=0), RayActorError(), report("a", version=0)]
     handle = Handle(before, [report("a", pause_s=0.2), report("b", pause_s=0.1)])
 
-    publication = NcclPublisher(source=learners, handle=handle).publish(1)
+    publication = NcclPublisher(source=learners, handle=handle).gather(1)()
 
     assert learners.sent_to == [("a", "b")]
     assert handle.asked == [("status",), ("status",)]
@@ -146,4 +168,4 @@ def test_nccl_publication_is_checked_like_any_other() -> None:
     handle = Handle([report("a", version=0)], [report("a", version=0)])
 
     with pytest.raises(WeightSyncError, match="serves version 0 after version 1"):
-        NcclPublisher(source=Learners(), handle=handle).publish(1)
+        NcclPublisher(source=Learners(), handle=handle).gather(1)()

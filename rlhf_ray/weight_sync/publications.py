@@ -1,0 +1,71 @@
+"""Stage 6 in time: one publication after the other, beside the learners' next batch where rollouts may be stale."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+
+from rlhf_ray.weight_sync.publisher import Publication, Publisher
+
+__all__ = ["Publications"]
+
+
+class Publications:
+    """Publishes policies in the order of their versions.
+
+    Args:
+        publisher: Brings a policy to the replicas.
+        published: Called with a version as soon as every replica has it.
+        beside_training: Whether replicas load a policy while the learners go on; the next publication waits for them.
+    """
+
+    def __init__(self, publisher: Publisher, *, published: Callable[[int], None], beside_training: bool) -> None:
+        self._publisher = publisher
+        self._published = published
+        self._beside_training = beside_training
+        self._thread = ThreadPoolExecutor(1, "publication")
+        self._pending: Future[Publication] | None = None
+        self._last: Publication | None = None
+        self.version: int | None = 0
+        """The newest that was published or is on its way; none: it failed, and replicas differ."""
+        self.held_up_s = 0.0
+        """How long the last :meth:`publish` took, in seconds."""
+
+    def publish(self, version: int, *, beside: bool = True) -> Publication:
+        """Publish the learners' current policy, which is ``version``.
+
+        Args:
+            version: The policy's.
+            beside: Whether replicas may load it beside training, if that is done at all.
+
+        Returns:
+            The last publication that every replica has acknowledged: this one, or beside training the one before.
+
+        Raises:
+            WeightSyncError: This one failed, or the one before did beside training.
+        """
+        started = time.perf_counter()
+        self.version = None
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._last = pending.result()
+        deliver = self._publisher.gather(version)
+        if not (beside and self._beside_training) or self._last is None:
+            self._last = self._deliver(deliver)
+        else:
+            self._pending = self._thread.submit(self._deliver, deliver)
+        self.version = version
+        self.held_up_s = time.perf_counter() - started
+        return self._last
+
+    def settle(self, timeout_s: float | None = None) -> None:
+        """Wait for a publication that is on its way and of no use any more, whatever becomes of it."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            wait([pending], timeout_s)
+
+    def _deliver(self, deliver: Callable[[], Publication]) -> Publication:
+        publication = deliver()
+        self._published(publication.version)
+        return publication

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.weight_sync.publications import Publications
+from rlhf_ray.weight_sync.publisher import Publication
+
+PATIENCE_S = 10.0
+
+
+class Publisher:
+    """Replicas that have a version when they are told so, and learners that remember when they were asked."""
+
+    def __init__(self) -> None:
+        self.gathered: list[int] = []
+        self.failing: set[int] = set()
+        self.doors: dict[int, threading.Event] = {}
+
+    def hold(self, version: int) -> threading.Event:
+        self.doors[version] = threading.Event()
+        return self.doors[version]
+
+    def gather(self, version: int) -> Callable[[], Publication]:
+        self.gathered.append(version)
+
+        def deliver() -> Publication:
+            if version in self.doors:
+                assert self.doors[version].wait(PATIENCE_S)
+            if version in self.failing:
+                raise WeightSyncError(f"version {version} is lost")
+            return Publication(version=version, size_bytes=1, pause_s=0.0, num_replicas=1, publication_s=0.0)
+
+        return deliver
+
+
+@pytest.fixture
+def publisher() -> Iterator[Publisher]:
+    publisher = Publisher()
+    yield publisher
+    for door in publisher.doors.values():
+        door.set()
+
+
+def make(publisher: Publisher, *, beside: bool = True) -> tuple[Publications, list[int]]:
+    published: list[int] = []
+    return Publications(publisher, published=published.append, beside_training=beside), published
+
+
+def test_where_nothing_may_be_stale_each_is_waited_for(publisher: Publisher) -> None:
+    publications, published = make(publisher, beside=False)
+    for version in (1, 2):
+        assert publications.publish(version).version == version
+        assert published[-1] == publications.version == version
+
+
+def test_the_first_is_waited_for_and_later_ones_go_on_beside_training(publisher: Publisher) -> None:
+    publications, published = make(publisher)
+    assert publications.publish(1).version == 1
+    door = publisher.hold(2)
+
+    assert publications.publish(2).version == 1
+    assert (publications.version, published) == (2, [1])
+
+    door.set()
+    assert publications.publish(3).version == 2
+    assert published[:2] == [1, 2]
+
+
+def test_the_learners_are_not_asked_before_the_one_before_is_there(publisher: Publisher) -> None:
+    publications, published = make(publisher)
+    publications.publish(1)
+    door = publisher.hold(2)
+    publications.publish(2)
+
+    later = threading.Thread(target=publications.publish, args=(3,))
+    later.start()
+    later.join(0.1)
+    assert publisher.gathered == [1, 2]
+    door.set()
+    later.join(PATIENCE_S)
+    assert publisher.gathered == [1, 2, 3]
+    publications.settle()
+    assert published == [1, 2, 3]
+
+
+def test_one_that_has_to_be_there_is_waited_for(publisher: Publisher) -> None:
+    publications, published = make(publisher)
+    publications.publish(1)
+    publications.publish(2)
+    assert publications.publish(3, beside=False).version == 3
+    assert published == [1, 2, 3]
+
+
+def test_a_failure_beside_training_comes_with_the_next_one_and_is_made_good(publisher: Publisher) -> None:
+    publisher.failing = {2}
+    publications, published = make(publisher)
+    publications.publish(1)
+    publications.publish(2)
+
+    with pytest.raises(WeightSyncError, match="version 2 is lost"):
+        publications.publish(3)
+    assert publications.version is None
+    assert publications.publish(3, beside=False).version == publications.version == 3
+    assert published == [1, 3]
+
+
+def test_what_failed_and_is_of_no_use_is_forgotten(publisher: Publisher) -> None:
+    publisher.failing = {2}
+    publications, published = make(publisher)
+    publications.publish(1)
+    publications.publish(2)
+    publications.settle()
+    publications.publish(1, beside=False)
+    assert published == [1, 1]
+
+
+def test_settling_has_an_end(publisher: Publisher) -> None:
+    publications, published = make(publisher)
+    publications.publish(1)
+    publisher.hold(2)
+    publications.publish(2)
+    publications.settle(0.05)
+    assert published == [1]
