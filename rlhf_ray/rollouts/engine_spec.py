@@ -170,8 +170,9 @@ def _environment(rollouts: RolloutSettings, *, on_gpu: bool) -> dict[str, str]:
     env = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
     if not on_gpu:
         cores = os.cpu_count() or 1
-        # Threads that wait for each other beside a learner's are slower than fewer of them: a core is one side's.
-        share = (cores // 2 if rollouts.max_staleness > 0 else cores) // rollouts.num_replicas
+        # Threads that wait for one that something else holds up are slower than fewer of them. A core is left to the
+        # replica's own process and the driver, or half of all to learners that compute at the same time.
+        share = (cores // 2 if rollouts.max_staleness > 0 else cores - 1) // rollouts.num_replicas
         threads = rollouts.num_threads or max(1, share)
         env |= {
             "OMP_NUM_THREADS": str(threads),

@@ -161,6 +161,7 @@ def test_cpu_replicas_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 8)
 
     assert spec_of(RolloutSettings(num_replicas=3)).env["OMP_NUM_THREADS"] == "2"
+    assert spec_of(RolloutSettings()).env["OMP_NUM_THREADS"] == "7"
     assert spec_of(RolloutSettings(num_replicas=30)).env["OMP_NUM_THREADS"] == "1"
     # The other half is for learners that compute at the same time.
     assert spec_of(RolloutSettings(max_staleness=1)).env["OMP_NUM_THREADS"] == "4"
