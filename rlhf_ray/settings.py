@@ -116,7 +116,7 @@ class RolloutSettings:
         None, "key-value cache of a CPU engine in bytes; none: sized for max_concurrent_groups"
     )
     num_threads: int | None = setting(
-        None, "threads of a CPU engine; none: its share of the machine's cores, of half of them if max_staleness > 0"
+        None, "threads of a CPU engine; none: its share of all cores but one, of half of them if max_staleness > 0"
     )
     enforce_eager: bool = setting(False, "skip CUDA graph capture")
     weight_transfer: Literal["auto", "shared_memory", "nccl"] = setting(

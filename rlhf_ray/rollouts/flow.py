@@ -210,8 +210,10 @@ class RolloutFlow:
 
     def published(self, version: int) -> None:
         """Admit groups for a version, which every replica has by now; where none may be stale, ``collect`` does."""
-        if self._max_staleness > 0 and self._error is None:
-            self._ledger.version = version
+        if self._max_staleness == 0:
+            return
+        self._ledger.version = version
+        if self._error is None:
             try:
                 self._admit()
             except BaseException as error:  # for whoever collects

@@ -701,6 +701,19 @@ def test_a_version_on_its_way_to_the_replicas_admits_nothing(make: Callable[...,
     assert [version for _, _, _, version in replicas.calls[8:]] == [1] * 4
 
 
+def test_a_version_that_is_published_after_an_error_counts(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={4: 0.02}, errors={4: [ValueError("a bug")]})
+    controller = make(replicas, max_staleness=1, max_concurrent=99)
+    controller.collect(0)
+    wait_for(lambda: controller._flow._error is not None)
+    controller.published(1)
+    with pytest.raises(ValueError, match="a bug"):
+        controller.collect(1)
+
+    controller.collect(1)
+    assert {version for _, _, _, version in replicas.calls[8:]} == {1}
+
+
 def test_a_failed_group_is_replaced_while_nobody_collects(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={6: 0.05, 7: 0.05, 8: 0.05})
     controller = make(replicas, Rewards(failing=[7]), max_staleness=1, max_concurrent=99)
