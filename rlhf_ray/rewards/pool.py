@@ -191,21 +191,22 @@ class RewardPool:
 
     def _send(self) -> None:
         """Give waiting groups to free workers."""
-        while self._free:
-            while self._waiting and self._waiting[0].outcome.done():  # its caller gave up
-                self._waiting.popleft()
-            if not self._waiting:
-                return
+        while self._free and (head := self._head()) is not None:
             # Nothing goes beside a group that is to be alone: whatever ends the worker then is of its making.
-            alone = self._waiting[0].alone
-            worker = next((w for w in self._free if not alone or self._free.count(w) == self._slots), None)
+            slots = self._slots if head.alone else 1
+            worker = next((worker for worker in self._free if self._free.count(worker) >= slots), None)
             if worker is None:
                 return
-            slots = self._slots if alone else 1
             for _ in range(slots):
                 self._free.remove(worker)
             # A task of the pool: when a caller gives up, the worker is still busy and its time limit must be kept.
             self._spawn(self._attempt(worker, self._next_batch(), slots))
+
+    def _head(self) -> _Request | None:
+        """The oldest group that somebody still waits for."""
+        while self._waiting and self._waiting[0].outcome.done():  # its caller gave up
+            self._waiting.popleft()
+        return self._waiting[0] if self._waiting else None
 
     def _next_batch(self) -> list[_Request]:
         """The groups of the next call, oldest first; fewer than wait where there is work for several workers."""
@@ -214,14 +215,11 @@ class RewardPool:
             share = -(-len(self._waiting) // max(1, len(self._workers)))
             limit = max(1, min(MAX_BATCH, share, int(BATCH_S / self._seconds_a_group)))
         batch: list[_Request] = []
-        while self._waiting and len(batch) < limit:
-            if self._waiting[0].alone and batch:
+        while len(batch) < limit and (head := self._head()) is not None:
+            if head.alone and batch:
                 break
-            request = self._waiting.popleft()
-            if request.outcome.done():  # its caller gave up
-                continue
-            batch.append(request)
-            if request.alone:
+            batch.append(self._waiting.popleft())
+            if head.alone:
                 break
         return batch
 

@@ -83,10 +83,13 @@ class RolloutApp:
             self.handle = self._deploying.result(self._startup_timeout_s)
         except TimeoutError:
             raise self._late() from None
+        except RuntimeError as error:
+            raise _cannot_start(str(error)) from error
         while (status := self._status()) != ApplicationStatus.RUNNING:
             if status == ApplicationStatus.DEPLOY_FAILED:
-                cause = root_cause(self._message().splitlines()) or self._message()
-                raise RolloutError(f"the rollout replicas cannot start: {cause.removeprefix(_START_ERROR)}\n{_REMEDY}")
+                message = self._message()
+                cause = root_cause(message.splitlines()) or message
+                raise _cannot_start(cause.removeprefix(_START_ERROR))
             if self._stopped.wait(_POLLING_S):
                 raise RolloutError("the rollout replicas were stopped before they were ready")
             if time.monotonic() > ends_at:
@@ -118,16 +121,19 @@ class RolloutApp:
         )
         return handle
 
+    def _application(self) -> Any:
+        return serve.status().applications.get(self.name)
+
     def _status(self) -> Any:
-        application = serve.status().applications.get(self.name)
+        application = self._application()
         return None if application is None else application.status
 
     def _late(self) -> RolloutError:
-        reason = f"not ready within rollouts.startup_timeout_s = {self._startup_timeout_s:g} s"
-        return RolloutError(f"the rollout replicas cannot start: {reason}; {self._message()}\n{_REMEDY}")
+        limit = f"not ready within rollouts.startup_timeout_s = {self._startup_timeout_s:g} s"
+        return _cannot_start(f"{limit}; {self._message()}")
 
     def _message(self) -> str:
-        application = serve.status().applications.get(self.name)
+        application = self._application()
         if application is None:
             return ""
         messages = [deployment.message for deployment in application.deployments.values()]
@@ -163,6 +169,10 @@ _REMEDY = (
     "Check that vLLM can load the model: `rlhf-ray doctor` starts one engine and shows its output; "
     "the full log is in the Serve logs of the Ray session (/tmp/ray/session_latest/logs/serve)."
 )
+
+
+def _cannot_start(reason: str) -> RolloutError:
+    return RolloutError(f"the rollout replicas cannot start: {reason}\n{_REMEDY}")
 
 
 def _serve_is_running() -> bool:
