@@ -21,13 +21,16 @@ OVERRIDES := --override $(VENV)/overrides.txt
 endif
 UNWANTED := torchvision torchaudio torchcodec
 
-.PHONY: setup quickstart test lint format clean
+.PHONY: setup quickstart test test-all lint format clean
 
 quickstart: $(READY)
 	$(BIN)/rlhf-ray quickstart
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m ""
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ def sequences_of(prompt_tokens: int, completion_lengths: Int32Array, **changes: 
         "truncated": np.zeros(count, dtype=np.bool_),
         "group_ids": np.arange(count),
         "greedy_rewards": np.zeros(count, dtype=np.float32),
-        "in_loss": np.ones(count, dtype=np.bool_),
+        "loss_starts": np.zeros(count, dtype=np.int32),
     }
     return SequenceBatch(**arrays | changes)
 

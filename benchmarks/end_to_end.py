@@ -210,10 +210,22 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             (folder / MEASURING).touch()
-        params = SamplingParams(
-            n=regime.group_size, max_tokens=regime.max_new_tokens, temperature=1.0, seed=step, logprobs=0
-        )
-        asked = prompts[step * regime.prompts : (step + 1) * regime.prompts]
+        numbers = range(step * regime.prompts, (step + 1) * regime.prompts)
+        asked = [prompts[number] for number in numbers]
+        params = [
+            SamplingParams(
+                n=regime.group_size,
+                max_tokens=regime.max_new_tokens,
+                temperature=1.0,
+                # The i-th completion's is i more: with the same for all prompts all would have the same lengths.
+                seed=number * regime.group_size,
+                logprobs=0,
+                # What nobody here reads.
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for number in numbers
+        ]
         started = time.perf_counter()
         answers = engine.generate(asked, params, use_tqdm=False)
         seconds.append(time.perf_counter() - started)

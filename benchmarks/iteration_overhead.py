@@ -1,11 +1,11 @@
 """Where a quickstart iteration's time goes, beside the raw cost of the same work.
 
-Runs the quickstart to a steady state and takes the median of each phase. Then, with all stopped, the same prompts
-go through a bare vLLM engine with the same sampling settings, and the same microbatches through bare PyTorch models:
-the same passes, backward passes and optimiser steps, without Ray, FSDP or our losses. What an iteration takes beyond
-these two is overhead.
+Runs the quickstart to a steady state, then in turn: an iteration; its prompts through a bare vLLM engine with the same
+sampling settings; its microbatches through bare PyTorch models, the same passes, backward passes and optimiser steps,
+without Ray, FSDP or our losses. In turn, since a machine's speed changes from minute to minute. The overhead is what an
+iteration takes beyond the two, the median over all turns.
 
-    python benchmarks/iteration_overhead.py [--iterations 12] [section.field=value ...]
+    python benchmarks/iteration_overhead.py [--iterations 20] [section.field=value ...]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +29,64 @@ WARM_UP = 4
 PHASES = ("rollout_s", "reward_s", "advantage_s", "update_s", "weight_sync_s", "iteration_s")
 
 
-def measure_loop(overrides: list[str], iterations: int, folder: Path) -> dict[str, float]:
-    """Median seconds of each phase; leaves the exported policy and the completions in ``folder``."""
+class RawStage:
+    """A measurement of raw work in a process of its own, which waits until it is asked for a turn."""
+
+    def __init__(self, stage: str, folder: Path) -> None:
+        command = [sys.executable, __file__, "--stage", stage, "--folder", str(folder)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.turn()
+
+    def turn(self) -> float:
+        """Seconds of the work, done once more."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        for line in self._process.stdout:
+            if line.startswith("RESULT"):
+                return float(line.split()[1])
+        raise RuntimeError(f"the raw measurement ended with {self._process.wait()}")
+
+    def stop(self) -> None:
+        """End the process."""
+        self._process.communicate()
+
+
+def turns_asked_for() -> Iterator[int]:
+    """The other end of :class:`RawStage`: numbers of the turns, until no more are wanted."""
+    for number, _ in enumerate(sys.stdin):
+        yield number
+
+
+def measure(overrides: list[str], iterations: int, folder: Path) -> list[dict[str, float]]:
+    """Seconds of every phase and of the raw work, a dictionary a turn."""
     from rlhf_ray import PPOConfig
 
     config = PPOConfig().reporting(run_dir=str(folder / "run"), progress="off").apply_overrides(overrides)
     algorithm = config.build_algo()
+    stages: dict[str, RawStage] = {}
+    turns = []
     try:
-        results = [algorithm.train()["timers"] for _ in range(WARM_UP + iterations)][WARM_UP:]
+        for _ in range(WARM_UP):
+            algorithm.train()
         algorithm.export_hf(folder / "policy")
-        resolved = algorithm.algorithm_config.to_yaml()
+        (folder / "config.yaml").write_text(algorithm.algorithm_config.to_yaml())
+        stages |= {stage: RawStage(stage, folder) for stage in ("generation", "training")}
+        for turn in range(WARM_UP + iterations):
+            raw = {stage: process.turn() for stage, process in stages.items()}
+            timers = algorithm.train()["timers"]
+            if turn >= WARM_UP:
+                turns.append({phase: timers[phase] for phase in PHASES} | raw)
     finally:
+        for process in stages.values():
+            process.stop()
         algorithm.stop()
-    (folder / "config.yaml").write_text(resolved)
-    return {phase: statistics.median(timers[phase] for timers in results) for phase in PHASES}
+    return turns
 
 
-def raw_generation(folder: Path, repeats: int) -> float:
-    """Median seconds in which a bare engine answers the last iteration's prompts."""
+def raw_generation(folder: Path) -> None:
+    """A bare engine answers an iteration's prompts, one turn after the other."""
     from rlhf_ray import PPOConfig
     from rlhf_ray.algorithms.assembly import check_inputs, training_sampling
     from rlhf_ray.rollouts.engine_spec import engine_spec
@@ -89,22 +130,26 @@ def raw_generation(folder: Path, repeats: int) -> float:
         async for _ in engine.generate({"prompt_token_ids": prompts[index]}, params, f"{repeat}-{index}"):
             pass
 
-    async def run() -> list[float]:
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec.engine_args))
-        times = []
-        for repeat in range(repeats + 2):
-            await engine.reset_prefix_cache()
-            started = time.perf_counter()
-            await asyncio.gather(*(one(engine, index, repeat) for index in range(len(prompts))))
-            times.append(time.perf_counter() - started)
+    async def all_prompts(engine: Any, repeat: int) -> float:
+        await engine.reset_prefix_cache()
+        started = time.perf_counter()
+        await asyncio.gather(*(one(engine, index, repeat) for index in range(len(prompts))))
+        return time.perf_counter() - started
+
+    with asyncio.Runner() as runner:
+
+        async def start() -> Any:
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(**spec.engine_args))
+
+        engine = runner.run(start())
+        for repeat in turns_asked_for():
+            print("RESULT", runner.run(all_prompts(engine, repeat)), flush=True)
         engine.shutdown()
-        return times[2:]
-
-    return statistics.median(asyncio.run(run()))
+        del engine  # Or its finaliser would find vLLM's modules gone.
 
 
-def raw_training(folder: Path, repeats: int) -> float:
-    """Median seconds of the same passes and optimiser steps on bare PyTorch models."""
+def raw_training(folder: Path) -> None:
+    """The same passes and optimiser steps on bare PyTorch models, one turn after the other."""
     import torch
     from bare_loop import BareLoop, sequences_of, split
 
@@ -123,12 +168,10 @@ def raw_training(folder: Path, repeats: int) -> float:
         num_epochs=training.num_epochs,
     )
     bare = BareLoop(str(folder / "policy"), critic=True)
-    times = []
-    for _ in range(repeats + 2):
+    for _ in turns_asked_for():
         started = time.perf_counter()
         bare.planned(minibatches, epochs=training.num_epochs)
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[2:])
+        print("RESULT", time.perf_counter() - started, flush=True)
 
 
 def _completions(folder: Path) -> Any:
@@ -146,42 +189,35 @@ def _prompt_tokens(folder: Path) -> list[list[int]]:
     return [tokenizer(text).input_ids for text in by_group.values()]
 
 
-def in_process_of_its_own(stage: str, folder: Path, repeats: int) -> float:
-    """Run one raw measurement with fresh thread pools and nothing else in memory."""
-    command = [sys.executable, __file__, "--stage", stage, "--folder", str(folder), "--iterations", str(repeats)]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return float(output.split("RESULT")[-1])
-
-
 def main() -> None:
     """Measure, print a table, write results/iteration_overhead.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="section.field=value")
-    parser.add_argument("--iterations", type=int, default=12)
+    parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--stage", choices=["generation", "training"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.stage is not None:
         raw = raw_generation if arguments.stage == "generation" else raw_training
-        print("RESULT", raw(arguments.folder, arguments.iterations))
+        raw(arguments.folder)
         return
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        phases = measure_loop(arguments.overrides, arguments.iterations, folder)
-        generation = in_process_of_its_own("generation", folder, arguments.iterations)
-        training = in_process_of_its_own("training", folder, arguments.iterations)
-    overhead = phases["iteration_s"] - generation - training
+        turns = measure(arguments.overrides, arguments.iterations, Path(name))
+    median = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+    overheads = [turn["iteration_s"] - turn["generation"] - turn["training"] for turn in turns]
+    overhead = statistics.median(overheads)
     rows = [
-        ("rollout + reward", phases["rollout_s"] + phases["reward_s"], "raw vLLM generation", generation),
-        ("advantage + update", phases["advantage_s"] + phases["update_s"], "raw forward + backward", training),
-        ("weight sync", phases["weight_sync_s"], "", 0.0),
-        ("whole iteration", phases["iteration_s"], "raw work", generation + training),
+        ("rollout + reward", median["rollout_s"] + median["reward_s"], "raw vLLM generation", median["generation"]),
+        ("advantage + update", median["advantage_s"] + median["update_s"], "raw training", median["training"]),
+        ("weight sync", median["weight_sync_s"], "", 0.0),
+        ("whole iteration", median["iteration_s"], "raw work", median["generation"] + median["training"]),
     ]
     print(f"{'phase':<22}{'seconds':>9}   {'raw':<24}{'seconds':>9}{'beyond raw':>13}")
     for phase, seconds, raw_name, raw_seconds in rows:
         print(f"{phase:<22}{seconds:>9.3f}   {raw_name:<24}{raw_seconds:>9.3f}{seconds - raw_seconds:>13.3f}")
-    print(f"overhead of everything else: {overhead * 1000:.0f} ms an iteration")
-    result = {"phases_s": phases, "raw_generation_s": generation, "raw_training_s": training, "overhead_s": overhead}
+    print(f"overhead of everything else: {overhead * 1000:.0f} ms an iteration, of {len(turns)} turns:")
+    print(" ".join(f"{value * 1000:.0f}" for value in sorted(overheads)))
+    result = {"median_s": median, "overhead_s": overhead, "turns": turns}
     print("written to", write_result("iteration_overhead", {"iterations": arguments.iterations} | result))
 
 

@@ -77,6 +77,7 @@ def learner_of(config: AlgorithmConfig) -> Learner:
             total_steps=1000,
             on_gpu=False,
             timeline=False,
+            keeps_state=False,
             num_threads=None,
         )
     )

@@ -199,7 +199,13 @@ def prompts() -> Iterator[Prompt]:
 
 
 def flow_of(
-    generate: Callable[..., Any], *, batch_size: int, group_size: int, staleness: int, in_flight: int | None = None
+    generate: Callable[..., Any],
+    *,
+    batch_size: int,
+    group_size: int,
+    staleness: int,
+    partial: bool = False,
+    in_flight: int | None = None,
 ) -> RolloutFlow:
     """The library's own rollout flow over stand-ins."""
     return RolloutFlow(
@@ -213,6 +219,7 @@ def flow_of(
         max_retries=0,
         max_failures=0,
         max_equal_groups=None,
+        partial_rollouts=partial,
         greedy_baseline=False,
         timeout_s=1e9,
         stall_timeout_s=1e9,
@@ -220,29 +227,38 @@ def flow_of(
     )
 
 
-async def train(model: Model, replicas: int, staleness: int, learner_gpus: float) -> dict[str, float]:
-    """The Algorithm's schedule: collect, update, publish; figures after the pool has filled up."""
+async def train(model: Model, replicas: int, staleness: int, partial: bool, learner_gpus: float) -> dict[str, float]:
+    """The Algorithm's schedule: collect, update, publish; figures after the pool has filled up.
+
+    Speed counts the tokens that are trained on, not those that were carried over their bound.
+    """
     loop = asyncio.get_running_loop()
     batch_size = model["batch_size"] * replicas // 64 or 1
     pool = Pool(model, replicas, seed=0)
-    flow = flow_of(pool.generate, batch_size=batch_size, group_size=model["group_size"], staleness=staleness)
-    learner, tokens, waited, stale = model["learner"], 0, 0.0, 0
+    flow = flow_of(
+        pool.generate, batch_size=batch_size, group_size=model["group_size"], staleness=staleness, partial=partial
+    )
+    learner, tokens, waited, stale, left_out = model["learner"], 0, 0.0, 0, 0
     means: list[float] = []
     # Until the first stale batch the pool is only filling.
     warm_up = staleness + 2
     for version in range(model["updates"] + warm_up):
         if version == warm_up:
             began, cpu = loop.time(), time.process_time()
-            tokens, waited, means = 0, 0.0, []
+            tokens, waited, means, left_out = 0, 0.0, [], 0
             busy = [replica.busy_s for replica in pool.replicas]
         asked = loop.time()
         collected = await flow.collect(version)
         waited += loop.time() - asked
         spans = [span for scored in collected.groups for c in scored.group.completions for span in c.version_spans]
         size = sum(span.end - span.start for span in spans)
-        stale = max(stale, *(version - span.version for span in spans))
-        means.append(sum((version - span.version) * (span.end - span.start) for span in spans) / size)
-        tokens += size
+        trained = [span for span in spans if version - span.version <= staleness] if partial else spans
+        in_loss = sum(span.end - span.start for span in trained)
+        stale = max(stale, *(version - span.version for span in trained))
+        means.append(sum((version - span.version) * (span.end - span.start) for span in trained) / in_loss)
+        tokens += in_loss
+        left_out += size - in_loss
+        # What is left out of the losses is still a context, in the forward pass and in the backward pass.
         await asyncio.sleep(learner["overhead_s"] + size / (learner["tokens_per_s"] * learner_gpus))
         await asyncio.sleep(learner["publish_s"])
         pool.publish(version + 1, model["engine"]["pause_s"])
@@ -255,6 +271,7 @@ async def train(model: Model, replicas: int, staleness: int, learner_gpus: float
         "update_s": seconds / model["updates"],
         "staleness_max": stale,
         "staleness_mean": statistics.mean(means),
+        "left_out": left_out / (left_out + tokens),
         "replica_idle": 1.0 - statistics.mean(working) / seconds,
         "learner_idle": waited / seconds,
         "controller_cores": (time.process_time() - cpu) / seconds,
@@ -321,25 +338,29 @@ def main() -> None:
     if arguments.controller:
         return
     model = yaml.safe_load(arguments.model.read_text())
-    header = "replicas  staleness  tokens/s  speed-up  update s  stale max  mean  replicas idle  learners idle  cores"
-    print(header)
+    print(
+        "replicas   staleness  tokens/s  speed-up  update s  stale max  mean  left out  replicas idle  learners idle  "
+        "cores"
+    )
     runs = []
     for replicas in arguments.replicas or model["replicas"]:
         share = model["learner"]["gpus_per_replica"]
         # The other way to be synchronous: all GPUs sample, then all GPUs train.
         everything = round(replicas * (1 + share))
-        settings = [("colocated", everything, 0, float(everything))]
-        settings += [(str(bound), replicas, bound, replicas * share) for bound in model["staleness"]]
+        settings = [("colocated", everything, 0, False, float(everything))]
+        settings += [(str(bound), replicas, bound, False, replicas * share) for bound in model["staleness"]]
+        settings += [(f"{bound}, partial", replicas, bound, True, replicas * share) for bound in model["partial"]]
         base = 0.0
-        for name, pool, bound, learner_gpus in settings:
-            figures = simulate(train(model, pool, bound, learner_gpus))
+        for name, pool, bound, partial, learner_gpus in settings:
+            figures = simulate(train(model, pool, bound, partial, learner_gpus))
             base = figures["tokens_per_s"] if name == "0" else base
             figures["speed_up"] = figures["tokens_per_s"] / base if base else float("nan")
             runs.append({"replicas": replicas, "staleness": name} | figures)
             print(
-                f"{replicas:8d}  {name:>9}  {figures['tokens_per_s']:8,.0f}  {figures['speed_up']:8.2f}  "
+                f"{replicas:8d}  {name:>10}  {figures['tokens_per_s']:8,.0f}  {figures['speed_up']:8.2f}  "
                 f"{figures['update_s']:8.1f}  {figures['staleness_max']:9.0f}  {figures['staleness_mean']:4.2f}  "
-                f"{figures['replica_idle']:13.2f}  {figures['learner_idle']:13.2f}  {figures['controller_cores']:5.3f}",
+                f"{figures['left_out']:8.3f}  {figures['replica_idle']:13.2f}  {figures['learner_idle']:13.2f}  "
+                f"{figures['controller_cores']:5.3f}",
                 flush=True,
             )
     write_result("simulation", {"model": model, "controller": alone, "runs": runs})

@@ -39,9 +39,10 @@ def draw(runs: list[Run]) -> None:
     for axes, what in zip(both, ("corrected", "not corrected"), strict=True):
         draw_runs(axes, [run for run in runs if run["max_staleness"] == SYNCHRONOUS], SYNCHRONOUS, color="0.6")
         for bound in BOUNDS:
-            draw_runs(axes, [run for run in runs if run["max_staleness"] == f"{bound}, {what}"], f"{bound} versions")
+            draw_runs(axes, [run for run in runs if run["max_staleness"] == f"{bound}, {what}"], f"bound {bound}")
         finish(axes)
         axes.set_title(what)
+    axes.get_legend().remove()  # It would lie on curves, and is that of the other one.
     figure.savefig(RESULTS / "staleness.png", dpi=150)
 
 
@@ -54,11 +55,13 @@ def main() -> None:
     arguments = parser.parse_args()
     file = RunFile("staleness", "max_staleness")
     if not arguments.draw:
-        file.complete(
-            NAMES, arguments.seeds, lambda name, seed, folder: train(name, seed, arguments.iterations, folder)
-        )
-    draw(file.runs())
-    text = table(file.runs(), "max_staleness")
+        for names in (NAMES[: len(BOUNDS) + 1], NAMES[len(BOUNDS) + 1 :]):  # What is not corrected comes last.
+            file.complete(
+                names, arguments.seeds, lambda name, seed, folder: train(name, seed, arguments.iterations, folder)
+            )
+    runs = sorted(file.runs(), key=lambda run: NAMES.index(run["max_staleness"]))
+    draw(runs)
+    text = table(runs, "max_staleness")
     (RESULTS / "staleness.md").write_text(text)
     print(text)
 

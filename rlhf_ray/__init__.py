@@ -59,6 +59,7 @@ if TYPE_CHECKING:
         ReinforcePPBaseline,
         ReMax,
     )
+    from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
     __version__: str
 
@@ -97,6 +98,7 @@ __all__ = [
     "ReinforcePPBaselineConfig",
     "ReinforcePPConfig",
     "RewardError",
+    "RewardModelReward",
     "RolloutError",
     "SAPOConfig",
     "WeightSyncError",
@@ -105,9 +107,10 @@ __all__ = [
     "register_loss",
 ]
 
-_LAZY_MODULES = {"Algorithm": "rlhf_ray.algorithms.algorithm"} | dict.fromkeys(
-    _BUILT_IN_ALGORITHMS, "rlhf_ray.algorithms.trainables"
-)
+_LAZY_MODULES = {
+    "Algorithm": "rlhf_ray.algorithms.algorithm",
+    "RewardModelReward": "rlhf_ray.rewards.reward_model.reward",
+} | dict.fromkeys(_BUILT_IN_ALGORITHMS, "rlhf_ray.algorithms.trainables")
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from rlhf_ray.errors import ConfigError, DataError, RLHFRayError
+from rlhf_ray.evaluation.command_line import eval_path, measured_model
+from rlhf_ray.evaluation.held_out_sets import held_out_sets
+from rlhf_ray.launchers.command import add_launch_command
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +46,11 @@ examples:
   rlhf-ray doctor conf.yaml
   rlhf-ray train conf.yaml training.lr=2e-6 rollouts.group_size=8
   rlhf-ray train training.iterations=10 --run-dir runs/first
-  rlhf-ray evaluate conf.yaml model.path=runs/first/model
+  rlhf-ray train --resume runs/first
+  rlhf-ray evaluate runs/first --data gsm8k/test.jsonl --data hard=hard.jsonl
+  rlhf-ray evaluate conf.yaml model.path=runs/first/model evaluation.samples_per_prompt=8 evaluation.temperature=0.6
+  rlhf-ray report runs/first runs/second --output report.html
+  rlhf-ray launch slurm conf.yaml --nodes 2 --gpus-per-node 8 --requeue
 """
 
 # Set when SIGTERM arrived: how ``ray job stop``, Kubernetes and Slurm end a process.
@@ -106,12 +113,18 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if unknown := [text for text in late if text.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     # argparse fills a "*" positional once: what follows an option comes back as unknown.
-    given: list[str] = [*args.settings, *late]
+    if "run_dirs" in args:
+        args.run_dirs += late
+    else:
+        _split_settings(parser, args, [*args.settings, *late])
+    return args
+
+
+def _split_settings(parser: argparse.ArgumentParser, args: argparse.Namespace, given: list[str]) -> None:
     args.conf = given.pop(0) if args.takes_file and given and not _is_override(given[0]) else None
     if wrong := [text for text in given if not _is_override(text)]:
         parser.error(f"{wrong[0]!r} is not an override; write section.field=value, for example training.lr=2e-6")
     args.overrides = given
-    return args
 
 
 def _is_override(text: str) -> bool:
@@ -129,13 +142,35 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     train = _command(commands, "train", _train, "train a model")
-    train.add_argument("--run-dir", metavar="DIR", help="folder of the run (reporting.run_dir)")
-    evaluate = _command(commands, "evaluate", _evaluate, "measure a model on the held-out prompts; keeps no files")
-    evaluate.add_argument("--checkpoint", metavar="PATH", help="checkpoint of a run, instead of model.path")
+    place = train.add_mutually_exclusive_group()
+    place.add_argument("--run-dir", metavar="DIR", help="folder of the run (reporting.run_dir)")
+    place.add_argument(
+        "--resume",
+        metavar="DIR",
+        help="go on with the run in this folder from its newest checkpoint, with its settings",
+    )
+    evaluate = _command(
+        commands,
+        "evaluate",
+        _evaluate,
+        "measure a model on held-out prompts; keeps no files",
+        file="CHECKPOINT | CONF.yaml",
+        wanted="a checkpoint, a run's folder (for its newest one) or a model's folder, with the settings of its run; "
+        "or a YAML file; then settings that replace these",
+    )
+    evaluate.add_argument("--checkpoint", metavar="PATH", help="the same checkpoint, where CONF.yaml is given too")
+    evaluate.add_argument(
+        "--data",
+        action="append",
+        metavar="[NAME=]DATASET",
+        help="held-out set instead of data.eval_path, and what its metrics are called; may be given several times",
+    )
     _command(commands, "config", _config, "print the resolved settings as YAML, and the schedule they lead to")
     _command(commands, "quickstart", _quickstart, "train the built-in model on the built-in task", takes_file=False)
     doctor = _command(commands, "doctor", _doctor, "check this machine and the settings before a run")
     doctor.add_argument("--skip-engine", action="store_true", help="do not start a vLLM engine (about half a minute)")
+    _report_command(commands)
+    add_launch_command(commands)
     return parser
 
 
@@ -146,20 +181,43 @@ def _command(
     summary: str,
     *,
     takes_file: bool = True,
+    file: str = "CONF.yaml",
+    wanted: str = "a YAML file, then settings that replace the file's",
 ) -> argparse.ArgumentParser:
     command = commands.add_parser(name, help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
-    metavar = "CONF.yaml | section.field=value" if takes_file else "section.field=value"
-    wanted = "a YAML file, then settings that replace the file's" if takes_file else "settings that replace defaults"
+    metavar = f"{file} | section.field=value" if takes_file else "section.field=value"
+    wanted = wanted if takes_file else "settings that replace defaults"
     command.add_argument("settings", nargs="*", metavar=metavar, help=wanted)
     command.set_defaults(run=run, takes_file=takes_file)
     return command
+
+
+def _report_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    summary = "write a page about one or several runs: curves, settings, completions"
+    report = commands.add_parser("report", help=summary, description=f"{summary.capitalize()}.", allow_abbrev=False)
+    report.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="folder of a run, finished or not")
+    report.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the page; default: report.html in the run's folder, of several runs in this one",
+    )
+    report.add_argument(
+        "--completions",
+        metavar="N",
+        type=int,
+        help="iterations of each run whose completions are shown; default: 6, spread over the run",
+    )
+    report.set_defaults(run=_report)
 
 
 # --- the commands ---
 
 
 def _train(args: argparse.Namespace) -> int:
-    config = _with_display(load_config(args.conf, args.overrides))
+    if args.resume is not None:
+        config = _with_display(_resumed(args.resume, args.conf, args.overrides))
+    else:
+        config = _with_display(load_config(args.conf, args.overrides))
     if args.run_dir is not None:
         config.reporting(run_dir=args.run_dir)
     with _running(config.build_algo) as algo:
@@ -171,14 +229,21 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    conf = args.conf
-    if conf is None and args.checkpoint is not None:
-        conf = _config_of_checkpoint(Path(args.checkpoint))
-    config = _with_display(load_config(conf, args.overrides))
+    measured = measured_model(args.conf, args.checkpoint)
+    config = _with_display(load_config(measured.conf, []))
+    if measured.model_path is not None:
+        config.model(path=measured.model_path)
+    config.apply_overrides(args.overrides)
+    if args.data is not None:
+        config.data(eval_path=eval_path(args.data))
+    if not held_out_sets(config.settings.data):
+        raise ConfigError("data.eval_path", None, "there is nothing to measure on: name a held-out set, --data FILE")
+    # The best checkpoint of a run may be that on a set which is not measured here.
+    config.checkpointing(best_metric=None)
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-") as folder:
         run_dir = str(Path(folder) / "run")
         config.reporting(run_dir=run_dir, tensorboard=False, wandb_project=None, completions_interval=0)
-        with _running(lambda: _build(config, args.checkpoint), keeps_files=False) as algo:
+        with _running(lambda: _build(config, measured.checkpoint), keeps_files=False) as algo:
             metrics = algo.evaluate()
     from rlhf_ray.reporting.summary import show_evaluation
 
@@ -216,21 +281,30 @@ def _doctor(args: argparse.Namespace) -> int:
     return examine(config.settings, console=_stdout(), skip_engine=args.skip_engine)
 
 
+def _report(args: argparse.Namespace) -> int:
+    from rlhf_ray.reporting.report import DEFAULT_TABLES, write_report
+
+    count = DEFAULT_TABLES if args.completions is None else args.completions
+    path = write_report(args.run_dirs, output=args.output, completions=count)
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def _resumed(run_dir: str, conf: str | None, overrides: Sequence[str]) -> AlgorithmConfig:
+    """Settings that go on with a run: its own, changed by overrides; a file that is named must say the same."""
+    from rlhf_ray.reporting.run_directory import RunDirectory
+
+    directory = RunDirectory.at(run_dir)
+    if not directory.config.is_file():
+        raise ConfigError("--resume", run_dir, f"this folder holds no run: there is no {directory.config.name} in it")
+    config = load_config(str(directory.config) if conf is None else conf, overrides)
+    return config.reporting(run_dir=run_dir).checkpointing(resume="any" if conf is None else "same")
+
+
 def _build(config: AlgorithmConfig, checkpoint: str | None) -> Algorithm:
     if checkpoint is None:
         return config.build_algo()
     return config.algorithm_class.from_checkpoint(checkpoint, config=config)
-
-
-def _config_of_checkpoint(checkpoint: Path) -> str:
-    """Find the settings that a checkpoint was made with: in it, or in the run directory around it."""
-    if not checkpoint.is_dir():
-        raise ConfigError("--checkpoint", str(checkpoint), "no such folder")
-    absolute = checkpoint.absolute()
-    for folder in (absolute, *absolute.parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return str(folder / "config.yaml")
-    raise ConfigError("--checkpoint", str(checkpoint), "no config.yaml in it or its run directory: name CONF.yaml too")
 
 
 def _with_display(config: AlgorithmConfig) -> AlgorithmConfig:

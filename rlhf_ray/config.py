@@ -349,6 +349,8 @@ _OTHER_NAMES: Final[Mapping[str, tuple[str, ...]]] = {
     "model.path": ("model_name_or_path",),
     "model.dtype": ("torch_dtype",),
     "evaluation.interval": ("eval_steps",),
+    "evaluation.at_start": ("eval_on_start", "val_before_train"),
+    "evaluation.samples_per_prompt": ("eval_n_samples_per_prompt", "n_samples_per_eval_prompt"),
     "checkpointing.interval": ("save_steps",),
     "checkpointing.keep": ("save_total_limit",),
     "reporting.run_dir": ("output_dir",),
@@ -471,6 +473,10 @@ def _plain(value: Any) -> Any:
         return [_plain(item) for item in value]
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
+    from rlhf_ray.rewards.reward_model.reward import RewardModelReward
+
+    if isinstance(value, RewardModelReward):
+        return value.to_spec()
     return _reference(value) or f"{_NOT_RESTORABLE}{_display_name(value)}>"
 
 

@@ -39,6 +39,10 @@ class Schedule:
     """First iterations that update the critic alone."""
     evaluation_interval: int
     """Iterations between evaluations; 0 for none."""
+    evaluation_at_start: bool
+    """Whether there is one before the first iteration."""
+    evaluation_at_end: bool
+    """Whether there is one after the last iteration in any case."""
     checkpointing_interval: int
     """Iterations between checkpoints; 0 for none."""
 
@@ -55,6 +59,8 @@ class Schedule:
             num_minibatches=settings.training.num_minibatches,
             critic_warmup_iterations=settings.training.critic_warmup_iterations,
             evaluation_interval=settings.evaluation.interval,
+            evaluation_at_start=settings.evaluation.at_start,
+            evaluation_at_end=settings.evaluation.at_end,
             checkpointing_interval=settings.checkpointing.interval,
         )
 
@@ -118,7 +124,10 @@ class Schedule:
     @property
     def evaluations(self) -> int:
         """Evaluations that the run makes by itself."""
-        return self.iterations // self.evaluation_interval if self.evaluation_interval else 0
+        interval = self.evaluation_interval
+        at_interval = self.iterations // interval if interval else 0
+        last_is_counted = interval > 0 and self.iterations % interval == 0
+        return self.evaluation_at_start + at_interval + (self.evaluation_at_end and not last_is_counted)
 
     @property
     def checkpoints(self) -> int:
@@ -140,9 +149,17 @@ class Schedule:
             ("optimiser steps an iteration", f"{self.optimiser_steps:,} ({_count(self.num_epochs, 'pass', 'passes')})"),
             ("optimiser steps of the run", self._steps_text()),
             ("completions of the run", f"{self.total_completions:,}"),
-            ("evaluations", _every(self.evaluations, self.evaluation_interval)),
+            ("evaluations", self._evaluations_text()),
             ("checkpoints", _every(self.checkpoints, self.checkpointing_interval)),
         ]
+
+    def _evaluations_text(self) -> str:
+        times = ["before the first iteration"] if self.evaluation_at_start else []
+        times += (
+            [f"every {_count(self.evaluation_interval, 'iteration', 'iterations')}"] if self.evaluation_interval else []
+        )
+        times += ["after the last iteration"] if self.evaluation_at_end else []
+        return f"{self.evaluations:,} ({', '.join(times)})" if times else "on request"
 
     def _minibatch_text(self) -> str:
         largest, smallest = self.minibatch_sizes[0], self.minibatch_sizes[-1]

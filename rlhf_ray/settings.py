@@ -69,7 +69,10 @@ class DataSettings:
     )
     subset: str | None = setting(None, "configuration name of a hub dataset; files have none")
     split: str = setting("train", "split of a hub dataset")
-    eval_path: Any = setting(None, "held-out dataset, as path")
+    eval_path: Any = setting(
+        None,
+        "held-out dataset, as path; or several by name: {name: path}, or {name: {path: ..., split: ..., subset: ..., prompt_column: ..., prompt_template: ..., system_prompt: ..., as_chat: ...}} where they differ from this section",
+    )
     eval_split: str = setting("test", "split of a hub dataset used as eval_path")
     prompt_column: str = setting("prompt", "column with the prompt: a string or a chat list of role and content")
     prompt_template: str | None = setting(None, "text around a string prompt, with {prompt} where it goes")
@@ -104,6 +107,10 @@ class RolloutSettings:
         None, "groups dropped by dynamic_sampling in one iteration before the run stops; none: 10 x data.batch_size"
     )
     max_staleness: int = setting(0, "versions a rollout may lag behind the policy; 0 is synchronous PPO")
+    partial_rollouts: bool = setting(
+        False,
+        "do not wait for a group in the last version of its bound: it goes on, and of its tokens those that have become staler than max_staleness are context and not trained on",
+    )
     max_concurrent_groups: int | None = setting(
         None, "groups in flight at once; none: data.batch_size x (max_staleness + 1)"
     )
@@ -134,7 +141,7 @@ class RewardSettings:
 
     functions: list[RewardSpec] = setting(
         [],
-        "callables, names of built-in rewards, 'module:function', 'file.py:function', or {name: ..., arguments}; none: the quickstart task's checker",
+        "callables, names of built-in rewards, 'module:function', 'file.py:function', or {name: ..., arguments}, such as {name: reward_model, path: ...}; none: the quickstart task's checker",
     )
     weights: list[float] | None = setting(None, "one weight a function; none: 1 each")
     num_workers: int = setting(1, "reward actors")
@@ -258,9 +265,14 @@ class EvaluationSettings:
     """When and how the policy is measured on held-out prompts."""
 
     interval: int = setting(0, "iterations between evaluations; 0: only when evaluate() is called")
-    num_prompts: int | None = setting(None, "held-out prompts used, from the start of the set; none: all")
+    at_start: bool = setting(False, "evaluate before the first iteration; reported as iteration 0")
+    at_end: bool = setting(False, "evaluate after the last iteration, whether interval falls on it or not")
+    num_prompts: int | None = setting(None, "held-out prompts used, from the start of each set; none: all")
+    samples_per_prompt: int = setting(1, "completions a prompt: the n of pass@k, and the k of avg@k")
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
+    top_p: float = setting(1.0, "nucleus mass; held-out completions are not trained on, so any will do")
     max_new_tokens: int | None = setting(None, "longest completion in tokens; none: rollouts.max_new_tokens")
+    pass_threshold: float = setting(1.0, "a completion passes, for pass@k, with a reward of at least this")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,7 +280,20 @@ class CheckpointingSettings:
     """When state is written."""
 
     interval: int = setting(0, "iterations between checkpoints; 0: only when save_to_path() is called")
-    keep: int = setting(2, "newest checkpoints kept in the run directory")
+    keep: int = setting(2, "newest checkpoints kept")
+    path: str | None = setting(
+        None, "folder or URI (s3://, gs://, hdfs://) of the checkpoints; none: checkpoints/ of the run directory"
+    )
+    best_metric: str | None = setting(
+        None, "key of the result, such as evaluation/quickstart/reward_mean, whose best checkpoints are kept too"
+    )
+    best_mode: Literal["max", "min"] = setting("max", "whether the highest or the lowest best_metric is the best")
+    keep_best: int = setting(1, "best checkpoints kept beside the newest, where best_metric is given")
+    resume: Literal["never", "same", "any"] = setting(
+        "never",
+        "where reporting.run_dir holds a run: never is an error, same goes on from its newest checkpoint if the "
+        "settings are the same, any goes on with these settings",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,6 +309,10 @@ class ReportingSettings:
     wandb_mode: Literal["online", "offline"] = setting(
         "offline", "offline writes to the run directory; sync it later with wandb sync"
     )
+    mlflow_experiment: str | None = setting(None, "MLflow experiment; none: off")
+    mlflow_uri: str | None = setting(
+        None, "MLflow tracking server or database; none: MLFLOW_TRACKING_URI, else mlflow.db in the run directory"
+    )
     completions_interval: int = setting(1, "iterations between completion tables; 0: none")
     timeline_interval: int = setting(0, "iterations between timelines for Perfetto; 0: none")
 
@@ -293,7 +322,17 @@ class FaultToleranceSettings:
     """What a run survives."""
 
     max_group_retries: int = setting(3, "times a group is sent again after its replica died")
-    max_learner_restarts: int = setting(0, "times the learner group is started again")
+    max_learner_restarts: int = setting(3, "times the learner group is started again after a worker died")
+    keep_learner_state: bool = setting(
+        True,
+        "copy the learners' state to the object store after every update, from where a restarted group goes on; "
+        "without it, or with the node, the run goes back to its newest checkpoint",
+    )
+
+    @property
+    def keeps_state(self) -> bool:
+        """Whether there are such copies: nobody needs them where no group is started again."""
+        return self.keep_learner_state and self.max_learner_restarts > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -309,6 +348,9 @@ class DebuggingSettings:
 class CallbackSettings:
     """User functions called on the driver."""
 
+    on_rollout_group: Callable[..., None] | None = setting(
+        None, "f(algorithm=, group=) for each scored group of a batch, before the update; group is a ScoredGroup"
+    )
     on_train_result: Callable[..., None] | None = setting(
         None, "f(algorithm=, result=) after each iteration; may change the result"
     )

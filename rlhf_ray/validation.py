@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.evaluation.held_out_sets import SET_SETTINGS, held_out_sets
 from rlhf_ray.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.schedule import Schedule
 from rlhf_ray.settings import Settings
@@ -293,10 +294,14 @@ RANGES: Final[Mapping[str, Range]] = {
     "learners.update_timeout_s": _POSITIVE,
     "evaluation.interval": _FROM_ZERO,
     "evaluation.num_prompts": _COUNT,
+    "evaluation.samples_per_prompt": _COUNT,
     "evaluation.temperature": Range(0, 2),
+    "evaluation.top_p": Range(0, 1, open_low=True),
     "evaluation.max_new_tokens": _COUNT,
+    "evaluation.pass_threshold": Range(-math.inf),
     "checkpointing.interval": _FROM_ZERO,
     "checkpointing.keep": _COUNT,
+    "checkpointing.keep_best": _COUNT,
     "reporting.completions_interval": _FROM_ZERO,
     "reporting.timeline_interval": _FROM_ZERO,
     "fault_tolerance.max_group_retries": _FROM_ZERO,
@@ -347,13 +352,23 @@ def _check_not_empty(field: str, value: Any) -> None:
 
 
 def _check_data_source(settings: Settings) -> None:
-    for name in ("path", "eval_path"):
-        source = getattr(settings.data, name)
-        paths = source if isinstance(source, list) and source else [source]
-        is_dataset = hasattr(source, "iter_batches") and hasattr(source, "schema")
-        if source is not None and not is_dataset and not all(isinstance(path, str) for path in paths):
-            remedy = "give a file or folder, a list of files, a hub id, or a ray.data.Dataset"
-            raise ConfigError(f"data.{name}", source, remedy)
+    _check_source("data.path", settings.data.path)
+    for held_out in held_out_sets(settings.data):
+        _check_source(held_out.field, held_out.data.path)
+        for name in SET_SETTINGS:
+            value = getattr(held_out.data, name)
+            try:
+                typed_value(f"data.{name}", value)
+            except ConfigError as error:
+                raise ConfigError(f"{held_out.field}.{name}", value, error.remedy) from None
+
+
+def _check_source(field: str, source: Any) -> None:
+    paths = source if isinstance(source, list) and source else [source]
+    is_dataset = hasattr(source, "iter_batches") and hasattr(source, "schema")
+    if source is not None and not is_dataset and not all(isinstance(path, str) for path in paths):
+        remedy = "give a file or folder, a list of files, a hub id, or a ray.data.Dataset"
+        raise ConfigError(field, source, remedy)
 
 
 def _check_prompt_template(settings: Settings) -> None:
@@ -397,10 +412,40 @@ def _check_reward_weights(settings: Settings) -> None:
         raise ConfigError("rewards.weights", weights, "give at least one weight that is not 0; else all rewards are 0")
 
 
+def _check_checkpointing(settings: Settings) -> None:
+    checkpointing = settings.checkpointing
+    if checkpointing.resume != "never" and settings.reporting.run_dir is None:
+        raise ConfigError("checkpointing.resume", checkpointing.resume, "name the run's folder: reporting.run_dir")
+    best = checkpointing.best_metric
+    if best is None or not best.startswith("evaluation/"):
+        return
+    if settings.evaluation.interval == 0:
+        raise ConfigError("checkpointing.best_metric", best, "set evaluation.interval, or it is never measured")
+    names = [held_out.name for held_out in held_out_sets(settings.data)]
+    if names and not any(best.startswith(f"evaluation/{name}/") for name in names):
+        raise ConfigError("checkpointing.best_metric", best, f"there is no such held-out set; use {' or '.join(names)}")
+
+
 def _check_evaluation_data(settings: Settings) -> None:
-    interval = settings.evaluation.interval
-    if interval > 0 and settings.data.path is not None and settings.data.eval_path is None:
-        raise ConfigError("evaluation.interval", interval, "set data.eval_path to the held-out set, or interval to 0")
+    if held_out_sets(settings.data):
+        return
+    for name, off in (("interval", 0), ("at_start", False), ("at_end", False)):
+        value = getattr(settings.evaluation, name)
+        if value != off:
+            remedy = f"set data.eval_path to the held-out set, or {name} to {off}"
+            raise ConfigError(f"evaluation.{name}", value, remedy)
+
+
+def _check_evaluation_sampling(settings: Settings) -> None:
+    evaluation = settings.evaluation
+    if evaluation.temperature > 0:
+        return
+    if evaluation.samples_per_prompt > 1:
+        remedy = "greedy completions of a prompt are all the same; set evaluation.temperature, such as 0.6, or use 1"
+        raise ConfigError("evaluation.samples_per_prompt", evaluation.samples_per_prompt, remedy)
+    if evaluation.top_p != 1.0:
+        remedy = "greedy decoding takes the likeliest token whatever top_p is; set evaluation.temperature, or use 1.0"
+        raise ConfigError("evaluation.top_p", evaluation.top_p, remedy)
 
 
 # --- combinations: rollouts -----------------------------------------------------------------------------------------
@@ -434,6 +479,9 @@ def _check_trainable_sampling(settings: Settings) -> None:
 
 def _check_off_policy(settings: Settings) -> None:
     training = settings.training
+    if settings.rollouts.partial_rollouts and settings.rollouts.max_staleness == 0:
+        remedy = "with rollouts.max_staleness=0 nothing that is carried over may be trained on; set it to 1 or more"
+        raise ConfigError("rollouts.partial_rollouts", True, remedy)
     if training.proximal == "loglinear" and training.kl_coef > 0 and training.kl_in == "reward":
         remedy = "a KL in the reward needs the forward pass that this saves; use recompute, or kl_in='loss'"
         raise ConfigError("training.proximal", training.proximal, remedy)
@@ -654,7 +702,9 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     _check_rewards_given,
     _check_reward_names,
     _check_reward_weights,
+    _check_checkpointing,
     _check_evaluation_data,
+    _check_evaluation_sampling,
     _check_trainable_sampling,
     _check_off_policy,
     _check_engine_args,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from rlhf_ray.algorithms.ppo import PPOConfig
 from rlhf_ray.errors import ConfigError, DataError, LearnerError, RewardError
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.completions import CompletionsReporter
+from rlhf_ray.reporting.report import DEFAULT_TABLES
 from rlhf_ray.settings import Settings
 from rlhf_ray.types import ScoredGroup
 
@@ -30,7 +32,9 @@ class FakeAlgorithm:
     def __init__(self, config: PPOConfig) -> None:
         self.config = config
         self.settings: Settings = config.settings
-        directory = RunDirectory.create(self.settings.reporting.run_dir, algorithm="PPO")
+        goes_on = self.settings.checkpointing.resume != "never"
+        run_dir = self.settings.reporting.run_dir
+        directory = RunDirectory.reopen(run_dir) if goes_on else RunDirectory.create(run_dir, algorithm="PPO")
         directory.write_config(config.to_yaml())
         self.directory = directory
         self.run_dir: Path = directory.path
@@ -101,6 +105,33 @@ def test_train_reads_a_file_and_overrides_it(algorithm: type[FakeAlgorithm], tmp
 
 
 @pytest.mark.parametrize(
+    ("more", "resume", "gamma"), [([], "any", 0.5), (["training.gamma=0.9"], "any", 0.9), (["conf.yaml"], "same", 0.5)]
+)
+def test_a_run_is_resumed_with_its_own_settings(
+    more: list[str], resume: str, gamma: float, algorithm: type[FakeAlgorithm]
+) -> None:
+    Path("conf.yaml").write_text("training:\n  iterations: 2\n  gamma: 0.5\n")
+    assert cli.main(["train", "conf.yaml", "--run-dir", "runs/it's x=1"]) == 0
+    shutil.rmtree("runs/it's x=1/model")
+
+    assert cli.main(["train", "--resume", "runs/it's x=1", *more]) == 0
+
+    settings = algorithm.built[1].settings
+    assert settings.training.iterations == 2
+    assert (settings.training.gamma, settings.checkpointing.resume) == (gamma, resume)
+    assert settings.reporting.run_dir == "runs/it's x=1"
+
+
+def test_only_a_run_can_be_resumed(algorithm: type[FakeAlgorithm], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+
+    assert cli.main(["train", "--resume", "empty"]) == 2
+
+    assert "--resume = 'empty': this folder holds no run" in capsys.readouterr().err
+    assert algorithm.built == []
+
+
+@pytest.mark.parametrize(
     "argv",
     [
         ["train", "training.iterations=1", "--run-dir", "a", "training.lr=0.5"],
@@ -128,6 +159,9 @@ def test_a_command_is_never_silent_where_no_panel_can_be_drawn(algorithm: type[F
         (["quickstart", "conf.yaml"], "'conf.yaml' is not an override"),
         (["train", "--rundir", "a"], "--rundir"),
         (["train", "--run", "a"], "--run"),
+        (["report"], "RUN_DIR"),
+        (["report", "run", "--completions", "few"], "invalid int value: 'few'"),
+        (["report", "run", "--out", "page.html"], "--out"),
         (["fly"], "fly"),
         ([], "COMMAND"),
     ],
@@ -153,6 +187,8 @@ def test_a_wrong_command_line_exits_2_and_says_why(
         (["evaluate", "--checkpoint", "nowhere"], "no such folder"),
         (["config", "training.lr=fast"], "training.lr"),
         (["doctor", "training.gamma=2"], "training.gamma"),
+        (["report", "nowhere"], "RUN_DIR = 'nowhere': no such folder"),
+        (["report", "."], "this folder holds no run"),
     ],
 )
 def test_a_wrong_setting_is_one_line_on_stderr_and_exits_2(
@@ -249,6 +285,31 @@ def test_a_checkpoint_without_settings_needs_a_file(
     assert algorithm.built[0].settings.training.gamma == 0.5
 
 
+def test_evaluate_measures_a_run_on_the_sets_that_are_named(algorithm: type[FakeAlgorithm]) -> None:
+    run = Path("runs/first")
+    (run / "model").mkdir(parents=True)
+    (run / "model" / "config.json").write_text("{}")
+    best = "evaluation/quickstart/reward_mean"
+    config = PPOConfig().rewards("exact_match").evaluation(interval=5).checkpointing(best_metric=best, interval=5)
+    config.to_yaml(run / "config.yaml")
+    argv = ["evaluate", str(run / "model"), "--data", "a.jsonl", "evaluation.temperature=0.7", "--data", "hard=b.jsonl"]
+    assert cli.main(argv) == 0
+    (algo,) = algorithm.built
+    algo.config.validate()
+    assert algo.restored is None
+    assert algo.settings.model.path == str(Path.cwd() / run / "model")
+    assert algo.settings.data.eval_path == {"a": "a.jsonl", "hard": "b.jsonl"}
+    assert (algo.settings.evaluation.temperature, len(algo.settings.rewards.functions)) == (0.7, 1)
+
+
+def test_evaluate_needs_something_to_measure_on(
+    algorithm: type[FakeAlgorithm], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "data.path=train.jsonl", "rewards.functions=[gsm8k]"]) == 2
+    assert "--data FILE" in capsys.readouterr().err
+    assert algorithm.built == []
+
+
 def test_config_prints_yaml_that_makes_the_same_config(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["config", "training.lr=1e-5", "rollouts.group_size=8"]) == 0
     text = capsys.readouterr().out
@@ -259,6 +320,49 @@ def test_config_prints_yaml_that_makes_the_same_config(capsys: pytest.CaptureFix
     assert len(schedule) == len(expected.schedule().rows())
     assert all(value in text for _, value in expected.schedule().rows())
     assert max(len(line) for line in schedule) <= 80
+
+
+@pytest.fixture
+def two_runs(algorithm: type[FakeAlgorithm]) -> None:
+    """Run directories ``runs/a`` and ``runs/b=1``, settings alone."""
+    for name in ("a", "b=1"):
+        RunDirectory.create(f"runs/{name}", algorithm="PPO").write_config(PPOConfig().to_yaml())
+
+
+@pytest.mark.parametrize(
+    ("argv", "page", "title"),
+    [
+        (["runs/a"], "runs/a/report.html", "a"),
+        (["runs/a", "runs/b=1"], "report.html", "a, b=1"),
+        (["runs/a", "--output", "page.html", "runs/b=1"], "page.html", "a, b=1"),
+        (["--output=page.html", "runs/b=1"], "page.html", "b=1"),
+    ],
+)
+def test_report_writes_a_page_and_says_where_it_is(
+    two_runs: None, argv: list[str], page: str, title: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["report", *argv]) == 0
+    assert capsys.readouterr().out == f"{Path.cwd() / page}\n"
+    assert f"<title>{title} - rlhf_ray</title>" in Path(page).read_text(encoding="utf-8")
+
+
+def test_report_shows_the_completions_that_are_asked_for(two_runs: None) -> None:
+    reporter = CompletionsReporter()
+    reporter.start(Settings(), RunDirectory.reopen("runs/a"))
+    for step in range(1, 21):
+        reporter.report_completions(step, [addition(step, f"{step}+0=", "1", 0.0)])
+    shown = []
+    for option in ([], ["--completions", "2"], ["--completions=0"]):
+        assert cli.main(["report", "runs/a", *option]) == 0
+        text = Path("runs/a/report.html").read_text(encoding="utf-8")
+        shown.append([step for step in range(1, 21) if f'"{step}+0="' in text])
+    assert shown == [[1, 4, 8, 12, 16, 20], [1, 20], []]
+
+
+def test_the_help_of_report_names_the_default(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--help"])
+    assert f"default: {DEFAULT_TABLES}, spread over the run" in " ".join(capsys.readouterr().out.split())
 
 
 def test_quickstart_measures_before_and_after(

@@ -94,3 +94,24 @@ def test_rows_say_when_minibatches_are_uneven_and_when_nothing_is_scheduled() ->
     assert rows["tokens a learner pass"] == "as the model's context allows"
     assert rows["evaluations"] == "on request"
     assert rows["checkpoints"] == "on request"
+
+
+@pytest.mark.parametrize(
+    ("interval", "start", "end", "count", "text"),
+    [
+        (0, True, False, 1, "1 (before the first iteration)"),
+        (0, False, True, 1, "1 (after the last iteration)"),
+        (5, True, True, 3, "3 (before the first iteration, every 5 iterations, after the last iteration)"),
+        (4, False, True, 3, "3 (every 4 iterations, after the last iteration)"),
+    ],
+)
+def test_the_last_evaluation_is_counted_once(interval: int, start: bool, end: bool, count: int, text: str) -> None:
+    plan = schedule(
+        training__iterations=10,
+        evaluation__interval=interval,
+        evaluation__at_start=start,
+        evaluation__at_end=end,
+    )
+
+    assert plan.evaluations == count
+    assert dict(plan.rows())["evaluations"] == text

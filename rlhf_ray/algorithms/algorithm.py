@@ -14,30 +14,39 @@ import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
-from ray.tune import Trainable
+from ray.tune import PlacementGroupFactory, Trainable
 
 from rlhf_ray.algorithms.assembly import (
     Inputs,
     Parts,
     check_inputs,
-    evaluation_prompts,
-    evaluation_sampling,
+    evaluator,
+    learner_spec,
     start_parts,
 )
-from rlhf_ray.algorithms.iteration_result import evaluation_metrics, iteration_result
+from rlhf_ray.algorithms.iteration_result import iteration_result
 from rlhf_ray.algorithms.ray_session import RaySession
-from rlhf_ray.checkpoints.checkpoint import Checkpoint
+from rlhf_ray.algorithms.resuming import RunStart, checkpoint_store, open_run, open_trial_run, resolved_yaml
+from rlhf_ray.algorithms.trial import TRIAL_CPUS, Trial, same_parts
+from rlhf_ray.algorithms.trial_storage import folder_to_read, folder_to_write
+from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
+from rlhf_ray.checkpoints.folder import Folder
+from rlhf_ray.checkpoints.writer import CheckpointWriter
 from rlhf_ray.config import AlgorithmConfig
+from rlhf_ray.errors import LearnerError
+from rlhf_ray.evaluation.evaluator import Outcomes, evaluation_due
 from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.group import StateLostError
 from rlhf_ray.learner.packing import UpdatePlan, attention_length, plan_update
+from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.reporter_set import ReporterSet
-from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.settings import Settings
-from rlhf_ray.types import Prompt, RewardFailure, ScoredGroup, Span
+from rlhf_ray.types import Float32Array, ScoredGroup, Span
 
 __all__ = ["Algorithm"]
 
+_LOG = logging.getLogger(__name__)
 _LIVE: weakref.WeakSet[Algorithm] = weakref.WeakSet()
 
 
@@ -61,32 +70,34 @@ class Algorithm(Trainable):  # type: ignore[misc]
         if isinstance(config, AlgorithmConfig):
             config = config.to_dict()
         self._parts: Parts | None = None
+        self._newest_evaluation: dict[str, dict[str, Any]] | None = None
+        self.policy_version = 0
         super().__init__(config=config, storage=storage)
 
     def setup(self, config: dict[str, Any]) -> None:
         """Check everything, then start learners, replicas and reward workers side by side."""
-        self.algorithm_config = self.config_class.from_dict(config).validate().freeze()
-        self.settings: Settings = self.algorithm_config.settings
-        logging.getLogger("rlhf_ray").setLevel(self.settings.debugging.log_level)
-        self._reporters = ReporterSet.from_settings(self.settings)
-        self.policy_version = 0
-        self._evaluation_set: tuple[str, tuple[Prompt, ...]] | None = None
+        self._use(self._checked(config))
         inputs = check_inputs(self.settings)
-        directory = RunDirectory.create(
-            self.settings.reporting.run_dir, algorithm=self.config_class.algorithm_name.lower()
-        )
-        self._directory = directory
-        self._logdir = str(directory.path)
-        # Without the folder's own name, so that the file reruns the run in a new one.
-        resolved = self.algorithm_config.copy().reporting(run_dir=None)
-        directory.write_config(resolved.to_yaml())
-        self._reporters.start(self.settings, directory)
+        self._evaluator = evaluator(self.settings, inputs)
+        self._first_position = inputs.prompts.state()
+        run = self._open_run()
         _LIVE.add(self)
         try:
             self._start(inputs)
+            if run.checkpoint is not None:
+                self._continue_from(run.checkpoint)
         except BaseException:
             self.stop()
             raise
+
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> Any:
+        """What Ray Tune reserves for a trial: its own process alone.
+
+        Serve, Ray Train and the reward workers reserve for themselves, outside of the trial's placement group, and a
+        trial waits until there is room for all of them.
+        """
+        return PlacementGroupFactory([{"CPU": TRIAL_CPUS}])
 
     @property
     def run_dir(self) -> Path:
@@ -100,96 +111,120 @@ class Algorithm(Trainable):  # type: ignore[misc]
         if parts.publications.version != version:  # What followed the last update failed.
             parts.publications.publish(version, beside=False)
         collected = parts.controller.collect(version)
+        self._show_groups(collected.groups)
         batch = shaped(
-            SequenceBatch.from_groups(collected.groups, version=version),
+            SequenceBatch.from_groups(
+                collected.groups, version=version, max_staleness=self.settings.rollouts.max_staleness
+            ),
             self.settings.rewards,
             mask_truncated=self.settings.training.mask_truncated,
         )
         plan = self._plan(batch, version)
         update_policy = version >= self.settings.training.critic_warmup_iterations
-        figures = parts.learners.update(batch, plan, version=version + 1, update_policy=update_policy)
+        update = parts.learners.update(
+            batch,
+            plan,
+            version=version + 1,
+            update_policy=update_policy,
+            with_advantages=self._completions_are_due,
+        )
         self.policy_version = version + 1
         publication = parts.publications.publish(version + 1)
         iteration_s = time.perf_counter() - started
-        self._report_completions(collected.groups)
+        self._report_completions(collected.groups, update.advantages)
         self._report_timeline(collected.spans)
         return iteration_result(
             collected,
             batch,
             plan,
-            figures,
+            update.figures,
             publication,
             policy_version=version + 1,
             weight_sync_s=parts.publications.held_up_s,
             iteration_s=iteration_s,
             dropped_prompts=self._inputs.prompts.dropped,
-            reward_workers_replaced=parts.rewards.workers_replaced,
         )
 
     def step(self) -> dict[str, Any]:
         """What ``train()`` runs: a training step, and evaluation and checkpoint where they are due."""
-        result = self.training_step()
+        started = time.perf_counter()
+        self._go_on_reporting()
+        self._evaluate_at_start()
+        try:
+            result = self.training_step()
+        except StateLostError as error:
+            self._rewind(error)
+            result = self.training_step()
         number = self.iteration + 1
-        if _due(self.settings.evaluation.interval, number):
-            result["evaluation"] = self.evaluate()
-        if _due(self.settings.checkpointing.interval, number):
-            self._save_in_run_dir(number)
         result["done"] = number >= self.settings.training.iterations
+        if (evaluation := self._evaluation_of(number)) is not None:
+            result["evaluation"] = evaluation
+        interval = self.settings.checkpointing.interval
+        if _due(interval, number) or (interval > 0 and result["done"]):
+            self._save_beside_training(number, result, time_total_s=self._time_total + time.perf_counter() - started)
+        self._tell_of_checkpoints()
+        result["fault_tolerance"] |= self._survived()
         if self.settings.callbacks.on_train_result is not None:
             self.settings.callbacks.on_train_result(algorithm=self, result=result)
         return result
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
-        """Measure the current policy on the held-out set: ``{dataset: {"reward_mean": ...}}``.
+        """Measure the current policy on the held-out sets: ``{dataset: {"reward_mean": ...}}``.
 
         Empty when the run has its own training data and no ``data.eval_path``.
         """
-        named = self._evaluate()
-        if named is None:
-            return {}
-        metrics = {named[0]: evaluation_metrics(named[1])}
-        if self.settings.callbacks.on_evaluate_end is not None:
+        metrics = self._evaluator.metrics(self._sample_evaluation())
+        if metrics and self.settings.callbacks.on_evaluate_end is not None:
             self.settings.callbacks.on_evaluate_end(algorithm=self, metrics=metrics)
         return metrics
 
-    def sample_evaluation(self) -> tuple[ScoredGroup | RewardFailure, ...]:
-        """The held-out completions themselves, in the order of the set."""
-        named = self._evaluate()
-        return () if named is None else named[1]
+    def sample_evaluation(self) -> Outcomes:
+        """The held-out completions themselves, set after set, each in its own order."""
+        return tuple(outcome for of_set in self._sample_evaluation().values() for outcome in of_set)
 
-    def save_to_path(self, path: str | os.PathLike[str]) -> Path:
+    def save_to_path(self, path: str | os.PathLike[str]) -> str:
         """Write a checkpoint folder: policy, critic, optimisers, prompt position and counters.
 
+        Args:
+            path: A folder, or a URI that pyarrow knows, such as ``s3://bucket/checkpoint``.
+
         Returns:
-            The folder, absolute.
+            The folder, absolute, or the URI.
         """
-        checkpoint = Checkpoint(Path(path).expanduser().absolute())
-        checkpoint.begin()
-        self._running().learners.save(str(checkpoint.learner))
-        checkpoint.commit(
-            config=self._directory.config.read_text(),
-            policy_version=self.policy_version,
-            iteration=self.iteration,
-            prompt_position=self._inputs.prompts.state(),
-        )
-        if self.settings.callbacks.on_checkpoint is not None:
-            self.settings.callbacks.on_checkpoint(algorithm=self, path=checkpoint.path)
-        return checkpoint.path
+        self._running()
+        checkpoint = Checkpoint(Folder.at(path))
+        config = self._directory.config.read_text(encoding="utf-8")
+        state = self._state(self.iteration, self._time_total, score=None)
+        self._writer.write(checkpoint, config=config, state=state)
+        self._call_on_checkpoint(checkpoint)
+        return checkpoint.folder.location
 
     def restore_from_path(self, path: str | os.PathLike[str]) -> None:
-        """Go on from a checkpoint folder, on any number of learners and replicas."""
-        checkpoint = Checkpoint(Path(path).expanduser().absolute())
-        state = checkpoint.read()
-        parts = self._running()
+        """Go on from a checkpoint folder or URI, on any number of learners and replicas.
+
+        Raises:
+            DataError: It holds no complete checkpoint.
+        """
+        checkpoint = Checkpoint(Folder.at(path))
+        checkpoint.read()
+        self._continue_from(checkpoint)
+
+    def _continue_from(self, checkpoint: Checkpoint, version: int | None = None) -> None:
+        """Take everything from a checked checkpoint, and call its policy ``version`` where that is given."""
+        parts, state = self._running(), checkpoint.state()
+        version = state.policy_version if version is None else version
+        self._writer.settle()
         parts.publications.settle()
         # First: what is in flight would go on asking for the version that it was admitted at.
-        parts.controller.resume(state.policy_version)
-        parts.learners.load(str(checkpoint.learner), state.policy_version)
+        parts.controller.resume(version)
+        parts.learners.load(checkpoint.learner, version)
         self._inputs.prompts.restore(state.prompt_position)
-        self.policy_version = state.policy_version
-        if state.policy_version > 0 or parts.publications.version != 0:
-            parts.publications.publish(state.policy_version, beside=False)
+        self.policy_version = version
+        if version > 0 or parts.publications.version != 0:
+            parts.publications.publish(version, beside=False)
         self._iteration = state.iteration
+        self._time_total = state.time_total_s
+        self._newest_evaluation = None
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike[str], config: AlgorithmConfig | None = None) -> Algorithm:
@@ -198,14 +233,17 @@ class Algorithm(Trainable):  # type: ignore[misc]
         Args:
             path: What ``save_to_path`` wrote.
             config: Settings to use instead of the checkpoint's own; needed where those hold a closure.
+
+        Raises:
+            DataError: It holds no complete checkpoint.
         """
-        checkpoint = Checkpoint(Path(path).expanduser().absolute())
+        checkpoint = Checkpoint(Folder.at(path))
         checkpoint.read()
         if config is None:
-            config = cls.config_class.from_yaml(checkpoint.config)
+            config = cls.config_class.from_yaml(checkpoint.config())
         algorithm = cls(config=config)
         try:
-            algorithm.restore_from_path(path)
+            algorithm._continue_from(checkpoint)
         except BaseException:
             algorithm.stop()
             raise
@@ -224,11 +262,30 @@ class Algorithm(Trainable):  # type: ignore[misc]
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Ray Tune's way to :meth:`save_to_path`."""
-        self.save_to_path(checkpoint_dir)
+        with folder_to_write(checkpoint_dir, self._storage) as folder:
+            self.save_to_path(folder.location)
 
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Ray Tune's way to :meth:`restore_from_path`."""
-        self.restore_from_path(checkpoint)
+        with folder_to_read(checkpoint, self._storage) as folder:
+            self.restore_from_path(folder.location)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Become another trial, or the same one with other settings: Ray Tune's ``reuse_actors=True``.
+
+        Where only numbers of the training section differ, all processes go on, which saves most of the start of a
+        trial; else everything is started again.
+        """
+        before, config = self.settings, self._checked(new_config)
+        if self._parts is None or not same_parts(before, config.settings):
+            self.cleanup()
+            self.setup(new_config)
+            return True
+        self._reporters.stop()
+        self._use(config)
+        self._open_run()
+        self._begin_again()
+        return True
 
     def log_result(self, result: dict[str, Any]) -> None:
         """Hand the finished result to the reporters; called by ``train()``."""
@@ -238,11 +295,16 @@ class Algorithm(Trainable):  # type: ignore[misc]
         """Stop every process, actor, Serve app and placement group of this run; called by ``stop()``."""
         _LIVE.discard(self)
         parts, self._parts = self._parts, None
-        if parts is not None:
-            parts.stop()
-        elif getattr(self, "_session", None) is not None:
-            self._session.stop()
-        self._reporters.stop()
+        try:
+            if parts is not None:
+                self._writer.stop()
+                self._tell_of_checkpoints()
+        finally:
+            if parts is not None:
+                parts.stop()
+            elif getattr(self, "_session", None) is not None:
+                self._session.stop()
+            self._reporters.stop()
 
     def stop(self) -> None:
         """Leave nothing behind; may be called again, and before set-up has finished."""
@@ -253,20 +315,74 @@ class Algorithm(Trainable):  # type: ignore[misc]
 
     def _setup_logdir(self) -> None:
         # Outside Tune the run directory is made in set-up; Ray's default would leave a folder in the user's home.
+        # In Tune it would also change the working directory, and relative paths would no longer be the user's.
         if self._storage:
-            super()._setup_logdir()
+            os.environ.setdefault("TUNE_ORIG_WORKING_DIR", os.getcwd())
+            self._logdir = self._storage.trial_working_directory
+            os.makedirs(self._logdir, exist_ok=True)
+
+    def _checked(self, config: dict[str, Any]) -> AlgorithmConfig:
+        self._trial = Trial.of(self)
+        given = self.config_class.from_dict(config)
+        return (given if self._trial is None else self._trial.adapted(given)).validate().freeze()
+
+    def _use(self, config: AlgorithmConfig) -> None:
+        self.algorithm_config = config
+        self.settings: Settings = config.settings
+        logging.getLogger("rlhf_ray").setLevel(self.settings.debugging.log_level)
+        self._reporters = ReporterSet.from_settings(self.settings)
+        self.policy_version = 0
+        self._evaluated_at_start = False
+        self._newest_evaluation = None
+
+    def _begin_again(self) -> None:
+        """With the same processes: policy, critic, optimisers and prompts as after a start."""
+        parts = self._running()
+        self._evaluator = evaluator(self.settings, self._inputs)
+        self._writer.settle()
+        parts.publications.settle()
+        parts.controller.resume(0)
+        parts.learners.renew(learner_spec(self.settings, self._inputs, parts.session))
+        self._inputs.prompts.restore(self._first_position)
+        parts.publications.publish(0, beside=False)
+
+    def _open_run(self) -> RunStart:
+        open_directory = open_run if self._trial is None else open_trial_run
+        name = self.config_class.algorithm_name.lower()
+        run = open_directory(self.settings, algorithm=name, resolved=resolved_yaml(self.algorithm_config))
+        self._directory = run.directory
+        self._store = checkpoint_store(self.settings, run.directory)
+        if self._trial is None:
+            self._logdir = str(run.directory.path)
+        self._reports = not run.has_history
+        if self._reports:
+            self._reporters.start(self.settings, self._directory)
+        return run
+
+    def _go_on_reporting(self) -> None:
+        """In a trial that Tune started anew: only now is it known from which iteration it goes on."""
+        if not self._reports:
+            self._reports = True
+            self._directory.forget_after(self.iteration)
+            self._reporters.start(self.settings, self._directory)
 
     def _start(self, inputs: Inputs) -> None:
         self._inputs = inputs
         self._reporters.phase("starting Ray")
-        self._session = RaySession(self.settings)
+        self._session = RaySession(self.settings, self._trial)
         self._parts = start_parts(self.settings, inputs, self._directory, self._reporters, self._session)
+        self._writer = CheckpointWriter(self._parts.learners)
         self._reporters.phase("ready")
 
     def _running(self) -> Parts:
         if self._parts is None:
             raise RuntimeError("this algorithm was stopped; build a new one")
         return self._parts
+
+    def _show_groups(self, groups: tuple[ScoredGroup, ...]) -> None:
+        if self.settings.callbacks.on_rollout_group is not None:
+            for group in groups:
+                self.settings.callbacks.on_rollout_group(algorithm=self, group=group)
 
     def _plan(self, batch: SequenceBatch, version: int) -> UpdatePlan:
         training, learners = self.settings.training, self.settings.learners
@@ -282,18 +398,37 @@ class Algorithm(Trainable):  # type: ignore[misc]
             seed=self.settings.debugging.seed * 1_000_003 + version,
         )
 
-    def _evaluate(self) -> tuple[str, tuple[ScoredGroup | RewardFailure, ...]] | None:
-        if self._evaluation_set is None:
-            self._evaluation_set = evaluation_prompts(self.settings, self._inputs)
-        if self._evaluation_set is None:
-            return None
-        name, prompts = self._evaluation_set
-        sampling = evaluation_sampling(self.settings)
-        return name, self._running().controller.score_prompts(prompts, sampling, self.policy_version)
+    def _sample_evaluation(self) -> dict[str, Outcomes]:
+        return self._evaluator.sample(self._running().controller, self.policy_version)
 
-    def _report_completions(self, groups: tuple[ScoredGroup, ...]) -> None:
-        if _due(self.settings.reporting.completions_interval, self.iteration + 1):
-            self._reporters.report_completions(self.iteration + 1, groups)
+    def _evaluation_of(self, number: int) -> dict[str, dict[str, Any]] | None:
+        """What the result of an iteration says of the held-out sets, if anything.
+
+        Ray Tune stops a sweep whose metric is missing in one result: a trial is evaluated in its first iteration too
+        and repeats the newest evaluation until the next.
+        """
+        evaluation = self.settings.evaluation
+        is_first_of_trial = self._trial is not None and self._newest_evaluation is None
+        if evaluation_due(self.settings, number) or (is_first_of_trial and (evaluation.interval or evaluation.at_end)):
+            self._newest_evaluation = self.evaluate()
+            return self._newest_evaluation
+        return None if self._trial is None else self._newest_evaluation
+
+    def _evaluate_at_start(self) -> None:
+        # Once, also where the first iteration fails and is asked for again.
+        if self.iteration == 0 and not self._evaluated_at_start and evaluation_due(self.settings, 0):
+            self._reporters.phase("evaluating")
+            result = {"training_iteration": 0, "timestamp": int(time.time()), "evaluation": self.evaluate()}
+            self._evaluated_at_start = True
+            self._reporters.report(result)
+
+    @property
+    def _completions_are_due(self) -> bool:
+        return _due(self.settings.reporting.completions_interval, self.iteration + 1)
+
+    def _report_completions(self, groups: tuple[ScoredGroup, ...], advantages: tuple[Float32Array, ...] | None) -> None:
+        if self._completions_are_due:
+            self._reporters.report_completions(self.iteration + 1, groups, advantages)
 
     def _report_timeline(self, spans: tuple[Span, ...]) -> None:
         if self.settings.reporting.timeline_interval > 0:
@@ -302,9 +437,56 @@ class Algorithm(Trainable):  # type: ignore[misc]
             if _due(self.settings.reporting.timeline_interval, self.iteration + 1):
                 self._reporters.report_spans(self.iteration + 1, (*spans, *others))
 
-    def _save_in_run_dir(self, number: int) -> None:
-        self.save_to_path(self._directory.checkpoints / f"iteration_{number:06d}")
-        Checkpoint.prune(self._directory.checkpoints, keep=self.settings.checkpointing.keep)
+    def _save_beside_training(self, number: int, result: dict[str, Any], *, time_total_s: float) -> None:
+        settings = self.settings.checkpointing
+        score = None if settings.best_metric is None else flatten(result).get(settings.best_metric)
+        self._writer.begin(
+            self._store.of_iteration(number),
+            config=self._directory.config.read_text(encoding="utf-8"),
+            state=self._state(number, time_total_s, score=None if score is None else float(score)),
+            then=lambda: self._store.prune(
+                keep=settings.keep, keep_best=settings.keep_best, highest_is_best=settings.best_mode == "max"
+            ),
+        )
+
+    def _state(self, iteration: int, time_total_s: float, *, score: float | None) -> CheckpointState:
+        return CheckpointState(
+            policy_version=self.policy_version,
+            iteration=iteration,
+            time_total_s=time_total_s,
+            prompt_position=self._running().controller.prompt_position(self._inputs.prompts, self.policy_version),
+            score=score,
+        )
+
+    def _rewind(self, error: StateLostError) -> None:
+        """Go back to the newest checkpoint, all but the policy's version: replicas have seen the next ones already."""
+        self._writer.settle()  # It may be writing the newest, and delete what was the newest before.
+        checkpoint = self._store.newest()
+        if checkpoint is None:
+            raise LearnerError(f"{error}, and there is no checkpoint to go back to (checkpointing.interval)") from error
+        _LOG.warning("%s; the run goes back to %s", error, checkpoint.folder)
+        self._reporters.stop()
+        self._directory.forget_after(checkpoint.state().iteration)
+        self._reporters = ReporterSet.from_settings(self.settings)
+        self._reporters.start(self.settings, self._directory)
+        self._continue_from(checkpoint, version=self.policy_version + 1)
+
+    def _survived(self) -> dict[str, int]:
+        parts = self._running()
+        return {
+            "reward_workers_replaced": parts.rewards.workers_replaced,
+            "replica_restarts": parts.publications.new_replicas,
+            "learner_restarts": parts.learners.restarts,
+            "failed_checkpoints": self._writer.failed,
+        }
+
+    def _tell_of_checkpoints(self) -> None:
+        for checkpoint in self._writer.take_written():
+            self._call_on_checkpoint(checkpoint)
+
+    def _call_on_checkpoint(self, checkpoint: Checkpoint) -> None:
+        if self.settings.callbacks.on_checkpoint is not None:
+            self.settings.callbacks.on_checkpoint(algorithm=self, path=checkpoint.folder.location)
 
 
 def _due(interval: int, number: int) -> bool:

@@ -15,19 +15,24 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.algorithms.ray_session import RaySession
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.evaluation.evaluator import Evaluator
+from rlhf_ray.evaluation.held_out_sets import HeldOutSet, held_out_sets
 from rlhf_ray.learner.group import LearnerGroup
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.models import check_compile_backend
+from rlhf_ray.model_path import absolute_if_local
 from rlhf_ray.plugins import Plugin, advantage_plugin, loss_plugin
-from rlhf_ray.prompts.evaluation_prompts import load_prompts
+from rlhf_ray.prompts.evaluation_prompts import check_prompts, load_prompts
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.functions import resolve_rewards
-from rlhf_ray.rewards.pool import RewardPool
+from rlhf_ray.rewards.reward_model.check import check_reward_model
+from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.shipping import pack
+from rlhf_ray.rewards.stage import RewardStage, reward_stage
 from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
@@ -35,7 +40,7 @@ from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
-from rlhf_ray.settings import DataSettings, Settings
+from rlhf_ray.settings import Settings
 from rlhf_ray.types import Prompt, SamplingSettings
 from rlhf_ray.validation import check_advantage, check_loss
 from rlhf_ray.weight_sync.publications import Publications
@@ -44,7 +49,7 @@ from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Inputs", "Parts", "check_inputs", "start_parts"]
+__all__ = ["Inputs", "Parts", "check_inputs", "evaluator", "learner_spec", "start_parts"]
 
 _SETTLE_S = 10.0
 
@@ -72,7 +77,7 @@ class Parts:
     prompts: PromptStream
     learners: LearnerGroup
     app: RolloutApp
-    rewards: RewardPool
+    rewards: RewardStage
     controller: RolloutController
     publications: Publications
 
@@ -100,7 +105,9 @@ def check_inputs(settings: Settings) -> Inputs:
     tokenizer_path = _expanded(settings.model.tokenizer_path) or policy_path
     critic_path = _expanded(settings.model.critic_path)
     trust = settings.model.trust_remote_code
-    resolve_rewards(settings.rewards)
+    for index, reward in enumerate(resolve_rewards(settings.rewards)):
+        if isinstance(reward.function, RewardModelReward):
+            check_reward_model(reward.function, f"rewards.functions[{index}]")
     advantage = advantage_plugin(settings.training.advantage, settings.training.advantage_args)
     check_advantage(advantage, settings)
     loss = loss_plugin(settings.training.loss, settings.training.loss_args)
@@ -113,20 +120,22 @@ def check_inputs(settings: Settings) -> Inputs:
         _model_config("model.critic_path", critic_path, trust)
     prompt_tokens = max_prompt_tokens(settings.rollouts, config)
 
-    def stream(data: DataSettings) -> PromptStream:
-        return PromptStream(
-            data,
+    prompts = PromptStream(
+        settings.data,
+        tokenizer_path=tokenizer_path,
+        max_prompt_tokens=prompt_tokens,
+        seed=settings.debugging.seed,
+        trust_remote_code=trust,
+    )
+    prompts.check()
+    for held_out in held_out_sets(settings.data):
+        check_prompts(
+            held_out.data,
+            field=held_out.field,
             tokenizer_path=tokenizer_path,
             max_prompt_tokens=prompt_tokens,
-            seed=settings.debugging.seed,
             trust_remote_code=trust,
         )
-
-    prompts = stream(settings.data)
-    prompts.check()
-    if settings.data.eval_path is not None:
-        held_out = replace(settings.data, path=settings.data.eval_path, split=settings.data.eval_split)
-        stream(held_out).check()
     return Inputs(
         policy_path=policy_path,
         critic_path=(critic_path or policy_path) if advantage.needs_critic else None,
@@ -139,19 +148,20 @@ def check_inputs(settings: Settings) -> Inputs:
     )
 
 
-def evaluation_prompts(settings: Settings, inputs: Inputs) -> tuple[str, tuple[Prompt, ...]] | None:
-    """Name and prompts of the held-out set; ``None`` when the run has none."""
-    data = settings.data
-    if data.eval_path is None and data.path is not None:
-        return None
-    prompts = load_prompts(
-        data,
-        tokenizer_path=inputs.tokenizer_path,
-        max_prompt_tokens=inputs.max_prompt_tokens,
-        limit=settings.evaluation.num_prompts,
-        trust_remote_code=settings.model.trust_remote_code,
-    )
-    return _dataset_name(data.eval_path), prompts
+def evaluator(settings: Settings, inputs: Inputs) -> Evaluator:
+    """What measures the policy on the held-out sets; they are read when they are first needed."""
+
+    def load(held_out: HeldOutSet) -> tuple[Prompt, ...]:
+        return load_prompts(
+            held_out.data,
+            field=held_out.field,
+            tokenizer_path=inputs.tokenizer_path,
+            max_prompt_tokens=inputs.max_prompt_tokens,
+            limit=settings.evaluation.num_prompts,
+            trust_remote_code=settings.model.trust_remote_code,
+        )
+
+    return Evaluator(settings, load)
 
 
 def start_parts(
@@ -161,14 +171,18 @@ def start_parts(
     run_id = f"{run_dir.name}-{uuid.uuid4().hex[:6]}"
     learners = _learner_group(settings, inputs, run_id, run_dir, session)
     app = _rollout_app(settings, inputs, run_id, learners.bridge, session)
-    rewards = RewardPool(
+    rewards = reward_stage(
         settings.rewards,
+        run_id=run_id,
         tokenizer_path=inputs.tokenizer_path,
-        num_cpus=session.shares.reward_worker,
-        trust_remote_code=settings.model.trust_remote_code,
         tokenizer=_portable_tokenizer(settings, inputs),
+        trust_remote_code=settings.model.trust_remote_code,
+        num_cpus=session.shares.reward_worker,
+        on_gpu=session.on_gpu,
     )
     try:
+        if session.lease is not None:
+            session.lease.watch(app.name, learners.bridge)
         learners.start()
         app.start()
         # The dataset is read in this thread while the others wait for processes.
@@ -178,6 +192,8 @@ def start_parts(
         for part in (rewards, app, learners):
             part.stop()
         raise
+    if session.lease is not None:
+        session.lease.started()
     nccl = _uses_nccl(settings, session)
     publisher: Publisher = (
         NcclPublisher(source=learners, handle=app.handle)
@@ -198,6 +214,7 @@ def start_parts(
         max_equal_groups=_first_given(settings.rollouts.max_dropped_groups, 10 * settings.data.batch_size)
         if settings.rollouts.dynamic_sampling
         else None,
+        partial_rollouts=settings.rollouts.partial_rollouts,
         greedy_baseline=inputs.advantage.needs_greedy_rewards,
         timeout_s=settings.rollouts.timeout_s,
         stall_timeout_s=settings.rollouts.stall_timeout_s,
@@ -233,19 +250,7 @@ def training_sampling(settings: Settings) -> SamplingSettings:
     )
 
 
-def evaluation_sampling(settings: Settings) -> SamplingSettings:
-    """How completions are drawn in evaluation: one a prompt, greedy by default."""
-    rollouts, evaluation = settings.rollouts, settings.evaluation
-    return SamplingSettings(
-        group_size=1,
-        max_new_tokens=evaluation.max_new_tokens or rollouts.max_new_tokens,
-        temperature=evaluation.temperature,
-        stop=tuple(rollouts.stop),
-        stop_token_ids=tuple(rollouts.stop_token_ids),
-    )
-
-
-def _wait(learners: LearnerGroup, app: RolloutApp, rewards: RewardPool, reporters: ReporterSet) -> None:
+def _wait(learners: LearnerGroup, app: RolloutApp, rewards: RewardStage, reporters: ReporterSet) -> None:
     """Wait for all three; the first that fails ends the wait for the others."""
     with ThreadPoolExecutor(3, "start-up") as pool:
         pending = {
@@ -276,9 +281,26 @@ def _report_progress(pending: dict[Any, str], reporters: ReporterSet) -> None:
 def _learner_group(
     settings: Settings, inputs: Inputs, run_id: str, run_dir: RunDirectory, session: RaySession
 ) -> LearnerGroup:
+    learners = settings.learners
+    return LearnerGroup(
+        spec=learner_spec(settings, inputs, session),
+        run_id=run_id,
+        num_learners=learners.num_learners,
+        num_cpus=session.shares.learner,
+        # Ray Train's own bookkeeping; hidden, since nothing in it is for the user.
+        storage_path=str(run_dir.path / ".ray_train"),
+        startup_timeout_s=learners.startup_timeout_s,
+        update_timeout_s=learners.update_timeout_s,
+        max_restarts=settings.fault_tolerance.max_learner_restarts,
+        tensor_parallel_size=settings.rollouts.tensor_parallel_size,
+    )
+
+
+def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> LearnerSpec:
+    """What the learners need of the settings."""
     learners, model = settings.learners, settings.model
     dtype = _dtype(settings, session)
-    spec = LearnerSpec(
+    return LearnerSpec(
         training=settings.training,
         policy_path=inputs.policy_path,
         advantage=_portable(inputs.advantage),
@@ -306,19 +328,8 @@ def _learner_group(
         total_steps=Schedule.of(settings).total_optimiser_steps,
         on_gpu=session.on_gpu,
         timeline=settings.reporting.timeline_interval > 0,
+        keeps_state=settings.fault_tolerance.keeps_state,
         num_threads=learners.num_threads,
-    )
-    return LearnerGroup(
-        spec=spec,
-        run_id=run_id,
-        num_learners=learners.num_learners,
-        num_cpus=session.shares.learner,
-        # Ray Train's own bookkeeping; hidden, since nothing in it is for the user.
-        storage_path=str(run_dir.path / ".ray_train"),
-        startup_timeout_s=learners.startup_timeout_s,
-        update_timeout_s=learners.update_timeout_s,
-        max_restarts=settings.fault_tolerance.max_learner_restarts,
-        tensor_parallel_size=settings.rollouts.tensor_parallel_size,
     )
 
 
@@ -387,21 +398,7 @@ def _uses_nccl(settings: Settings, session: RaySession) -> bool:
 
 
 def _expanded(path: str | None) -> str | None:
-    """A local folder as an absolute path: workers have other working directories."""
-    from pathlib import Path
-
-    if path is None:
-        return None
-    local = Path(path).expanduser()
-    return str(local.absolute()) if local.exists() else path
-
-
-def _dataset_name(path: Any) -> str:
-    from pathlib import Path
-
-    if path is None:
-        return "quickstart"
-    return Path(path).stem if isinstance(path, str) else "dataset"
+    return None if path is None else absolute_if_local(path)
 
 
 def _first_given(value: int | None, default: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +11,9 @@ import numpy as np
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.rollouts.flow import Collected
-from rlhf_ray.types import RewardFailure, ScoredGroup
 from rlhf_ray.weight_sync.publisher import Publication
 
-__all__ = ["evaluation_metrics", "iteration_result"]
+__all__ = ["iteration_result"]
 
 _TIMERS = ("advantage_s", "update_s")
 
@@ -23,14 +22,13 @@ def iteration_result(
     collected: Collected,
     batch: SequenceBatch,
     plan: UpdatePlan,
-    figures: dict[str, float],
+    figures: Mapping[str, float],
     publication: Publication,
     *,
     policy_version: int,
     weight_sync_s: float,
     iteration_s: float,
     dropped_prompts: int,
-    reward_workers_replaced: int,
 ) -> dict[str, Any]:
     """Assemble the result of one iteration.
 
@@ -44,14 +42,17 @@ def iteration_result(
         weight_sync_s: Seconds for which weight sync held training up.
         iteration_s: Seconds of the whole iteration.
         dropped_prompts: Over-long prompts so far.
-        reward_workers_replaced: Reward actors replaced so far.
     """
     timers = {name: figures[name] for name in _TIMERS}
     learner_s = sum(timers.values())
     tokens = int(batch.lengths.sum())
     return {
         "rollouts": _rollout_metrics(collected, batch)
-        | {"dropped_prompts": dropped_prompts, "equal_reward_groups": collected.equal_reward_groups},
+        | {
+            "dropped_prompts": dropped_prompts,
+            "equal_reward_groups": collected.equal_reward_groups,
+            "carried_groups": collected.carried_groups,
+        },
         "rewards": _reward_metrics(collected),
         "learner": _nested({name: value for name, value in figures.items() if name not in _TIMERS})
         | {
@@ -66,7 +67,7 @@ def iteration_result(
             "size_bytes": publication.size_bytes,
             "pause_s": publication.pause_s,
             "publication_s": publication.publication_s,
-            "num_replicas": publication.num_replicas,
+            "num_replicas": len(publication.replica_ids),
         },
         "timers": timers
         | {
@@ -75,30 +76,14 @@ def iteration_result(
             "weight_sync_s": weight_sync_s,
             "iteration_s": iteration_s,
         },
-        "fault_tolerance": {
-            "group_retries": collected.retries,
-            "reward_workers_replaced": reward_workers_replaced,
-        },
-    }
-
-
-def evaluation_metrics(outcomes: Sequence[ScoredGroup | RewardFailure]) -> dict[str, Any]:
-    """Figures of one held-out set; failed rewards are counted and left out of the mean."""
-    scored = [outcome for outcome in outcomes if isinstance(outcome, ScoredGroup)]
-    rewards = np.concatenate([group.rewards for group in scored]) if scored else np.zeros(0)
-    completions = [c for group in scored for c in group.group.completions]
-    return {
-        "reward_mean": float(rewards.mean()) if len(rewards) else float("nan"),
-        "num_prompts": len(outcomes),
-        "failures": len(outcomes) - len(scored),
-        "completion_tokens_mean": float(np.mean([len(c.token_ids) for c in completions])) if completions else 0.0,
-        "truncated_fraction": float(np.mean([c.truncated for c in completions])) if completions else 0.0,
+        "fault_tolerance": {"group_retries": collected.retries},
     }
 
 
 def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, Any]:
     # As the functions gave them; the batch's own may be shaped.
     rewards = np.concatenate([scored.rewards for scored in collected.groups])
+    staleness = batch.staleness[batch.in_loss]
     return {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
@@ -108,11 +93,12 @@ def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, An
         "truncated_fraction": float(batch.truncated.mean()),
         "tokens_per_s": collected.generated_tokens / collected.generating_s if collected.generating_s > 0 else 0.0,
         "idle_fraction": max(0.0, 1.0 - collected.generating_s / collected.elapsed_s),
-        "staleness_mean": float(batch.staleness.mean()),
-        "staleness_max": int(batch.staleness.max()),
+        "in_loss_fraction": len(staleness) / len(batch.staleness),
+        "staleness_mean": float(staleness.mean()) if len(staleness) else 0.0,
+        "staleness_max": int(staleness.max(initial=0)),
         "staleness_fraction": {
-            str(distance): float(count) / len(batch.staleness)
-            for distance, count in zip(*np.unique(batch.staleness, return_counts=True), strict=True)
+            str(distance): float(count) / len(staleness)
+            for distance, count in zip(*np.unique(staleness, return_counts=True), strict=True)
         },
         "num_groups": len(collected.groups),
         "num_completions": len(batch),

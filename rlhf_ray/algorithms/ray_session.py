@@ -11,7 +11,11 @@ from dataclasses import dataclass
 import psutil
 import ray
 
+from rlhf_ray.algorithms.trial import Trial
+from rlhf_ray.algorithms.trial_lease import TrialLease
+from rlhf_ray.algorithms.trial_room import Room
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards.functions import reward_models
 from rlhf_ray.settings import Settings
 
 __all__ = ["RaySession", "Shares", "cpu_shares"]
@@ -44,6 +48,14 @@ class Shares:
     learner: float
     reward_worker: float
 
+    def total(self, settings: Settings) -> float:
+        """CPUs of all replicas, learners and reward workers, those of reward models included."""
+        return (
+            self.replica * settings.rollouts.num_replicas
+            + self.learner * settings.learners.num_learners
+            + self.reward_worker * _num_reward_workers(settings)
+        )
+
 
 def cpu_shares(settings: Settings, cluster_cpus: float) -> Shares:
     """Reservations that fit the cluster: one CPU each, or a fair share where there are fewer CPUs than actors.
@@ -55,7 +67,7 @@ def cpu_shares(settings: Settings, cluster_cpus: float) -> Shares:
     asked = [
         (resources.cpus_per_replica, settings.rollouts.num_replicas),
         (resources.cpus_per_learner, settings.learners.num_learners),
-        (resources.cpus_per_reward_worker, settings.rewards.num_workers),
+        (resources.cpus_per_reward_worker, _num_reward_workers(settings)),
     ]
     fixed = sum(cpus * count for cpus, count in asked if cpus is not None)
     open_actors = sum(count for cpus, count in asked if cpus is None)
@@ -77,12 +89,16 @@ class RaySession:
 
     Args:
         settings: The run's settings: address, device and noise.
+        trial: The Ray Tune trial that this is; waits until the cluster has room for it. None: no trial.
+
+    Raises:
+        ConfigError: The run does not fit the cluster.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, trial: Trial | None = None) -> None:
         self._connected = not ray.is_initialized()
-        joined = settings.resources.ray_address or os.environ.get("RAY_ADDRESS")
-        self.ends_ray = self._connected and not joined
+        address = settings.resources.ray_address or os.environ.get("RAY_ADDRESS")
+        self.ends_ray = self._connected and not _names_a_cluster(address)
         """Whether this session started the whole cluster, which ends with it."""
         if self._connected:
             # A busy laptop needs more than Ray's half minute.
@@ -103,15 +119,35 @@ class RaySession:
             )
         self._quieten(settings.debugging.log_level)
         self.on_gpu = self._resolve_device(settings)
-        self.shares = cpu_shares(settings, ray.cluster_resources().get("CPU", 0.0))
+        cpus = ray.cluster_resources().get("CPU", 0.0)
+        self.lease: TrialLease | None = None
+        self.shares = cpu_shares(settings, cpus) if trial is None else self._leased(settings, cpus - trial.cpus)
 
     def stop(self) -> None:
         """Leave the cluster; one that this session started ends with it."""
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            lease.end()
         if not (self._connected and ray.is_initialized()):
             return
         workers = _ray_workers() if self.ends_ray else []
         ray.shutdown()
         _end(workers, grace_s=_GRACE_S)
+
+    def _leased(self, settings: Settings, cpus: float) -> Shares:
+        from rlhf_ray.algorithms.trial_keeper import trial_keeper
+
+        gpus = _gpus_of_models(settings, on_gpu=self.on_gpu) + (_gpus_needed(settings) if self.on_gpu else 0)
+        offered: dict[Room, Shares] = {}
+
+        def room(cpus: float) -> Room:
+            shares = cpu_shares(settings, cpus)
+            taken = Room(cpus=shares.total(settings), gpus=gpus)
+            offered[taken] = shares
+            return taken
+
+        self.lease = TrialLease(trial_keeper, need=room(cpus), reduced=lambda free: room(min(cpus, free.cpus)))
+        return offered[self.lease.room]
 
     @staticmethod
     def _quieten(level: str) -> None:
@@ -122,9 +158,7 @@ class RaySession:
     def _resolve_device(settings: Settings) -> bool:
         gpus = ray.cluster_resources().get("GPU", 0.0)
         on_gpu = settings.resources.device == "cuda" or (settings.resources.device == "auto" and gpus > 0)
-        needed = (
-            settings.rollouts.num_replicas * settings.rollouts.tensor_parallel_size + settings.learners.num_learners
-        )
+        needed = _gpus_needed(settings)
         if on_gpu and needed > gpus:
             raise ConfigError(
                 "resources.device",
@@ -133,7 +167,34 @@ class RaySession:
                 f"{settings.learners.num_learners} learners need {needed} GPUs, the cluster has {gpus:g}; lower "
                 "rollouts.num_replicas or learners.num_learners, or set resources.device = cpu",
             )
+        of_models = _gpus_of_models(settings, on_gpu=on_gpu)
+        free = gpus - (needed if on_gpu else 0)
+        if of_models > free:
+            raise ConfigError(
+                "rewards.functions",
+                [model.path for model in reward_models(settings.rewards)],
+                f"the reward models need {of_models:g} GPUs, and replicas and learners leave {free:g} of the cluster's "
+                f"{gpus:g}; lower num_gpus (0: on CPUs) or num_workers of the reward models",
+            )
         return on_gpu
+
+
+def _names_a_cluster(address: str | None) -> bool:
+    """Whether an address is that of a running cluster; Ray takes ``local`` for the wish to start one."""
+    return bool(address) and address != "local"
+
+
+def _num_reward_workers(settings: Settings) -> int:
+    return settings.rewards.num_workers + sum(model.num_workers for model in reward_models(settings.rewards))
+
+
+def _gpus_of_models(settings: Settings, *, on_gpu: bool) -> float:
+    models = reward_models(settings.rewards)
+    return float(sum(model.num_workers * model.gpus_per_worker(on_gpu=on_gpu) for model in models))
+
+
+def _gpus_needed(settings: Settings) -> int:
+    return settings.rollouts.num_replicas * settings.rollouts.tensor_parallel_size + settings.learners.num_learners
 
 
 def _ray_workers() -> list[psutil.Process]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from ray.tune import register_trainable
 from ray.tune.tune import _Config
 
 from rlhf_ray.algorithms.algorithm import Algorithm
@@ -46,10 +47,12 @@ _Config.register(AlgorithmConfig)
 
 @functools.cache
 def trainable(config_class: type[AlgorithmConfig]) -> type[Algorithm]:
-    """The Trainable of a configuration class, a user's own included."""
+    """The Trainable of a configuration class, a user's own included; Ray Tune knows it by its name too."""
     doc = f"The algorithm of :class:`{config_class.__name__}`; see there."
     contents = {"config_class": config_class, "__doc__": doc, "__module__": __name__}
-    return type(config_class.algorithm_name, (Algorithm,), contents)
+    made = type(config_class.algorithm_name, (Algorithm,), contents)
+    register_trainable(config_class.algorithm_name, made)
+    return made
 
 
 CISPO = trainable(CISPOConfig)

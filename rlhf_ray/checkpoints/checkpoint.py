@@ -1,24 +1,28 @@
-"""A checkpoint folder: what it holds, how it is written so that a torn write is never taken for one, and pruning.
+"""A checkpoint folder: what it holds, and how it is written so that a torn write is never taken for one.
 
 ::
 
     <folder>/config.yaml        settings of the run
-    <folder>/learner/           distributed checkpoint of policy, critic and optimisers
-    <folder>/state.json         counters and prompt position; written last, so its presence says "complete"
+    <folder>/learner/           policy, critic and optimisers: tensors in safetensors files, one or more a rank
+    <folder>/manifest.json      counters, prompt position, and size and checksum of every other file; written last
+
+Nothing in it is executed when it is read: text, JSON and safetensors.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.order import PromptPosition
 
 __all__ = ["Checkpoint", "CheckpointState"]
+
+_MANIFEST, _CONFIG, _LEARNER = "manifest.json", "config.yaml", "learner"
+_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,64 +31,98 @@ class CheckpointState:
 
     policy_version: int
     iteration: int
+    time_total_s: float
+    """Seconds of all iterations so far."""
     prompt_position: PromptPosition
+    score: float | None = None
+    """``checkpointing.best_metric`` when it was written; none: there was no such figure."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """Paths of one checkpoint folder."""
+    """One checkpoint folder."""
 
-    path: Path
-
-    @property
-    def config(self) -> Path:
-        """The run's settings."""
-        return self.path / "config.yaml"
+    folder: Folder
 
     @property
-    def learner(self) -> Path:
-        """The distributed checkpoint."""
-        return self.path / "learner"
-
-    @property
-    def state(self) -> Path:
-        """Counters and prompt position."""
-        return self.path / "state.json"
+    def learner(self) -> Folder:
+        """Folder of the learners' files."""
+        return self.folder / _LEARNER
 
     def begin(self) -> None:
         """Make the folder; an earlier checkpoint there stops counting as one."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.state.unlink(missing_ok=True)
-        shutil.rmtree(self.learner, ignore_errors=True)
+        self.folder.delete_file(_MANIFEST)
+        self.learner.delete()
+        self.learner.make()
 
-    def commit(self, *, config: str, policy_version: int, iteration: int, prompt_position: PromptPosition) -> None:
-        """Write the rest; the folder is a checkpoint from here on."""
-        self.config.write_text(config)
-        state = CheckpointState(policy_version=policy_version, iteration=iteration, prompt_position=prompt_position)
-        partial = self.state.with_suffix(".partial")
-        partial.write_text(json.dumps(asdict(state), indent=2))
-        os.replace(partial, self.state)
-
-    def read(self) -> CheckpointState:
-        """Read the state.
+    def commit(self, *, config: str, state: CheckpointState, learner_files: Mapping[str, StoredFile]) -> None:
+        """Write the rest; the folder is a checkpoint from here on.
 
         Raises:
-            DataError: There is no complete checkpoint in the folder.
+            DataError: A learner's file is not there: its node writes to a disk that this one does not see.
+        """
+        self.folder.write(_CONFIG, config.encode())
+        files = {f"{_LEARNER}/{name}": stored for name, stored in learner_files.items()}
+        files[_CONFIG] = StoredFile.of_bytes(config.encode())
+        self._check(files, "a learner on another node wrote to a disk of its own? Name a shared folder, or s3://")
+        manifest = {"format": _FORMAT, **asdict(state), "files": {name: asdict(files[name]) for name in sorted(files)}}
+        self.folder.write(_MANIFEST, json.dumps(manifest, indent=2).encode())
+
+    def read(self) -> CheckpointState:
+        """Check every file and read the state.
+
+        Raises:
+            DataError: The folder holds no complete checkpoint.
+        """
+        state, files = self._manifest()
+        self._check(files, "copy it again, or use an earlier one")
+        return state
+
+    def state(self) -> CheckpointState:
+        """Read the state and check no other file.
+
+        Raises:
+            DataError: There is no whole manifest.
+        """
+        return self._manifest()[0]
+
+    def delete(self) -> None:
+        """Delete the folder, the manifest first: a delete that is cut short leaves no checkpoint."""
+        self.folder.delete_file(_MANIFEST)
+        self.folder.delete()
+
+    def config(self) -> str:
+        """The run's settings, as YAML.
+
+        Raises:
+            DataError: There are none.
         """
         try:
-            raw = json.loads(self.state.read_text())
-        except (FileNotFoundError, NotADirectoryError):
-            raise DataError(
-                f"{self.path} holds no complete checkpoint: {self.state.name}, which is written last, is missing"
-            ) from None
-        position = PromptPosition(**raw["prompt_position"])
-        return CheckpointState(
-            policy_version=raw["policy_version"], iteration=raw["iteration"], prompt_position=position
-        )
+            return self.folder.read(_CONFIG).decode()
+        except OSError as error:
+            raise self._refusal(f"{_CONFIG} cannot be read") from error
 
-    @staticmethod
-    def prune(folder: Path, *, keep: int) -> None:
-        """Delete all but the ``keep`` newest complete checkpoints of a run's checkpoint folder."""
-        complete = sorted(state.parent for state in folder.glob("*/state.json"))
-        for old in complete[:-keep]:
-            shutil.rmtree(old)
+    def _manifest(self) -> tuple[CheckpointState, dict[str, StoredFile]]:
+        try:
+            manifest = json.loads(self.folder.read(_MANIFEST))
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._refusal(f"{_MANIFEST}, which is written last, is missing") from None
+        except ValueError:
+            raise self._refusal(f"{_MANIFEST} is cut short or is not JSON") from None
+        if not isinstance(manifest, dict) or manifest.pop("format", None) != _FORMAT:
+            raise self._refusal(f"{_MANIFEST} is not of format {_FORMAT}")
+        try:
+            files = {name: StoredFile(**stored) for name, stored in manifest.pop("files").items()}
+            position = manifest.pop("prompt_position")
+            position["unfinished"] = tuple(position["unfinished"])
+            return CheckpointState(prompt_position=PromptPosition(**position), **manifest), files
+        except (KeyError, TypeError, AttributeError) as error:
+            raise self._refusal(f"{_MANIFEST} is not of format {_FORMAT}: {error}") from error
+
+    def _check(self, files: Mapping[str, StoredFile], remedy: str) -> None:
+        for name, stored in files.items():
+            if not self.folder.holds(name, stored):
+                raise self._refusal(f"{name} is missing, cut short or altered; {remedy}")
+
+    def _refusal(self, reason: str) -> DataError:
+        return DataError(f"{self.folder} holds no complete checkpoint: {reason}")

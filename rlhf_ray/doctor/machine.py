@@ -66,14 +66,14 @@ def check_cores(machine: Machine) -> Check:
 
 
 def check_shared_memory(machine: Machine, weights_bytes: int) -> Check:
-    """New weights lie in Ray's object store and once more on their way into an engine, both in /dev/shm."""
+    """Ray's object store lies in /dev/shm, and there the weights that engines have beside those that come next."""
     name, size = "/dev/shm", machine.shared_memory_bytes
     needed = _LEAST_SHARED_MEMORY + 2 * weights_bytes
     if size is None:
         return failed(name, "there is none", "run on Linux; engines receive their weights through /dev/shm")
     if size >= needed:
         return passed(name, in_units(size))
-    detail = f"{in_units(size)}, wants {in_units(needed)} for Ray's object store and two copies of the weights"
+    detail = f"{in_units(size)}, wants {in_units(needed)} for Ray's object store with two versions of the weights"
     remedy = f"start the container with --shm-size={-(-needed // _GIB)}g, or remount /dev/shm with that size"
     return failed(name, detail, remedy) if size < weights_bytes + _GIB // 8 else warned(name, detail, remedy)
 

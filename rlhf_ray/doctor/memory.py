@@ -1,7 +1,8 @@
 """Before a run: the memory and disk space that models, optimisers and caches will take, beside what there is.
 
 Training keeps float32 weights (4 bytes a parameter), gradients (4) and Adam's two moments (8), for the policy and for
-the critic, sharded over the learners; a reference is weights alone. Activations come on top and depend on
+the critic, sharded over the learners; a reference is weights alone. The object store has two copies of weights and
+moments (``fault_tolerance.keep_learner_state``). Activations come on top and depend on
 ``learners.max_tokens_per_microbatch``.
 """
 
@@ -24,6 +25,7 @@ _TRAINED_BYTES = 16
 _WEIGHT_BYTES = 4
 _SAVED_BYTES = 12
 """A checkpoint: weights and Adam's moments."""
+_COPIES = 2
 # Resident size of a process with torch and transformers, and of vLLM's two processes, before any weights.
 _LEARNER_PROCESS_BYTES = int(0.7 * _GIB)
 _ENGINE_PROCESSES_BYTES = int(1.3 * _GIB)
@@ -39,6 +41,8 @@ class MemoryNeed:
     """Policy, critic, optimisers and reference, a learner."""
     offloaded: int
     """What of it a learner on a GPU keeps in CPU memory."""
+    copies: int
+    """A learner's state in the object store, in CPU memory."""
     engine_weights: int
     """An engine's weights, a GPU of it."""
     sequence: int
@@ -69,7 +73,8 @@ class MemoryNeed:
         """
         # Adapters are small beside the weights, which are then frozen and serve as the reference too.
         lora = settings.model.lora_rank > 0
-        trained = _TRAINED_BYTES * (_parameters(critic) + (0 if lora else policy.num_parameters))
+        num_trained = _parameters(critic) + (0 if lora else policy.num_parameters)
+        trained = _TRAINED_BYTES * num_trained
         reference = dtype_bytes * policy.num_parameters if settings.training.kl_coef > 0 and not lora else 0
         base = _WEIGHT_BYTES * policy.num_parameters if lora else 0
         shards, learners = settings.rollouts.tensor_parallel_size, settings.learners
@@ -77,6 +82,7 @@ class MemoryNeed:
         return cls(
             learner=(trained + base + reference) // learners.num_learners,
             offloaded=offloaded // learners.num_learners,
+            copies=_COPIES * _SAVED_BYTES * num_trained * settings.fault_tolerance.keeps_state // learners.num_learners,
             engine_weights=dtype_bytes * policy.num_parameters // shards,
             sequence=max_tokens * _token_bytes(policy.config, dtype_bytes) // shards,
             cpu_cache=cpu_cache,
@@ -94,14 +100,22 @@ def check_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, on_g
     ]
 
 
+def _kept_checkpoints(settings: Settings) -> int:
+    checkpointing = settings.checkpointing
+    if not checkpointing.interval or checkpointing.path is not None:
+        return 0
+    best = 0 if checkpointing.best_metric is None else checkpointing.keep_best
+    # The newest is written before the oldest is deleted.
+    return checkpointing.keep + best + 1
+
+
 def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> Check:
     """Compare the space of the run directory's disk with the checkpoints and the exported model."""
     wanted = Path(settings.reporting.run_dir or "runs").expanduser().absolute()
     existing = next(folder for folder in (wanted, *wanted.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
     checkpoint = _SAVED_BYTES * (policy.num_parameters + _parameters(critic))
-    # The newest is written before the oldest is deleted.
-    kept = settings.checkpointing.keep + 1 if settings.checkpointing.interval else 0
+    kept = _kept_checkpoints(settings)
     needed = _LOGS_BYTES + kept * checkpoint + _WEIGHT_BYTES * policy.num_parameters
     detail = f"{in_units(free)} free at {existing}"
     if free < needed:
@@ -118,8 +132,10 @@ def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engin
     learners, replicas = settings.learners.num_learners, settings.rollouts.num_replicas if engines else 0
     engine = need.engine_weights + need.cpu_cache
     processes = learners * _LEARNER_PROCESS_BYTES + replicas * _ENGINE_PROCESSES_BYTES + _DRIVER_AND_RAY_BYTES
-    total = learners * need.learner + replicas * engine + processes
+    total = learners * (need.learner + need.copies) + replicas * engine + processes
     parts = [f"learners {in_units(learners * need.learner)}"]
+    if need.copies:
+        parts.append(f"copies of their state {in_units(learners * need.copies)}")
     if engines:
         parts.append(f"engines {in_units(replicas * engine)} with cache {in_units(need.cpu_cache)} each")
     parts.append(f"programs {in_units(processes)}")
@@ -127,7 +143,10 @@ def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engin
     if settings.resources.ray_address is not None:
         return passed("memory", f"{detail} here; the cluster's nodes share it")
     if total > machine.available_bytes:
-        return failed("memory", detail, "use a smaller model, fewer replicas or a smaller rollouts.kv_cache_bytes")
+        remedy = "use a smaller model, fewer replicas, less rollouts.kv_cache_bytes"
+        if need.copies:
+            remedy += ", or turn fault_tolerance.keep_learner_state off"
+        return failed("memory", detail, remedy)
     if total > 0.8 * machine.available_bytes:
         return warned("memory", detail, "activations may not fit: lower learners.max_tokens_per_microbatch")
     return passed("memory", detail)

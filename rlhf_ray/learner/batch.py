@@ -37,12 +37,16 @@ class SequenceBatch:
     """``[N]``, completions of one prompt have the same"""
     greedy_rewards: Float32Array
     """``[N]``, reward of the greedy completion of the prompt; 0 where none was sampled"""
-    in_loss: npt.NDArray[np.bool_]
-    """``[N]``, false where the completion is left out of the losses"""
+    loss_starts: Int32Array
+    """``[N]``, first completion token that enters the losses; T where none does"""
 
     @classmethod
-    def from_groups(cls, groups: Sequence[ScoredGroup], *, version: int) -> SequenceBatch:
-        """Lay out the completions of all groups, in order; ``version`` is the policy's that is to be trained."""
+    def from_groups(cls, groups: Sequence[ScoredGroup], *, version: int, max_staleness: int) -> SequenceBatch:
+        """Lay out the completions of all groups, in order; ``version`` is the policy's that is to be trained.
+
+        Tokens that are staler than ``max_staleness``, of completions that were carried over, do not enter the losses;
+        they come first, for versions only rise.
+        """
         sizes = [len(scored.group.completions) for scored in groups]
         rows = [(scored.group.prompt, c) for scored in groups for c in scored.group.completions]
         staleness = [np.int32(version) - _versions(c) for _, c in rows]
@@ -59,7 +63,7 @@ class SequenceBatch:
             truncated=np.asarray([c.truncated for _, c in rows], dtype=np.bool_),
             group_ids=np.repeat([scored.group.group_id for scored in groups], sizes).astype(np.int64),
             greedy_rewards=np.repeat([scored.greedy_reward or 0.0 for scored in groups], sizes).astype(np.float32),
-            in_loss=np.ones(len(rows), dtype=np.bool_),
+            loss_starts=np.asarray([np.count_nonzero(s > max_staleness) for s in staleness], dtype=np.int32),
         )
 
     def __len__(self) -> int:
@@ -72,8 +76,22 @@ class SequenceBatch:
 
     @property
     def loss_lengths(self) -> Int32Array:
-        """``[N]``, tokens that enter the losses: T, or 0."""
-        return self.completion_lengths * self.in_loss
+        """``[N]``, completion tokens that enter the losses."""
+        return self.completion_lengths - self.loss_starts
+
+    @property
+    def in_loss(self) -> npt.NDArray[np.bool_]:
+        """``[sum(T)]``, whether a completion token enters the losses."""
+        lengths = self.completion_lengths
+        firsts = np.cumsum(lengths) - lengths + self.loss_starts
+        entering: npt.NDArray[np.bool_] = np.arange(int(lengths.sum())) >= np.repeat(firsts, lengths)
+        return entering
+
+    def loss_mask(self) -> npt.NDArray[np.bool_]:
+        """``[N, max(T)]``, true at completion tokens that enter the losses."""
+        steps = np.arange(int(self.completion_lengths.max(initial=0)))
+        mask: npt.NDArray[np.bool_] = (steps >= self.loss_starts[:, None]) & (steps < self.completion_lengths[:, None])
+        return mask
 
     def select(self, indices: Sequence[int]) -> SequenceBatch:
         """The given sequences, in that order."""
@@ -89,7 +107,7 @@ class SequenceBatch:
             truncated=self.truncated[order],
             group_ids=self.group_ids[order],
             greedy_rewards=self.greedy_rewards[order],
-            in_loss=self.in_loss[order],
+            loss_starts=self.loss_starts[order],
         )
 
     def size_bytes(self) -> int:

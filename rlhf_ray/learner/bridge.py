@@ -1,17 +1,25 @@
 """The 0-CPU actor between the Algorithm and its learner workers.
 
 Consumes commands from the Algorithm; each worker long-polls for the next one and posts its answer; the Algorithm is
-unblocked when every rank has answered or one has failed. Also holds the newest published ``(manifest, refs)``, so that
-a replica or a learner group that starts again finds the state it needs. Plain asyncio: ``bridge_actor`` wraps it.
+unblocked when every rank has answered or one has failed. Also holds the newest published ``(manifest, refs)`` and is a
+:class:`StateKeeper` for the ranks on its own node, so that a replica or a worker group that starts again finds what it
+needs. Plain asyncio: ``bridge_actor`` wraps it.
+
+Workers and bridge may die, each by itself. A command names the worker group that it is for: one that Ray Train has
+started again answers nothing that was asked of the group before it. A bridge that was started again knows nothing: the
+Algorithm's call comes once more, with the same command, and a rank that has carried it out repeats its answer.
 """
 
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_ray.checkpoints.folder import StoredFile
+from rlhf_ray.learner.state_keeper import StateKeeper, keeper_on
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
@@ -19,18 +27,20 @@ _SNAPSHOT_TIMEOUT_S = 600.0
 # Nobody takes them where the Algorithm is stuck.
 _MOST_SPANS = 100_000
 
-__all__ = ["Bridge", "Command", "RankFailure", "bridge_actor"]
+__all__ = ["Bridge", "Command", "GroupLost", "RankFailure", "bridge_actor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """One order to all ranks."""
+    """One order to all ranks of a worker group."""
 
-    sequence: int
     verb: str
-    """``update``, ``publish``, ``send``, ``save``, ``load``, ``export`` or ``stop``."""
+    """``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` or ``stop``."""
     arguments: tuple[Any, ...]
     """One entry a rank, or a single one for all."""
+    group: str
+    """The worker group that it is for."""
+    command_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def argument(self, rank: int) -> Any:
         """The argument meant for ``rank``."""
@@ -46,6 +56,11 @@ class RankFailure:
     """Traceback text."""
 
 
+@dataclass(frozen=True, slots=True)
+class GroupLost:
+    """The worker group that was asked is gone; another one is in its place."""
+
+
 @dataclass(slots=True)
 class _Pending:
     command: Command
@@ -53,7 +68,7 @@ class _Pending:
     finished: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-class Bridge:
+class Bridge(StateKeeper):
     """Command queue, answers and newest weights.
 
     Args:
@@ -61,29 +76,22 @@ class Bridge:
     """
 
     def __init__(self, world_size: int) -> None:
+        super().__init__()
         self._world_size = world_size
         self._changed = asyncio.Condition()
         self._pending: _Pending | None = None
-        self._sequence = 0
-        self._ready: set[int] = set()
+        self._group: str | None = None
+        self._versions: dict[int, int] = {}
         self._failure: RankFailure | None = None
-        self._attempt = 0
         self._manifest: WeightManifest | None = None
         self._refs: list[Any] = []
         self._version = 0
+        self._saved: dict[str, dict[int, dict[str, StoredFile] | RankFailure]] = {}
         self._commanding = asyncio.Lock()
         self._controller: Any = None
+        self._keepers: dict[str, Any] = {}
+        self._placement_group: Any = None
         self._spans: deque[Span] = deque(maxlen=_MOST_SPANS)
-
-    async def register(self, rank: int) -> int:
-        """A rank reports that its models are loaded; returns the sequence number to listen after."""
-        async with self._changed:
-            if rank in self._ready:  # the group was started again
-                self._attempt += 1
-                self._ready.clear()
-            self._ready.add(rank)
-            self._changed.notify_all()
-            return self._sequence
 
     async def add_spans(self, spans: list[Span]) -> None:
         """Keep what a rank or a replica did, for the timeline."""
@@ -95,50 +103,46 @@ class Bridge:
         self._spans.clear()
         return spans
 
-    async def attempt(self) -> int:
-        """How often the group was started again."""
-        return self._attempt
+    async def wait_ready(self, timeout_s: float, *, after: str | None = None) -> RankFailure | str | None:
+        """Wait until all ranks of a worker group other than ``after`` have asked for commands.
 
-    async def wait_ready(self, timeout_s: float) -> RankFailure | bool:
-        """Wait until all ranks registered; a failure as soon as one reports it; ``False`` when time is over."""
+        Returns:
+            The group; a failure as soon as one reports it; ``None`` when time is over.
+        """
         async with self._changed:
-            ready = self._changed.wait_for(lambda: self._failure or len(self._ready) == self._world_size)
+            ready = self._changed.wait_for(lambda: self._failure or (self._is_complete() and self._group != after))
             try:
                 await asyncio.wait_for(ready, timeout_s)
             except TimeoutError:
-                return False
-            return self._failure or True
+                return None
+            return self._failure or self._group
 
-    async def execute(self, verb: str, arguments: tuple[Any, ...], timeout_s: float) -> list[Any] | RankFailure | None:
+    async def execute(self, command: Command, timeout_s: float) -> list[Any] | RankFailure | GroupLost | None:
         """Give a command and wait for every rank's answer, in rank order; ``None`` when time is over."""
         async with self._commanding:
-            async with self._changed:
-                if self._failure is not None:
-                    return self._failure
-                self._sequence += 1
-                command = Command(sequence=self._sequence, verb=verb, arguments=arguments)
-                pending = self._pending = _Pending(command=command)
-                self._changed.notify_all()
             try:
-                await asyncio.wait_for(pending.finished.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    return await self._answers(command)
             except TimeoutError:
                 return None
-            return self._failure or [pending.answers[rank] for rank in range(self._world_size)]
 
-    async def next_command(self, after: int, timeout_s: float) -> Command | None:
-        """Long poll of a worker: the command after sequence number ``after``; ``None`` when time is over."""
+    async def next_command(self, rank: int, group: str, version: int, timeout_s: float) -> Command | None:
+        """Long poll of a rank that holds policy ``version``: what it has not answered yet; ``None`` when time is over.
+
+        A rank may be given a command that it has carried out, if this bridge does not know its answer.
+        """
         async with self._changed:
-            arrived = self._changed.wait_for(lambda: self._sequence > after)
+            self._join(rank, group, version)
+            asked = self._changed.wait_for(lambda: self._open_command(rank, group))
             try:
-                await asyncio.wait_for(arrived, timeout_s)
+                return await asyncio.wait_for(asked, timeout_s)
             except TimeoutError:
                 return None
-            return self._pending.command if self._pending is not None else None
 
-    async def answer(self, sequence: int, rank: int, result: Any) -> None:
+    async def answer(self, command_id: str, rank: int, result: Any) -> None:
         """A rank's answer to a command."""
         pending = self._pending
-        if pending is None or pending.command.sequence != sequence:
+        if pending is None or pending.command.command_id != command_id:
             return  # the Algorithm gave up on that command
         pending.answers[rank] = result
         if len(pending.answers) == self._world_size:
@@ -152,6 +156,37 @@ class Bridge:
             if self._pending is not None:
                 self._pending.finished.set()
 
+    async def saved(self, save_id: str, rank: int, files: dict[str, StoredFile] | RankFailure) -> None:
+        """A rank's files of a checkpoint are written, or cannot be; ``save_id`` is the command that asked for them."""
+        async with self._changed:
+            if save_id in self._saved:
+                self._saved[save_id][rank] = files
+                self._changed.notify_all()
+
+    async def wait_saved(
+        self, save_id: str, timeout_s: float
+    ) -> dict[str, StoredFile] | RankFailure | GroupLost | None:
+        """Wait for every rank's files of a checkpoint; ``None`` when time is over."""
+
+        def outcome() -> dict[str, StoredFile] | RankFailure | GroupLost | None:
+            answers = self._saved.get(save_id)
+            if answers is None:
+                return GroupLost()
+            failed = next((answer for answer in answers.values() if isinstance(answer, RankFailure)), self._failure)
+            if failed is not None or len(answers) < self._world_size:
+                return failed
+            return {name: file for files in answers.values() if isinstance(files, dict) for name, file in files.items()}
+
+        async with self._changed:
+            done = self._changed.wait_for(lambda: outcome() is not None)
+            try:
+                await asyncio.wait_for(done, timeout_s)
+            except TimeoutError:
+                return None
+            found = outcome()
+            self._saved.pop(save_id, None)
+            return found
+
     async def set_controller(self, controller: Any) -> None:
         """The Ray Train controller's handle, for an abort."""
         self._controller = controller
@@ -159,6 +194,20 @@ class Bridge:
     async def controller(self) -> Any:
         """The handle, or ``None`` before the controller runs."""
         return self._controller
+
+    async def keeper(self, node_id: str) -> Any:
+        """Handle of the actor that keeps the state of the ranks on a node: this one, or one that is started there."""
+        if node_id not in self._keepers:
+            self._keepers[node_id] = keeper_on(node_id)
+        return self._keepers[node_id]
+
+    async def set_placement_group(self, group: Any) -> None:
+        """Where the ranks run from now on."""
+        self._placement_group = group
+
+    async def placement_group(self) -> Any:
+        """Where the ranks run, or ``None`` before they do."""
+        return self._placement_group
 
     async def set_weights(self, manifest: WeightManifest, refs: list[Any]) -> None:
         """Rank 0 put a version into the object store: the newest from now on."""
@@ -176,22 +225,80 @@ class Bridge:
     async def newest_weights(self, min_version: int) -> tuple[WeightManifest, list[Any]]:
         """The newest published weights, for a replica that is behind.
 
-        Where the newest version went over NCCL the learners are told to put it into the object store too.
+        Where the newest version is not in the object store (it went over NCCL, or went with the rank that had put it
+        there) the learners are told to put it there.
 
         Raises:
             RuntimeError: There is no such version, or the learners could not give it.
         """
-        if self._manifest is None or self._manifest.version < min_version:
-            await self.execute("publish", (None,), _SNAPSHOT_TIMEOUT_S)
-        if self._manifest is None or self._manifest.version < min_version:
+        if not self._has(min_version):
+            await self._publish(min_version)
+        if self._manifest is None or not self._has(min_version):
             raise RuntimeError(f"policy version {min_version} is not to be had, the newest is {self._version}")
         return self._manifest, self._refs
 
+    def _has(self, min_version: int) -> bool:
+        return self._manifest is not None and self._manifest.version >= min_version
+
+    async def _publish(self, min_version: int) -> None:
+        def has_it() -> bool:
+            return self._is_complete() and self._versions[0] >= min_version
+
+        async with self._changed:
+            # A group that was started again has no such version until it got its state back.
+            waiting = self._changed.wait_for(lambda: self._failure or has_it())
+            try:
+                await asyncio.wait_for(waiting, _SNAPSHOT_TIMEOUT_S)
+            except TimeoutError:
+                return
+            group = self._group
+        if group is not None:
+            await self.execute(Command(verb="publish", arguments=(None,), group=group), _SNAPSHOT_TIMEOUT_S)
+
+    def _is_complete(self) -> bool:
+        return len(self._versions) == self._world_size
+
+    def _join(self, rank: int, group: str, version: int) -> None:
+        """Note that a rank listens; the first one of a new group ends the old one."""
+        if group != self._group:
+            if self._pending is not None:
+                self._pending.finished.set()
+            self._group, self._pending, self._failure = group, None, None
+            self._versions.clear()
+            self._saved.clear()
+            # What rank 0 had put into the object store went with it.
+            self._manifest, self._refs = None, []
+        self._versions[rank] = version
+        self._changed.notify_all()
+
+    def _open_command(self, rank: int, group: str) -> Command | None:
+        pending = self._pending
+        if pending is None or self._failure is not None or pending.command.group != group or rank in pending.answers:
+            return None
+        return pending.command
+
+    async def _answers(self, command: Command) -> list[Any] | RankFailure | GroupLost:
+        async with self._changed:
+            # One that was started again waits until the ranks have found it.
+            await self._changed.wait_for(lambda: self._failure or self._is_complete())
+            if self._failure is not None:
+                return self._failure
+            if self._group != command.group:
+                return GroupLost()
+            pending = self._pending = _Pending(command=command)
+            if command.verb == "save":
+                self._saved[command.command_id] = {}
+            self._changed.notify_all()
+        await pending.finished.wait()
+        if self._group != command.group:
+            return GroupLost()
+        return self._failure or [pending.answers[rank] for rank in range(self._world_size)]
+
 
 def bridge_actor(world_size: int) -> Any:
-    """Start a bridge as an actor on the driver's node."""
+    """Start a bridge as an actor on the driver's node; it is started again, and calls repeated, whenever it dies."""
     import ray
 
     # Every rank and every waiting replica holds a long poll open.
-    options = {"num_cpus": 0, "max_concurrency": 10_000}
+    options = {"num_cpus": 0, "max_concurrency": 10_000, "max_restarts": -1, "max_task_retries": -1}
     return ray.remote(**options)(Bridge).remote(world_size)

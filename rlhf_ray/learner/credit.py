@@ -57,7 +57,7 @@ class CreditAssignment:
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold."""
-        return {"kl_coef": torch.tensor(self.kl_coef, dtype=torch.float64)}
+        return {"kl_coef": torch.tensor([self.kl_coef], dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
         """Continue with the weight of a checkpoint, where it is adapted."""

@@ -40,9 +40,8 @@ class Estimates:
     def of(cls, batch: SequenceBatch, *, device: torch.device, values: bool, reference: bool) -> Estimates:
         """Make room for the figures that a run has."""
         sampling = pad_completions(batch.sampling_logprobs, batch.completion_lengths, device=device)
-        lengths = torch.tensor(batch.loss_lengths, device=device)
         return cls(
-            mask=torch.arange(sampling.shape[1], device=device)[None, :] < lengths[:, None],
+            mask=torch.from_numpy(batch.loss_mask()).to(device),
             sampling_logprobs=sampling,
             staleness=pad_completions(batch.staleness.astype(np.float32), batch.completion_lengths, device=device),
             fresh=torch.tensor(batch.fresh, device=device)[:, None].expand(sampling.shape),

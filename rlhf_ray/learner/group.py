@@ -1,7 +1,8 @@
 """The learner workers as the Algorithm sees them: one Ray Train ``TorchTrainer`` run, driven step by step.
 
 ``TorchTrainer.fit()`` runs in a thread for the whole run; commands go through the bridge actor to all ranks and their
-answers come back the same way.
+answers come back the same way. A worker that dies costs time and nothing else: Ray Train starts all of them again, they
+take back the state after the last update, and the command is given once more.
 """
 
 from __future__ import annotations
@@ -9,25 +10,31 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
 
+from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.bridge import RankFailure, bridge_actor
+from rlhf_ray.learner.bridge import Command, GroupLost, RankFailure, bridge_actor
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.packing import UpdatePlan
+from rlhf_ray.learner.update_result import UpdateResult, merged_results
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
-__all__ = ["LearnerGroup"]
+__all__ = ["LearnerGroup", "StateLostError"]
 
 _LOG = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 30.0
 # How often a wait looks whether the Ray Train run has ended under it.
 _CHECK_S = 1.0
+
+
+class StateLostError(LearnerError):
+    """The learners were started again and nothing kept their state; :meth:`LearnerGroup.load` comes next."""
 
 
 class LearnerGroup:
@@ -70,7 +77,16 @@ class LearnerGroup:
         self._ended = threading.Event()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
-        self._listening = False
+        self._name: str | None = None
+        self._version = 0
+        self._state_is_lost = False
+        self._renewed = False
+        self._controller: Any = None
+        self._last_command = ""
+        # Commands of one thread wait for those of another, and for a group that is started again.
+        self._commanding = threading.RLock()
+        self.restarts = 0
+        """How often Ray Train started the group again."""
         self.bridge: Any = bridge_actor(num_learners)
 
     @property
@@ -89,21 +105,39 @@ class LearnerGroup:
         Raises:
             LearnerError: A rank failed, or the time is over.
         """
-        ready = self._await(self.bridge.wait_ready.remote(self._startup_timeout_s), "to start")
-        if ready is False:
+        ready = self._await(self.bridge.wait_ready.remote(self._startup_timeout_s, after=self._name), "to start")
+        if ready is None:
             raise LearnerError(
                 f"the learners did not start within learners.startup_timeout_s = {self._startup_timeout_s:g} s; "
                 "are there enough CPUs and GPUs in the cluster?"
             )
-        self._listening = True
+        self._name = ready
+        self._controller = ray.get(self.bridge.controller.remote())
 
-    def update(self, batch: SequenceBatch, plan: UpdatePlan, *, version: int, update_policy: bool) -> dict[str, float]:
-        """Train on a batch, after which the policy is ``version``; each rank gets its own sequences by reference."""
+    def update(
+        self, batch: SequenceBatch, plan: UpdatePlan, *, version: int, update_policy: bool, with_advantages: bool
+    ) -> UpdateResult:
+        """Train on a batch, after which the policy is ``version``; each rank gets its own sequences by reference.
+
+        Args:
+            batch: All sequences.
+            plan: Which rank trains on which.
+            version: Of the policy afterwards.
+            update_policy: False in the critic's warm-up.
+            with_advantages: Whether the result holds them, in the order of the batch.
+
+        Raises:
+            LearnerError: A rank failed, or Ray Train started the group again too often.
+            StateLostError: The group was started again, and its state is gone.
+        """
         # These references must outlive the command.
         refs = [ray.put(batch.select(indices)) for indices in plan.sequences]
-        arguments = [(ref, rank, update_policy, version) for ref, rank in zip(refs, plan.ranks, strict=True)]
-        figures: dict[str, float] = self._execute("update", arguments)[0]
-        return figures
+        arguments = [
+            (ref, rank, update_policy, with_advantages, version) for ref, rank in zip(refs, plan.ranks, strict=True)
+        ]
+        result = merged_results(self._execute("update", arguments), plan.sequences)
+        self._version = version
+        return result
 
     def publish(self) -> tuple[WeightManifest, list[Any]]:
         """Gather the policy into the object store; returns where it is."""
@@ -121,13 +155,38 @@ class LearnerGroup:
         spans: list[Span] = ray.get(self.bridge.take_spans.remote())
         return spans
 
-    def save(self, folder: str) -> None:
-        """Write a distributed checkpoint."""
-        self._execute("save", (folder,))
+    def save(self, folder: Folder) -> Callable[[], dict[str, StoredFile]]:
+        """Copy the state for a checkpoint, which ranks write beside what comes next.
 
-    def load(self, folder: str, version: int) -> None:
+        Returns:
+            A call that waits for the files and tells what they are; another thread may make it.
+        """
+        with self._commanding:
+            self._execute("save", (folder,))
+            save_id = self._last_command
+
+        def wait() -> dict[str, StoredFile]:
+            saved = self._await(self.bridge.wait_saved.remote(save_id, self._update_timeout_s), "to write a checkpoint")
+            if saved is None:
+                limit = f"learners.update_timeout_s = {self._update_timeout_s:g} s"
+                raise LearnerError(f"the learners took longer than {limit} to write a checkpoint")
+            if isinstance(saved, GroupLost):
+                raise LearnerError("the learners were started again while they wrote a checkpoint")
+            files: dict[str, StoredFile] = saved
+            return files
+
+        return wait
+
+    def load(self, folder: Folder, version: int) -> None:
         """Restore a distributed checkpoint of policy ``version``."""
-        self._execute("load", ((folder, version),))
+        self._execute("load", ((folder, version),), recalls=False)
+        self._version, self._state_is_lost = version, False
+
+    def renew(self, spec: LearnerSpec) -> None:
+        """Begin again with other settings of the same parts: version 0, as after a start."""
+        self._spec, self._renewed = spec, True
+        self._execute("renew", (spec,), recalls=False)
+        self._version, self._state_is_lost = 0, False
 
     def export(self, folder: str) -> None:
         """Write Hugging Face folders."""
@@ -137,9 +196,10 @@ class LearnerGroup:
         """End the ranks and the bridge."""
         if self._thread is None or not ray.is_initialized():
             return
-        if self._thread.is_alive() and self._listening:
+        if self._thread.is_alive() and self._name is not None:
+            stop = Command(verb="stop", arguments=(None,), group=self._name)
             try:
-                ray.get(self.bridge.execute.remote("stop", (None,), _STOP_TIMEOUT_S), timeout=_STOP_TIMEOUT_S)
+                ray.get(self.bridge.execute.remote(stop, _STOP_TIMEOUT_S), timeout=_STOP_TIMEOUT_S)
                 self._thread.join(timeout=5.0)
             except ray.exceptions.RayError as error:  # the bridge is gone, and with it the way to the ranks
                 _LOG.info("the learners did not take the stop command: %r", error)
@@ -149,13 +209,43 @@ class LearnerGroup:
         self._thread = None
         ray.kill(self.bridge)
 
-    def _execute(self, verb: str, arguments: Sequence[Any]) -> list[Any]:
-        answers = self._await(self.bridge.execute.remote(verb, tuple(arguments), self._update_timeout_s), f"to {verb}")
-        if answers is None:
-            raise LearnerError(
-                f"the learners took longer than learners.update_timeout_s = {self._update_timeout_s:g} s to {verb}"
-            )
-        return list(answers)
+    def _execute(self, verb: str, arguments: Sequence[Any], *, recalls: bool = True) -> list[Any]:
+        """Give a command and return the answers of all ranks, whichever group gives them.
+
+        Args:
+            verb: What to do.
+            arguments: One entry a rank, or a single one for all.
+            recalls: Whether a group that was started again must get its state back first.
+        """
+        with self._commanding:
+            if self._state_is_lost and recalls:
+                raise StateLostError("the learners have no state yet: restore a checkpoint first")
+            while True:
+                assert self._name is not None, "wait_ready() comes first"
+                command = Command(verb=verb, arguments=tuple(arguments), group=self._name)
+                self._last_command = command.command_id
+                answers = self._await(self.bridge.execute.remote(command, self._update_timeout_s), f"to {verb}")
+                if answers is None:
+                    raise LearnerError(
+                        f"the learners took longer than learners.update_timeout_s = {self._update_timeout_s:g} s "
+                        f"to {verb}"
+                    )
+                if not isinstance(answers, GroupLost):
+                    return list(answers)
+                self._recover(recalls=recalls)
+
+    def _recover(self, *, recalls: bool) -> None:
+        """Wait for the group that Ray Train has started again, and give it the state after the last update."""
+        _LOG.warning("a learner worker died; the learners are started again")
+        self.restarts += 1
+        self.wait_ready()
+        if self._renewed:  # Ray Train starts it with what the first one was started with.
+            self._execute("renew", (self._spec,), recalls=False)
+        if not recalls or self._version == 0:
+            return
+        if not all(self._execute("recall", (self._version,))):
+            self._state_is_lost = True
+            raise StateLostError(f"the learners' state at policy version {self._version} is gone")
 
     def _await(self, ref: Any, purpose: str) -> Any:
         """Wait for the bridge's answer, or for the end of the Ray Train run, whichever is first."""
@@ -206,7 +296,7 @@ class LearnerGroup:
 
     def _abort(self) -> None:
         """End a group that does not listen: still starting, or stuck in a command."""
-        controller = ray.get(self.bridge.controller.remote(), timeout=_STOP_TIMEOUT_S)
+        controller = self._controller or ray.get(self.bridge.controller.remote(), timeout=_STOP_TIMEOUT_S)
         if controller is None:
             return
         try:

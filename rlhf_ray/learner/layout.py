@@ -17,7 +17,7 @@ import torch
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.types import Float32Array, Int32Array
 
-__all__ = ["Microbatch", "lay_out", "pad_completions"]
+__all__ = ["Microbatch", "lay_out", "pad_completions", "unpad_completions"]
 
 _Integers = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 _Int64Array = npt.NDArray[np.int64]
@@ -60,17 +60,15 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
         prompt = np.asarray([1])
         completion = np.asarray([1])
         tokens = np.zeros(2, dtype=np.int32)
-        real = np.zeros(1, dtype=np.int64)
+        mask = np.zeros((1, 1), dtype=np.bool_)
     else:
         prompt, completion, tokens = selected.prompt_lengths, selected.completion_lengths, selected.token_ids
-        real = selected.loss_lengths.astype(np.int64)
+        mask = selected.loss_mask()
     lengths = (prompt + completion).astype(np.int64)
     starts = _starts(lengths, packed=packed)
     ids, positions = _input_ids(tokens, lengths, packed=packed)
     # Position of the state before completion token t: the last prompt token for t = 0.
-    steps = np.arange(int(completion.max()))
-    states = (starts + prompt - 1)[:, None] + steps[None, :]
-    mask = steps[None, :] < real[:, None]
+    states = (starts + prompt - 1)[:, None] + np.arange(mask.shape[1])[None, :]
     kept, targets, index = _kept_columns(ids, prompt.astype(np.int64), states, mask, packed=packed)
 
     def tensor(array: _Integers) -> torch.Tensor:
@@ -97,6 +95,12 @@ def pad_completions(flat: Float32Array, lengths: Int32Array, *, device: torch.de
     padded = np.zeros(mask.shape, dtype=flat.dtype)
     padded[mask] = flat
     return torch.from_numpy(padded).to(device)
+
+
+def unpad_completions(padded: torch.Tensor, mask: _Mask) -> tuple[Float32Array, ...]:
+    """``[N, T]`` values of completion tokens to an array a sequence, those where the mask is true, on the CPU."""
+    table = padded.float().cpu().numpy()
+    return tuple(row[own] for row, own in zip(table, mask, strict=True))
 
 
 def _starts(lengths: _Int64Array, *, packed: bool) -> _Int64Array:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,13 +18,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_ray.advantages import kl
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.credit import CreditAssignment, merged_moments
 from rlhf_ray.learner.estimates import Estimates, put, take
-from rlhf_ray.learner.layout import Microbatch, lay_out
+from rlhf_ray.learner.layout import Microbatch, lay_out, unpad_completions
 from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
 from rlhf_ray.learner.metrics import MetricSums
@@ -49,6 +51,7 @@ from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
+from rlhf_ray.types import Float32Array
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
@@ -95,6 +98,8 @@ class LearnerSpec:
     on_gpu: bool
     timeline: bool
     """Whether ranks tell what they do when."""
+    keeps_state: bool
+    """Whether ranks keep a copy of their state outside of their processes, after every update."""
     num_threads: int | None
     """CPU threads of a rank; none: its share of the machine's cores."""
 
@@ -114,6 +119,12 @@ class Learner:
     """Policy, critic and reference of one rank, on an initialised process group.
 
     There is a critic only where the advantage asks for values, and a reference only where ``kl_coef`` is not 0.
+
+    Attributes:
+        policy: What is trained.
+        critic: Trained beside it.
+        advantages: Of the last update's sequences, where it was asked to keep them: ``[T]`` each, as they enter the
+            loss; ``[0]`` where the completion is left out of it.
     """
 
     def __init__(self, spec: LearnerSpec) -> None:
@@ -151,6 +162,7 @@ class Learner:
             return TokenScorer(sharded(model, trained=trained), head, temperature=spec.temperature)
 
         training = self._training
+        self._saving: dist.ProcessGroup | None = None
         self._score = scorer(trained=True)
         self.policy = TrainedModel(
             self._score.model,
@@ -168,6 +180,7 @@ class Learner:
                 max_grad_norm=training.critic_max_grad_norm,
                 total_steps=spec.total_steps,
             )
+        self.advantages: tuple[Float32Array, ...] | None = None
         self._credit = CreditAssignment(training, spec.advantage.loaded(), device)
         self._objective = PolicyObjective(training, spec.loss.loaded())
         self._reference: TokenScorer | None = None
@@ -179,13 +192,16 @@ class Learner:
         self._proximal_is_recomputed = training.proximal == "recompute"
         self._proximal_comes_first = self._kl_in_reward or training.m2po_threshold is not None
 
-    def update(self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True) -> dict[str, float]:
+    def update(
+        self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True, keep_advantages: bool = False
+    ) -> dict[str, float]:
         """Train on one batch; returns the figures of the update, the same on every rank.
 
         Args:
             batch: This rank's sequences.
             plan: Minibatches, microbatches and epochs over them.
             update_policy: False in the critic's warm-up.
+            keep_advantages: Whether to leave them in :attr:`advantages`.
         """
         started = time.perf_counter()
         metrics = MetricSums()
@@ -199,6 +215,8 @@ class Learner:
         estimates = self._estimate(batch, microbatches, plan, update_policy=update_policy)
         kl_coef = self._credit.kl_coef
         figures = self._credit.assign(batch, estimates, metrics)
+        assert estimates.advantages is not None
+        self.advantages = unpad_completions(estimates.advantages, batch.loss_mask()) if keep_advantages else None
         if self._training.m2po_threshold is not None and update_policy:
             self._mask_far_tokens(plan, estimates, self._training.m2po_threshold)
         estimated = time.perf_counter()
@@ -218,8 +236,8 @@ class Learner:
         ended = time.perf_counter()
         return figures | {"advantage_s": estimated - started, "update_s": ended - estimated}
 
-    def weight_buckets(self) -> Iterator[tuple[BucketLayout, ByteArray | None]]:
-        """Gather the policy for publication; rank 0 keeps the bytes, every rank must iterate to the end."""
+    def weight_buckets(self) -> Iterator[tuple[BucketLayout, list[ByteArray] | None]]:
+        """Gather the policy for publication; rank 0 gets the bytes, every rank must iterate to the end."""
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
         return gather_buckets(self.policy.checkpoint_parameters(), dtype=dtype, keep=dist.get_rank() == 0)
 
@@ -229,26 +247,44 @@ class Learner:
 
         return ShardedSource(self.policy.checkpoint_parameters, getattr(torch, self._spec.wire_dtype))
 
-    def save(self, folder: str) -> None:
-        """Write a distributed checkpoint of policy, critic and optimisers."""
-        dcp.save(self._state(), checkpoint_id=folder)
+    def save(self, folder: str) -> Future[Any]:
+        """Copy policy, critic and optimisers, and write the copy to a folder of this machine beside what comes next.
+
+        Returns:
+            Done when every rank has written its files, ``shard-<rank + 1>-*.safetensors``.
+        """
+        if self._saving is None:
+            # Its collectives run in a thread of their own, so not in the group that training uses.
+            self._saving = dist.new_group(backend="gloo")
+        writer = HuggingFaceStorageWriter(folder, save_distributed=True)
+        saved = dcp.async_save(self._sharded_state(), storage_writer=writer, process_group=self._saving)
+        assert isinstance(saved, Future)
+        return saved
 
     def load(self, folder: str) -> None:
         """Restore what :meth:`save` wrote, on any number of ranks."""
-        state = self._state()
-        dcp.load(state, checkpoint_id=folder)
-        self.policy.load_state_dict(state["policy"])
-        if self.critic is not None:
-            self.critic.load_state_dict(state["critic"])
+        state = self._sharded_state()
+        dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
+        for name, model in self._models().items():
+            model.load_state_dict(state[name])
+        self._credit.load_state_dict(state["credit"])
+
+    def state(self) -> dict[str, Any]:
+        """This rank's share of all that an update changes, as arrays that may be the models' own memory."""
+        models = {name: model.local_state() for name, model in self._models().items()}
+        return models | {"credit": self._credit.state_dict()}
+
+    def restore_state(self, state: dict[str, Any]) -> None:
+        """Go back to what :meth:`state` gave, in a process with the same rank of as many."""
+        for name, model in self._models().items():
+            model.restore_local_state(state[name])
         self._credit.load_state_dict(state["credit"])
 
     def export(self, folder: str) -> None:
         """Write the policy and the critic, if there is one, as Hugging Face folders: ``folder``, ``folder/critic``."""
         dtype = torch.float32
-        exported = [(self.policy, Path(folder))]
-        if self.critic is not None:
-            exported.append((self.critic, Path(folder) / "critic"))
-        for trained, path in exported:
+        for name, trained in self._models().items():
+            path = Path(folder) if name == "policy" else Path(folder) / name
             # A gather is a collective: every rank iterates, rank 0 writes.
             parameters = trained.checkpoint_parameters(every_name=False)
             full = {name: p.detach().full_tensor().to("cpu", dtype) for name, p in parameters}
@@ -262,9 +298,12 @@ class Learner:
             if scorer is not None:
                 scorer.model.reshard()
 
-    def _state(self) -> dict[str, Any]:
-        trained = {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
-        return {name: model.state_dict() for name, model in trained.items()} | {"credit": self._credit.state_dict()}
+    def _models(self) -> dict[str, TrainedModel]:
+        return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
+
+    def _sharded_state(self) -> dict[str, Any]:
+        models = {name: model.state_dict() for name, model in self._models().items()}
+        return models | {"credit": self._credit.state_dict()}
 
     def _start_values_at_mean(self, batch: SequenceBatch) -> None:
         """Before the first step of a critic whose head is new: predict the mean reward everywhere."""
@@ -331,7 +370,7 @@ class Learner:
             minibatch.completion_lengths, self._training.loss_aggregation, max_length=self._spec.max_new_tokens
         )
         last = len(minibatch.microbatches) - 1
-        trained = [model for model in (self.policy, self.critic) if model is not None]
+        trained = self._models().values()
         for position, rows in enumerate(minibatch.microbatches):
             micro = microbatches[rows]
             for model in trained:

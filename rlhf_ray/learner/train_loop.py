@@ -1,26 +1,37 @@
 """The Ray Train loop around a learner: waits for commands at the bridge, carries them out, answers.
 
-Consumes ``update``, ``publish``, ``send``, ``save``, ``load``, ``export`` and ``stop``; each rank answers for itself
-and the Algorithm is unblocked by the last answer. ``ray.train.report`` is far too slow for a step and is not used.
+Consumes ``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` and ``stop``; each
+rank answers for itself and the Algorithm is unblocked by the last answer. ``ray.train.report`` is far too slow for a
+step and is not used.
 """
 
 from __future__ import annotations
 
+import logging
+import shutil
+import tempfile
+import threading
 import time
 import traceback
 import uuid
+from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import ray
+import torch.distributed as dist
 
+from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.learner.bridge import Command, RankFailure
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.packing import RankPlan
+from rlhf_ray.learner.update_result import UpdateResult
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
 __all__ = ["train_loop"]
 
+_LOG = logging.getLogger(__name__)
 _POLL_S = 30.0
 
 
@@ -31,25 +42,44 @@ def train_loop(config: dict[str, Any]) -> None:
     rank = ray.train.get_context().get_world_rank()
     bridge = config["bridge"]
     try:
-        worker = _Worker(config["spec"], bridge, rank)
-        after = ray.get(bridge.register.remote(rank))
-        while True:
-            command: Command | None = ray.get(bridge.next_command.remote(after, _POLL_S))
-            if command is None:
-                continue
-            after = command.sequence
-            if command.verb == "stop":
-                ray.get(bridge.answer.remote(after, rank, None))
-                return
-            started = time.perf_counter()
-            result = worker.execute(command.verb, command.argument(rank))
-            bridge.answer.remote(after, rank, result)
-            if config["spec"].timeline:
-                bridge.add_spans.remote(_spans(rank, command.verb, time.perf_counter() - started, result))
-    except Exception:
-        # The Algorithm must hear the reason at once; Ray Train's own report of it comes seconds later.
-        ray.get(bridge.fail.remote(RankFailure(rank=rank, message=traceback.format_exc())))
+        _serve(_Worker(config["spec"], bridge, rank), bridge, rank, timeline=config["spec"].timeline)
+    except Exception as error:
+        if not _lost_a_peer(error):
+            # The Algorithm must hear the reason at once; Ray Train's own report of it comes seconds later.
+            ray.get(bridge.fail.remote(RankFailure(rank=rank, message=traceback.format_exc())))
         raise
+
+
+def _serve(worker: _Worker, bridge: Any, rank: int, *, timeline: bool) -> None:
+    group = _name_of_group()
+    last, result = "", None
+    while True:
+        command: Command | None = ray.get(bridge.next_command.remote(rank, group, worker.version, _POLL_S))
+        if command is None:
+            continue
+        if command.verb == "stop":
+            ray.get(bridge.answer.remote(command.command_id, rank, None))
+            return
+        started = time.perf_counter()
+        repeated = command.command_id == last  # The bridge was started again and lost the answer.
+        if not repeated:
+            last, result = command.command_id, worker.execute(command)
+        bridge.answer.remote(last, rank, result)
+        if timeline and not repeated:
+            bridge.add_spans.remote(_spans(rank, command.verb, time.perf_counter() - started, result))
+
+
+def _name_of_group() -> str:
+    """A name for this start of the worker group, the same on all ranks."""
+    names = [uuid.uuid4().hex]
+    dist.broadcast_object_list(names, src=0)
+    return names[0]
+
+
+def _lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank died: Ray Train starts the group again."""
+    # gloo has no type of its own for that; its messages begin with its source file.
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
 
 
 def _spans(rank: int, verb: str, seconds: float, result: Any) -> list[Span]:
@@ -58,42 +88,52 @@ def _spans(rank: int, verb: str, seconds: float, result: Any) -> list[Span]:
     whole = Span.ending_now(lane, verb, seconds)
     if verb != "update":
         return [whole]
-    middle = whole.end - result["update_s"]
-    estimates = Span(lane=lane, name="estimates and advantages", start=middle - result["advantage_s"], end=middle)
+    middle = whole.end - result.figures["update_s"]
+    start = middle - result.figures["advantage_s"]
+    estimates = Span(lane=lane, name="estimates and advantages", start=start, end=middle)
     return [whole, estimates, Span(lane=lane, name="optimiser steps", start=middle, end=whole.end)]
 
 
 class _Worker:
-    """Maps a command to the learner's method; knows the version of the policy it holds."""
+    """Maps a command to the learner's method."""
 
     def __init__(self, spec: LearnerSpec, bridge: Any, rank: int) -> None:
         self._learner = Learner(spec)
         self._bridge = bridge
         self._rank = rank
-        self._version = 0
+        self._keeps_state = spec.keeps_state
+        self._keeper: Any = None
+        self.version = 0
+        """Of the policy that this rank holds."""
         self._sender: Any = None
         # The bridge names objects that this process owns; they live as long as these references.
         self._published: list[Any] = []
 
-    def execute(self, verb: str, argument: Any) -> Any:
+    def execute(self, command: Command) -> Any:
         """Carry out one command and return this rank's answer."""
-        return getattr(self, f"_{verb}")(argument)
+        argument = command.argument(self._rank)
+        if command.verb == "save":
+            return self._save(argument, command.command_id)
+        return getattr(self, f"_{command.verb}")(argument)
 
-    def _update(self, argument: tuple[Any, RankPlan, bool, int]) -> dict[str, float]:
-        batch, plan, update_policy, version = argument
-        figures = self._learner.update(ray.get(batch), plan, update_policy=update_policy)
-        self._version = version
-        return figures
+    def _update(self, argument: tuple[Any, RankPlan, bool, bool, int]) -> UpdateResult:
+        batch, plan, update_policy, with_advantages, version = argument
+        figures = self._learner.update(
+            ray.get(batch), plan, update_policy=update_policy, keep_advantages=with_advantages
+        )
+        self.version = version
+        self._keep_state()
+        return UpdateResult(figures=figures, advantages=self._learner.advantages)
 
     def _publish(self, argument: None) -> tuple[WeightManifest, list[Any]] | None:
         layouts, refs = [], []
-        for layout, data in self._learner.weight_buckets():
+        for layout, pieces in self._learner.weight_buckets():
             layouts.append(layout)
-            if data is not None:
-                refs.append(ray.put(data))
+            if pieces is not None:
+                refs.append(ray.put(pieces))  # The one copy that is made: pieces may be the learner's own memory.
         if self._rank != 0:
             return None
-        manifest = WeightManifest(version=self._version, publication=uuid.uuid4().hex, buckets=tuple(layouts))
+        manifest = WeightManifest(version=self.version, publication=uuid.uuid4().hex, buckets=tuple(layouts))
         ray.get(self._bridge.set_weights.remote(manifest, refs))
         self._published = refs
         return manifest, refs
@@ -111,17 +151,77 @@ class _Worker:
                 source=source,
                 tensor_parallel_size=tensor_parallel_size,
             )
-        self._sender.send(self._version, replica_ids)
+        self._sender.send(self.version, replica_ids)
         if self._rank == 0:
-            ray.get(self._bridge.set_version.remote(self._version))
+            ray.get(self._bridge.set_version.remote(self.version))
         return source.size_bytes()
 
-    def _save(self, folder: str) -> None:
-        self._learner.save(folder)
+    def _save(self, folder: Folder, save_id: str) -> None:
+        """Copy what is to be saved; the rest is done beside the commands that come next."""
+        here = folder.local or Path(tempfile.mkdtemp(prefix="rlhf-ray-checkpoint-"))
+        here.mkdir(parents=True, exist_ok=True)
+        written = self._learner.save(str(here))
+        finish = threading.Thread(target=self._finish_save, args=(folder, here, save_id, written), name="checkpoint")
+        finish.start()
 
-    def _load(self, argument: tuple[str, int]) -> None:
-        folder, self._version = argument
-        self._learner.load(folder)
+    def _finish_save(self, folder: Folder, here: Path, save_id: str, written: Future[Any]) -> None:
+        try:
+            written.result()
+            files = sorted(here.glob(f"shard-{self._rank + 1:05d}-*"))
+            if folder.local is None:
+                for file in files:
+                    folder.upload(file)
+            answer: Any = {file.name: StoredFile.of(file) for file in files}
+        except Exception:  # Whatever it is, training goes on; the driver says so.
+            answer = RankFailure(rank=self._rank, message=traceback.format_exc())
+        finally:
+            if folder.local is None:
+                shutil.rmtree(here, ignore_errors=True)
+        ray.get(self._bridge.saved.remote(save_id, self._rank, answer))
+
+    def _load(self, argument: tuple[Folder, int]) -> None:
+        folder, version = argument
+        if folder.local is not None:
+            self._learner.load(str(folder.local))
+        else:
+            with tempfile.TemporaryDirectory(prefix="rlhf-ray-checkpoint-") as here:
+                for name in folder.files():
+                    folder.download(name, Path(here) / name)
+                self._learner.load(here)
+        self.version = version
+        self._keep_state()
+
+    def _recall(self, version: int) -> bool:
+        """Go back to the state that was kept at ``version``; all ranks or none, since all must have the same."""
+        state = self._reach_keeper("kept_state", self._rank, version)
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, state is not None)
+        if not all(found):
+            return False
+        self._learner.restore_state(state)
+        self.version = version
+        return True
+
+    def _keep_state(self) -> None:
+        if self._keeps_state:
+            self._reach_keeper("keep_state", self._rank, self.version, self._learner.state())
+
+    def _reach_keeper(self, method: str, *arguments: Any) -> Any:
+        if self._keeper is None:
+            self._keeper = ray.get(self._bridge.keeper.remote(ray.get_runtime_context().get_node_id()))
+        try:
+            return ray.get(getattr(self._keeper, method).remote(*arguments))
+        except (ray.exceptions.RayActorError, ray.exceptions.ObjectStoreFullError) as error:
+            _LOG.warning("the learners' state is not kept: %r", error)
+            self._keeper = None
+            return None
+
+    def _renew(self, spec: LearnerSpec) -> None:
+        self._published.clear()
+        del self._learner  # Both at once may not fit.
+        self._learner = Learner(spec)
+        self._sender = None  # It reads the weights of the learner before.
+        self.version = 0
 
     def _export(self, folder: str) -> None:
         self._learner.export(folder)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.tensor import DTensor
 
 from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.settings import TrainingSettings
@@ -106,25 +107,82 @@ class TrainedModel:
         return merged_parameters(self.model, every_name=every_name)
 
     def state_dict(self) -> dict[str, Any]:
-        """Sharded state for a distributed checkpoint."""
+        """Sharded state for a distributed checkpoint: tensors alone, each with an axis or more."""
         untouched = not self._optimizer.state
         weights, optimizer = get_state_dict(self.model, self._optimizer)
         if untouched:
             # To have a state to give, PyTorch takes a step of size 0, and counts it: a save would change the run.
             for state in self._optimizer.state.values():
                 state["step"].zero_()
-        return {"weights": weights, "optimizer": optimizer, "steps": torch.tensor(self._schedule.last_epoch)}
+        moments = {
+            name: {key: value.view(1) if value.ndim == 0 else value for key, value in state.items()}
+            for name, state in optimizer["state"].items()
+        }
+        return {"weights": weights, "moments": moments, "steps": torch.tensor([self._schedule.last_epoch])}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore weights, moments and steps of what :meth:`state_dict` gave; the settings stay this run's own."""
         settings = [{key: group[key] for key in group if key != "params"} for group in self._optimizer.param_groups]
+        _, own = get_state_dict(self.model, self._optimizer)
+        moments = {
+            name: {key: value.view(own["state"][name][key].shape) for key, value in saved.items()}
+            for name, saved in state["moments"].items()
+        }
         set_state_dict(
-            self.model, self._optimizer, model_state_dict=state["weights"], optim_state_dict=state["optimizer"]
+            self.model,
+            self._optimizer,
+            model_state_dict=state["weights"],
+            optim_state_dict={"state": moments, "param_groups": own["param_groups"]},
         )
-        for group, own in zip(self._optimizer.param_groups, settings, strict=True):
-            group.update(own)
+        for group, setting in zip(self._optimizer.param_groups, settings, strict=True):
+            group.update(setting)
         self._schedule.last_epoch = int(state["steps"]) - 1
         self._schedule.step()
+
+    def local_state(self) -> dict[str, Any]:
+        """This rank's shards of what :meth:`step` changes, as arrays that may be the model's own memory."""
+        return {
+            "weights": [_local(parameter).cpu().numpy() for parameter in self._trained()],
+            "moments": [
+                {name: _local(value).cpu().numpy() for name, value in self._optimizer.state[parameter].items()}
+                for parameter in self._trained()
+                if parameter in self._optimizer.state
+            ],
+            "steps": self.steps_taken,
+        }
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def restore_local_state(self, state: dict[str, Any]) -> None:
+        """Take shards back that :meth:`local_state` gave, in a process with the same rank of as many."""
+        for parameter, weights in zip(self._trained(), state["weights"], strict=True):
+            _local(parameter).copy_(torch.tensor(weights))
+        self._optimizer.state.clear()
+        if state["moments"]:
+            for parameter, moments in zip(self._trained(), state["moments"], strict=True):
+                self._optimizer.state[parameter] = {
+                    name: _filled(parameter, torch.tensor(value)) for name, value in moments.items()
+                }
+        self._optimizer.zero_grad(set_to_none=True)
+        self._schedule.last_epoch = state["steps"] - 1
+        self._schedule.step()
+
+    def _trained(self) -> list[nn.Parameter]:
+        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _filled(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
+    """A tensor of the optimiser's state: sharded as its parameter is, or a count of steps."""
+    if value.ndim == 0:
+        return value.to(parameter.device)
+    moment = torch.zeros_like(parameter, dtype=value.dtype)
+    _local(moment).copy_(value)
+    return moment
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

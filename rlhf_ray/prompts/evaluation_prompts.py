@@ -1,4 +1,4 @@
-"""prompts/: the held-out set, all at once and in its own order."""
+"""prompts/: a held-out set, all at once and in its own order."""
 
 from __future__ import annotations
 
@@ -10,28 +10,48 @@ from rlhf_ray.prompts.check import check_source
 from rlhf_ray.prompts.order import PromptOrder
 from rlhf_ray.prompts.reader import PromptReader
 from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
-from rlhf_ray.prompts.source import find_eval_source
+from rlhf_ray.prompts.source import PromptSource, find_eval_source
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.settings import DataSettings
 from rlhf_ray.types import Prompt
 
-__all__ = ["load_prompts"]
+__all__ = ["check_prompts", "load_prompts"]
 
 logger = logging.getLogger(__name__)
+
+
+def check_prompts(
+    settings: DataSettings,
+    *,
+    field: str,
+    tokenizer_path: str,
+    max_prompt_tokens: int,
+    trust_remote_code: bool = False,
+) -> None:
+    """Find what is wrong with a held-out set without Ray, in about a second; arguments as :func:`load_prompts`.
+
+    Raises:
+        ConfigError: As in :func:`load_prompts`.
+        DataError: The same, as far as the first rows show it.
+    """
+    source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens)
+    check_source(source, builder, load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code))
 
 
 def load_prompts(
     settings: DataSettings,
     *,
+    field: str,
     tokenizer_path: str,
     max_prompt_tokens: int,
     limit: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Prompt, ...]:
-    """Load the prompts of ``data.eval_path``; those of the quickstart task where no data is named at all.
+    """Load the prompts of a held-out set; those of the quickstart task where its settings name no path.
 
     Args:
-        settings: The ``data`` section.
+        settings: The set's own settings, its path in ``path``.
+        field: The setting that names the set, for messages.
         tokenizer_path: Local folder or hub id.
         max_prompt_tokens: Longest prompt in tokens; longer ones are left out, with a warning, or an error.
         limit: Most prompts, taken from the start of the set; none: all.
@@ -41,17 +61,10 @@ def load_prompts(
         The prompts in the order of the rows; ``prompt_id`` is the number of the row.
 
     Raises:
-        ConfigError: ``data.path`` is set and ``data.eval_path`` is not, a setting does not go with the rows, or the
-            tokenizer cannot be loaded.
+        ConfigError: A setting does not go with the rows, or the tokenizer cannot be loaded.
         DataError: The set is missing, cannot be read or is empty, a row makes no prompt, or no prompt fits.
     """
-    source = find_eval_source(settings)
-    builder = PromptBuilder.from_settings(
-        settings,
-        source_name=source.name,
-        max_prompt_tokens=max_prompt_tokens,
-        tokenizer_name=tokenizer_path,
-    )
+    source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens)
     check_source(source, builder, load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code))
     store = source.load()
     order = PromptOrder(store.num_rows, seed=0, shuffle=False)
@@ -71,3 +84,13 @@ def load_prompts(
     if dropped:
         logger.warning("%s: %d prompts longer than %d tokens were left out", source.name, dropped, max_prompt_tokens)
     return tuple(prompts)
+
+
+def _checkable(
+    settings: DataSettings, field: str, tokenizer_path: str, max_prompt_tokens: int
+) -> tuple[PromptSource, PromptBuilder]:
+    source = find_eval_source(settings, field=field)
+    builder = PromptBuilder.from_settings(
+        settings, source_name=source.name, max_prompt_tokens=max_prompt_tokens, tokenizer_name=tokenizer_path
+    )
+    return source, builder

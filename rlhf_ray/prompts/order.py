@@ -19,6 +19,8 @@ class PromptPosition:
     epoch: int = 0
     row: int = 0
     """Index in the epoch's order; counts every row, those that were dropped too."""
+    unfinished: tuple[int, ...] = ()
+    """Ids of earlier prompts that come first, ascending: they were handed out, but nobody trained on them."""
 
 
 class PromptOrder:

@@ -1,4 +1,4 @@
-"""prompts/: ``data.path`` or ``data.eval_path`` -> where the rows are."""
+"""prompts/: the path of a dataset, for training or held out -> where the rows are."""
 
 from __future__ import annotations
 
@@ -47,18 +47,20 @@ def find_source(settings: DataSettings) -> PromptSource:
     return _source(settings.path, settings, split=settings.split, field="data.path")
 
 
-def find_eval_source(settings: DataSettings) -> PromptSource:
-    """Return the held-out set that the settings name; the quickstart task's where they name no data at all.
+def find_eval_source(settings: DataSettings, *, field: str) -> PromptSource:
+    """Return a held-out set; the quickstart task's where its settings name no path.
+
+    Args:
+        settings: The set's own, as ``held_out_sets`` gives them: its path is in ``path``.
+        field: The setting that names the set, for messages.
 
     Raises:
-        ConfigError: As in :func:`find_source`; also when ``data.path`` is set and ``data.eval_path`` is not.
+        ConfigError: As in :func:`find_source`.
         DataError: As in :func:`find_source`.
     """
-    if settings.eval_path is not None:
-        return _source(settings.eval_path, settings, split=settings.eval_split, field="data.eval_path")
-    if settings.path is not None:
-        raise ConfigError("data.eval_path", None, "name the held-out dataset")
-    return QuickstartSource("eval_rows")
+    if settings.path is None:
+        return QuickstartSource("eval_rows")
+    return _source(settings.path, settings, split=settings.split, field=field)
 
 
 def _source(path: Any, settings: DataSettings, *, split: str, field: str) -> PromptSource:

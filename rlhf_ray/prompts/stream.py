@@ -12,7 +12,9 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterator
+from dataclasses import replace
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
@@ -66,11 +68,13 @@ class PromptStream(Iterator[Prompt]):
         self._seed = seed
         self._shuffle = settings.shuffle
         self._position = PromptPosition()
+        self._unfinished: deque[int] = deque()
         self._dropped = 0
         self._dropped_in_a_row: list[int] = []
         self._reader: PromptReader | None = None
         # At most one. Ray Data must stop before the interpreter goes, so this is closed at exit at the latest.
         self._readings: list[Generator[Outcome]] = []
+        self._read_next = 0
         weakref.finalize(self, _close_all, self._readings)
 
     def check(self) -> None:
@@ -106,8 +110,12 @@ class PromptStream(Iterator[Prompt]):
         """
         order = self._opened().order
         while True:
-            outcome = self._next_outcome()
-            self._position = order.position(order.prompt_id(self._position) + 1)
+            prompt_id = self._unfinished[0] if self._unfinished else order.prompt_id(self._position)
+            outcome = self._outcome_of(prompt_id)
+            if self._unfinished:
+                self._unfinished.popleft()
+            else:
+                self._position = order.position(prompt_id + 1)
             if isinstance(outcome, Prompt):
                 self._dropped_in_a_row.clear()
                 return outcome
@@ -125,7 +133,7 @@ class PromptStream(Iterator[Prompt]):
 
     def state(self) -> PromptPosition:
         """Return the position of the next row, to be saved."""
-        return self._position
+        return replace(self._position, unfinished=tuple(self._unfinished))
 
     def restore(self, position: PromptPosition) -> None:
         """Go to a position that :meth:`state` returned; what was read ahead is thrown away.
@@ -135,7 +143,8 @@ class PromptStream(Iterator[Prompt]):
         """
         if self._reader is not None:
             self._check_position(position, self._reader.order.num_rows)
-        self._position = position
+        self._position = replace(position, unfinished=())
+        self._unfinished = deque(position.unfinished)
         self._dropped_in_a_row.clear()
         _close_all(self._readings)
 
@@ -150,12 +159,16 @@ class PromptStream(Iterator[Prompt]):
             self._reader = PromptReader(store, order, self._builder, tokenizer)
         return self._reader
 
-    def _next_outcome(self) -> Prompt | Overlong:
+    def _outcome_of(self, prompt_id: int) -> Prompt | Overlong:
         if not self._readings:
-            reader = self._opened()
-            self._readings.append(reader.outcomes(reader.order.prompt_id(self._position)))
+            self._readings.append(self._opened().outcomes(prompt_id))
+            self._read_next = prompt_id
         try:
+            while self._read_next < prompt_id:  # Between unfinished ones lie those that are done.
+                next(self._readings[0])
+                self._read_next += 1
             outcome = next(self._readings[0])
+            self._read_next += 1
             if isinstance(outcome, (DataError, ConfigError)):
                 raise outcome
         except BaseException:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import Qwen2Tokenizer
 
-__all__ = ["EOS_TOKEN_ID", "PAD_TOKEN_ID", "VOCAB_SIZE", "build_tokenizer"]
+__all__ = ["EOS_TOKEN_ID", "PAD_TOKEN_ID", "VOCAB_SIZE", "build_tokenizer", "byte_vocabulary"]
 
 NUM_BYTES = 256
 PAD_TOKEN, PAD_TOKEN_ID = "<pad>", NUM_BYTES
@@ -39,7 +39,7 @@ def build_tokenizer(*, max_length: int) -> Qwen2Tokenizer:
     from transformers import Qwen2Tokenizer
 
     return Qwen2Tokenizer(
-        vocab={**_byte_vocabulary(), PAD_TOKEN: PAD_TOKEN_ID, EOS_TOKEN: EOS_TOKEN_ID},
+        vocab={**byte_vocabulary(), PAD_TOKEN: PAD_TOKEN_ID, EOS_TOKEN: EOS_TOKEN_ID},
         merges=[],
         # Left out, it would be a 259th token, for which the model has no weights. No text has an unknown byte.
         unk_token=EOS_TOKEN,
@@ -51,7 +51,7 @@ def build_tokenizer(*, max_length: int) -> Qwen2Tokenizer:
     )
 
 
-def _byte_vocabulary() -> dict[str, int]:
+def byte_vocabulary() -> dict[str, int]:
     """Map the byte-level alphabet to byte values.
 
     The alphabet of GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019) writes a printable Latin-1

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.settings import Settings
-from rlhf_ray.types import Completion, PromptText, ScoredGroup
+from rlhf_ray.reporting.token_texts import TokenTexts
+from rlhf_ray.settings import ModelSettings, Settings
+from rlhf_ray.types import Completion, Float32Array, PromptText, ScoredGroup
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -30,19 +32,27 @@ class CompletionsReporter(Reporter):
     One row a completion: ``step``, ``group_id``, ``prompt`` (a chat as JSON), ``completion``, ``reward``,
     ``rewards/<function>`` (null where the function did not apply), ``finish_reason``, ``num_tokens`` and ``version``
     (the oldest policy version that wrote a token of it).
+
+    And lists with an entry a token: ``token_ids``, ``token_texts`` (joined they are ``completion``; null where a
+    tokenizer's text does not come apart), ``sampling_logprobs`` in nats, ``token_versions`` and ``advantages`` as they
+    entered the loss (null where the completion, or its first tokens, were left out of it).
     """
 
     def __init__(self) -> None:
         self._run_dir: RunDirectory | None = None
         self._interval = 0
+        self._model = ModelSettings()
 
     def start(self, settings: Settings, run_dir: RunDirectory) -> None:
         """Make the folder."""
         run_dir.completions.mkdir(exist_ok=True)
         self._run_dir = run_dir
         self._interval = settings.reporting.completions_interval
+        self._model = settings.model
 
-    def report_completions(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+    def report_completions(
+        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+    ) -> None:
         """Write the iteration's table if it is due."""
         if self._run_dir is None:
             raise RuntimeError("report_completions() before start()")
@@ -52,12 +62,22 @@ class CompletionsReporter(Reporter):
 
         path = completions_path(self._run_dir, step)
         unfinished = path.with_suffix(".tmp")
-        pq.write_table(_table(step, groups), unfinished)
+        pq.write_table(_table(step, groups, advantages, self._token_texts), unfinished)
         # A reader that follows the folder must never open half a table.
         os.replace(unfinished, path)
 
+    @cached_property
+    def _token_texts(self) -> TokenTexts:
+        from rlhf_ray.prompts.tokenizer import load_tokenizer
+        from rlhf_ray.quickstart import model_path
 
-def _table(step: int, groups: Sequence[ScoredGroup]) -> pa.Table:
+        path = self._model.tokenizer_path or self._model.path or model_path()
+        return TokenTexts(load_tokenizer(path, trust_remote_code=self._model.trust_remote_code))
+
+
+def _table(
+    step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None, token_texts: TokenTexts
+) -> pa.Table:
     import pyarrow as pa
 
     functions = list(dict.fromkeys(name for scored in groups for name in scored.rewards_by_function))
@@ -72,10 +92,29 @@ def _table(step: int, groups: Sequence[ScoredGroup]) -> pa.Table:
             ("finish_reason", pa.string()),
             ("num_tokens", pa.int32()),
             ("version", pa.int32()),
+            ("token_ids", pa.list_(pa.int32())),
+            ("token_texts", pa.list_(pa.string())),
+            ("sampling_logprobs", pa.list_(pa.float32())),
+            ("token_versions", pa.list_(pa.int32())),
+            ("advantages", pa.list_(pa.float32())),
         ]
     )
-    rows = [_row(step, scored, index) for scored in groups for index in range(len(scored.group.completions))]
+    places = [(scored, index) for scored in groups for index in range(len(scored.group.completions))]
+    known: Sequence[Float32Array | None] = [None] * len(places) if advantages is None else advantages
+    rows = [
+        _row(step, scored, index)
+        | _tokens(scored.group.completions[index], scored.texts[index], token_texts)
+        | {"advantages": _of_last_tokens(own, len(scored.group.completions[index].token_ids))}
+        for (scored, index), own in zip(places, known, strict=True)
+    ]
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def _of_last_tokens(values: Float32Array | None, num_tokens: int) -> list[float | None] | None:
+    """One value a token: what does not enter the losses is a whole completion or its first tokens."""
+    if values is None or len(values) == 0:
+        return None
+    return [*[None] * (num_tokens - len(values)), *values.tolist()]
 
 
 def _row(step: int, scored: ScoredGroup, index: int) -> dict[str, Any]:
@@ -93,6 +132,23 @@ def _row(step: int, scored: ScoredGroup, index: int) -> dict[str, Any]:
         "num_tokens": len(completion.token_ids),
         "version": _oldest_version(completion),
     }
+
+
+def _tokens(completion: Completion, text: str, token_texts: TokenTexts) -> dict[str, Any]:
+    ids: list[int] = completion.token_ids.tolist()
+    return {
+        "token_ids": ids,
+        "token_texts": token_texts.split(ids, text),
+        "sampling_logprobs": completion.sampling_logprobs,
+        "token_versions": _versions(completion),
+    }
+
+
+def _versions(completion: Completion) -> list[int | None]:
+    versions: list[int | None] = [None] * len(completion.token_ids)
+    for span in completion.version_spans:
+        versions[span.start : span.end] = [span.version] * (span.end - span.start)
+    return versions
 
 
 def _prompt_text(text: PromptText) -> str:

@@ -51,14 +51,33 @@ METRICS: tuple[Metric, ...] = (
         "rollouts/idle_fraction", "fraction", "time since the last batch without any group at the replicas / that time"
     ),
     Metric(
+        "rollouts/in_loss_fraction",
+        "fraction",
+        "completion tokens that enter the losses / completion tokens; left out are those of truncated completions "
+        "(training.mask_truncated) and those that became too stale (rollouts.partial_rollouts)",
+    ),
+    Metric(
         "rollouts/staleness_fraction/<versions>",
         "fraction",
-        "tokens sampled by the policy that many versions before the one that is trained / tokens",
+        "tokens sampled by the policy that many versions before the one that is trained / tokens, both in the losses",
     ),
-    Metric("rollouts/staleness_mean", "versions", "mean over tokens of the policy version minus the sampling version"),
-    Metric("rollouts/staleness_max", "versions", "largest policy version minus sampling version over tokens"),
+    Metric(
+        "rollouts/staleness_mean",
+        "versions",
+        "mean of the policy version minus the sampling version over tokens in the losses",
+    ),
+    Metric(
+        "rollouts/staleness_max",
+        "versions",
+        "largest policy version minus sampling version over tokens in the losses",
+    ),
     Metric(
         "rollouts/dropped_prompts", "prompts", "prompts left out since the run began, longer than max_prompt_tokens"
+    ),
+    Metric(
+        "rollouts/carried_groups",
+        "groups",
+        "groups that the batch did not wait for in the last version of their bound (rollouts.partial_rollouts)",
     ),
     Metric(
         "rollouts/equal_reward_groups",
@@ -152,14 +171,30 @@ METRICS: tuple[Metric, ...] = (
     Metric("weight_sync/publication_s", "s", "from the end of an update until every replica serves its policy"),
     Metric("weight_sync/pause_s", "s", "longest time for which a replica stood still to load them"),
     # What was measured on held-out prompts.
-    Metric("evaluation/<dataset>/reward_mean", "reward", "mean reward of a held-out set at evaluation.temperature"),
+    Metric(
+        "evaluation/<dataset>/reward_mean",
+        "reward",
+        "mean over prompts of the mean reward of their evaluation.samples_per_prompt completions (avg@k)",
+    ),
+    Metric(
+        "evaluation/<dataset>/reward_stderr",
+        "reward",
+        "standard error of reward_mean: unbiased standard deviation of the prompts' means / sqrt(prompts)",
+    ),
+    Metric(
+        "evaluation/<dataset>/pass_at_<k>",
+        "fraction",
+        "mean over prompts of 1 - C(n - c, k) / C(n, k), c of the n completions passing (arXiv:2107.03374); a reward "
+        "of at least evaluation.pass_threshold passes",
+    ),
     Metric("evaluation/<dataset>/num_prompts", "prompts", "held-out prompts that were sampled"),
-    Metric("evaluation/<dataset>/failures", "prompts", "held-out prompts whose reward failed; left out of reward_mean"),
+    Metric("evaluation/<dataset>/failures", "prompts", "held-out prompts whose reward failed; left out of the others"),
     Metric("evaluation/<dataset>/completion_tokens_mean", "tokens", "mean completion length, EOS included"),
     Metric("evaluation/<dataset>/truncated_fraction", "fraction", "truncated completions / completions"),
     # What went wrong and was survived, since the run began.
     Metric("fault_tolerance/group_retries", "groups", "groups sent again because their replica died"),
     Metric("fault_tolerance/reward_workers_replaced", "actors", "reward actors killed for time or found dead"),
+    Metric("fault_tolerance/failed_checkpoints", "checkpoints", "checkpoints that could not be written"),
     Metric("fault_tolerance/replica_restarts", "restarts", "rollout replicas that Serve started again"),
     Metric("fault_tolerance/learner_restarts", "restarts", "times the learner group was started again"),
     Metric("reporting/failures", "calls", "calls of a reporter that raised since the run began"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.settings import Settings
-from rlhf_ray.types import ScoredGroup, Span
+from rlhf_ray.types import Float32Array, ScoredGroup, Span
 
 __all__ = ["Reporter"]
 
@@ -28,8 +28,17 @@ class Reporter:
     def report(self, result: Mapping[str, Any]) -> None:
         """Receive the nested result of an iteration."""
 
-    def report_completions(self, step: int, groups: Sequence[ScoredGroup]) -> None:
-        """Receive the groups that iteration ``step`` trained on."""
+    def report_completions(
+        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+    ) -> None:
+        """Receive the groups that iteration ``step`` trained on.
+
+        Args:
+            step: Number of the iteration, from 1.
+            groups: In the order of the batch.
+            advantages: A completion each, in the order of the groups: ``[T]`` as they entered the loss, ``[0]`` where
+                the completion was left out of it.
+        """
 
     def report_spans(self, step: int, spans: Sequence[Span]) -> None:
         """Receive what replicas, reward actors, learners and the Algorithm did in iteration ``step``."""

@@ -10,7 +10,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.settings import Settings
-from rlhf_ray.types import ScoredGroup, Span
+from rlhf_ray.types import Float32Array, ScoredGroup, Span
 
 __all__ = ["ReporterSet"]
 
@@ -36,6 +36,7 @@ class ReporterSet(Reporter):
         from rlhf_ray.reporting.completions import CompletionsReporter
         from rlhf_ray.reporting.console import ConsoleReporter
         from rlhf_ray.reporting.jsonl import JsonlReporter
+        from rlhf_ray.reporting.mlflow import MlflowReporter
         from rlhf_ray.reporting.tensorboard import TensorBoardReporter
         from rlhf_ray.reporting.timeline import TimelineReporter
         from rlhf_ray.reporting.wandb import WandbReporter
@@ -50,6 +51,8 @@ class ReporterSet(Reporter):
             reporters.append(TensorBoardReporter())
         if reporting.wandb_project is not None:
             reporters.append(WandbReporter())
+        if reporting.mlflow_experiment is not None:
+            reporters.append(MlflowReporter())
         if reporting.progress != "off":
             reporters.append(ConsoleReporter())
         return cls(reporters)
@@ -84,9 +87,11 @@ class ReporterSet(Reporter):
         """Hand the result to every reporter, with the failures before it as ``reporting/failures``."""
         self._each("report", {**result, "reporting": {"failures": self._failures}})
 
-    def report_completions(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+    def report_completions(
+        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+    ) -> None:
         """Hand the iteration's groups to every reporter."""
-        self._each("report_completions", step, groups)
+        self._each("report_completions", step, groups, advantages)
 
     def report_spans(self, step: int, spans: Sequence[Span]) -> None:
         """Hand the iteration's spans to every reporter."""

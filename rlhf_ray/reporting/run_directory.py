@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -18,6 +20,11 @@ class RunDirectory:
 
     path: Path
     """Absolute, because Tune trials change the working directory."""
+
+    @classmethod
+    def at(cls, path: str | Path) -> RunDirectory:
+        """Name a folder, which need not be there."""
+        return cls(Path(path).expanduser().absolute())
 
     @classmethod
     def create(cls, run_dir: str | None, *, algorithm: str, parent: Path = Path("runs")) -> RunDirectory:
@@ -36,12 +43,21 @@ class RunDirectory:
             return cls(_make_fresh(parent.absolute(), f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"))
         if "://" in run_dir:
             raise ConfigError("reporting.run_dir", run_dir, "name a folder of this machine; copy it out after the run")
-        directory = cls(Path(run_dir).expanduser().absolute())
-        if directory.config.exists() or directory.metrics.exists():
-            remedy = "this folder already holds a run; choose another one, or null for a new one under runs/"
+        directory = cls.at(run_dir)
+        if cls.holds_a_run(run_dir):
+            remedy = (
+                "this folder already holds a run; choose another one, or null for a new one under runs/, or go on with "
+                "that run: rlhf-ray train --resume, or checkpointing.resume: same"
+            )
             raise ConfigError("reporting.run_dir", run_dir, remedy)
         _make(directory.path)
         return directory
+
+    @classmethod
+    def holds_a_run(cls, run_dir: str) -> bool:
+        """Whether a run was begun in a folder."""
+        directory = cls.at(run_dir)
+        return directory.config.exists() or directory.metrics.exists()
 
     @classmethod
     def reopen(cls, path: str | Path) -> RunDirectory:
@@ -50,7 +66,7 @@ class RunDirectory:
         Raises:
             ConfigError: There is no such folder.
         """
-        directory = cls(Path(path).expanduser().absolute())
+        directory = cls.at(path)
         if not directory.path.is_dir():
             raise ConfigError("reporting.run_dir", str(path), "no such folder; name the folder of an earlier run")
         return directory
@@ -96,13 +112,49 @@ class RunDirectory:
         return self.path / "wandb"
 
     @property
+    def mlflow(self) -> Path:
+        """MLflow's database, where no tracking server is named."""
+        return self.path / "mlflow.db"
+
+    @property
+    def mlflow_run_id(self) -> Path:
+        """Which MLflow run this is."""
+        return self.path / "mlflow_run_id"
+
+    @property
     def model(self) -> Path:
         """Folder of the trained model in Hugging Face form."""
         return self.path / "model"
 
+    def last_iteration(self) -> int:
+        """The last one that was reported; 0: none."""
+        if not self.metrics.exists():
+            return 0
+        lines = self.metrics.read_text(encoding="utf-8").splitlines()
+        return max((row for line in lines if (row := _iteration(line)) is not None), default=0)
+
+    def forget_after(self, iteration: int) -> None:
+        """Drop what later iterations reported: they are about to run again. A line that was cut short goes too."""
+        if self.metrics.exists():
+            lines = self.metrics.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if (row := _iteration(line)) is not None and row <= iteration]
+            partial = self.metrics.with_suffix(".partial")
+            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+            os.replace(partial, self.metrics)
+        for table in self.completions.glob("step_*.parquet"):
+            if int(table.stem.removeprefix("step_")) > iteration:
+                table.unlink()
+
     def write_config(self, text: str) -> None:
         """Write the resolved configuration."""
         self.config.write_text(text, encoding="utf-8")
+
+
+def _iteration(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["training_iteration"])
+    except (ValueError, TypeError, KeyError):  # A line that was cut short.
+        return None
 
 
 def _make_fresh(parent: Path, name: str) -> Path:

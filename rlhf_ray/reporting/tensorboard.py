@@ -30,6 +30,8 @@ class TensorBoardReporter(Reporter):
 
         run_dir.tensorboard.mkdir(exist_ok=True)
         self._writer = EventFileWriter(str(run_dir.tensorboard))
+        if last := run_dir.last_iteration():
+            self._forget_after(last)
         if run_dir.config.exists():
             self._add(0, [_text("config", f"```yaml\n{run_dir.config.read_text(encoding='utf-8')}\n```")])
             self._writer.flush()
@@ -54,6 +56,13 @@ class TensorBoardReporter(Reporter):
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _forget_after(self, step: int) -> None:
+        """Have TensorBoard leave out what an earlier process of this run wrote of later iterations."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        start = SessionLog(status=SessionLog.START)
+        self._writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
     def _add(self, step: int, values: list[Any]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

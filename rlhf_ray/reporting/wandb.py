@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import netrc
 import os
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -15,8 +18,12 @@ from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.settings import Settings
+from rlhf_ray.types import Float32Array, PromptText, ScoredGroup
 
 __all__ = ["WandbReporter"]
+
+# Each table is uploaded whole; the Parquet files of the run directory have all completions.
+_MOST_ROWS = 64
 
 
 class WandbReporter(Reporter):
@@ -38,6 +45,9 @@ class WandbReporter(Reporter):
             _require_api_key(wandb.setup().settings)
         self._run = wandb.init(
             project=settings.reporting.wandb_project,
+            # One run, also where several processes carry it on.
+            id=_run_id(run_dir),
+            resume="allow",
             name=run_dir.name,
             dir=str(run_dir.path),
             config=_config(run_dir),
@@ -55,11 +65,52 @@ class WandbReporter(Reporter):
         row = flatten(result)
         self._run.log(row, step=int(row["training_iteration"]))
 
+    def report_completions(
+        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+    ) -> None:
+        """Log the first of the iteration's completions as a table, with the step's other numbers."""
+        import wandb
+
+        if self._run is None:
+            raise RuntimeError("report_completions() before start()")
+        table = wandb.Table(columns=["prompt", "completion", "reward", "finish_reason"])
+        rows = (
+            (
+                _text(scored.group.prompt.text),
+                scored.texts[index],
+                float(scored.rewards[index]),
+                completion.finish_reason,
+            )
+            for scored in groups
+            for index, completion in enumerate(scored.group.completions)
+        )
+        for row in itertools.islice(rows, _MOST_ROWS):
+            table.add_data(*row)
+        self._run.log({"completions": table}, step=step, commit=False)
+
     def stop(self) -> None:
         """Finish the W&B run."""
         if self._run is not None:
             self._run.finish()
             self._run = None
+
+
+def _rows(scored: ScoredGroup) -> Iterator[tuple[str, str, float, str]]:
+    prompt = _text(scored.group.prompt.text)
+    for completion, text, reward in zip(scored.group.completions, scored.texts, scored.rewards, strict=True):
+        yield prompt, text, float(reward), completion.finish_reason
+
+
+def _text(prompt: PromptText) -> str:
+    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
+
+
+def _run_id(run_dir: RunDirectory) -> str:
+    file = run_dir.wandb / "run_id"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def _config(run_dir: RunDirectory) -> dict[str, Any]:

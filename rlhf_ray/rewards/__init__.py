@@ -15,6 +15,7 @@ from rlhf_ray.rewards.builtin.length import length
 from rlhf_ray.rewards.builtin.math_equivalence import math_equivalence
 from rlhf_ray.rewards.builtin.overlong import overlong
 from rlhf_ray.rewards.functions import NamedReward, resolve_rewards
+from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
 if TYPE_CHECKING:
     from rlhf_ray.rewards.pool import RewardPool
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NamedReward",
+    "RewardModelReward",
     "RewardPool",
     "RewardScorer",
     "exact_match",

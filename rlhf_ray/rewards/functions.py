@@ -12,10 +12,11 @@ from typing import Any
 import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.registry import build_reward, is_factory, nearest
+from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.settings import RewardFunction, RewardSettings, RewardSpec
 from rlhf_ray.user_code import load_reference
 
-__all__ = ["NamedReward", "resolve_rewards"]
+__all__ = ["NamedReward", "resolve_rewards", "reward_models"]
 
 DEFAULT_REWARD = "rlhf_ray.quickstart.task:reward"
 """Scores the quickstart task; used where no function is named."""
@@ -61,6 +62,22 @@ def resolve_rewards(settings: RewardSettings) -> tuple[NamedReward, ...]:
         NamedReward(name=name, weight=weight, function=function)
         for name, weight, function in zip(names, weights, functions, strict=True)
     )
+
+
+def reward_models(settings: RewardSettings) -> tuple[RewardModelReward, ...]:
+    """Those of a run's rewards that are models; nothing else is looked up.
+
+    Raises:
+        ConfigError: An argument of one is wrong.
+    """
+    found = []
+    for index, spec in enumerate(settings.functions):
+        named = spec.get("name") if isinstance(spec, Mapping) else spec
+        if isinstance(spec, RewardModelReward) or named == "reward_model":
+            model = _resolve(spec, f"rewards.functions[{index}]")
+            assert isinstance(model, RewardModelReward)
+            found.append(model)
+    return tuple(found)
 
 
 def _resolve(spec: RewardSpec, field: str) -> RewardFunction:
@@ -128,6 +145,8 @@ def _check_signature(function: object, field: str, value: object) -> None:
 def _name_of(function: RewardFunction) -> str:
     while isinstance(function, functools.partial):
         function = function.func
+    if isinstance(function, RewardModelReward):
+        return "reward_model"
     name = getattr(function, "__name__", None) or type(function).__name__
     return str(name).strip("<>")
 

@@ -19,14 +19,14 @@ import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rlhf_ray.errors import RewardError
-from rlhf_ray.rewards.functions import resolve_rewards
+from rlhf_ray.rewards.functions import NamedReward, resolve_rewards
 from rlhf_ray.rewards.scoring import Scores, Tokenizer
 from rlhf_ray.rewards.shipping import pack, pack_rewards
 from rlhf_ray.rewards.worker import LONG_CALL_S, ConcurrentRewardWorker, SequentialRewardWorker
 from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
 
-__all__ = ["RewardPool"]
+__all__ = ["RewardPool", "kill", "one_line"]
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +81,8 @@ class RewardPool:
         trust_remote_code: Run code that ships with the tokenizer.
         tokenizer: A tokenizer to send along instead of loading ``tokenizer_path``.
         startup_timeout_s: Longest wait for workers to start, in seconds.
+        rewards: Those of ``settings`` that run here; none: all.
+        part_of_sum: Reward models add to the sum, so that no function need apply to a completion.
 
     Attributes:
         failures: Groups that could not be scored since the start, by ``RewardFailure.kind``.
@@ -99,8 +101,11 @@ class RewardPool:
         trust_remote_code: bool,
         tokenizer: Tokenizer | None = None,
         startup_timeout_s: float = 300.0,
+        rewards: Sequence[NamedReward] | None = None,
+        part_of_sum: bool = False,
     ) -> None:
-        rewards = resolve_rewards(settings)
+        if rewards is None:
+            rewards = resolve_rewards(settings)
         concurrent = all(reward.is_async for reward in rewards)
         self.failures: Counter[str] = Counter()
         self.workers_replaced = 0
@@ -113,7 +118,7 @@ class RewardPool:
         # be free before it.
         self._slots = self._concurrency + (1 if settings.num_workers == 1 else 0)
         source = tokenizer_path if tokenizer is None else pack(tokenizer, defined_by=tokenizer)
-        self._worker_arguments = (pack_rewards(rewards), source, trust_remote_code)
+        self._worker_arguments = (pack_rewards(rewards), source, trust_remote_code, part_of_sum)
         self._last_failure: RewardFailure | None = None
         self._workers: list[_Worker] = []
         self._waiting: deque[_Request] = deque()
@@ -274,7 +279,7 @@ class RewardPool:
                 batch[0].retries -= 1
                 self._again(batch, alone=True)
                 return
-            message = f"the reward worker died, {1 + DEATH_RETRIES} times: {_one_line(error)}"
+            message = f"the reward worker died, {1 + DEATH_RETRIES} times: {one_line(error)}"
             outcomes = [RewardFailure(group_id=batch[0].group.group_id, kind="worker_died", message=message)]
         seconds = (time.perf_counter() - started) / len(outcomes)
         # Slower at once, faster step by step: a call must not become long by surprise.
@@ -323,7 +328,7 @@ class RewardPool:
         worker.retired = True
         self._workers.remove(worker)
         self._free = deque(other for other in self._free if other is not worker)
-        _kill(worker)
+        kill(worker.actor)
         self.workers_replaced += 1
         self._spawn(self._start_replacement())
 
@@ -337,13 +342,13 @@ class RewardPool:
                 return
             worker.retired = True
             self._workers.remove(worker)
-            _kill(worker)
+            kill(worker.actor)
             logger.warning("%s; %d workers are left", self._startup_failure(error), len(self._workers))
             if not self._workers:
                 self._close(self._startup_failure(error))
             return
         if self._closed is not None:
-            _kill(worker)
+            kill(worker.actor)
             return
         self._offer([worker])
 
@@ -365,7 +370,7 @@ class RewardPool:
         self._closed = reason
         for worker in self._workers:
             worker.killed = worker.retired = True
-            _kill(worker)
+            kill(worker.actor)
         self._workers = []
         self._fail(list(self._waiting), RewardError(reason))
         self._waiting.clear()
@@ -390,14 +395,15 @@ class RewardPool:
                 f"a reward worker did not start in {self._startup_timeout_s:g} s: are {self._num_cpus:g} CPUs free for "
                 f"each of {self._settings.num_workers} (resources.cpus_per_reward_worker, rewards.num_workers)?"
             )
-        return f"a reward worker cannot start: {_one_line(error)}"
+        return f"a reward worker cannot start: {one_line(error)}"
 
 
-def _kill(worker: _Worker) -> None:
+def kill(actor: Any) -> None:
+    """End an actor, if its cluster still runs."""
     if ray.is_initialized():  # A cluster that is gone took its actors along, and ray.kill would start a new one.
-        ray.kill(worker.actor)
+        ray.kill(actor)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
     """The end of Ray's many lines, which is where the cause stands."""
     return " ".join(str(error).split())[-500:]

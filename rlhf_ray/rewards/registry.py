@@ -7,12 +7,12 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from types import NoneType
-from typing import Any, ParamSpec, get_args, get_type_hints
+from typing import Any, Literal, ParamSpec, get_args, get_origin, get_type_hints
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.settings import RewardFunction
 
-__all__ = ["build_reward", "built_in", "built_in_names", "is_factory", "nearest"]
+__all__ = ["build_reward", "built_in", "built_in_names", "is_factory", "nearest", "register"]
 
 P = ParamSpec("P")
 
@@ -33,6 +33,11 @@ def built_in(factory: Callable[P, RewardFunction]) -> Callable[P, RewardFunction
 
     _FACTORIES[factory.__name__] = build
     return build
+
+
+def register(name: str, factory: Callable[..., RewardFunction]) -> None:
+    """Let settings call a factory by ``name``; what it makes need not carry that name."""
+    _FACTORIES[name] = factory
 
 
 def built_in_names() -> tuple[str, ...]:
@@ -100,10 +105,15 @@ def _check_arguments(
 
 def _has_type(given: object, hint: Any) -> bool:
     options = get_args(hint) or (hint,)
+    if get_origin(hint) is Literal:
+        return given in options
     if isinstance(given, bool):
         return bool in options
     return isinstance(given, options) or (float in options and isinstance(given, int))
 
 
 def _type_names(hint: Any) -> list[str]:
-    return ["none" if option is NoneType else option.__name__ for option in get_args(hint) or (hint,)]
+    options = get_args(hint) or (hint,)
+    if get_origin(hint) is Literal:
+        return [repr(option) for option in options]
+    return ["none" if option is NoneType else option.__name__ for option in options]

@@ -83,12 +83,21 @@ class RewardScorer:
         tokenizer: Turns completions into text.
         threaded: Call functions that are not async in a thread, so that the event loop goes on. Off: call them where
             ``score`` runs, which functions that use signals (time limits, mostly) need to be the main thread.
+        part_of_sum: A reward model adds to the sum, so that no function need apply to a completion.
     """
 
-    def __init__(self, rewards: Sequence[NamedReward], tokenizer: Tokenizer, *, threaded: bool = True) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[NamedReward],
+        tokenizer: Tokenizer,
+        *,
+        threaded: bool = True,
+        part_of_sum: bool = False,
+    ) -> None:
         self._rewards = tuple(rewards)
         self._tokenizer = tokenizer
         self._threaded = threaded
+        self._part_of_sum = part_of_sum
 
     async def score(self, group: RolloutGroup) -> ScoredGroup:
         """Score ``group``.
@@ -109,7 +118,7 @@ class RewardScorer:
         start = time.perf_counter()
         answers = await self._answers(arguments, len(texts))
         return Scores(
-            rewards=weighted_sum(answers, [reward.weight for reward in self._rewards]),
+            rewards=weighted_sum(answers, [reward.weight for reward in self._rewards], part_of_sum=self._part_of_sum),
             rewards_by_function={
                 reward.name: answer.astype(np.float32) for reward, answer in zip(self._rewards, answers, strict=True)
             },
@@ -193,17 +202,20 @@ def checked_answer(answer: object, name: str, count: int) -> Float64Array:
     return values
 
 
-def weighted_sum(answers: Sequence[Float64Array], weights: Sequence[float]) -> Float32Array:
+def weighted_sum(
+    answers: Sequence[Float64Array], weights: Sequence[float], *, part_of_sum: bool = False
+) -> Float32Array:
     """``[F][G] -> [G]``: for each completion the sum of weight times reward over the functions that apply to it.
 
     Weights are not renormalised where a function does not apply.
 
     Raises:
-        ScoringError: No function applies to some completion, or a sum leaves float32's range.
+        ScoringError: No function applies to some completion, and this is not ``part_of_sum``; or a sum leaves
+            float32's range.
     """
     table = np.stack(answers)
     nowhere = np.flatnonzero(np.isnan(table).all(axis=0))
-    if nowhere.size:
+    if nowhere.size and not part_of_sum:
         raise ScoringError("all_none", f"every reward function answered None for completion {nowhere[0]}")
     with np.errstate(over="ignore"):
         weighted = table * np.asarray(weights, dtype=np.float64)[:, None]

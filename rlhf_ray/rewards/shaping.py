@@ -46,5 +46,5 @@ def shaped(batch: SequenceBatch, settings: RewardSettings, *, mask_truncated: bo
             std=settings.normalise_std,
             leave_one_out=settings.leave_one_out,
         )
-    in_loss = batch.in_loss & ~batch.truncated if mask_truncated else batch.in_loss
-    return replace(batch, rewards=own.numpy(), greedy_rewards=greedy.numpy(), in_loss=in_loss)
+    starts = np.where(mask_truncated & batch.truncated, batch.completion_lengths, batch.loss_starts)
+    return replace(batch, rewards=own.numpy(), greedy_rewards=greedy.numpy(), loss_starts=starts)

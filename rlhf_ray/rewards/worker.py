@@ -11,7 +11,7 @@ from rlhf_ray.rewards.scoring import RewardScorer, Scores, ScoringError, Tokeniz
 from rlhf_ray.rewards.shipping import unpack, unpack_rewards
 from rlhf_ray.types import RewardFailure, RolloutGroup
 
-__all__ = ["LONG_CALL_S", "ConcurrentRewardWorker", "SequentialRewardWorker"]
+__all__ = ["LONG_CALL_S", "ConcurrentRewardWorker", "SequentialRewardWorker", "load_tokenizer"]
 
 LONG_CALL_S = 0.2
 """A call for several groups answers after so many seconds with those that it has."""
@@ -27,11 +27,18 @@ class SequentialRewardWorker:
         parcels: From ``pack_rewards``.
         tokenizer: A folder or hub id, or a tokenizer from ``pack``.
         trust_remote_code: Run code that ships with the tokenizer.
+        part_of_sum: As :class:`RewardScorer`'s.
     """
 
-    def __init__(self, parcels: Sequence[bytes], tokenizer: str | bytes, trust_remote_code: bool) -> None:
-        rewards = unpack_rewards(parcels)
-        self._scorer = RewardScorer(rewards, _tokenizer(tokenizer, trust_remote_code), threaded=False)
+    def __init__(
+        self, parcels: Sequence[bytes], tokenizer: str | bytes, trust_remote_code: bool, part_of_sum: bool = False
+    ) -> None:
+        self._scorer = RewardScorer(
+            unpack_rewards(parcels),
+            load_tokenizer(tokenizer, trust_remote_code),
+            threaded=False,
+            part_of_sum=part_of_sum,
+        )
         # One loop for the worker's life: async functions may keep sessions and locks that belong to it.
         self._loop = asyncio.new_event_loop()
 
@@ -52,8 +59,11 @@ class SequentialRewardWorker:
 class ConcurrentRewardWorker:
     """Several groups at once, for functions that are all async; arguments as :class:`SequentialRewardWorker`."""
 
-    def __init__(self, parcels: Sequence[bytes], tokenizer: str | bytes, trust_remote_code: bool) -> None:
-        self._scorer = RewardScorer(unpack_rewards(parcels), _tokenizer(tokenizer, trust_remote_code))
+    def __init__(
+        self, parcels: Sequence[bytes], tokenizer: str | bytes, trust_remote_code: bool, part_of_sum: bool = False
+    ) -> None:
+        loaded = load_tokenizer(tokenizer, trust_remote_code)
+        self._scorer = RewardScorer(unpack_rewards(parcels), loaded, part_of_sum=part_of_sum)
 
     async def ready(self) -> None:
         """Answer once the worker stands."""
@@ -70,7 +80,8 @@ async def _score(scorer: RewardScorer, group: RolloutGroup) -> Scores | RewardFa
         return RewardFailure(group_id=group.group_id, kind=error.kind, message=error.message)
 
 
-def _tokenizer(source: str | bytes, trust_remote_code: bool) -> Tokenizer:
+def load_tokenizer(source: str | bytes, trust_remote_code: bool) -> Tokenizer:
+    """The policy's tokenizer, from a folder, a hub id or ``pack``."""
     if isinstance(source, bytes):
         return cast(Tokenizer, unpack(source))
     from transformers import AutoTokenizer

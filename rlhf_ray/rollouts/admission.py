@@ -6,6 +6,7 @@ Plain bookkeeping without clocks, threads or Ray: the rollout flow (flow.py) ask
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 from rlhf_ray.settings import Settings
@@ -46,16 +47,22 @@ class GroupLedger(Generic[Item]):
       ``a + max_staleness``: ``alive(a) - taken(a) <= (a + max_staleness - v) * batch_size``. A straggler is so waited
       for in its last version, and not before.
 
+    With ``carries`` a straggler is not waited for: in its last version it counts as admitted at the newest one, and a
+    batch is made as soon as enough groups are ready. It is then for whoever trains on such a group to leave out the
+    tokens that are too old (``SequenceBatch.from_groups``).
+
     Args:
         batch_size: Groups an update.
         max_staleness: Versions that a group may lag behind.
         max_concurrent: Groups in flight at once.
+        carries: Whether a group in flight may be carried over its last version.
     """
 
-    def __init__(self, *, batch_size: int, max_staleness: int, max_concurrent: int) -> None:
+    def __init__(self, *, batch_size: int, max_staleness: int, max_concurrent: int, carries: bool = False) -> None:
         self._batch_size = batch_size
         self._max_staleness = max_staleness
         self._max_concurrent = max_concurrent
+        self._carries = carries
         self._alive: Counter[int] = Counter()
         self._ready: defaultdict[int, list[tuple[int, Item]]] = defaultdict(list)
         self._in_flight: dict[int, int] = {}
@@ -63,6 +70,8 @@ class GroupLedger(Generic[Item]):
         self._accepted = 0
         self.version = 0
         """The newest that replicas have, and groups are admitted for; it may only rise between two :meth:`restart`."""
+        self.carried = 0
+        """How often a group was carried over."""
 
     def restart(self, version: int) -> None:
         """Forget all groups; those of earlier versions count as accepted."""
@@ -81,6 +90,10 @@ class GroupLedger(Generic[Item]):
     def ready(self) -> int:
         """Groups accepted and not yet in a batch."""
         return sum(map(len, self._ready.values()))
+
+    def waiting(self) -> Iterator[Item]:
+        """What was accepted and is not yet in a batch."""
+        return (item for entries in self._ready.values() for _, item in entries)
 
     def capacity(self) -> int:
         """Groups that may be admitted now."""
@@ -116,14 +129,31 @@ class GroupLedger(Generic[Item]):
         """
         if self.ready < self._batch_size:
             return None
-        alive = ready = 0
+        if too_many := self._left_too_late(version):
+            if not self._carries:
+                return None
+            self._carry(too_many)
+        return self._take_oldest()
+
+    def _left_too_late(self, version: int) -> int:
+        """How many groups the batches from ``version`` on cannot take in time, if one is made now."""
+        alive = ready = too_many = 0
         for admitted in range(version - self._max_staleness, version + 1):
             alive += self._alive[admitted]
             ready += len(self._ready.get(admitted, ()))
             left_for_later = (admitted + self._max_staleness - version) * self._batch_size
-            if alive - min(ready, self._batch_size) > left_for_later:
-                return None
-        return self._take_oldest()
+            too_many = max(too_many, alive - min(ready, self._batch_size) - left_for_later)
+        return too_many
+
+    def _carry(self, count: int) -> None:
+        """Let the oldest groups in flight count as admitted now."""
+        # There are as many of the versions in question: the groups that are ready fit their batches.
+        oldest = sorted(self._in_flight, key=lambda ticket: (self._in_flight[ticket], ticket))[:count]
+        for ticket in oldest:
+            self._alive[self._in_flight[ticket]] -= 1
+            self._in_flight[ticket] = self.version
+            self._alive[self.version] += 1
+        self.carried += count
 
     def _take_oldest(self) -> list[Item]:
         batch: list[Item] = []

@@ -12,11 +12,12 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.schema import ApplicationStatus, LoggingConfig
+from ray.serve.schema import ApplicationStatus
 
 from rlhf_ray.errors import RolloutError
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
+from rlhf_ray.rollouts.serve_instance import QUIET, serve_is_running, start_serve
 from rlhf_ray.rollouts.start_failure import root_cause
 
 __all__ = ["RolloutApp"]
@@ -68,7 +69,7 @@ class RolloutApp:
 
     def start(self) -> None:
         """Begin to deploy the replicas in a thread and return at once; :meth:`wait_ready` waits for them."""
-        self._started_serve = not _serve_is_running()
+        self._started_serve = not serve_is_running()
         self._deploying = ThreadPoolExecutor(1, "rollout-app").submit(self._deploy)
 
     def wait_ready(self) -> Any:
@@ -103,7 +104,7 @@ class RolloutApp:
             return
         wait([self._deploying], _STOP_TIMEOUT_S)  # It may not have come yet to what is to be deleted.
         self._deploying = None
-        if not _serve_is_running():
+        if not serve_is_running():
             return
         serve.delete(self.name)
         # Serve's actors complain on the console when they are shut down one by one; a cluster that ends takes all.
@@ -111,10 +112,9 @@ class RolloutApp:
             serve.shutdown()
 
     def _deploy(self) -> Any:
-        quiet = LoggingConfig(log_level="WARNING", enable_access_log=False)
-        serve.start(proxy_location="Disabled", logging_config=quiet)
+        start_serve()
         application = self._deployment().bind(self._spec, self._bridge)
-        target = serve.RunTarget(application, name=self.name, route_prefix=None, logging_config=quiet)
+        target = serve.RunTarget(application, name=self.name, route_prefix=None, logging_config=QUIET)
         # Not serve.run: nothing but the end of the cluster ends its wait.
         (handle,) = serve.run_many(
             [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
@@ -173,11 +173,3 @@ _REMEDY = (
 
 def _cannot_start(reason: str) -> RolloutError:
     return RolloutError(f"the rollout replicas cannot start: {reason}\n{_REMEDY}")
-
-
-def _serve_is_running() -> bool:
-    try:
-        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
-    except ValueError:
-        return False
-    return True

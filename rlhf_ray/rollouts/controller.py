@@ -6,8 +6,11 @@ import asyncio
 import logging
 import threading
 from collections.abc import Coroutine, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
+from rlhf_ray.prompts.order import PromptPosition
+from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.flow import Collected, RolloutFlow
 from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
@@ -43,6 +46,16 @@ class RolloutController:
         """See :meth:`RolloutFlow.score_prompts`."""
         return self._run(self._flow.score_prompts(prompts, sampling, version))
 
+    def prompt_position(self, prompts: PromptStream, version: int) -> PromptPosition:
+        """Where a run must go on that stops now, with policy ``version``: no prompt is left out or trained on twice."""
+
+        async def between_admissions() -> PromptPosition:
+            position = prompts.state()
+            unfinished = {*position.unfinished, *self._flow.unfinished(version)}
+            return replace(position, unfinished=tuple(sorted(unfinished)))
+
+        return self._run(between_admissions())
+
     def resume(self, version: int) -> None:
         """See :meth:`RolloutFlow.restart`."""
         self._run(self._flow.restart(version))
@@ -63,7 +76,9 @@ class RolloutController:
 
     @staticmethod
     async def _cancel() -> None:
-        await cancel_all(task for task in asyncio.all_tasks() if task is not asyncio.current_task())
+        # Again and again: a group that ends meanwhile lets others in.
+        while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
+            await cancel_all(tasks)
 
     def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)

@@ -5,24 +5,21 @@ Plain class, no Ray: the Serve deployment (replica.py) constructs it and forward
 
 from __future__ import annotations
 
-import tempfile
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from rlhf_ray.errors import RolloutError
 from rlhf_ray.types import Completion, Prompt, SamplingSettings, VersionSpan
+from rlhf_ray.weight_sync.buckets import ByteArray
 from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.shared_buckets import SharedBuckets
 
 __all__ = ["EngineSpec", "LoadReport", "RolloutEngine"]
-
-# Weights reach the engine's own process through files here: a tmpfs on Linux, so no byte touches a disk.
-_SHARED_MEMORY = "/dev/shm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +58,7 @@ class RolloutEngine:
 
         self._spec = spec
         self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**spec.engine_args))
+        self._shared = SharedBuckets()
         self._requests = 0
         self._updates = 0
         self._paused_at = 0.0
@@ -111,29 +109,24 @@ class RolloutEngine:
             _completion(choice, asked_version) for choice in sorted(output.outputs, key=lambda choice: choice.index)
         )
 
-    async def load_weights(self, manifest: WeightManifest, buckets: Sequence[npt.NDArray[np.uint8]]) -> None:
+    async def load_weights(self, manifest: WeightManifest, buckets: Sequence[Sequence[ByteArray]]) -> None:
         """Load one published version through shared memory; sequences in flight go on under the new weights."""
-        from rlhf_ray.weight_sync.shared_memory_engine import update_info
-
-        with tempfile.TemporaryDirectory(prefix="rlhf-ray-weights-", dir=_SHARED_MEMORY) as folder:
-            updates = []
-            for index, (layout, data) in enumerate(zip(manifest.buckets, buckets, strict=True)):
-                path = Path(folder) / f"{index}.bin"
-                data.tofile(path)
-                updates.append(update_info(layout, str(path)))
-            await self.begin_update()
-            for update in updates:
-                await self.apply_update(update)
-            await self.finish_update(manifest.version)
+        updates = await asyncio.to_thread(self._shared.write, manifest.buckets, buckets)
+        await self.begin_update()
+        for update in updates:
+            await self.apply_update(update)
+        await self.finish_update(manifest.version)
+        self._shared.release()
 
     async def begin_update(self) -> None:
         """Pause between two tokens and prepare for new weights.
 
         When anything fails from here on the engine stays paused: half-loaded weights must never sample a token.
         """
-        self._paused_at = time.perf_counter()
         # Not pause_generation(): it does this and then sleeps 20 ms, only for its callers' convenience.
         await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        # Only now: until then the step that was under way went on, and wrote its tokens.
+        self._paused_at = time.perf_counter()
         # Whoever comes from here on is served by the new weights.
         self._updates += 1
         await self._engine.start_weight_update()
@@ -151,9 +144,10 @@ class RolloutEngine:
         self.version = version
         self.pause_s = time.perf_counter() - self._paused_at
 
-    async def check_health(self) -> None:
-        """Raise when the engine's process is gone."""
-        await self._engine.check_health()
+    @property
+    def is_dead(self) -> bool:
+        """Whether the engine's process is gone."""
+        return bool(self._engine.errored)
 
     def shutdown(self) -> None:
         """End the engine's process."""

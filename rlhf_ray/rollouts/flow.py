@@ -50,6 +50,8 @@ class Collected:
     """Groups dropped since the last batch because their reward failed, by kind."""
     equal_reward_groups: int
     """Groups dropped because their rewards were all equal (dynamic sampling)."""
+    carried_groups: int
+    """Groups in flight that the batch did not wait for in their last version (partial rollouts)."""
     retries: int
     """Groups sent again because their replica died."""
     rollout_s: float
@@ -98,6 +100,7 @@ class RolloutFlow:
         max_failures: Failed rewards in one batch before :class:`RewardError`.
         max_equal_groups: Dynamic sampling: groups of equal rewards dropped in one batch before :class:`RewardError`;
             none: such groups are kept.
+        partial_rollouts: Whether a group in its last version is carried over instead of waited for.
         greedy_baseline: Whether every group also gets a greedy completion and its reward.
         timeout_s: Longest wait for one group.
         stall_timeout_s: Longest wait without any group getting further.
@@ -117,6 +120,7 @@ class RolloutFlow:
         max_retries: int,
         max_failures: int,
         max_equal_groups: int | None,
+        partial_rollouts: bool,
         greedy_baseline: bool,
         timeout_s: float,
         stall_timeout_s: float,
@@ -137,7 +141,10 @@ class RolloutFlow:
         self._stall_timeout_s = stall_timeout_s
         self._seed = seed
         self._ledger: GroupLedger[ScoredGroup] = GroupLedger(
-            batch_size=batch_size, max_staleness=max_staleness, max_concurrent=max_concurrent
+            batch_size=batch_size,
+            max_staleness=max_staleness,
+            max_concurrent=max_concurrent,
+            carries=partial_rollouts,
         )
         self._in_flight: dict[asyncio.Task[ScoredGroup | RewardFailure], _InFlight] = {}
         # Prompts of groups that were cancelled: the next ones to be admitted.
@@ -146,6 +153,7 @@ class RolloutFlow:
         self._changed = asyncio.Event()
         self._failures: Counter[str] = Counter()
         self._equal = 0
+        self._carried_before = 0
         self._retries = 0
         self._generating = 0
         self._generating_since = 0.0
@@ -196,6 +204,7 @@ class RolloutFlow:
             groups=tuple(sorted(groups, key=lambda scored: scored.group.group_id)),
             failures=self._failures,
             equal_reward_groups=self._equal,
+            carried_groups=self._ledger.carried - self._carried_before,
             retries=self._retries,
             rollout_s=max(0.0, self._last_completion - started),
             reward_s=ended - max(started, self._last_completion),
@@ -207,6 +216,13 @@ class RolloutFlow:
         self._forget_counts()
         self._last = (version, collected)
         return collected
+
+    def unfinished(self, version: int) -> list[int]:
+        """Ids of the prompts that were taken and that policy ``version`` and those before it were not trained on."""
+        collected = () if self._last is None or self._last[0] < version else self._last[1].groups
+        waiting = (*collected, *self._ledger.waiting())
+        prompts = [scored.group.prompt for scored in waiting] + [group.prompt for group in self._in_flight.values()]
+        return [prompt.prompt_id for prompt in (*prompts, *self._again)]
 
     def published(self, version: int) -> None:
         """Admit groups for a version, which every replica has by now; where none may be stale, ``collect`` does."""
@@ -304,6 +320,7 @@ class RolloutFlow:
     def _forget_counts(self) -> None:
         self._failures = Counter()
         self._equal = 0
+        self._carried_before = self._ledger.carried
         self._retries = 0
         self._generated_tokens = 0
         self._generating_s = 0.0
@@ -334,7 +351,9 @@ class RolloutFlow:
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, version: int
     ) -> tuple[ScoredGroup | RewardFailure, ...]:
         """Sample and score the given prompts (evaluation), in their order; counts for no update."""
-        limit = asyncio.Semaphore(self._max_concurrent * max(1, self._sampling.group_size // sampling.group_size))
+        # As many completions at once as in training.
+        completions = self._max_concurrent * self._sampling.group_size
+        limit = asyncio.Semaphore(max(1, completions // sampling.group_size))
 
         async def one(prompt: Prompt) -> ScoredGroup | RewardFailure:
             async with limit:

@@ -7,6 +7,8 @@ bridge before it is ready, and a request names the version it needs, so that non
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +23,10 @@ from rlhf_ray.types import Completion, Prompt, SamplingSettings, Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
 __all__ = ["RolloutReplica"]
+
+_LOG = logging.getLogger(__name__)
+_CHECK_S = 0.5
+_ORPHAN_CHECK_S = 5.0
 
 
 class RolloutReplica:
@@ -43,6 +49,7 @@ class RolloutReplica:
         except Exception as error:
             raise RuntimeError(f"EngineStartError: {engine_start_failure(error)}") from error
         await self._engine.start(version=0)
+        self._watching = asyncio.gather(self._end_with_engine(), self._end_with_run())
         await self._catch_up(await bridge.newest_version.remote())
 
     async def generate(
@@ -108,15 +115,40 @@ class RolloutReplica:
         return self._report()
 
     async def check_health(self) -> None:
-        """Raise when the engine died or an update failed half-way, so that Serve replaces this replica."""
+        """Raise when an update failed half-way, so that Serve replaces this replica."""
         if self._failure is not None:
             raise RuntimeError(f"replica {self.replica_id} failed") from self._failure
-        await self._engine.check_health()
 
     def __del__(self) -> None:
         """End the engine's process with the replica; Serve calls this on a graceful stop."""
+        if hasattr(self, "_watching"):
+            self._watching.cancel()
         if hasattr(self, "_engine"):
             self._engine.shutdown()
+
+    async def _end_with_engine(self) -> None:
+        """End this process when the engine's has ended: Serve replaces it at once, and nobody waits for its answers.
+
+        vLLM waits for ever for a call that its process has not answered.
+        """
+        while not self._engine.is_dead:
+            await asyncio.sleep(_CHECK_S)
+        _LOG.error("the engine's process has ended, and with it this replica")
+        os._exit(1)
+
+    async def _end_with_run(self) -> None:
+        """Delete the application when the run has ended without doing so: Serve keeps what a killed driver started."""
+        from ray.exceptions import ActorDiedError
+
+        app_name = serve.get_replica_context().app_name
+        while True:
+            await asyncio.sleep(_ORPHAN_CHECK_S)
+            try:
+                await self._bridge.newest_version.remote()
+            except ActorDiedError:
+                _LOG.error("the run is gone; its application %s is deleted", app_name)
+                await asyncio.to_thread(serve.delete, app_name, _blocking=False)
+                return
 
     async def _catch_up(self, version: int) -> None:
         if self._engine.version < version:

@@ -1,7 +1,8 @@
-"""Learner side of a publication: gather sharded parameters, bucket by bucket, into flat byte buffers.
+"""Learner side of a publication: gather sharded parameters, bucket by bucket, as bytes.
 
-Consumes the policy's (sharded) parameters; produces ``(layout, bytes)`` on rank 0. A gather is a collective, so every
-rank must iterate to the end, in step; the other ranks receive ``None`` for the bytes and hold no full tensor.
+Consumes the policy's (sharded) parameters; produces ``(layout, pieces)`` on rank 0, a piece for each tensor. A gather
+is a collective, so every rank must iterate to the end, in step; the other ranks receive ``None`` for the pieces and
+hold no full tensor.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ def gather_buckets(
     dtype: torch.dtype,
     keep: bool,
     bucket_bytes: int = DEFAULT_BUCKET_BYTES,
-) -> Iterator[tuple[BucketLayout, ByteArray | None]]:
-    """Yield the parameters as flat buckets of at most ``bucket_bytes`` (one tensor may exceed it alone).
+) -> Iterator[tuple[BucketLayout, list[ByteArray] | None]]:
+    """Yield the parameters in buckets of at most ``bucket_bytes`` (one tensor may exceed it alone).
+
+    A piece may be the parameter's own memory: copy it before the parameter changes.
 
     Args:
         parameters: Checkpoint name and (possibly sharded) tensor, in the same order on every rank.
@@ -39,20 +42,20 @@ def gather_buckets(
         bucket_bytes: Size limit of a bucket in bytes.
 
     Yields:
-        The layout, and the bytes or ``None`` where ``keep`` is false.
+        The layout, and the bytes of each of its tensors or ``None`` where ``keep`` is false.
     """
     tensors: list[TensorLayout] = []
-    pieces: list[torch.Tensor] = []
+    pieces: list[ByteArray] = []
     filled = 0
     for name, parameter in parameters:
         wire_dtype = dtype if parameter.dtype.is_floating_point else parameter.dtype
         size = parameter.numel() * wire_dtype.itemsize
         if tensors and filled + size > bucket_bytes:
-            yield _bucket(tensors, pieces, keep=keep)
+            yield _layout(tensors), pieces if keep else None
             tensors, pieces, filled = [], [], 0
         full = full_tensor(parameter.detach())
         if keep:
-            pieces.append(full.to("cpu", wire_dtype))
+            pieces.append(full.to("cpu", wire_dtype).contiguous().view(-1).view(torch.uint8).numpy())
         tensors.append(
             TensorLayout(
                 name=name,
@@ -64,11 +67,11 @@ def gather_buckets(
         )
         filled += -(-size // _ALIGNMENT_BYTES) * _ALIGNMENT_BYTES
     if tensors:
-        yield _bucket(tensors, pieces, keep=keep)
+        yield _layout(tensors), pieces if keep else None
 
 
 def unpack_bucket(layout: BucketLayout, data: ByteArray) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and tensor for each entry; the tensors are views of ``data``."""
+    """Yield name and tensor for each entry of a bucket that lies flat in ``data``; the tensors are views of it."""
     flat = torch.from_numpy(data)
     for tensor in layout.tensors:
         piece = flat[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes]
@@ -81,15 +84,6 @@ def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     return gather() if gather is not None else tensor
 
 
-def _bucket(
-    tensors: list[TensorLayout], pieces: list[torch.Tensor], *, keep: bool
-) -> tuple[BucketLayout, ByteArray | None]:
+def _layout(tensors: list[TensorLayout]) -> BucketLayout:
     size_bytes = tensors[-1].offset_bytes + tensors[-1].size_bytes
-    layout = BucketLayout(size_bytes=size_bytes, tensors=tuple(tensors))
-    if not keep:
-        return layout, None
-    data = np.empty(size_bytes, dtype=np.uint8)
-    for tensor, piece in zip(tensors, pieces, strict=True):
-        raw = piece.contiguous().view(-1).view(torch.uint8).numpy()
-        data[tensor.offset_bytes : tensor.offset_bytes + tensor.size_bytes] = raw
-    return layout, data
+    return BucketLayout(size_bytes=size_bytes, tensors=tuple(tensors))

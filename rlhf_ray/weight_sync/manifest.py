@@ -1,6 +1,7 @@
 """What a published policy looks like on its way from the learners to the replicas.
 
-A publication is a list of flat byte buckets plus this manifest, which says where each tensor lies in which bucket.
+A publication is a list of buckets of tensors plus this manifest, which says which tensors a bucket holds, and where
+each lies when the bucket is laid out flat.
 """
 
 from __future__ import annotations

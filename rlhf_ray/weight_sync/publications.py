@@ -31,6 +31,9 @@ class Publications:
         """The newest that was published or is on its way; none: it failed, and replicas differ."""
         self.held_up_s = 0.0
         """How long the last :meth:`publish` took, in seconds."""
+        self._known: set[str] = set()
+        self.new_replicas = 0
+        """Replicas that acknowledged a publication and not the first one: Serve started them for others."""
 
     def publish(self, version: int, *, beside: bool = True) -> Publication:
         """Publish the learners' current policy, which is ``version``.
@@ -67,5 +70,8 @@ class Publications:
 
     def _deliver(self, deliver: Callable[[], Publication]) -> Publication:
         publication = deliver()
+        if self._known:
+            self.new_replicas += len(publication.replica_ids - self._known)
+        self._known |= publication.replica_ids
         self._published(publication.version)
         return publication

@@ -18,6 +18,8 @@ from rlhf_ray.weight_sync.manifest import WeightManifest
 __all__ = ["NcclPublisher", "ObjectStorePublisher", "Publication", "Publisher", "checked_pause"]
 
 _TIMEOUT_S = 600.0
+_RETRY_PAUSE_S = 0.5
+_MOST_TRIES = 3
 
 
 class WeightSource(Protocol):
@@ -40,7 +42,7 @@ class Publication:
     size_bytes: int
     pause_s: float
     """Longest time a replica's generation stood still."""
-    num_replicas: int
+    replica_ids: frozenset[str]
     """Replicas that acknowledged; one that is starting pulls the version itself."""
     publication_s: float
     """From the end of the update until all had."""
@@ -81,13 +83,21 @@ class ObjectStorePublisher:
         return lambda: self._deliver(manifest, refs, started)
 
     def _deliver(self, manifest: WeightManifest, refs: list[Any], started: float) -> Publication:
+        from ray.exceptions import ObjectLostError
+
         for part in self._parts():
             answers = _ask_all(self._handle, "load_weights", manifest, refs, part)
+        for _ in range(_MOST_TRIES):
+            if not any(isinstance(answer, ObjectLostError) for answer in answers):
+                break
+            # The learner that had put them into the object store died; the next one has them again, or newer ones.
+            manifest, refs = self._source.publish()
+            answers = _ask_all(self._handle, "load_weights", manifest, refs, None)
         return Publication(
             version=manifest.version,
             size_bytes=manifest.size_bytes,
             pause_s=checked_pause(manifest.version, answers),
-            num_replicas=len(_reports(answers)),
+            replica_ids=frozenset(report.replica_id for report in _reports(answers)),
             publication_s=time.perf_counter() - started,
         )
 
@@ -128,7 +138,7 @@ class NcclPublisher:
             version=version,
             size_bytes=size_bytes,
             pause_s=checked_pause(version, answers),
-            num_replicas=len(_reports(answers)),
+            replica_ids=frozenset(report.replica_id for report in _reports(answers)),
             publication_s=time.perf_counter() - started,
         )
 
@@ -159,11 +169,26 @@ def checked_pause(version: int, answers: list[LoadReport | BaseException]) -> fl
 
 
 def _ask_all(handle: Any, method: str, *arguments: Any) -> list[LoadReport | BaseException]:
-    try:
-        answers = handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S, return_exceptions=True)
-    except TimeoutError:
-        raise WeightSyncError(f"the replicas did not answer {method} within {_TIMEOUT_S:g} s") from None
-    return list(answers)
+    """Call all running replicas; where none is, because all died, wait for Serve to start one.
+
+    Raises:
+        WeightSyncError: They did not answer in time.
+    """
+    from ray.exceptions import RayActorError
+    from ray.serve.exceptions import DeploymentUnavailableError
+
+    ends_at = time.monotonic() + _TIMEOUT_S
+    while time.monotonic() < ends_at:
+        try:
+            answers = handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S, return_exceptions=True)
+        except TimeoutError:
+            break
+        except DeploymentUnavailableError:
+            answers = []
+        if not all(isinstance(answer, RayActorError) for answer in answers):
+            return list(answers)
+        time.sleep(_RETRY_PAUSE_S)
+    raise WeightSyncError(f"the replicas did not answer {method} within {_TIMEOUT_S:g} s")
 
 
 def _reports(answers: list[LoadReport | BaseException]) -> list[LoadReport]:

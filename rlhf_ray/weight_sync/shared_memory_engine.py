@@ -1,7 +1,7 @@
-"""Replica side of a publication on CPUs: a vLLM weight-transfer engine that maps buckets from shared memory.
+"""Engine side of a publication on CPUs: a vLLM weight-transfer engine that maps buckets from shared memory.
 
-vLLM's own backends need GPUs. This one is handed the path of a file under ``/dev/shm`` and the bucket's layout, maps
-the file and loads the views through vLLM's layer-wise reload. It is registered when vLLM imports this module, which
+vLLM's own backends need GPUs. This one is told which memory the replica has written (shared_buckets.py) and how, maps
+it and loads the views through vLLM's layer-wise reload. It is registered when vLLM imports this module, which
 ``worker_extension_cls`` makes it do inside the engine's own process.
 """
 
@@ -22,7 +22,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from rlhf_ray.weight_sync.buckets import unpack_bucket
 from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout
 
-__all__ = ["BACKEND", "SharedMemoryExtension", "SharedMemoryTransferEngine", "update_info"]
+__all__ = ["BACKEND", "SharedMemoryExtension", "SharedMemoryTransferEngine"]
 
 BACKEND = "rlhf_ray_shared_memory"
 
@@ -39,12 +39,6 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     path: str
     size_bytes: int
     tensors: list[tuple[str, list[int], str, int, int]]
-
-
-def update_info(layout: BucketLayout, path: str) -> dict[str, Any]:
-    """Describe a bucket for :meth:`SharedMemoryTransferEngine.receive_weights`, in plain types."""
-    tensors = [(t.name, list(t.shape), t.dtype, t.offset_bytes, t.size_bytes) for t in layout.tensors]
-    return {"path": path, "size_bytes": layout.size_bytes, "tensors": tensors}
 
 
 class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):  # type: ignore[misc]

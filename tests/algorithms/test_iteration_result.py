@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_ray.algorithms.iteration_result import evaluation_metrics, iteration_result
+from rlhf_ray.algorithms.iteration_result import iteration_result
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import plan_update
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.flow import Collected
-from rlhf_ray.types import Completion, Prompt, RewardFailure, RolloutGroup, ScoredGroup, VersionSpan
+from rlhf_ray.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
 from rlhf_ray.weight_sync.publisher import Publication
 
 NAN = float("nan")
@@ -62,6 +62,7 @@ def make_result(**overrides: Any) -> dict[str, Any]:
         groups=GROUPS,
         failures=Counter(timeout=2, raised=1),
         equal_reward_groups=4,
+        carried_groups=2,
         retries=3,
         rollout_s=2.0,
         reward_s=0.25,
@@ -70,7 +71,7 @@ def make_result(**overrides: Any) -> dict[str, Any]:
         elapsed_s=5.0,
         spans=(),
     )
-    batch = SequenceBatch.from_groups(GROUPS, version=5)
+    batch = SequenceBatch.from_groups(GROUPS, version=5, max_staleness=1)
     arguments: dict[str, Any] = {
         "collected": collected,
         "batch": batch,
@@ -86,12 +87,13 @@ def make_result(**overrides: Any) -> dict[str, Any]:
             seed=0,
         ),
         "figures": dict(FIGURES),
-        "publication": Publication(version=6, size_bytes=3000, pause_s=0.03, num_replicas=2, publication_s=0.25),
+        "publication": Publication(
+            version=6, size_bytes=3000, pause_s=0.03, replica_ids=frozenset("ab"), publication_s=0.25
+        ),
         "policy_version": 7,
         "weight_sync_s": 0.125,
         "iteration_s": 4.5,
         "dropped_prompts": 7,
-        "reward_workers_replaced": 1,
     }
     return iteration_result(**arguments | overrides)
 
@@ -99,6 +101,7 @@ def make_result(**overrides: Any) -> dict[str, Any]:
 def test_rollouts_by_hand() -> None:
     assert make_result()["rollouts"] == {
         "equal_reward_groups": 4,
+        "carried_groups": 2,
         "num_groups": 2,
         "num_completions": 4,
         "reward_mean": pytest.approx(1.0),
@@ -111,11 +114,26 @@ def test_rollouts_by_hand() -> None:
         "tokens_per_s": pytest.approx(8 / 4.0),
         # 4 of 8 tokens are one version old.
         "idle_fraction": pytest.approx(0.2),
+        "in_loss_fraction": 1.0,
         "staleness_mean": pytest.approx(0.5),
         "staleness_max": 1,
         "staleness_fraction": {"0": 0.5, "1": 0.5},
         "dropped_prompts": 7,
     }
+
+
+def test_staleness_is_that_of_tokens_in_the_losses() -> None:
+    batch = SequenceBatch.from_groups(GROUPS, version=5, max_staleness=0)
+    rollouts = make_result(batch=batch)["rollouts"]
+
+    # The first three of four tokens, and a whole completion of one token, are of version 4.
+    assert rollouts["in_loss_fraction"] == 0.5
+    assert (rollouts["staleness_mean"], rollouts["staleness_max"]) == (0.0, 0)
+    assert rollouts["staleness_fraction"] == {"0": 1.0}
+
+    nothing = make_result(batch=SequenceBatch.from_groups(GROUPS, version=9, max_staleness=0))["rollouts"]
+    assert nothing["in_loss_fraction"] == nothing["staleness_mean"] == nothing["staleness_max"] == 0
+    assert nothing["staleness_fraction"] == {}
 
 
 def test_rewards_are_told_by_function_where_it_applies() -> None:
@@ -132,6 +150,7 @@ def test_a_function_that_never_applies_has_no_mean() -> None:
         groups=silent,
         failures=Counter(),
         equal_reward_groups=0,
+        carried_groups=0,
         retries=0,
         rollout_s=1.0,
         reward_s=0.0,
@@ -177,7 +196,7 @@ def test_learner_timers_and_weight_sync() -> None:
         "publication_s": 0.25,
         "num_replicas": 2,
     }
-    assert result["fault_tolerance"] == {"group_retries": 3, "reward_workers_replaced": 1}
+    assert result["fault_tolerance"] == {"group_retries": 3}
 
 
 def test_the_figures_of_the_learners_are_left_as_they_are() -> None:
@@ -189,29 +208,7 @@ def test_the_figures_of_the_learners_are_left_as_they_are() -> None:
 
 
 def test_every_key_is_declared_and_every_value_is_a_number() -> None:
-    flat = flatten(make_result() | {"evaluation": {"gsm8k": evaluation_metrics(GROUPS)}})
+    flat = flatten(make_result())
 
     assert [key for key in flat if metric_for(key) is None] == []
     assert all(isinstance(value, (int, float)) for value in flat.values())
-
-
-# Evaluation.
-
-
-def test_evaluation_leaves_failures_out_of_the_mean_and_counts_them() -> None:
-    failure = RewardFailure(group_id=3, kind="timeout", message="too slow")
-
-    assert evaluation_metrics([*GROUPS, failure]) == {
-        "reward_mean": pytest.approx(1.0),
-        "num_prompts": 3,
-        "failures": 1,
-        "completion_tokens_mean": pytest.approx(2.0),
-        "truncated_fraction": pytest.approx(0.25),
-    }
-
-
-def test_evaluation_in_which_every_reward_failed_has_no_mean() -> None:
-    metrics = evaluation_metrics([RewardFailure(group_id=3, kind="raised", message="bug")])
-
-    assert math.isnan(metrics["reward_mean"])
-    assert (metrics["num_prompts"], metrics["failures"]) == (1, 1)

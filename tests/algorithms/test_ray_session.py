@@ -10,7 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from rlhf_ray.algorithms.ray_session import Shares, _end, _ray_workers, cpu_shares
+from rlhf_ray import RewardModelReward
+from rlhf_ray.algorithms.ray_session import RaySession, Shares, _end, _names_a_cluster, _ray_workers, cpu_shares
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.settings import Settings
 
@@ -54,6 +55,40 @@ def test_shares_by_hand(arguments: dict[str, Any], cpus: float, shares: tuple[fl
     found = cpu_shares(settings_of(**arguments), cpus)
 
     assert found == Shares(replica=replica, learner=learner, reward_worker=reward_worker)
+
+
+def with_reward_models(*models: RewardModelReward) -> Settings:
+    base = settings_of()
+    return replace(base, rewards=replace(base.rewards, functions=list(models)))
+
+
+def test_actors_of_reward_models_share_too() -> None:
+    settings = with_reward_models(RewardModelReward("a", num_workers=2), RewardModelReward("b"))
+    # A replica, a learner, a reward worker and three actors with a model share 1.8 CPUs.
+    assert cpu_shares(settings, 2) == Shares(replica=0.3, learner=0.3, reward_worker=0.3)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "num_gpus", "fits"),
+    [(3.0, None, True), (2.0, None, False), (2.0, 0.0, True), (2.0, 0.5, False), (2.5, 0.5, True), (0.0, None, True)],
+)
+def test_reward_models_have_gpus_beside_replicas_and_learners(
+    gpus: float, num_gpus: float | None, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus, "CPU": 8.0})
+    settings = with_reward_models(RewardModelReward("rm", num_gpus=num_gpus))
+    if fits:
+        assert RaySession._resolve_device(settings) is (gpus > 0)
+    else:
+        with pytest.raises(ConfigError, match=r"the reward models need .* GPUs, and replicas and learners leave 0"):
+            RaySession._resolve_device(settings)
+
+
+def test_a_trial_needs_the_room_of_all_its_actors() -> None:
+    settings = settings_of(replicas=4, learners=2, rewards=3, cpus_per_replica=2.0, cpus_per_reward_worker=0.5)
+    assert cpu_shares(settings, 64).total(settings) == 4 * 2.0 + 2 * 1.0 + 3 * 0.5
+    with_model = with_reward_models(RewardModelReward(path="m", num_workers=2))
+    assert cpu_shares(with_model, 64).total(with_model) == 1.0 + 1.0 + (1 + 2) * 1.0
 
 
 @pytest.mark.parametrize("cpus", [1, 2, 3, 4, 7, 16])
@@ -110,3 +145,10 @@ def test_processes_that_end_by_themselves_are_waited_for_and_not_killed() -> Non
     _end([process], grace_s=5.0)
 
     assert quick.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("address", "joins"), [(None, False), ("", False), ("local", False), ("auto", True), ("10.0.0.1:6379", True)]
+)
+def test_a_ray_that_this_process_starts_ends_with_it(address: str | None, joins: bool) -> None:
+    assert _names_a_cluster(address) == joins

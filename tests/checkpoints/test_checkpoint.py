@@ -1,43 +1,53 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
+from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.order import PromptPosition
 
-POSITION = PromptPosition(epoch=2, row=17)
+POSITION = PromptPosition(epoch=2, row=17, unfinished=(30, 34))
+CONFIG = "training: {lr: 1.0e-6}\n"
 
 
-def write(folder: Path, *, iteration: int = 5, position: PromptPosition = POSITION) -> Checkpoint:
-    """A whole checkpoint, as the Algorithm writes one."""
-    checkpoint = Checkpoint(folder)
-    checkpoint.begin()
-    checkpoint.learner.mkdir()
-    (checkpoint.learner / "shard.distcp").write_text(f"weights of {iteration}")
-    checkpoint.commit(
-        config="training: {lr: 1.0e-6}\n", policy_version=iteration + 1, iteration=iteration, prompt_position=position
+def state_of(iteration: int) -> CheckpointState:
+    return CheckpointState(
+        policy_version=iteration + 1, iteration=iteration, time_total_s=2.5, prompt_position=POSITION, score=0.25
     )
+
+
+def write(folder: Path, *, iteration: int = 5) -> Checkpoint:
+    """A whole checkpoint, as a run writes one."""
+    checkpoint = Checkpoint(Folder.at(folder))
+    checkpoint.begin()
+    shard = folder / "learner" / "shard-00001-model-00001-of-00001.safetensors"
+    shard.write_bytes(f"weights of {iteration}".encode())
+    checkpoint.commit(config=CONFIG, state=state_of(iteration), learner_files={shard.name: StoredFile.of(shard)})
     return checkpoint
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     write(tmp_path / "runs" / "c")
 
-    checkpoint = Checkpoint(tmp_path / "runs" / "c")
-    assert checkpoint.read() == CheckpointState(policy_version=6, iteration=5, prompt_position=POSITION)
-    assert checkpoint.config.read_text() == "training: {lr: 1.0e-6}\n"
-    assert sorted(entry.name for entry in checkpoint.path.iterdir()) == ["config.yaml", "learner", "state.json"]
+    checkpoint = Checkpoint(Folder.at(tmp_path / "runs" / "c"))
+    assert checkpoint.read() == checkpoint.state() == state_of(5)
+    assert checkpoint.config() == CONFIG
+    assert sorted(entry.name for entry in (tmp_path / "runs" / "c").iterdir()) == [
+        "config.yaml",
+        "learner",
+        "manifest.json",
+    ]
 
 
 def test_a_write_that_ended_before_its_commit_is_no_checkpoint(tmp_path: Path) -> None:
-    checkpoint = Checkpoint(tmp_path / "c")
+    checkpoint = Checkpoint(Folder.at(tmp_path / "c"))
     checkpoint.begin()
-    checkpoint.learner.mkdir()
 
-    with pytest.raises(DataError, match=r"c holds no complete checkpoint: state\.json"):
+    with pytest.raises(DataError, match=r"c holds no complete checkpoint: manifest\.json"):
         checkpoint.read()
 
 
@@ -48,7 +58,7 @@ def test_a_write_over_a_checkpoint_is_none_until_its_own_commit(tmp_path: Path) 
 
     with pytest.raises(DataError):
         checkpoint.read()
-    assert not checkpoint.learner.exists(), "shards of two checkpoints must not mix"
+    assert not list((tmp_path / "c" / "learner").iterdir()), "shards of two checkpoints must not mix"
     assert write(tmp_path / "c", iteration=2).read().iteration == 2
 
 
@@ -57,38 +67,53 @@ def test_a_path_that_is_no_folder_is_no_checkpoint(name: str, tmp_path: Path) ->
     (tmp_path / "file").write_text("")
 
     with pytest.raises(DataError, match="holds no complete checkpoint"):
-        Checkpoint(tmp_path / name).read()
+        Checkpoint(Folder.at(tmp_path / name)).read()
 
 
-def test_pruning_keeps_the_newest(tmp_path: Path) -> None:
-    for iteration in (2, 10, 4, 8, 6):
-        write(tmp_path / f"iteration_{iteration:06d}")
-
-    Checkpoint.prune(tmp_path, keep=2)
-
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["iteration_000008", "iteration_000010"]
-
-
-@pytest.mark.parametrize("keep", [3, 7])
-def test_pruning_fewer_than_are_kept_deletes_nothing(keep: int, tmp_path: Path) -> None:
-    for iteration in (1, 2, 3):
-        write(tmp_path / f"iteration_{iteration:06d}")
-
-    Checkpoint.prune(tmp_path, keep=keep)
-
-    assert len(list(tmp_path.iterdir())) == 3
+def test_a_checkpoint_whose_files_are_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "whole")
+    names = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()]
+    assert len(names) == 3
+    for name in names:
+        content = (tmp_path / "whole" / name).read_bytes()
+        for length in range(len(content)):
+            shutil.rmtree(tmp_path / "cut", ignore_errors=True)
+            shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+            (tmp_path / "cut" / name).write_bytes(content[:length])
+            with pytest.raises(DataError, match="holds no complete checkpoint"):
+                Checkpoint(Folder.at(tmp_path / "cut")).read()
 
 
-def test_pruning_neither_counts_nor_deletes_what_is_not_complete(tmp_path: Path) -> None:
-    for iteration in (1, 2):
-        write(tmp_path / f"iteration_{iteration:06d}")
-    Checkpoint(tmp_path / "iteration_000003").begin()
-    (tmp_path / "notes").mkdir()
+def test_an_altered_byte_is_found(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "c")
+    (shard,) = (tmp_path / "c" / "learner").iterdir()
+    content = bytearray(shard.read_bytes())
+    content[3] ^= 1
+    shard.write_bytes(content)
 
-    Checkpoint.prune(tmp_path, keep=1)
+    with pytest.raises(DataError, match=r"learner/shard-\S+ is missing, cut short or altered"):
+        checkpoint.read()
 
-    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["iteration_000002", "iteration_000003", "notes"]
+
+@pytest.mark.parametrize(
+    "manifest",
+    [b"[]", b"{}", b"null", b'{"format": 2}', b'{"format": 1}', b'{"format": 1, "files": [], "prompt_position": {}}'],
+)
+def test_another_manifest_is_refused_by_name(manifest: bytes, tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "c")
+    (tmp_path / "c" / "manifest.json").write_bytes(manifest)
+
+    with pytest.raises(DataError, match=r"manifest\.json is not of format 1"):
+        checkpoint.read()
 
 
-def test_pruning_a_folder_that_is_not_there_is_nothing_to_do(tmp_path: Path) -> None:
-    Checkpoint.prune(tmp_path / "none", keep=1)
+def test_a_learner_whose_files_are_elsewhere_is_an_error_at_the_commit(tmp_path: Path) -> None:
+    checkpoint = Checkpoint(Folder.at(tmp_path / "c"))
+    checkpoint.begin()
+
+    with pytest.raises(DataError, match="Name a shared folder"):
+        checkpoint.commit(
+            config=CONFIG, state=state_of(1), learner_files={"shard-00002": StoredFile(size_bytes=3, crc32=1)}
+        )
+    with pytest.raises(DataError):
+        checkpoint.read()

@@ -15,6 +15,7 @@ from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
 from rlhf_ray.doctor.model import ModelFacts
 from rlhf_ray.settings import (
     CheckpointingSettings,
+    FaultToleranceSettings,
     LearnerSettings,
     ReportingSettings,
     ResourceSettings,
@@ -82,15 +83,24 @@ def on_cpu(available_gib: float, machine: MakeMachine, settings: Settings | None
 
 
 def test_a_cpu_machine_must_hold_everything(machine: MakeMachine) -> None:
-    # Learner 3.2e9 B = 3.0 GiB; engine 0.37 + 1 GiB; programs 0.7 + 1.3 + 1.5 GiB: 7.9 GiB.
-    assert on_cpu(12, machine).status == "ok"
-    assert on_cpu(9, machine).status == "warn"
-    assert on_cpu(7, machine).status == "fail"
-    assert "7.9 GiB" in on_cpu(12, machine).detail
+    # Learner 3.2e9 B = 3.0 GiB; copies 4.8e9 B = 4.5 GiB; engine 0.37 + 1 GiB; programs 0.7 + 1.3 + 1.5 GiB: 12 GiB.
+    assert on_cpu(17, machine).status == "ok"
+    assert on_cpu(14, machine).status == "warn"
+    assert on_cpu(11, machine).status == "fail"
+    assert on_cpu(17, machine).detail.startswith("12 GiB (")
+
+
+@pytest.mark.parametrize(
+    "without", [FaultToleranceSettings(keep_learner_state=False), FaultToleranceSettings(max_learner_restarts=0)]
+)
+def test_no_copies_where_nothing_is_kept(machine: MakeMachine, without: FaultToleranceSettings) -> None:
+    check = on_cpu(12, machine, Settings(fault_tolerance=without))
+    assert check.status == "ok"
+    assert "7.9 GiB" in check.detail
 
 
 def test_every_replica_of_a_cpu_machine_counts(machine: MakeMachine) -> None:
-    assert on_cpu(12, machine, Settings(rollouts=RolloutSettings(num_replicas=4))).status == "fail"
+    assert on_cpu(17, machine, Settings(rollouts=RolloutSettings(num_replicas=4))).status == "fail"
 
 
 def test_a_cluster_is_not_judged_by_this_machine(machine: MakeMachine) -> None:

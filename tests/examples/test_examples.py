@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import re
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
@@ -36,6 +37,11 @@ def gsm8k_ppo() -> ModuleType:
 @pytest.fixture(scope="module")
 def custom_reward() -> ModuleType:
     return example("custom_reward")
+
+
+@pytest.fixture(scope="module")
+def ppo_reward_model() -> ModuleType:
+    return example("ppo_reward_model")
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +101,13 @@ def test_the_file_is_valid_as_it_is_and_uses_the_critic() -> None:
 
 
 def test_two_overrides_make_it_a_local_run_that_asks_no_hub(model: Path, problems: Path, no_hub: None) -> None:
-    from rlhf_ray.algorithms.assembly import check_inputs, evaluation_prompts
+    from rlhf_ray.algorithms.assembly import check_inputs, evaluator
 
     config = cli.load_config(str(YAML), [f"data.path={problems}", f"model.path={model}"]).validate()
     inputs = check_inputs(config.settings)
     assert (inputs.policy_path, inputs.critic_path, inputs.tokenizer_path) == (str(model),) * 3
     assert inputs.max_prompt_tokens == 1024
-    assert evaluation_prompts(config.settings, inputs) is None
+    assert evaluator(config.settings, inputs).metrics({}) == {}
 
 
 def test_a_local_test_set_can_be_measured_on_the_way(model: Path, problems: Path, no_hub: None) -> None:
@@ -276,3 +282,123 @@ def test_accuracy_is_of_the_one_function_and_leaves_failures_out(custom_reward: 
             return scored(1.0), scored(0.0), RewardFailure(group_id=2, kind="raised", message=""), scored(1.0)
 
     assert custom_reward.accuracy(Evaluated()) == pytest.approx(2 / 3)
+
+
+# --- ppo_reward_model.py ----------------------------------------------------------------------------------------------
+
+
+def test_preferences_are_those_of_the_checker(ppo_reward_model: ModuleType) -> None:
+    import random
+
+    from rlhf_ray.quickstart.task import train_rows
+
+    rows = train_rows()[:50]
+    right = {row["prompt"] + row["answer"] for row in rows}
+    pairs = list(itertools.islice(ppo_reward_model.preferences(rows, random.Random(0)), 300))
+    assert all(better in right and worse not in right for better, worse in pairs)
+    assert all(better.partition("=")[0] == worse.partition("=")[0] for better, worse in pairs)
+    # Worse answers have every length: one digit less, the same and one more.
+    assert {len(worse) - len(better) for better, worse in pairs} == {-1, 0, 1}
+
+
+def test_the_reward_model_that_the_example_trains_is_one_that_a_run_takes(
+    ppo_reward_model: ModuleType, tmp_path: Path
+) -> None:
+    from rlhf_ray.rewards.reward_model.check import check_reward_model
+
+    assert 0.0 <= ppo_reward_model.train_reward_model(tmp_path, steps=2) <= 1.0
+    config = ppo_reward_model.config(tmp_path).validate()
+    model, checker = resolve_rewards(config.settings.rewards)
+    assert [(one.name, one.weight) for one in (model, checker)] == [("reward_model", 1.0), ("correct", 0.0)]
+    check_reward_model(model.function, "rewards.functions[0]")
+    scores = model.function(
+        prompts=["1+1="] * 2, completions=["2", "three"], completion_ids=[[1], [2]], answer=["2"] * 2
+    )
+    assert all(isinstance(score, float) for score in scores)
+
+
+# --- tune_sweep.py ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tune_sweep() -> ModuleType:
+    return example("tune_sweep")
+
+
+class Grid(list[Any]):
+    """Two trials that ended, the better one second, and one that failed."""
+
+    experiment_path = ""
+
+    def __init__(self, folder: Path) -> None:
+        import pandas as pd
+
+        key = "evaluation/quickstart/reward_mean"
+
+        def trial(lr: float, accuracies: list[float]) -> Any:
+            iterations = range(1, len(accuracies) + 1)
+            return SimpleNamespace(
+                error=None,
+                path=f"/sweep/{lr}",
+                config={"training": {"lr": lr}, "evaluation": {"interval": 1}},
+                metrics={
+                    "training_iteration": len(accuracies),
+                    "evaluation": {"quickstart": {"reward_mean": accuracies[-1]}},
+                },
+                metrics_dataframe=pd.DataFrame({"training_iteration": iterations, key: accuracies}),
+            )
+
+        failed = SimpleNamespace(
+            error=RuntimeError("no"),
+            path="/sweep/x",
+            config={"training": {"lr": 1.0}},
+            metrics={},
+            metrics_dataframe=None,
+        )
+        super().__init__([trial(2e-5, [0.4, 0.45]), trial(1e-3, [0.4, 0.5, 0.75]), failed])
+        self.experiment_path = str(folder)
+
+    def get_best_result(self) -> Any:
+        return self[1]
+
+
+def test_the_sweep_draws_learning_rates_and_evaluates_before_the_first_stop(tune_sweep: ModuleType) -> None:
+    args = tune_sweep.parse(["--trials", "3", "--iterations", "12"])
+    config = PPOConfig.from_dict(tune_sweep.space(args))
+    assert all(2e-5 <= config.settings.training.lr.sample() <= 2e-3 for _ in range(20))  # type: ignore[attr-defined]
+    resolved = config.training(lr=1e-4).validate()
+    assert (resolved.schedule().evaluations, args.trials, args.concurrent) == (6, 3, 1)
+
+
+def test_the_sweep_tells_of_each_evaluation(tune_sweep: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    class Trial:
+        config: ClassVar[dict[str, Any]] = {"training": {"lr": 3e-4}, "evaluation": {"interval": 3}}
+
+        def __str__(self) -> str:
+            return "PPO_1"
+
+    progress = tune_sweep.Progress()
+    for number in range(1, 5):
+        result = {"training_iteration": number, "evaluation": {"quickstart": {"reward_mean": 0.5}}}
+        progress.on_trial_result(number, [], Trial(), result)
+    progress.on_trial_complete(4, [], Trial())
+    assert capsys.readouterr().out.splitlines() == [
+        "PPO_1: learning rate 3.00e-04, iteration   3, 50.0% right",
+        "PPO_1: ended",
+    ]
+
+
+def test_the_sweep_prints_a_table_and_draws_a_plot(
+    tune_sweep: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tune_sweep, "sweep", lambda args: Grid(tmp_path))
+    tune_sweep.main([])
+    assert capsys.readouterr().out.splitlines() == [
+        "learning rate   iterations   right at the end   folder",
+        "     1.00e-03            3              75.0%   /sweep/0.001",
+        "     2.00e-05            2              45.0%   /sweep/2e-05",
+        "1 trials failed",
+        f"plot: {tmp_path / 'sweep.png'}",
+        "best run: /sweep/0.001",
+    ]
+    assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 
@@ -27,6 +28,24 @@ def small_config(run_dir: Path) -> PPOConfig:
     )
 
 
+def processes_titled(title: str) -> list[psutil.Process]:
+    """Below this process, oldest first: a raylet is its child, and workers are the raylet's."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if "".join(process.cmdline()).startswith(title):
+                found.append(process)
+        except psutil.NoSuchProcess:
+            continue
+    return sorted(found, key=lambda process: process.pid)
+
+
+@pytest.fixture(scope="session")
+def processes() -> Callable[[str], list[psutil.Process]]:
+    """:func:`processes_titled`, for what is to be killed."""
+    return processes_titled
+
+
 @pytest.fixture(scope="session")
 def small() -> Callable[[Path], PPOConfig]:
     """:func:`small_config`, for algorithms of a test's own."""
@@ -47,3 +66,19 @@ def algorithm(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     algorithm = small_config(tmp_path_factory.mktemp("run") / "first").build_algo()
     yield algorithm
     algorithm.stop()
+
+
+@pytest.fixture(scope="module")
+def no_session_in_this_process() -> None:
+    """For tests that start a Ray elsewhere: two at once would share the cores."""
+    if ray.is_initialized():
+        ray.shutdown()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run those after all others of this folder, when nobody needs the session any more."""
+    places = [place for place, item in enumerate(items) if item.path.is_relative_to(Path(__file__).parent)]
+    here = [items[place] for place in places]
+    here.sort(key=lambda item: "no_session_in_this_process" in getattr(item, "fixturenames", ()))
+    for place, item in zip(places, here, strict=True):
+        items[place] = item

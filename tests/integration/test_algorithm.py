@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,13 @@ def test_run_directory(algorithm: Algorithm) -> None:
     lines = [json.loads(line) for line in (algorithm.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["training_iteration"] == result["training_iteration"] == len(lines)
     assert lines[-1]["rollouts/reward_mean"] == pytest.approx(result["rollouts"]["reward_mean"])
-    table = pq.read_table(algorithm.run_dir / "completions" / "step_000001.parquet")
-    assert table.num_rows == 48
+    rows = pq.read_table(algorithm.run_dir / "completions" / "step_000001.parquet").to_pylist()
+    assert len(rows) == 48
+    assert all("".join(row["token_texts"]) == row["completion"] for row in rows)
+    # Two learners computed them, each for its own sequences.
+    assert all(len(row["advantages"]) == row["num_tokens"] for row in rows)
+    last = {reward: [row["advantages"][-1] for row in rows if row["reward"] == reward] for reward in (0.0, 1.0)}
+    assert max(last[0.0]) < min(last[1.0])
     resolved = PPOConfig.from_yaml(algorithm.run_dir / "config.yaml")
     assert resolved.settings.rollouts.num_replicas == 2
     assert yaml.safe_load((algorithm.run_dir / "config.yaml").read_text())["data"]["batch_size"] == 12
@@ -130,6 +136,26 @@ def test_a_killed_replica_is_survived_and_comes_back_with_the_newest_weights(alg
         time.sleep(2)
     assert {report.version for report in replica_reports(algorithm)} == {algorithm.policy_version}
     assert algorithm.train()["learner"]["sampling_logprob_diff_max"] < 1e-3
+
+
+def test_a_reset_begins_again_with_other_numbers_in_the_same_processes(
+    algorithm: Algorithm, small: Callable[[Path], PPOConfig], tmp_path: Path
+) -> None:
+    checkpoint, version = algorithm.save_to_path(tmp_path / "checkpoint"), algorithm.policy_version
+    replicas = {report.replica_id for report in replica_reports(algorithm)}
+    assert algorithm.reset(small(tmp_path / "other").training(lr=1e-5).to_dict())
+    first = algorithm.train()
+    assert (first["training_iteration"], first["learner"]["policy_version"]) == (1, 1)
+    algorithm.restore_from_path(checkpoint)
+    second = algorithm.train()
+    assert second["learner"]["policy_version"] == version + 1
+    for result in (first, second):
+        assert result["learner"]["lr"] == pytest.approx(1e-5, rel=0.1)
+        assert result["learner"]["sampling_logprob_diff_max"] < 1e-3
+        assert result["learner"]["first_ratio_deviation_max"] == 0.0
+    assert {report.replica_id for report in replica_reports(algorithm)} == replicas
+    lines = (tmp_path / "other" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["learner/policy_version"] for line in lines] == [1, version + 1]
 
 
 def living_actors() -> set[str]:

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-import ray
 
 from rlhf_ray.quickstart import model_path
 
-pytestmark = pytest.mark.engine
+pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("no_session_in_this_process")]
 
 SNIPPET = """\
 from rlhf_ray import PPOConfig
@@ -25,13 +24,6 @@ result = algo.train()
 print('DIFF', result['learner']['sampling_logprob_diff_max'], 'END')
 """
 GSM8K = Path(__file__).parents[2] / "examples" / "gsm8k_ppo.yaml"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_session_in_this_process() -> None:
-    """The script starts a Ray of its own; two at once would share the cores."""
-    if ray.is_initialized():
-        ray.shutdown()
 
 
 @pytest.mark.parametrize("shell", [False, True], ids=["script", "shell"])
@@ -54,7 +46,8 @@ def test_the_snippet_of_the_readme_ends_clean(tmp_path: Path, shell: bool) -> No
     assert (run / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+# A job that is told to stop is a slow test too (test_jobs.py); both signals take the same way.
+@pytest.mark.parametrize("stop", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_gsm8k_example_trains_until_it_is_told_to_stop(tmp_path: Path, stop: signal.Signals) -> None:
     rows = [{"question": f"Tom has {n} pens and buys {n}. How many?", "answer": f"#### {2 * n}"} for n in range(40)]
     data, run = tmp_path / "train.jsonl", tmp_path / "run"

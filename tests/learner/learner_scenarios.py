@@ -19,8 +19,9 @@ import torch.distributed as dist
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
-from rlhf_ray.learner.packing import RankPlan, plan_update
+from rlhf_ray.learner.packing import RankPlan, UpdatePlan, plan_update
 from rlhf_ray.learner.trained_model import TrainedModel
+from rlhf_ray.learner.update_result import UpdateResult
 from rlhf_ray.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.weight_sync.buckets import ByteArray
@@ -64,7 +65,7 @@ class RankResult:
     """Scenario -> outcome, in small microbatches."""
     in_large_microbatches: Outcome
     """Of ``token_mean``."""
-    buckets: list[tuple[BucketLayout, ByteArray | None]]
+    buckets: list[tuple[BucketLayout, list[ByteArray] | None]]
     """What this rank was given of the weights before any update."""
 
 
@@ -75,6 +76,10 @@ class Outcome:
     figures: list[Figures]
     policy: Weights
     critic: Weights
+    last: UpdateResult
+    """The last update, with the advantages of this rank's sequences."""
+    sequences: tuple[int, ...]
+    """Which sequences of the last batch those are."""
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -191,6 +196,7 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "total_steps": 12,
         "on_gpu": False,
         "timeline": False,
+        "keeps_state": False,
         "num_threads": 1,
     }
     return LearnerSpec(**arguments | scenario.spec)
@@ -214,7 +220,7 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bo
         # Groups of three, scattered over the batch.
         group_ids=rng.permutation(num_sequences) // 3,
         greedy_rewards=rng.normal(size=num_sequences).astype(np.float32),
-        in_loss=np.ones(num_sequences, dtype=np.bool_),
+        loss_starts=np.zeros(num_sequences, dtype=np.int32),
     )
     if stale:
         # A third of the sequences is fresh; of the others the first tokens are the stalest.
@@ -224,7 +230,7 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bo
         fresh = np.asarray([not part.any() for part in np.split(staleness, np.cumsum(completions)[:-1])])
         batch = replace(batch, staleness=staleness, fresh=fresh)
     if masked:
-        batch = replace(batch, in_loss=~batch.truncated)
+        batch = replace(batch, loss_starts=np.where(batch.truncated, completions, 0).astype(np.int32))
     for array in fields(batch):
         getattr(batch, array.name).setflags(write=False)
     return batch
@@ -232,7 +238,14 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bo
 
 def share_of(batch: SequenceBatch, scenario: Scenario, seed: int = 0) -> tuple[SequenceBatch, RankPlan]:
     """What this rank is given of a batch."""
-    plan = plan_update(
+    plan = plan_of(batch, scenario, seed)
+    rank = dist.get_rank()
+    return batch.select(plan.sequences[rank]), plan.ranks[rank]
+
+
+def plan_of(batch: SequenceBatch, scenario: Scenario, seed: int) -> UpdatePlan:
+    """Which rank trains on what of a batch."""
+    return plan_update(
         batch.lengths.tolist(),
         batch.loss_lengths.tolist(),
         num_minibatches=scenario.num_minibatches,
@@ -243,25 +256,36 @@ def share_of(batch: SequenceBatch, scenario: Scenario, seed: int = 0) -> tuple[S
         packed=False,
         seed=seed,
     )
-    rank = dist.get_rank()
-    return batch.select(plan.sequences[rank]), plan.ranks[rank]
 
 
-def update(learner: Learner, scenario: Scenario, number: int) -> Figures:
+def batch_of(scenario: Scenario, number: int) -> SequenceBatch:
+    """All sequences of the run's update ``number``, from 0."""
+    return make_batch(scenario.num_sequences, seed=100 + number, masked=scenario.masked, stale=scenario.stale)
+
+
+def update(learner: Learner, scenario: Scenario, number: int, *, keep_advantages: bool = False) -> Figures:
     """The run's update ``number``, from 0."""
-    whole = make_batch(scenario.num_sequences, seed=100 + number, masked=scenario.masked, stale=scenario.stale)
-    batch, plan = share_of(whole, scenario, seed=number)
-    return learner.update(batch, plan, update_policy=scenario.update_policy[number])
+    batch, plan = share_of(batch_of(scenario, number), scenario, seed=number)
+    return learner.update(batch, plan, update_policy=scenario.update_policy[number], keep_advantages=keep_advantages)
 
 
 def run(scenario: Scenario, folder: Path) -> Outcome:
     """Build a learner and make all its updates."""
     learner = Learner(make_spec(folder, scenario))
-    figures = [update(learner, scenario, number) for number in range(len(scenario.update_policy))]
+    count = len(scenario.update_policy)
+    figures = [update(learner, scenario, number, keep_advantages=number == count - 1) for number in range(count)]
+    return outcome_of(learner, scenario, figures)
+
+
+def outcome_of(learner: Learner, scenario: Scenario, figures: list[Figures]) -> Outcome:
+    """What a learner has come to with the run's last update."""
+    number = len(scenario.update_policy) - 1
     return Outcome(
         figures=figures,
         policy=full_weights(learner.policy),
         critic={} if learner.critic is None else full_weights(learner.critic),
+        last=UpdateResult(figures=figures[-1], advantages=learner.advantages),
+        sequences=plan_of(batch_of(scenario, number), scenario, number).sequences[dist.get_rank()],
     )
 
 
@@ -278,7 +302,7 @@ def save_after_one_update(folder: Path, checkpoint: Path) -> None:
     """The first part of ``RESUMED``."""
     learner = Learner(make_spec(folder, RESUMED))
     update(learner, RESUMED, 0)
-    learner.save(str(checkpoint))
+    learner.save(str(checkpoint)).result()
 
 
 def main(folder: Path, rank: int, world_size: int) -> None:

@@ -41,6 +41,7 @@ def two_groups() -> SequenceBatch:
             scored_group(2, [7], [([8, 9], "stop")]),
         ],
         version=5,
+        max_staleness=4,
     )
 
 
@@ -74,17 +75,36 @@ def test_fresh_is_what_was_asked_and_written_under_the_policy_that_is_trained() 
     completions = (completion(5, 5, 5), completion(4, 5, 5), completion(4, 4, 5))
     group = replace(group, group=replace(group.group, completions=completions))
 
-    batch = SequenceBatch.from_groups([group], version=5)
+    batch = SequenceBatch.from_groups([group], version=5, max_staleness=1)
 
     assert batch.fresh.tolist() == [True, False, False], "the second waited for the weights with an older prefix"
     assert batch.staleness.tolist() == [0, 0, 0, 0, 1, 0]
+
+
+def test_tokens_that_are_too_stale_do_not_enter_the_losses() -> None:
+    groups = [
+        scored_group(1, [1, 2], [([3], "stop"), ([4, 5, 6], "length")]),
+        scored_group(2, [7], [([8, 9], "stop")]),
+    ]
+
+    batch = SequenceBatch.from_groups(groups, version=5, max_staleness=3)
+
+    # Of the second completion only the last token was written by version 2.
+    assert batch.loss_starts.tolist() == [0, 2, 0]
+    assert batch.loss_lengths.tolist() == [1, 1, 2]
+    assert batch.in_loss.tolist() == [True, False, False, True, True, True]
+    assert batch.loss_mask().tolist() == [[True, False, False], [False, False, True], [True, True, False]]
+    assert batch.staleness[batch.in_loss].max() == 3
+    assert batch.select([1]).in_loss.tolist() == [False, False, True]
+    nothing = SequenceBatch.from_groups(groups[:1], version=9, max_staleness=3)
+    assert nothing.loss_lengths.tolist() == [0, 0]
 
 
 def test_from_groups_keeps_the_narrow_types_that_travel() -> None:
     batch = two_groups()
 
     assert batch.token_ids.dtype == batch.prompt_lengths.dtype == batch.completion_lengths.dtype == np.int32
-    assert batch.lengths.dtype == np.int32
+    assert batch.lengths.dtype == batch.loss_starts.dtype == batch.loss_lengths.dtype == np.int32
     assert batch.sampling_logprobs.dtype == batch.rewards.dtype == np.float32
 
 
@@ -122,5 +142,5 @@ def test_a_rank_without_work_gets_an_empty_batch_of_the_same_types() -> None:
 
 
 def test_size_bytes_counts_every_array() -> None:
-    # 11 tokens, 2 x 3 lengths, 6 log-probabilities, 6 stalenesses, 2 x 3 rewards of 4 bytes; 3 ids of 8; 9 flags.
-    assert two_groups().size_bytes() == 4 * (11 + 6 + 6 + 6 + 6) + 8 * 3 + 3 * 3
+    # 11 tokens, 3 x 3 lengths, 6 log-probabilities, 6 stalenesses, 2 x 3 rewards of 4 bytes; 3 ids of 8; 6 flags.
+    assert two_groups().size_bytes() == 4 * (11 + 9 + 6 + 6 + 6) + 8 * 3 + 2 * 3

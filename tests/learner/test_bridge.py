@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from rlhf_ray.learner.bridge import Bridge, Command, RankFailure
+from rlhf_ray.learner.bridge import Bridge, Command, GroupLost, RankFailure
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
 Result = TypeVar("Result")
@@ -32,20 +32,37 @@ async def settle() -> None:
         await asyncio.sleep(0)
 
 
-async def serve(bridge: Bridge, rank: int, reply: Callable[[Command], Awaitable[Any]]) -> None:
+GROUP = "first"
+
+
+def order(verb: str, *arguments: Any, group: str = GROUP) -> Command:
+    return Command(verb=verb, arguments=arguments or (None,), group=group)
+
+
+async def serve(
+    bridge: Bridge, rank: int, reply: Callable[[Command], Awaitable[Any]], group: str, version: int
+) -> None:
     """A learner rank: takes commands and answers them until it is cancelled."""
-    after = await bridge.register(rank)
     while True:
-        command = await bridge.next_command(after, PATIENCE_S)
+        command = await bridge.next_command(rank, group, version, PATIENCE_S)
         assert command is not None
-        after = command.sequence
-        await bridge.answer(after, rank, await reply(command))
+        await bridge.answer(command.command_id, rank, await reply(command))
 
 
-async def start_ranks(bridge: Bridge, *replies: Callable[[Command], Awaitable[Any]]) -> list[asyncio.Task[None]]:
-    tasks = [asyncio.create_task(serve(bridge, rank, reply)) for rank, reply in enumerate(replies)]
-    assert await bridge.wait_ready(PATIENCE_S) is True
+async def start_ranks(
+    bridge: Bridge, *replies: Callable[[Command], Awaitable[Any]], group: str = GROUP, version: int = 0
+) -> list[asyncio.Task[None]]:
+    tasks = [asyncio.create_task(serve(bridge, rank, reply, group, version)) for rank, reply in enumerate(replies)]
+    await settle()
+    assert await bridge.wait_ready(PATIENCE_S) == group
     return tasks
+
+
+async def listen(bridge: Bridge, *ranks: int, group: str = GROUP) -> list[asyncio.Task[Command | None]]:
+    """Ranks that ask for one command."""
+    polls = [asyncio.create_task(bridge.next_command(rank, group, 0, PATIENCE_S)) for rank in ranks]
+    await settle()
+    return polls
 
 
 async def echo(command: Command) -> str:
@@ -55,15 +72,14 @@ async def echo(command: Command) -> str:
 # Start-up.
 
 
-def test_ready_when_every_rank_registered() -> None:
+def test_ready_when_every_rank_listens() -> None:
     async def test() -> None:
         bridge = Bridge(2)
         waiting = asyncio.create_task(bridge.wait_ready(PATIENCE_S))
-        assert await bridge.register(0) == 0
-        await settle()
+        await listen(bridge, 0)
         assert not waiting.done()
-        await bridge.register(1)
-        assert await waiting is True
+        await listen(bridge, 1)
+        assert await waiting == GROUP
 
     run(test())
 
@@ -71,10 +87,10 @@ def test_ready_when_every_rank_registered() -> None:
 def test_not_ready_when_time_is_over() -> None:
     async def test() -> None:
         bridge = Bridge(2)
-        await bridge.register(0)
-        assert await bridge.wait_ready(0.01) is False
-        await bridge.register(1)
-        assert await bridge.wait_ready(0.01) is True
+        await listen(bridge, 0)
+        assert await bridge.wait_ready(0.01) is None
+        await listen(bridge, 1)
+        assert await bridge.wait_ready(0.01) == GROUP
 
     run(test())
 
@@ -91,31 +107,134 @@ def test_a_failure_ends_the_wait_for_the_others() -> None:
     run(test())
 
 
-def test_a_rank_that_registers_again_is_a_new_attempt_of_the_whole_group() -> None:
+# A worker group that is started again.
+
+
+def test_the_next_group_is_ready_when_all_of_it_listens() -> None:
     async def test() -> None:
         bridge = Bridge(2)
-        await bridge.register(0)
-        await bridge.register(1)
-        assert await bridge.attempt() == 0
-        await bridge.register(1)
-        assert await bridge.attempt() == 1
-        assert await bridge.wait_ready(0.01) is False, "rank 0 has not come back yet"
-        await bridge.register(0)
-        assert await bridge.wait_ready(0.01) is True
-        assert await bridge.attempt() == 1
+        await listen(bridge, 0, 1)
+        waiting = asyncio.create_task(bridge.wait_ready(PATIENCE_S, after=GROUP))
+        await listen(bridge, 1, group="second")
+        assert not waiting.done()
+        await listen(bridge, 0, group="second")
+        assert await waiting == "second"
 
     run(test())
 
 
-def test_a_rank_that_registers_late_listens_only_to_what_comes_after() -> None:
+def test_what_the_lost_group_was_asked_is_not_answered_by_the_next_one() -> None:
+    async def test() -> None:
+        bridge = Bridge(2)
+        await listen(bridge, 0, 1)
+        pending = asyncio.create_task(bridge.execute(order("update"), PATIENCE_S))
+        await settle()
+        (poll,) = await listen(bridge, 0, group="second")
+        assert await pending == GroupLost()
+        assert not poll.done(), "the update was not for this group"
+
+        late = asyncio.create_task(bridge.execute(order("update"), PATIENCE_S))
+        await listen(bridge, 1, group="second")
+        assert await late == GroupLost()
+
+    run(test())
+
+
+def test_a_failure_ends_with_its_group() -> None:
     async def test() -> None:
         bridge = Bridge(1)
-        (task,) = await start_ranks(bridge, echo)
-        await bridge.execute("update", (None,), PATIENCE_S)
-        task.cancel()
-        after = await bridge.register(0)
-        assert after == 1
-        assert await bridge.next_command(after, 0.01) is None
+        await listen(bridge, 0)
+        await bridge.fail(FAILURE)
+        assert await bridge.execute(order("update"), PATIENCE_S) == FAILURE
+        await start_ranks(bridge, echo, group="second")
+        assert await bridge.execute(order("update", group="second"), PATIENCE_S) == ["update"]
+
+    run(test())
+
+
+def test_weights_of_a_lost_group_are_published_again_once_the_next_one_has_that_version() -> None:
+    async def test() -> None:
+        async def publish(command: Command) -> None:
+            await bridge.set_weights(manifest(3), ["new"])
+
+        bridge = Bridge(1)
+        await listen(bridge, 0)
+        await bridge.set_weights(manifest(3), ["of a dead process"])
+        (rank,) = await start_ranks(bridge, publish, group="second")
+        asking = asyncio.create_task(bridge.newest_weights(3))
+        await settle()
+        assert not asking.done(), "this group still has the first weights"
+        rank.cancel()
+        await start_ranks(bridge, publish, group="second", version=3)
+        assert await asking == (manifest(3), ["new"])
+
+    run(test())
+
+
+def test_files_of_a_checkpoint_end_with_the_group_that_writes_them() -> None:
+    async def test() -> None:
+        bridge = Bridge(2)
+        await start_ranks(bridge, echo, echo)
+        save = order("save", "folder")
+        await bridge.execute(save, PATIENCE_S)
+        waiting = asyncio.create_task(bridge.wait_saved(save.command_id, PATIENCE_S))
+        await bridge.saved(save.command_id, 0, {})
+        await listen(bridge, 0, group="second")
+        assert await waiting == GroupLost()
+
+    run(test())
+
+
+# A bridge that is started again: calls are repeated at a new one.
+
+
+def test_a_repeated_command_collects_the_answers_once_more() -> None:
+    async def test() -> None:
+        command, asked = order("update"), []
+
+        async def rank(number: int) -> None:
+            last = None
+            while True:
+                given = await bridge.next_command(number, GROUP, 4, PATIENCE_S)
+                assert given is not None
+                if given.command_id != last:
+                    asked.append(number)
+                last = given.command_id
+                await bridge.answer(last, number, f"figures {number}")
+
+        # Rank 0 has carried it out for the bridge that died, rank 1 has not.
+        bridge = Bridge(2)
+        execution = asyncio.create_task(bridge.execute(command, PATIENCE_S))
+        await settle()
+        assert not execution.done()
+        ranks = [asyncio.create_task(rank(0)), asyncio.create_task(rank(1))]
+        assert await execution == ["figures 0", "figures 1"]
+        assert sorted(asked) == [0, 1]
+        for each in ranks:
+            each.cancel()
+
+    run(test())
+
+
+def test_a_rank_is_given_again_what_it_has_not_answered_here() -> None:
+    async def test() -> None:
+        bridge = Bridge(2)
+        await listen(bridge, 0, 1)
+        pending = asyncio.create_task(bridge.execute(order("update"), PATIENCE_S))
+        await settle()
+        first = await bridge.next_command(0, GROUP, 0, PATIENCE_S)
+        again = await bridge.next_command(0, GROUP, 0, PATIENCE_S)
+        assert first is again is not None
+        await bridge.answer(first.command_id, 0, None)
+        assert await bridge.next_command(0, GROUP, 0, 0.01) is None
+        pending.cancel()
+
+    run(test())
+
+
+def test_a_save_that_the_dead_bridge_knew_of_is_lost() -> None:
+    async def test() -> None:
+        assert await Bridge(1).wait_saved("unknown", PATIENCE_S) == GroupLost()
 
     run(test())
 
@@ -134,7 +253,7 @@ def test_answers_come_in_rank_order_whoever_is_first() -> None:
 
         bridge = Bridge(2)
         await start_ranks(bridge, late, early)
-        assert await bridge.execute("update", (None,), PATIENCE_S) == ["rank 0", "rank 1"]
+        assert await bridge.execute(order("update"), PATIENCE_S) == ["rank 0", "rank 1"]
 
     run(test())
 
@@ -149,8 +268,8 @@ def test_each_rank_gets_its_own_argument() -> None:
 
         bridge = Bridge(2)
         await start_ranks(bridge, of(0), of(1))
-        assert await bridge.execute("update", ("a", "b"), PATIENCE_S) == [("update", "a"), ("update", "b")]
-        assert await bridge.execute("save", ("both",), PATIENCE_S) == [("save", "both"), ("save", "both")]
+        assert await bridge.execute(order("update", "a", "b"), PATIENCE_S) == [("update", "a"), ("update", "b")]
+        assert await bridge.execute(order("save", "both"), PATIENCE_S) == [("save", "both"), ("save", "both")]
 
     run(test())
 
@@ -162,7 +281,7 @@ def test_none_is_an_answer_like_any_other() -> None:
 
         bridge = Bridge(2)
         await start_ranks(bridge, nothing, nothing)
-        assert await bridge.execute("save", ("folder",), PATIENCE_S) == [None, None]
+        assert await bridge.execute(order("save", "folder"), PATIENCE_S) == [None, None]
 
     run(test())
 
@@ -179,8 +298,8 @@ def test_commands_are_given_one_at_a_time() -> None:
 
         bridge = Bridge(1)
         await start_ranks(bridge, reply)
-        first = asyncio.create_task(bridge.execute("update", (None,), PATIENCE_S))
-        second = asyncio.create_task(bridge.execute("publish", (None,), PATIENCE_S))
+        first = asyncio.create_task(bridge.execute(order("update"), PATIENCE_S))
+        second = asyncio.create_task(bridge.execute(order("publish"), PATIENCE_S))
         await settle()
         assert seen == ["update"]
         release.set()
@@ -193,19 +312,19 @@ def test_commands_are_given_one_at_a_time() -> None:
 def test_time_over_gives_none_and_a_late_answer_is_nobodys() -> None:
     async def test() -> None:
         bridge = Bridge(1)
-        await bridge.register(0)
-        assert await bridge.execute("update", (None,), 0.01) is None
-        late = await bridge.next_command(0, PATIENCE_S)
+        (poll,) = await listen(bridge, 0)
+        assert await bridge.execute(order("update"), 0.01) is None
+        late = await poll
         assert late is not None
-        pending = asyncio.create_task(bridge.execute("save", ("folder",), PATIENCE_S))
+        pending = asyncio.create_task(bridge.execute(order("save", "folder"), PATIENCE_S))
         await settle()
-        await bridge.answer(late.sequence, 0, "stale")
+        await bridge.answer(late.command_id, 0, "stale")
         await settle()
         assert not pending.done()
-        command = await bridge.next_command(late.sequence, PATIENCE_S)
+        command = await bridge.next_command(0, GROUP, 0, PATIENCE_S)
         assert command is not None
         assert command.verb == "save"
-        await bridge.answer(command.sequence, 0, "saved")
+        await bridge.answer(command.command_id, 0, "saved")
         assert await pending == ["saved"]
 
     run(test())
@@ -214,15 +333,15 @@ def test_time_over_gives_none_and_a_late_answer_is_nobodys() -> None:
 def test_a_failure_ends_the_running_command_and_answers_all_later_ones() -> None:
     async def test() -> None:
         bridge = Bridge(2)
-        await bridge.register(0)
-        await bridge.register(1)
-        pending = asyncio.create_task(bridge.execute("update", (None,), PATIENCE_S))
-        await settle()
-        await bridge.answer(1, 0, "done")
+        polls = await listen(bridge, 0, 1)
+        pending = asyncio.create_task(bridge.execute(order("update"), PATIENCE_S))
+        command = await polls[0]
+        assert command is not None
+        await bridge.answer(command.command_id, 0, "done")
         await bridge.fail(FAILURE)
         assert await pending == FAILURE
-        assert await bridge.execute("publish", (None,), PATIENCE_S) == FAILURE
-        assert await bridge.next_command(1, 0.01) is None, "a failed group is given nothing more"
+        assert await bridge.execute(order("publish"), PATIENCE_S) == FAILURE
+        assert await bridge.next_command(1, GROUP, 0, 0.01) is None, "a failed group is given nothing more"
 
     run(test())
 
@@ -240,15 +359,13 @@ def test_the_first_failure_is_the_one_that_is_told() -> None:
 def test_long_poll_ends_with_a_command_or_with_its_time() -> None:
     async def test() -> None:
         bridge = Bridge(1)
-        assert await bridge.next_command(0, 0.01) is None
-        polling = asyncio.create_task(bridge.next_command(0, PATIENCE_S))
-        await settle()
+        assert await bridge.next_command(0, GROUP, 0, 0.01) is None
+        (polling,) = await listen(bridge, 0)
         assert not polling.done()
-        asking = asyncio.create_task(bridge.execute("stop", (None,), PATIENCE_S))
-        command = await polling
-        assert command == Command(sequence=1, verb="stop", arguments=(None,))
-        assert await bridge.next_command(1, 0.01) is None, "a command is given once"
-        await bridge.answer(1, 0, None)
+        stop = order("stop")
+        asking = asyncio.create_task(bridge.execute(stop, PATIENCE_S))
+        assert await polling == stop
+        await bridge.answer(stop.command_id, 0, None)
         assert await asking == [None]
 
     run(test())
@@ -289,7 +406,7 @@ def test_learners_publish_for_a_replica_that_is_behind() -> None:
             verbs.append(command.verb)
             await bridge.set_weights(manifest(4), ["snapshot"])
 
-        await start_ranks(bridge, publish)
+        await start_ranks(bridge, publish, version=4)
         await bridge.set_weights(manifest(3), ["old"])
         await bridge.set_version(4)
         assert await bridge.newest_weights(4) == (manifest(4), ["snapshot"])
@@ -306,7 +423,7 @@ def test_a_version_that_does_not_exist_is_an_error() -> None:
         async def publish(command: Command) -> None:
             await bridge.set_weights(manifest(4), [])
 
-        await start_ranks(bridge, publish)
+        await start_ranks(bridge, publish, version=9)
         with pytest.raises(RuntimeError, match=r"policy version 9 .* the newest is 4"):
             await bridge.newest_weights(9)
 

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.layout import Microbatch, lay_out, pad_completions
+from rlhf_ray.learner.layout import Microbatch, lay_out, pad_completions, unpad_completions
 
 CPU = torch.device("cpu")
 
@@ -26,7 +27,7 @@ def batch_of(*sequences: tuple[list[int], list[int]]) -> SequenceBatch:
         truncated=np.zeros(len(sequences), dtype=np.bool_),
         group_ids=np.arange(len(sequences)),
         greedy_rewards=np.zeros(len(sequences), dtype=np.float32),
-        in_loss=np.ones(len(sequences), dtype=np.bool_),
+        loss_starts=np.zeros(len(sequences), dtype=np.int32),
     )
 
 
@@ -90,6 +91,19 @@ def test_both_layouts_read_the_same_tokens_and_states(packed: bool, rows: Sequen
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_tokens_that_are_left_out_are_read_by_the_model_alone(packed: bool) -> None:
+    batch = replace(THREE, loss_starts=np.asarray([1, 2, 1], dtype=np.int32))
+
+    micro = lay_out(batch, (0, 1, 2), packed=packed, device=CPU)
+
+    assert micro.input_ids.tolist() == lay_out(THREE, (0, 1, 2), packed=packed, device=CPU).input_ids.tolist()
+    assert completion_tokens(micro) == [[14], [23], []]
+    assert states_before(micro) == [[13], [22], []]
+    assert micro.mask.tolist() == [[False, True, False], [False, False, True], [False, False, False]]
+    assert micro.input_ids.flatten()[micro.last_index].tolist() == [14, 23, 32]
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_a_single_token_completion(packed: bool) -> None:
     micro = lay_out(batch_of(([5, 6, 7], [8])), (0,), packed=packed, device=CPU)
 
@@ -136,3 +150,18 @@ def test_pad_completions_of_nothing() -> None:
     padded = pad_completions(np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32), device=CPU)
 
     assert padded.shape == (0, 0)
+
+
+def test_unpadded_values_are_those_that_were_padded() -> None:
+    flat, lengths = np.asarray([1.5, 2, 3, 4, 5, 6], dtype=np.float32), np.asarray([2, 0, 4], dtype=np.int32)
+
+    padded = pad_completions(flat, lengths, device=CPU)
+
+    rows = unpad_completions(padded, np.arange(4) < lengths[:, None])
+    assert [row.tolist() for row in rows] == [[1.5, 2.0], [], [3.0, 4.0, 5.0, 6.0]]
+    last = unpad_completions(padded, np.asarray([[False, True, False, False], [False] * 4, [False] * 3 + [True]]))
+    assert [row.tolist() for row in last] == [[2.0], [], [6.0]]
+
+
+def test_values_of_no_sequences_are_no_rows() -> None:
+    assert unpad_completions(torch.zeros(0, 0), np.zeros((0, 0), dtype=np.bool_)) == ()

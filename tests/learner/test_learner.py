@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 import warnings
@@ -25,8 +26,10 @@ from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.packing import plan_update
+from rlhf_ray.learner.update_result import UpdateResult, merged_results
 from rlhf_ray.reporting.metrics import metric_for
-from rlhf_ray.weight_sync.buckets import unpack_bucket
+from rlhf_ray.weight_sync.buckets import ByteArray
+from rlhf_ray.weight_sync.manifest import BucketLayout
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -434,7 +437,7 @@ def test_without_a_need_for_values_there_is_no_critic(tmp_path: Path, make_learn
     scenario = SCENARIOS["grpo"]
     learner = make_learner(scenario)
     figures = runs.update(learner, scenario, 0)
-    learner.save(str(tmp_path / "checkpoint"))
+    learner.save(str(tmp_path / "checkpoint")).result()
     learner.export(str(tmp_path / "export"))
     learner.load(str(tmp_path / "checkpoint"))
 
@@ -451,10 +454,11 @@ def test_what_is_left_out_of_the_loss_changes_nothing_but_its_groups_baseline(
     # Other tokens where a completion is left out, but the same rewards.
     ends = np.cumsum(batch.lengths)
     tokens = batch.token_ids.copy()
-    for end, completion, kept in zip(ends, batch.completion_lengths, batch.in_loss, strict=True):
-        if not kept:
+    kept = batch.loss_lengths > 0
+    for end, completion, is_kept in zip(ends, batch.completion_lengths, kept, strict=True):
+        if not is_kept:
             tokens[end - completion : end] = 3
-    assert not batch.in_loss.all()
+    assert not kept.all()
     weights = []
     for given in (batch, replace(batch, token_ids=tokens)):
         learner = make_learner(scenario)
@@ -464,12 +468,48 @@ def test_what_is_left_out_of_the_loss_changes_nothing_but_its_groups_baseline(
 
     assert_same_weights(*weights, tolerance=1e-7)
     # While a reward of one that is left out moves its group's mean.
-    other_rewards = np.where(batch.in_loss, batch.rewards, batch.rewards + 3.0).astype(np.float32)
+    other_rewards = np.where(kept, batch.rewards, batch.rewards + 3.0).astype(np.float32)
     learner = make_learner(scenario)
     own, plan = runs.share_of(replace(batch, rewards=other_rewards), scenario)
     learner.update(own, plan)
     moved = runs.full_weights(learner.policy)
     assert max(float((moved[name] - weights[0][name]).abs().max()) for name in moved) > 1e-5
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"advantage": "gae", "lambda_": 0.9, "gamma": 0.99},
+        {"advantage": "grpo", "whiten_advantages": False, "loss_aggregation": "seq_mean_token_mean"},
+    ],
+    ids=["gae", "grpo"],
+)
+def test_first_tokens_that_are_left_out_are_as_part_of_the_prompt(
+    make_learner: Callable[..., Learner], training: dict[str, Any]
+) -> None:
+    scenario = Scenario(training=training, num_minibatches=2, num_epochs=2)
+    batch = runs.make_batch(12, seed=8)
+    starts = np.asarray([3, 0, 1, 2] * 3, dtype=np.int32)
+    batch = replace(batch, loss_starts=np.minimum(starts, batch.completion_lengths - 1))
+    starts, in_loss = batch.loss_starts, batch.in_loss
+    as_prompt = replace(
+        batch,
+        loss_starts=np.zeros_like(starts),
+        prompt_lengths=batch.prompt_lengths + starts,
+        completion_lengths=batch.completion_lengths - starts,
+        sampling_logprobs=batch.sampling_logprobs[in_loss],
+        staleness=batch.staleness[in_loss],
+    )
+    outcomes = []
+    for given in (batch, as_prompt):
+        learner = make_learner(scenario)
+        own, plan = runs.share_of(given, scenario)
+        figures = runs.without_wall_times([learner.update(own, plan)])[0]
+        outcomes.append((figures, runs.full_weights(learner.policy)))
+    (left_out, weights), (in_prompt, expected) = outcomes
+
+    assert left_out == pytest.approx(in_prompt, rel=1e-4, abs=1e-6)
+    assert_same_weights(weights, expected, tolerance=1e-6)
 
 
 # The KL to the reference.
@@ -482,7 +522,7 @@ def test_the_kl_coefficient_follows_its_target_and_is_saved(
     learner = make_learner(scenario)
     first = runs.update(learner, scenario, 0)
     second = runs.update(learner, scenario, 1)
-    learner.save(str(tmp_path))
+    learner.save(str(tmp_path)).result()
     third = runs.update(learner, scenario, 2)
     restored = make_learner(scenario)
     restored.load(str(tmp_path))
@@ -597,15 +637,65 @@ def test_every_weight_is_sharded_again_after_an_update(
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
+# Advantages for reports.
+
+
+@pytest.mark.parametrize("name", ["token_mean", "kl_in_reward", "grpo", "masked", "stale", "idle_rank"])
+def test_advantages_of_two_ranks_come_in_the_order_of_the_batch_and_are_those_of_one(
+    name: str, on_one_rank: Callable[[str], Outcome], two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    def in_order(*outcomes: Outcome) -> UpdateResult:
+        return merged_results([one.last for one in outcomes], [one.sequences for one in outcomes])
+
+    _, first, second = two_ranks
+    alone, together = in_order(on_one_rank(name)), in_order(first.outcomes[name], second.outcomes[name])
+    assert alone.advantages is not None
+    assert together.advantages is not None
+
+    batch = runs.batch_of(SCENARIOS[name], len(SCENARIOS[name].update_policy) - 1)
+    assert [len(one) for one in together.advantages] == batch.loss_lengths.tolist()
+    # After a first update that differs by rounding between the two.
+    np.testing.assert_allclose(np.concatenate(together.advantages), np.concatenate(alone.advantages), atol=1e-4)
+
+
+def test_kept_advantages_are_those_of_the_loss(make_learner: Callable[..., Learner]) -> None:
+    scenario = Scenario(num_sequences=6, num_minibatches=3, num_epochs=2)
+    learner = make_learner(scenario, advantage="dr_grpo", whiten_advantages=False)
+    batch = replace(
+        runs.make_batch(6, seed=4),
+        rewards=np.asarray([1, 0, 5, 2, 6, 4], dtype=np.float32),
+        group_ids=np.asarray([7, 7, 8, 7, 8, 8]),
+    )
+    starts = np.asarray([0, 0, 0, 0, batch.completion_lengths[4] - 1, batch.completion_lengths[5]], dtype=np.int32)
+    batch = replace(batch, loss_starts=starts)
+    own, plan = runs.share_of(batch, scenario)
+
+    learner.update(own, plan, keep_advantages=True)
+
+    assert learner.advantages is not None
+    kept = dict(zip(runs.plan_of(batch, scenario, 0).sequences[0], learner.advantages, strict=True))
+    # Reward minus the mean of its group, at each token; nothing of what is left out of the loss.
+    for index, wanted in enumerate([0, -1, 0, 1, 1, -1]):
+        assert kept[index].tolist() == [wanted] * batch.loss_lengths[index]
+    assert [len(kept[index]) for index in (4, 5)] == [1, 0]
+
+
+def test_advantages_are_not_kept_where_nobody_asks(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner()
+    runs.update(learner, Scenario(), 0, keep_advantages=True)
+    assert learner.advantages is not None
+
+    runs.update(learner, Scenario(), 1)
+
+    assert learner.advantages is None
+
+
 # Saving and loading.
 
 
 def weights_after_all_updates(learner: Learner, first: int) -> tuple[list[runs.Figures], Outcome]:
     figures = [runs.update(learner, RESUMED, number) for number in range(first, len(RESUMED.update_policy))]
-    outcome = Outcome(
-        figures=figures, policy=runs.full_weights(learner.policy), critic=runs.full_weights(learner.critic)
-    )
-    return runs.without_wall_times(figures), outcome
+    return runs.without_wall_times(figures), runs.outcome_of(learner, RESUMED, figures)
 
 
 @pytest.fixture(scope="module")
@@ -623,6 +713,33 @@ def test_saved_and_loaded_run_goes_on_as_if_nothing_happened(
     _, outcome = weights_after_all_updates(learner, first=1)
 
     assert_same(outcome, replace(uninterrupted, figures=uninterrupted.figures[1:]), tolerance=1e-6)
+
+
+@pytest.mark.parametrize("updates", [0, 1])
+def test_a_process_that_takes_a_state_over_does_bit_for_bit_the_same(
+    updates: int, make_learner: Callable[..., Learner]
+) -> None:
+    first = make_learner(RESUMED)
+    for number in range(updates):
+        runs.update(first, RESUMED, number)
+    state = pickle.loads(pickle.dumps(first.state()))
+    expected = runs.update(first, RESUMED, updates)
+
+    second = make_learner(RESUMED)
+    runs.update(second, RESUMED, 1 - updates)  # What it did before is of no account.
+    second.restore_state(state)
+    figures = runs.update(second, RESUMED, updates)
+
+    assert without_times(figures) == without_times(expected)
+    for one, other in ((first.policy, second.policy), (first.critic, second.critic)):
+        assert one is not None
+        assert other is not None
+        theirs = runs.full_weights(other)
+        assert all(torch.equal(value, theirs[name]) for name, value in runs.full_weights(one).items())
+
+
+def without_times(figures: runs.Figures) -> runs.Figures:
+    return {name: value for name, value in figures.items() if name not in runs.WALL_TIMES}
 
 
 def test_run_saved_on_two_ranks_goes_on_on_one(
@@ -643,7 +760,7 @@ def test_loading_brings_the_weights_back(tmp_path: Path, make_learner: Callable[
     learner = make_learner()
     runs.update(learner, Scenario(), 0)
     saved = runs.full_weights(learner.policy)
-    learner.save(str(tmp_path))
+    learner.save(str(tmp_path)).result()
     runs.update(learner, Scenario(), 1)
     assert not torch.equal(saved["model.norm.weight"], runs.full_weights(learner.policy)["model.norm.weight"])
 
@@ -661,7 +778,7 @@ def test_a_save_in_the_critic_warmup_changes_nothing(
     learner = make_learner(scenario)
     runs.update(learner, scenario, 0)
 
-    learner.save(str(tmp_path))
+    learner.save(str(tmp_path)).result()
     if loaded:
         learner = make_learner(scenario)
         learner.load(str(tmp_path))
@@ -715,15 +832,22 @@ def test_two_ranks_export_whole_tensors(models: Path, two_ranks: tuple[Path, Ran
         assert all(torch.equal(exported[key], original[key]) for key in original)
 
 
+def named_tensors(layout: BucketLayout, pieces: list[ByteArray] | None) -> dict[str, torch.Tensor]:
+    assert pieces is not None
+    return {
+        tensor.name: torch.from_numpy(piece).view(getattr(torch, tensor.dtype)).view(tensor.shape)
+        for tensor, piece in zip(layout.tensors, pieces, strict=True)
+    }
+
+
 def test_weight_buckets_hold_the_policy_under_every_name(make_learner: Callable[..., Learner]) -> None:
     learner = make_learner()
     runs.update(learner, Scenario(), 0)
     wanted = runs.full_weights(learner.policy)
 
     unpacked: dict[str, torch.Tensor] = {}
-    for layout, data in learner.weight_buckets():
-        assert data is not None
-        unpacked |= dict(unpack_bucket(layout, data))
+    for layout, pieces in learner.weight_buckets():
+        unpacked |= named_tensors(layout, pieces)
 
     assert unpacked.keys() == wanted.keys()
     assert all(torch.equal(unpacked[name], weight) for name, weight in wanted.items())
@@ -737,22 +861,20 @@ def test_only_rank_zero_holds_the_published_bytes(
     wanted = runs.full_weights(make_learner().policy)
 
     unpacked: dict[str, torch.Tensor] = {}
-    for layout, data in first.buckets:
-        assert data is not None
-        unpacked |= dict(unpack_bucket(layout, data))
+    for layout, pieces in first.buckets:
+        unpacked |= named_tensors(layout, pieces)
     assert unpacked.keys() == wanted.keys()
     assert all(torch.equal(unpacked[name], weight) for name, weight in wanted.items())
     assert [layout for layout, _ in second.buckets] == [layout for layout, _ in first.buckets]
-    assert all(data is None for _, data in second.buckets)
+    assert all(pieces is None for _, pieces in second.buckets)
 
 
 def test_published_weights_are_cast_to_the_wire_type(models: Path) -> None:
     learner = Learner(runs.make_spec(models, Scenario(spec={"wire_dtype": "bfloat16"})))
 
-    ((layout, data),) = learner.weight_buckets()
+    ((layout, pieces),) = learner.weight_buckets()
 
-    assert data is not None
-    for name, tensor in unpack_bucket(layout, data):
+    for name, tensor in named_tensors(layout, pieces).items():
         assert tensor.dtype == torch.bfloat16
         torch.testing.assert_close(tensor, runs.full_weights(learner.policy)[name].bfloat16(), rtol=0.0, atol=0.0)
 

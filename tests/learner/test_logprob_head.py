@@ -50,7 +50,7 @@ def batch() -> SequenceBatch:
         truncated=np.zeros(3, dtype=np.bool_),
         group_ids=np.arange(3),
         greedy_rewards=np.zeros(3, dtype=np.float32),
-        in_loss=np.ones(3, dtype=np.bool_),
+        loss_starts=np.zeros(3, dtype=np.int32),
     )
 
 

@@ -96,7 +96,7 @@ def test_an_export_is_an_ordinary_model(tmp_path: Path, trained: Learner) -> Non
 
 
 def test_a_saved_run_goes_on(tmp_path: Path, models: Path, trained: Learner) -> None:
-    trained.save(str(tmp_path))
+    trained.save(str(tmp_path)).result()
     restored = Learner(runs.make_spec(models, SCENARIOS["lora"]))
     restored.load(str(tmp_path))
 

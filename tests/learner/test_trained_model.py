@@ -151,7 +151,7 @@ def test_state_of_a_model_that_never_stepped_counts_no_step() -> None:
     state = one.state_dict()
 
     assert int(state["steps"]) == 0
-    (of_weight,) = state["optimizer"]["state"].values()
+    (of_weight,) = state["moments"].values()
     assert float(of_weight["step"]) == 0.0
     assert float(model.weight) == 1.0
 

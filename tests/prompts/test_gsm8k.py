@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.evaluation.held_out_sets import held_out_sets
 from rlhf_ray.prompts import PromptStream, load_prompts, load_tokenizer
 from rlhf_ray.settings import DataSettings
 
@@ -26,7 +27,8 @@ def test_every_question_becomes_the_prompt_that_it_is(tokenizer_path: str) -> No
     stream = PromptStream(settings, tokenizer_path=tokenizer_path, max_prompt_tokens=2048, seed=0)
     stream.check()
     train = list(itertools.islice(stream, stream.num_rows))
-    test = load_prompts(settings, tokenizer_path=tokenizer_path, max_prompt_tokens=2048)
+    [held_out] = held_out_sets(settings)
+    test = load_prompts(held_out.data, field=held_out.field, tokenizer_path=tokenizer_path, max_prompt_tokens=2048)
     tokenizer = load_tokenizer(tokenizer_path)
     for prompts, name, count in ((train, "train.jsonl", 7473), (test, "test.jsonl", 1319)):
         with (FOLDER / name).open(encoding="utf-8") as file:

@@ -1,6 +1,7 @@
 import bz2
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,9 @@ def test_a_file_that_vanished_after_the_check(tmp_path: Path, write_jsonl: Any) 
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.parametrize(("find", "rows"), [(find_source, task.train_rows), (find_eval_source, task.eval_rows)])
+@pytest.mark.parametrize(
+    ("find", "rows"), [(find_source, task.train_rows), (partial(find_eval_source, field="f"), task.eval_rows)]
+)
 def test_no_path_is_the_quickstart_task(find: Any, rows: Any) -> None:
     source = find(DataSettings())
     assert source.sample(5) == rows()[:5]
@@ -188,13 +191,13 @@ def test_what_is_no_path_is_a_hub_id(path: str, monkeypatch: pytest.MonkeyPatch,
     assert source.name == f"{path}/main (train)"
     (tmp_path / path).mkdir(parents=True)
     (tmp_path / path / "test.jsonl").write_text(LINES)
-    assert find_eval_source(DataSettings(eval_path=path)).sample(1) == ROWS[:1]
+    assert find_eval_source(DataSettings(path=path, split="test"), field="f").sample(1) == ROWS[:1]
 
 
 def test_a_subset_is_the_hubs_alone(write_jsonl: Any) -> None:
-    settings = DataSettings(path=write_jsonl(ROWS), eval_path="openai/gsm8k", subset="main")
-    assert find_source(settings).sample(1) == ROWS[:1]
-    assert find_eval_source(settings).name == "openai/gsm8k/main (test)"
+    assert find_source(DataSettings(path=write_jsonl(ROWS), subset="main")).sample(1) == ROWS[:1]
+    held_out = DataSettings(path="openai/gsm8k", subset="main", split="test")
+    assert find_eval_source(held_out, field="f").name == "openai/gsm8k/main (test)"
 
 
 def test_settings_that_name_no_dataset(write_jsonl: Any) -> None:
@@ -202,8 +205,8 @@ def test_settings_that_name_no_dataset(write_jsonl: Any) -> None:
         find_source(DataSettings(path=5))
     with pytest.raises(ConfigError, match=r"data\.path = \[\]: give a file or folder"):
         find_source(DataSettings(path=[]))
-    with pytest.raises(ConfigError, match=r"data\.eval_path = None: name the held-out dataset"):
-        find_eval_source(DataSettings(path=write_jsonl(ROWS)))
+    with pytest.raises(ConfigError, match=r"data\.eval_path\.hard = 5: give a file or folder"):
+        find_eval_source(DataSettings(path=5), field="data.eval_path.hard")
     with pytest.raises(DataError, match=r"s3://bucket/data\.jsonl is a remote address: .*pass ray\.data\.read_json"):
         find_source(DataSettings(path="s3://bucket/data.jsonl"))
 

@@ -1,6 +1,7 @@
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,22 @@ def test_a_running_stream_can_be_sent_back(make_stream: MakeStream) -> None:
     first = take(stream, 10)
     stream.restore(PromptPosition(epoch=0, row=4))
     assert rows(take(stream, 6)) == rows(first[4:])
+
+
+@pytest.mark.parametrize("unfinished", [(3,), (0, 1, 2), (5, 19, 22), (2, 24)])
+def test_unfinished_prompts_come_first(make_stream: MakeStream, unfinished: tuple[int, ...]) -> None:
+    whole = make_stream(seed=1)
+    before = take(whole, 25)
+    restored = make_stream(seed=1)
+    restored.restore(replace(whole.state(), unfinished=unfinished))
+
+    first = next(restored)
+    assert restored.state() == replace(whole.state(), unfinished=unfinished[1:])
+    prompts = [first, *take(restored, len(unfinished) - 1 + 30)]
+
+    assert ids(prompts) == [*unfinished, *range(25, 55)]
+    assert rows(prompts) == rows([before[number] for number in unfinished] + take(whole, 30))
+    assert restored.state() == whole.state()
 
 
 def test_closing_keeps_the_position(make_stream: MakeStream) -> None:

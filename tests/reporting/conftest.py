@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.types import Completion, Prompt, PromptText, RolloutGroup, ScoredGroup, VersionSpan
+
+# Tests of the report import what they share by name.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture
@@ -68,11 +73,11 @@ def scored(group_id: int, prompt: PromptText, completions: list[tuple[str, float
 
 
 def completion(text: str, oldest_version: int) -> Completion:
-    """Encode a text by bytes; its last token came from a newer policy."""
-    tokens = np.frombuffer(text.encode() + b"\0", dtype=np.uint8).astype(np.int32)
+    """Write a text as the quickstart's tokenizer does, by bytes; its last token came from a newer policy."""
+    tokens = np.array([*text.encode(), EOS_TOKEN_ID], dtype=np.int32)
     return Completion(
         token_ids=tokens,
-        sampling_logprobs=np.zeros(len(tokens), dtype=np.float32),
+        sampling_logprobs=-0.25 * np.arange(len(tokens), dtype=np.float32),
         asked_version=0,
         version_spans=(
             VersionSpan(version=oldest_version + 1, start=len(tokens) - 1, end=len(tokens)),

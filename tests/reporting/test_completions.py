@@ -3,13 +3,15 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.completions import CompletionsReporter, completions_path
 from rlhf_ray.settings import ReportingSettings, Settings
-from rlhf_ray.types import ScoredGroup
+from rlhf_ray.types import ScoredGroup, VersionSpan
 
 
 def started(run_dir: RunDirectory, interval: int = 1) -> CompletionsReporter:
@@ -34,6 +36,11 @@ def test_one_row_a_completion(run_dir: RunDirectory, groups: list[ScoredGroup]) 
         "finish_reason": "stop",
         "num_tokens": 2,
         "version": 3,
+        "token_ids": [ord("2"), EOS_TOKEN_ID],
+        "token_texts": ["2", ""],
+        "sampling_logprobs": [0.0, -0.25],
+        "token_versions": [3, 4],
+        "advantages": None,
     }
     assert [row["completion"] for row in rows] == ["2", "3", "Hallo"]
     assert [row["version"] for row in rows] == [3, 2, 3]
@@ -57,6 +64,47 @@ def test_groups_without_a_function_get_null_for_it(run_dir: RunDirectory, groups
     alone = replace(groups[0], rewards_by_function={"reward": groups[0].rewards})
     started(run_dir).report_completions(1, [alone, groups[1]])
     assert pq.read_table(completions_path(run_dir, 1)).column("rewards/style").to_pylist() == [None, None, 0.25]
+
+
+def test_advantages_go_to_their_completions(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    advantages = [np.array(values, dtype=np.float32) for values in ([0.5, 1.5], [], [1, 2, 3, 4, 5, -6])]
+    started(run_dir).report_completions(1, groups, advantages)
+    rows = pq.read_table(completions_path(run_dir, 1)).to_pylist()
+    # The second was left out of the loss.
+    assert [row["advantages"] for row in rows] == [[0.5, 1.5], None, [1, 2, 3, 4, 5, -6]]
+
+
+def test_first_tokens_that_were_left_out_of_the_loss_have_no_advantage(
+    run_dir: RunDirectory, groups: list[ScoredGroup]
+) -> None:
+    advantages = [np.array(values, dtype=np.float32) for values in ([1.5], [], [5, -6])]
+    started(run_dir).report_completions(1, groups, advantages)
+
+    rows = pq.read_table(completions_path(run_dir, 1)).to_pylist()
+    assert [row["advantages"] for row in rows] == [[None, 1.5], None, [None, None, None, None, 5, -6]]
+
+
+def test_advantages_of_other_completions_are_an_error(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        started(run_dir).report_completions(1, groups, [np.zeros(2, dtype=np.float32)])
+    assert list(run_dir.completions.iterdir()) == []
+
+
+def test_texts_of_tokens_are_null_where_they_are_not_the_text(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    tidied = replace(groups[0], texts=("2", "three"))
+    started(run_dir).report_completions(1, [tidied])
+    table = pq.read_table(completions_path(run_dir, 1))
+    assert table.column("token_texts").to_pylist() == [["2", ""], None]
+    assert table.column("token_ids").to_pylist()[1] == [ord("3"), EOS_TOKEN_ID]
+
+
+def test_a_token_in_no_version_span_has_no_version(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    group = groups[1].group
+    (completion,) = group.completions
+    known = replace(completion, version_spans=(VersionSpan(version=5, start=1, end=3),))
+    started(run_dir).report_completions(1, [replace(groups[1], group=replace(group, completions=(known,)))])
+    versions = pq.read_table(completions_path(run_dir, 1)).column("token_versions").to_pylist()
+    assert versions == [[None, 5, 5, None, None, None]]
 
 
 @pytest.mark.parametrize(("interval", "written"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (0, [])])

@@ -9,7 +9,7 @@ import pytest
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting import Reporter, ReporterSet, RunDirectory
 from rlhf_ray.settings import ReportingSettings, Settings
-from rlhf_ray.types import ScoredGroup
+from rlhf_ray.types import Float32Array, ScoredGroup
 
 
 class Recorder(Reporter):
@@ -31,7 +31,9 @@ class Recorder(Reporter):
         self.results.append(result)
         self._called("report")
 
-    def report_completions(self, step: int, groups: Sequence[ScoredGroup]) -> None:
+    def report_completions(
+        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+    ) -> None:
         self._called("report_completions")
 
     def stop(self) -> None:

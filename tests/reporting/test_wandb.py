@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.wandb import WandbReporter
 from rlhf_ray.settings import ReportingSettings, Settings
+from rlhf_ray.types import ScoredGroup
 
 
 def asking_for(mode: str) -> Settings:
@@ -50,3 +52,21 @@ def test_online_without_a_key_is_refused_not_asked(run_dir: RunDirectory) -> Non
     with pytest.raises(ConfigError, match="wandb login") as caught:
         WandbReporter().start(asking_for("online"), run_dir)
     assert caught.value.field == "reporting.wandb_mode"
+
+
+def test_completions_are_a_table_of_the_same_step(
+    run_dir: RunDirectory, result: dict[str, Any], groups: list[ScoredGroup]
+) -> None:
+    reporter = WandbReporter()
+    reporter.start(asking_for("offline"), run_dir)
+    reporter.report_completions(3, groups)
+    reporter.report(result)
+    reporter.stop()
+    (table,) = run_dir.wandb.rglob("completions_*.table.json")
+    stored = json.loads(table.read_text(encoding="utf-8"))
+    assert stored["columns"] == ["prompt", "completion", "reward", "finish_reason"]
+    assert [row[:3] for row in stored["data"]] == [
+        ["1+1=", "2", 1.0],
+        ["1+1=", "3", 0.0],
+        ['[{"role": "user", "content": "Grüße?"}]', "Hallo", 0.25],
+    ]

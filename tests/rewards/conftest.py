@@ -1,12 +1,13 @@
-"""Groups to score, and a tokenizer that needs no files."""
+"""Groups to score, a tokenizer that needs no files, and a local Ray."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from rlhf_ray.types import Completion, Prompt, PromptText, RolloutGroup, VersionSpan
 
@@ -49,3 +50,14 @@ def group_of() -> Callable[..., RolloutGroup]:
 @pytest.fixture(scope="session")
 def tokenizer() -> CharacterTokenizer:
     return CharacterTokenizer()
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A local Ray, unless one runs already; only what is started here is shut down."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()

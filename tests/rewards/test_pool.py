@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import ray
 
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.rewards import RewardPool, math_equivalence
@@ -25,17 +24,6 @@ from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
 
 GroupOf = Callable[..., RolloutGroup]
 Outcome = ScoredGroup | RewardFailure
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """A local Ray, unless one runs already; only what is started here is shut down."""
-    if ray.is_initialized():
-        yield
-        return
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
 
 
 @contextmanager

@@ -287,3 +287,9 @@ def test_a_column_that_the_function_does_not_take(failure: Callable[..., Scoring
     error = failure(narrow, group=group_of(answer="4"))
     assert error.kind == "raised"
     assert "unexpected keyword argument 'answer'" in error.message
+
+
+def test_where_a_model_adds_to_the_sum_no_function_need_apply(tokenizer: Any, group_of: GroupOf) -> None:
+    rewards = resolve_rewards(RewardSettings(functions=[answering([None, 2.0])], weights=[3.0]))
+    scorer = RewardScorer(rewards, tokenizer, part_of_sum=True)
+    assert asyncio.run(scorer.score(group_of())).rewards.tolist() == [0.0, 6.0]

@@ -31,7 +31,7 @@ def batch(**changes: Any) -> SequenceBatch:
         "greedy_rewards": GREEDY,
         "truncated": TRUNCATED,
         "group_ids": GROUPS,
-        "in_loss": [True] * len(changes.get("rewards", REWARDS)),
+        "loss_starts": [0] * len(changes.get("rewards", REWARDS)),
     } | changes
     size = len(given["rewards"])
     return SequenceBatch(
@@ -45,7 +45,7 @@ def batch(**changes: Any) -> SequenceBatch:
         truncated=read_only(given["truncated"], np.bool_),
         group_ids=read_only(given["group_ids"], np.int64),
         greedy_rewards=read_only(given["greedy_rewards"], np.float32),
-        in_loss=read_only(given["in_loss"], np.bool_),
+        loss_starts=read_only(given["loss_starts"], np.int32),
     )
 
 
@@ -119,14 +119,12 @@ def test_groups_are_told_apart_by_id_wherever_they_lie() -> None:
     assert result.rewards.tolist() == [2, -0.5, -2, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("mask_truncated", "in_loss"), [(True, [True, False, False, False]), (False, [True, True, False, False])]
-)
-def test_truncated_completions_leave_the_losses_where_asked(mask_truncated: bool, in_loss: list[bool]) -> None:
+@pytest.mark.parametrize(("mask_truncated", "loss_starts"), [(True, [0, 1, 1, 1]), (False, [0, 0, 1, 1])])
+def test_truncated_completions_leave_the_losses_where_asked(mask_truncated: bool, loss_starts: list[int]) -> None:
     # What was left out stays out.
-    result = shape({}, mask_truncated=mask_truncated, in_loss=[True, True, False, False])
-    assert result.in_loss.tolist() == in_loss
-    assert result.in_loss.dtype == np.bool_
+    result = shape({}, mask_truncated=mask_truncated, loss_starts=[0, 0, 1, 1])
+    assert result.loss_starts.tolist() == loss_starts
+    assert result.loss_starts.dtype == np.int32
     assert result.truncated.tolist() == TRUNCATED
     assert result.rewards.tolist() == REWARDS
 
@@ -139,7 +137,7 @@ def test_completions_left_out_of_the_losses_still_count_in_the_mean() -> None:
 def test_only_rewards_and_the_losses_mask_change() -> None:
     settings = {"truncated_reward": -3.0, "bias": 1.0, "scale": 2.0, "clip": 5.0, "normalise": "group"}
     old, new = arrays(batch()), arrays(shape(settings, mask_truncated=True))
-    assert {name for name in old if old[name] != new[name]} == {"rewards", "greedy_rewards", "in_loss"}
+    assert {name for name in old if old[name] != new[name]} == {"rewards", "greedy_rewards", "loss_starts"}
 
 
 def test_the_given_batch_is_untouched_where_it_could_be_written() -> None:

@@ -127,6 +127,59 @@ def test_stragglers_that_would_not_fit_the_batches_left_are_waited_for_earlier()
     assert groups.batch(groups.version) == first[2:4]
 
 
+def test_a_straggler_is_carried_over_its_last_version_where_that_is_allowed() -> None:
+    groups = ledger(carries=True)
+    slow, *others = fill(groups)
+    for ticket in others:
+        groups.accept(ticket, ticket)
+    assert groups.batch(0) == [2, 3]
+    assert groups.carried == 0, "one version is left"
+    groups.version = 1
+    fifth, sixth = fill(groups)
+    groups.accept(fifth, fifth)
+
+    assert groups.batch(1) == [4, 5]
+    assert groups.carried == 1
+    groups.version = 2
+    newer = fill(groups)
+    assert len(newer) == 2, "it takes the room of a group of its new version"
+    groups.accept(slow, slow)
+    groups.accept(sixth, sixth)
+    assert groups.batch(2) == [slow, sixth], "now of version 1, and sent before the other one"
+
+
+def test_a_group_that_is_carried_and_then_rejected_gives_its_room_back() -> None:
+    groups = ledger(carries=True)
+    slow, *others = fill(groups)
+    for ticket in others:
+        groups.accept(ticket, ticket)
+    groups.batch(0)
+    groups.version = 1
+    for ticket in fill(groups):
+        groups.accept(ticket, ticket)
+    groups.batch(1)
+    assert (groups.carried, groups.capacity()) == (1, 0)
+
+    groups.reject(slow)
+    assert (groups.running, groups.capacity()) == (0, 1)
+
+
+def test_no_more_are_carried_than_have_to_be() -> None:
+    """Three of version 0 are late in version 1; in their last one, one of them can still be in the next batch."""
+    groups = ledger(batch_size=3, carries=True)
+    first = fill(groups)
+    for ticket in first[3:]:
+        groups.accept(ticket, ticket)
+    assert groups.batch(0) == first[3:]
+    groups.version = 1
+    second = fill(groups)
+    for ticket in (first[0], *second):
+        groups.accept(ticket, ticket)
+
+    assert groups.batch(1) == [first[0], *second[:2]]
+    assert groups.carried == 2
+
+
 def test_a_rejected_group_gives_its_room_back() -> None:
     groups = ledger(max_staleness=0)
     first, second = fill(groups)
@@ -149,7 +202,7 @@ def test_a_restart_forgets_groups_and_counts_earlier_versions() -> None:
 class Schedule:
     """One random run: groups end in any order, some are rejected, and the learner comes when it comes."""
 
-    def __init__(self, seed: int, staleness: int, max_concurrent: int | None = None) -> None:
+    def __init__(self, seed: int, staleness: int, max_concurrent: int | None = None, *, carries: bool = False) -> None:
         self.rng = random.Random(seed)
         self.batch_size = self.rng.randint(1, 6)
         self.reject = self.rng.choice([0.0, 0.2, 0.7])
@@ -159,6 +212,7 @@ class Schedule:
             batch_size=self.batch_size,
             max_staleness=staleness,
             max_concurrent=max_concurrent or self.rng.choice([1, 3, 10, 1000]),
+            carries=carries,
         )
         self.staleness = staleness
         self.version = 0
@@ -190,11 +244,18 @@ class Schedule:
             else:
                 self.groups.accept(ticket, ticket)
 
+    def next_batch(self) -> list[int] | None:
+        batch = self.groups.batch(self.version)
+        assert batch is None or batch == sorted(batch, key=lambda ticket: (self.admitted_at[ticket], ticket))
+        return batch
+
+    def age(self, ticket: int) -> int:
+        return self.version - self.admitted_at[ticket]
+
     def train(self) -> None:
-        while (batch := self.groups.batch(self.version)) is not None:
+        while (batch := self.next_batch()) is not None:
             assert len(batch) == self.batch_size
-            assert batch == sorted(batch, key=lambda ticket: (self.admitted_at[ticket], ticket))
-            self.worst = max(self.worst, *(self.version - self.admitted_at[ticket] for ticket in batch))
+            self.worst = max(self.worst, *map(self.age, batch))
             self.trained.update(batch)
             self.version += 1
             # The newest policy may still be on its way to the replicas, the one before is there.
@@ -202,26 +263,74 @@ class Schedule:
             if self.rng.random() < 0.5:  # The learner is behind, or at once back.
                 self.admit()
 
+    def finish(self) -> None:
+        while self.version < 40:
+            self.admit()
+            is_moving = self.running or self.groups.ready >= self.batch_size
+            assert is_moving, "something is in flight, or nothing would ever happen"
+            if self.running:
+                self.end_some()
+            self.train()
+
+
+def assert_that_none_is_lost_too_old_or_trained_twice(run: Schedule) -> None:
+    assert run.worst <= run.staleness
+    assert max(run.trained.values()) == 1
+    assert not run.rejected & run.trained.keys()
+    waiting = len(run.running) + run.groups.ready
+    assert len(run.admitted_at) == len(run.trained) + len(run.rejected) + waiting
+    assert waiting <= (run.staleness + 1) * run.batch_size
+
 
 @pytest.mark.parametrize("staleness", [0, 1, 2, 5])
 @pytest.mark.parametrize("seed", range(40))
 def test_staleness_keeps_its_bound_and_no_group_is_lost_or_trained_twice(staleness: int, seed: int) -> None:
     run = Schedule(seed, staleness)
-    while run.version < 40:
-        run.admit()
-        assert run.running or run.groups.ready >= run.batch_size, "something is in flight, or nothing would ever happen"
-        if run.running:
-            run.end_some()
-        run.train()
+    run.finish()
 
-    assert run.worst <= staleness
-    assert max(run.trained.values()) == 1
-    assert not run.rejected & run.trained.keys()
-    waiting = len(run.running) + run.groups.ready
-    assert len(run.admitted_at) == len(run.trained) + len(run.rejected) + waiting
-    assert waiting <= (staleness + 1) * run.batch_size
+    assert_that_none_is_lost_too_old_or_trained_twice(run)
     left = run.admitted_at.keys() - run.trained.keys() - run.rejected
-    assert all(run.version - run.admitted_at[ticket] <= staleness for ticket in left)
+    assert all(run.age(ticket) <= staleness for ticket in left)
+
+
+class CarryingSchedule(Schedule):
+    """With partial rollouts: a group is as old as its last token."""
+
+    def __init__(self, seed: int, staleness: int) -> None:
+        super().__init__(seed, staleness, carries=True)
+        self.ended_at: dict[int, int] = {}
+
+    def end_some(self) -> None:
+        before = set(self.running)
+        super().end_some()
+        self.ended_at |= dict.fromkeys(before - self.running, self.groups.version)
+
+    def next_batch(self) -> list[int] | None:
+        if self.groups.ready < self.batch_size:
+            return None
+        batch = self.groups.batch(self.version)
+        assert batch is not None, "enough are ready, so nothing is waited for"
+        return batch
+
+    def age(self, ticket: int) -> int:
+        return self.version - self.ended_at[ticket]
+
+
+@pytest.mark.parametrize("staleness", [1, 2, 5])
+@pytest.mark.parametrize("seed", range(40))
+def test_with_partial_rollouts_no_batch_waits_and_none_is_without_a_fresh_token(staleness: int, seed: int) -> None:
+    run = CarryingSchedule(seed, staleness)
+    run.finish()
+
+    assert_that_none_is_lost_too_old_or_trained_twice(run)
+
+
+def test_those_schedules_have_stragglers_to_carry() -> None:
+    runs = [CarryingSchedule(seed, 2) for seed in range(40)]
+    for run in runs:
+        run.finish()
+
+    assert sum(run.groups.carried > 0 for run in runs) >= 5
 
 
 @pytest.mark.parametrize("seed", range(10))

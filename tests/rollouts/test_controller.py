@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
+from rlhf_ray.prompts import PromptPosition, PromptStream
 from rlhf_ray.rollouts import controller as thread_module
 from rlhf_ray.rollouts import flow as module
 from rlhf_ray.rollouts.controller import RolloutController
@@ -101,6 +102,9 @@ class Rewards:
         self._delay_s = delay_s
         self.scored: list[RolloutGroup] = []
 
+    def failed(self) -> set[int]:
+        return {group.group_id for group in self.scored if group.group_id in self._failing}
+
     async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
         await asyncio.sleep(self._delay_s)
         self.scored.append(group)
@@ -126,6 +130,7 @@ def make() -> Iterator[Callable[..., RolloutController]]:
             "max_retries": 2,
             "max_failures": 4,
             "max_equal_groups": None,
+            "partial_rollouts": False,
             "greedy_baseline": False,
             "timeout_s": 10.0,
             "stall_timeout_s": 10.0,
@@ -442,6 +447,18 @@ def test_scored_prompts_fill_the_pool_and_not_more(make: Callable[..., RolloutCo
     assert replicas.most_running == 6
 
 
+@pytest.mark.parametrize(("samples", "groups"), [(2, 3), (4, 1), (16, 1)])
+def test_scored_prompts_of_many_samples_fill_the_pool_alike(
+    make: Callable[..., RolloutController], samples: int, groups: int
+) -> None:
+    replicas = Replicas()
+    sampling = replace(SAMPLING, group_size=samples)
+
+    make(replicas, max_concurrent=3).score_prompts([prompt(n) for n in range(40)], sampling, 0)
+
+    assert replicas.most_running == groups
+
+
 def test_an_error_cancels_the_other_scored_prompts(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={0: FOREVER_S}, errors={1: [ValueError("bug")]})
 
@@ -674,6 +691,24 @@ def test_a_straggler_holds_up_its_last_version_alone(make: Callable[..., Rollout
     assert (replicas.running, 0 in ids(first.groups)) == (1, False)
     second = controller.collect(1)
     assert (replicas.running, 0 in ids(second.groups)) == (0, True)
+
+
+def test_a_partial_rollout_holds_up_no_version_and_is_asked_for_once(make: Callable[..., RolloutController]) -> None:
+    replicas = Replicas(delays_s={0: FOREVER_S, 1: 0.5})
+    controller = make(replicas, max_staleness=1, max_concurrent=99, partial_rollouts=True)
+
+    carried, trained = [], []
+    for version in range(4):
+        collected = controller.collect(version)
+        carried.append(collected.carried_groups)
+        trained += ids(collected.groups)
+        controller.published(version + 1)
+    # Of version 0 they had to be in the batch of version 1; they went on as groups of version 1, and so forth.
+    assert carried == [0, 2, 2, 2]
+    assert not {0, 1} & set(trained)
+    time.sleep(0.6)
+    assert 1 in ids(controller.collect(4).groups), "the oldest goes first"
+    assert Counter(replicas.asked()).most_common(1)[0][1] == 1
 
 
 def test_each_group_is_asked_for_at_the_version_it_was_admitted_at(make: Callable[..., RolloutController]) -> None:
@@ -914,3 +949,67 @@ def test_a_thread_that_hangs_in_the_prompts_is_left_behind(
     released.set()
 
     assert "did not stop" in caplog.text
+
+
+# Where a run goes on that stops now.
+
+
+class Stream(Iterator[Prompt]):
+    """Prompts in order, with a position as the real stream has it."""
+
+    def __init__(self, position: PromptPosition | None = None) -> None:
+        self._position = position or PromptPosition()
+        self._unfinished = list(self._position.unfinished)
+
+    def __next__(self) -> Prompt:
+        if self._unfinished:
+            return prompt(self._unfinished.pop(0))
+        self._position = replace(self._position, row=self._position.row + 1)
+        return prompt(self._position.row - 1)
+
+    def state(self) -> PromptPosition:
+        return replace(self._position, unfinished=tuple(self._unfinished))
+
+
+def position_of(controller: RolloutController, stream: Stream, version: int) -> PromptPosition:
+    return controller.prompt_position(cast(PromptStream, stream), version)
+
+
+def test_where_nothing_is_stale_nothing_is_unfinished_after_an_update(make: Callable[..., RolloutController]) -> None:
+    stream = Stream()
+    controller = make(Replicas(), prompts=stream)
+    controller.collect(0)
+
+    assert position_of(controller, stream, 1) == PromptPosition(row=4)
+    # An update that failed has to be done again.
+    assert position_of(controller, stream, 0) == PromptPosition(row=4, unfinished=(0, 1, 2, 3))
+
+
+@pytest.mark.parametrize("stopped_after", [1, 2, 3])
+def test_a_run_that_goes_on_trains_on_every_prompt_once(
+    stopped_after: int, make: Callable[..., RolloutController]
+) -> None:
+    """Some groups are in flight at the end, some wait for their update, and some rewards failed."""
+    stream, rewards = Stream(), Rewards(failing=[2, 9, 17])
+    slow = {number: 0.03 * (number % 4) for number in range(100)}
+    overrides = {"max_staleness": 3, "max_concurrent": 12}
+    controller = make(Replicas(delays_s=slow), rewards, prompts=stream, **overrides)
+    trained = []
+    for version in range(stopped_after):
+        trained += ids(controller.collect(version).groups)
+        controller.published(version + 1)
+    position = position_of(controller, stream, stopped_after)
+    controller.stop()
+    assert len(position.unfinished) >= 4
+    assert not set(position.unfinished) & set(trained)
+
+    again = Stream(position)
+    other = make(Replicas(), rewards, prompts=again, **overrides)
+    other.resume(stopped_after)
+    for version in range(stopped_after, stopped_after + 12):
+        trained += ids(other.collect(version).groups)
+        other.published(version + 1)
+
+    left = position_of(other, again, stopped_after + 12)
+    assert len(trained) == len(set(trained)) == 4 * (stopped_after + 12)
+    assert {*trained, *left.unfinished, *rewards.failed()} == set(range(left.row))

@@ -8,22 +8,32 @@ import torch
 
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets, unpack_bucket
 from rlhf_ray.weight_sync.manifest import BucketLayout
+from rlhf_ray.weight_sync.shared_buckets import SharedBuckets
 
 Named = list[tuple[str, torch.Tensor]]
 
 
 def packed(
     parameters: Named, *, dtype: torch.dtype = torch.float32, bucket_bytes: int = 1 << 20
-) -> list[tuple[BucketLayout, ByteArray]]:
+) -> list[tuple[BucketLayout, list[ByteArray]]]:
     buckets = []
-    for layout, data in gather_buckets(parameters, dtype=dtype, keep=True, bucket_bytes=bucket_bytes):
-        assert data is not None
-        buckets.append((layout, data))
+    for layout, pieces in gather_buckets(parameters, dtype=dtype, keep=True, bucket_bytes=bucket_bytes):
+        assert pieces is not None
+        buckets.append((layout, pieces))
     return buckets
 
 
-def unpacked(buckets: Iterable[tuple[BucketLayout, ByteArray]]) -> Named:
-    return [entry for layout, data in buckets for entry in unpack_bucket(layout, data)]
+def unpacked(buckets: Iterable[tuple[BucketLayout, list[ByteArray]]]) -> Named:
+    """What an engine finds in the memory that a replica wrote."""
+    shared = SharedBuckets()
+    buckets = list(buckets)
+    updates = shared.write([layout for layout, _ in buckets], [pieces for _, pieces in buckets])
+    maps = [np.fromfile(update["path"], dtype=np.uint8) for update in updates]
+    return [
+        entry
+        for (layout, _), data in zip(buckets, maps, strict=True)
+        for entry in unpack_bucket(layout, data[: layout.size_bytes])
+    ]
 
 
 def random_parameters() -> Named:
@@ -71,10 +81,11 @@ def test_parameters_that_need_a_gradient_are_taken_too() -> None:
 
 
 def test_tensors_start_at_multiples_of_64_bytes() -> None:
-    ((layout, data),) = packed([("a", torch.ones(3)), ("b", torch.ones(17)), ("c", torch.ones(1))])
+    ((layout, pieces),) = packed([("a", torch.ones(3)), ("b", torch.ones(17)), ("c", torch.ones(1))])
 
     assert [(t.offset_bytes, t.size_bytes) for t in layout.tensors] == [(0, 12), (64, 68), (192, 4)]
-    assert layout.size_bytes == len(data) == 196
+    assert [len(piece) for piece in pieces] == [12, 68, 4]
+    assert layout.size_bytes == 196
 
 
 def test_a_bucket_is_cut_before_it_exceeds_its_limit() -> None:
@@ -94,7 +105,7 @@ def test_no_bucket_exceeds_its_limit(bucket_bytes: int) -> None:
     buckets = packed(parameters, bucket_bytes=bucket_bytes)
 
     assert max(layout.size_bytes for layout, _ in buckets) <= bucket_bytes
-    assert all(layout.size_bytes == len(data) for layout, data in buckets)
+    assert all(layout.size_bytes >= sum(len(piece) for piece in pieces) for layout, pieces in buckets)
 
 
 def test_a_tensor_larger_than_the_limit_has_a_bucket_of_its_own() -> None:
@@ -113,19 +124,12 @@ def test_ranks_that_keep_nothing_see_the_same_layouts() -> None:
     others = list(gather_buckets(parameters, dtype=torch.float32, keep=False, bucket_bytes=100))
 
     assert [layout for layout, _ in others] == [layout for layout, _ in mine]
-    assert all(data is None for _, data in others)
-
-
-def test_each_bucket_has_memory_of_its_own() -> None:
-    """An engine may still read the first one when the next arrives."""
-    buckets = packed([("a", torch.ones(16)), ("b", torch.zeros(16))], bucket_bytes=64)
-
-    assert not np.shares_memory(buckets[0][1], buckets[1][1])
-    assert unpacked(buckets)[0][1].tolist() == [1.0] * 16
+    assert all(pieces is None for _, pieces in others)
 
 
 def test_unpacked_tensors_are_views() -> None:
-    ((layout, data),) = packed([("a", torch.ones(2))])
+    ((layout, (piece,)),) = packed([("a", torch.ones(2))])
+    data = piece.copy()
     ((_, tensor),) = unpack_bucket(layout, data)
 
     data[:] = 0

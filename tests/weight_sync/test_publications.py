@@ -17,6 +17,7 @@ class Publisher:
 
     def __init__(self) -> None:
         self.gathered: list[int] = []
+        self.replicas = frozenset({"a", "b"})
         self.failing: set[int] = set()
         self.doors: dict[int, threading.Event] = {}
 
@@ -32,7 +33,7 @@ class Publisher:
                 assert self.doors[version].wait(PATIENCE_S)
             if version in self.failing:
                 raise WeightSyncError(f"version {version} is lost")
-            return Publication(version=version, size_bytes=1, pause_s=0.0, num_replicas=1, publication_s=0.0)
+            return Publication(version=version, size_bytes=1, pause_s=0.0, replica_ids=self.replicas, publication_s=0.0)
 
         return deliver
 
@@ -125,3 +126,16 @@ def test_settling_has_an_end(publisher: Publisher) -> None:
     publications.publish(2)
     publications.settle(0.05)
     assert published == [1]
+
+
+def test_replicas_that_came_after_the_first_publication_are_counted(publisher: Publisher) -> None:
+    publications, _ = make(publisher, beside=False)
+    publications.publish(1)
+    assert publications.new_replicas == 0
+    publisher.replicas = frozenset({"a", "c"})
+    publications.publish(2)
+    publications.publish(3)
+    assert publications.new_replicas == 1
+    publisher.replicas = frozenset({"d", "e"})
+    publications.publish(4)
+    assert publications.new_replicas == 3

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, RayActorError
+from ray.exceptions import ActorDiedError, OwnerDiedError, RayActorError
 
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.rollouts.engine import LoadReport
@@ -102,7 +104,7 @@ def test_object_store_publication() -> None:
     assert publication.version == 1
     assert publication.size_bytes == 1280
     assert publication.pause_s == 0.3
-    assert publication.num_replicas == 2
+    assert len(publication.replica_ids) == 2
     assert publication.publication_s >= 0.0
 
 
@@ -118,20 +120,56 @@ def test_replicas_load_in_turn_where_few_may_pause_at_once() -> None:
     parts = [arguments[3] for arguments in handle.asked[1:]]
     assert handle.asked[0] == ("status",)
     assert parts == [{"a", "b"}, {"c"}, None]
-    assert publication.num_replicas == 4
+    assert len(publication.replica_ids) == 4
 
 
 def test_nothing_is_sent_before_it_is_asked_for() -> None:
     handle = Handle([report("a")])
     deliver = ObjectStorePublisher(source=Learners(), handle=handle).gather(1)
     assert handle.asked == []
-    assert deliver().num_replicas == 1
+    assert deliver().replica_ids == {"a"}
 
 
 def test_a_dead_replica_has_acknowledged_nothing() -> None:
     handle = Handle([report("a"), RayActorError()])
 
-    assert ObjectStorePublisher(source=Learners(), handle=handle).gather(1)().num_replicas == 1
+    assert ObjectStorePublisher(source=Learners(), handle=handle).gather(1)().replica_ids == {"a"}
+
+
+@pytest.fixture
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+
+
+@pytest.mark.usefixtures("no_pauses")
+@pytest.mark.parametrize("nobody", [[], [RayActorError()]])
+def test_where_all_replicas_died_the_next_one_is_waited_for(nobody: list[Answer]) -> None:
+    handle = Handle(nobody, nobody, [report("new")])
+
+    publication = ObjectStorePublisher(source=Learners(), handle=handle).gather(1)()
+
+    assert publication.replica_ids == {"new"}
+    assert [method for method, *_ in handle.asked] == ["load_weights"] * 3
+
+
+def lost() -> OwnerDiedError:
+    return OwnerDiedError("0" * 56, owner_address=None, call_site="")
+
+
+def test_weights_that_died_with_a_learner_are_gathered_again() -> None:
+    learners = Learners(version=1)
+    handle = Handle([lost(), report("b", version=1)], [report("a", version=2), report("b", version=2)])
+    deliver = ObjectStorePublisher(source=learners, handle=handle).gather(1)
+    learners.manifest = replace(learners.manifest, version=2)
+
+    assert deliver().version == 2
+    assert [arguments[1].version for arguments in handle.asked] == [1, 2]
+
+
+def test_weights_that_are_lost_for_ever_are_an_error() -> None:
+    handle = Handle(*[[lost()]] * 4)
+    with pytest.raises(WeightSyncError, match="could not load policy version 1"):
+        ObjectStorePublisher(source=Learners(), handle=handle).gather(1)()
 
 
 def test_learners_that_hold_another_version_are_found_before_a_replica_loads_it() -> None:
@@ -161,7 +199,7 @@ def test_nccl_publication_goes_to_the_replicas_that_are_there() -> None:
     assert handle.asked == [("status",), ("status",)]
     assert publication.size_bytes == 999
     assert publication.pause_s == 0.2
-    assert publication.num_replicas == 2
+    assert len(publication.replica_ids) == 2
 
 
 def test_nccl_publication_is_checked_like_any_other() -> None:

@@ -1,0 +1,151 @@
+"""Rewards, in one process: a loaded reward model, texts -> scores."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.rewards.reward_model.check import context_length, label_index, reward_tokenizer
+from rlhf_ray.rewards.reward_model.padding import batches, unused_token_id
+from rlhf_ray.rewards.reward_model.reward import RewardModelReward
+from rlhf_ray.rewards.reward_model.texts import conversation, writes_chats
+from rlhf_ray.types import Float32Array, PromptText
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["RewardModel", "model_of_this_process"]
+
+_PROBE = "1 + 1 = 2"
+
+
+class RewardModel:
+    """A sequence-classification model and its tokenizer.
+
+    The score of a sequence does not depend on what it is batched with: padding is on the right, is masked, and is never
+    taken for the token that the score is read from.
+
+    Args:
+        reward: What to load.
+        device: Where: ``cpu`` or ``cuda``.
+
+    Raises:
+        ConfigError: It cannot be loaded, has no head, or gives no finite score.
+    """
+
+    def __init__(self, reward: RewardModelReward, *, device: str = "cpu") -> None:
+        self._reward = reward
+        self._device = device
+        self._tokenizer = reward_tokenizer(reward, "reward_model")
+        self._chat = writes_chats(self._tokenizer, reward.as_chat)
+        self._model = _load(reward, device).to(device).eval()
+        self._label = label_index(self._model.config, reward, "reward_model")
+        self._max_length = reward.max_length or context_length(self._model.config)
+        self._check_finite()
+
+    def encoded(self, prompts: Sequence[PromptText], completions: Sequence[str]) -> list[list[int]]:
+        """``[N]`` sequences of token ids, as long as ``max_length`` at most.
+
+        Raises:
+            DataError: A sequence is empty or too long, or a chat cannot be written.
+        """
+        texts = [
+            conversation(prompt, completion, self._tokenizer, chat=self._chat)
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        return [self._fitting(ids) for ids in self._tokenizer(texts, add_special_tokens=not self._chat)["input_ids"]]
+
+    def scores(self, sequences: Sequence[Sequence[int]]) -> Float32Array:
+        """``[N]`` logits of the label, for ``[N]`` sequences of token ids."""
+        values = np.empty(len(sequences), dtype=np.float32)
+        for batch in batches([len(sequence) for sequence in sequences], self._reward.max_tokens_per_batch):
+            self._score([sequences[index] for index in batch], batch, values)
+        return values
+
+    def _score(self, sequences: Sequence[Sequence[int]], places: Sequence[int], values: Float32Array) -> None:
+        own_pad_id = self._text_config.pad_token_id
+        pad_id = own_pad_id
+        if own_pad_id is None:
+            # Models read the score off the last token that is not the pad token. Where a model has none, any id would
+            # do that no sequence ends with; without one, sequences are scored one at a time.
+            pad_id = unused_token_id(sequences, self._text_config.vocab_size)
+            if pad_id is None and len(sequences) > 1:
+                for sequence, place in zip(sequences, places, strict=True):
+                    self._score([sequence], [place], values)
+                return
+        self._text_config.pad_token_id = pad_id
+        try:
+            values[list(places)] = self._logits(sequences, fill=pad_id or 0)
+        finally:
+            self._text_config.pad_token_id = own_pad_id
+
+    @torch.inference_mode()  # type: ignore[untyped-decorator]
+    def _logits(self, sequences: Sequence[Sequence[int]], *, fill: int) -> Float32Array:
+        longest = max(len(sequence) for sequence in sequences)
+        ids = torch.full((len(sequences), longest), fill)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)] = torch.tensor(sequence)
+            mask[row, : len(sequence)] = 1
+        output = self._model(input_ids=ids.to(self._device), attention_mask=mask.to(self._device))
+        logits: Float32Array = output.logits[:, self._label].float().cpu().numpy()
+        return logits
+
+    @property
+    def _text_config(self) -> Any:
+        return self._model.config.get_text_config()
+
+    def _fitting(self, ids: list[int]) -> list[int]:
+        if not ids:
+            raise DataError("the reward model got an empty prompt with an empty completion")
+        limit = self._max_length
+        if limit is None or len(ids) <= limit:
+            return ids
+        if self._reward.overlong == "error":
+            raise DataError(
+                f"a sequence of {len(ids)} tokens is longer than the reward model takes ({limit}): set overlong to "
+                "truncate_left, or lower rollouts.max_new_tokens or rollouts.max_prompt_tokens"
+            )
+        return ids[-limit:]
+
+    def _check_finite(self) -> None:
+        score = self.scores(self._tokenizer([_PROBE])["input_ids"])[0]
+        if not np.isfinite(score):
+            remedy = f"it scores {_PROBE!r} as {score}: its weights are damaged, or dtype is too narrow for it"
+            raise ConfigError("reward_model.path", self._reward.path, remedy)
+
+
+@functools.cache
+def model_of_this_process(reward: RewardModelReward) -> RewardModel:
+    """Load a model once."""
+    return RewardModel(reward, device="cuda" if reward.num_gpus and torch.cuda.is_available() else "cpu")
+
+
+def _load(reward: RewardModelReward, device: str) -> PreTrainedModel:
+    from transformers import AutoModelForSequenceClassification
+
+    dtype = reward.dtype
+    if dtype == "auto":
+        dtype = "float32" if device == "cpu" else "bfloat16"
+    try:
+        model, loading = AutoModelForSequenceClassification.from_pretrained(
+            reward.path,
+            dtype=getattr(torch, dtype),
+            trust_remote_code=reward.trust_remote_code,
+            output_loading_info=True,
+        )
+    # A damaged file, an unknown class and an unreachable hub each have a type of their own.
+    except Exception as error:
+        reason = next(iter(str(error).strip().splitlines()), "")
+        remedy = f"the model cannot be loaded ({type(error).__name__}: {reason})"
+        raise ConfigError("reward_model.path", reward.path, remedy) from error
+    # transformers would go on with random numbers in place of what the files lack.
+    if absent := sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}):
+        remedy = f"the folder lacks weights of a trained reward model ({', '.join(absent[:3])}); name one that has them"
+        raise ConfigError("reward_model.path", reward.path, remedy)
+    return model

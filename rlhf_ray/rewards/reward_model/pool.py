@@ -1,0 +1,217 @@
+"""Rewards, the actors of one reward model: rollout groups in, scores out.
+
+Consumes finished ``RolloutGroup``s; produces ``Scores`` or counted ``RewardFailure``s. Groups wait for a free actor,
+which takes as many of them at once as fill a few forward passes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+
+from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.model_path import absolute_if_local
+from rlhf_ray.rewards.functions import NamedReward
+from rlhf_ray.rewards.pool import kill, one_line
+from rlhf_ray.rewards.reward_model.requests import Request, RequestQueue
+from rlhf_ray.rewards.reward_model.reward import RewardModelReward
+from rlhf_ray.rewards.reward_model.worker import RewardModelWorker
+from rlhf_ray.rewards.scoring import Scores
+from rlhf_ray.types import RewardFailure, RolloutGroup
+
+__all__ = ["ModelPoolSpec", "RewardModelPool"]
+
+_LOG = logging.getLogger(__name__)
+# Forward passes that a call is filled for: sequences are sorted by length over a whole call.
+_PASSES_A_CALL = 4
+_JOIN_S = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelPoolSpec:
+    """What the actors of all reward models of a run have in common."""
+
+    run_id: str
+    policy_tokenizer: str | bytes
+    """Folder or hub id, or a tokenizer from ``pack``."""
+    trust_remote_code: bool
+    """Run code that ships with that tokenizer."""
+    num_cpus: float
+    """CPUs that Ray reserves for an actor."""
+    on_gpu: bool
+    """Whether the run is on GPUs."""
+
+
+class RewardModelPool:
+    """Actors that hold a reward model each, with a thread here for each of them.
+
+    Args:
+        reward: The reward model, its name and its weight.
+        spec: What it has in common with others.
+
+    Attributes:
+        workers_replaced: Actors that died, or were killed at the time limit, since the start.
+    """
+
+    def __init__(self, reward: NamedReward, spec: ModelPoolSpec) -> None:
+        assert isinstance(reward.function, RewardModelReward)
+        self.name = reward.name
+        self.workers_replaced = 0
+        self._weight = reward.weight
+        self._reward = _absolute(reward.function)
+        self._spec = spec
+        self._num_gpus = reward.function.gpus_per_worker(on_gpu=spec.on_gpu)
+        self._queue = RequestQueue()
+        self._lock = threading.Lock()
+        self._actors: dict[int, Any] = {}
+        self._threads: list[threading.Thread] = []
+        self._stopped = False
+
+    def launch(self) -> None:
+        """Start the actors, which load the model, and do not wait for them."""
+        for index in range(self._reward.num_workers):
+            self._actors[index] = self._new_actor(f"{index}")
+
+    def wait_ready(self) -> None:
+        """Wait until every actor has loaded the model.
+
+        Raises:
+            ConfigError: The model cannot be used.
+            RewardError: An actor does not start within ``startup_timeout_s``.
+        """
+        try:
+            ray.get([actor.ready.remote() for actor in self._actors.values()], timeout=self._reward.startup_timeout_s)
+        except RayError as error:
+            self.stop()
+            raise self._startup_failure(error) from error
+        self._threads = [
+            threading.Thread(target=self._serve, args=(index,), name=f"{self.name}-{index}", daemon=True)
+            for index in self._actors
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    async def score(self, group: RolloutGroup) -> Scores | RewardFailure:
+        """Score ``group`` with the next free actor.
+
+        Raises:
+            RewardError: The pool is stopped, or its last actor could not be replaced.
+        """
+        request = Request(group)
+        self._queue.put(request)
+        return await asyncio.wrap_future(request.outcome)
+
+    def stop(self) -> None:
+        """End the actors; groups that wait raise ``RewardError``."""
+        with self._lock:
+            self._stopped = True
+            actors, self._actors = self._actors, {}
+        self._queue.close(f"the reward model {self.name} is stopped")
+        for actor in actors.values():
+            kill(actor)
+        for thread in self._threads:
+            thread.join(timeout=_JOIN_S)
+
+    def _serve(self, index: int) -> None:
+        """Give one actor its work, and another in its place when it dies."""
+        max_tokens = _PASSES_A_CALL * self._reward.max_tokens_per_batch
+        while (batch := self._queue.take(max_tokens)) is not None:
+            actor = self._actors.get(index)
+            if actor is None:  # Stopped.
+                self._queue.put_back(batch)
+            elif not self._call(actor, batch) and not self._replaced(index, actor):
+                return
+
+    def _call(self, actor: Any, batch: list[Request]) -> bool:
+        """Score a batch; whether the actor can go on."""
+        try:
+            outcomes = ray.get(actor.score.remote([r.group for r in batch]), timeout=self._reward.timeout_s)
+        except RayTaskError as error:
+            self._again(batch, kind="raised", message=f"{self.name} raised {one_line(error)}")
+            return True
+        except GetTimeoutError:
+            limit = f"no score after {self._reward.timeout_s:g} s (timeout_s of {self.name}); its actor was killed"
+            self._again(batch, kind="timeout", message=limit)
+            return False
+        except RayError as error:
+            self._again(batch, kind="worker_died", message=f"the actor of {self.name} died twice: {one_line(error)}")
+            return False
+        for request, outcome in zip(batch, outcomes, strict=True):
+            request.tell(outcome)
+        return True
+
+    def _again(self, batch: list[Request], *, kind: str, message: str) -> None:
+        """Send each group of a call that ended badly once more, by itself; one that was by itself has failed."""
+        first = [request for request in batch if not request.alone]
+        for request in batch:
+            if request.alone:
+                request.tell(RewardFailure(group_id=request.group.group_id, kind=kind, message=message))
+        self._queue.put_back(first)
+
+    def _replaced(self, index: int, dead: Any) -> bool:
+        """Put a new actor in a dead one's place; whether that worked."""
+        with self._lock:
+            if self._stopped:
+                return False
+            self.workers_replaced += 1
+            kill(dead)
+            actor = self._actors[index] = self._new_actor(f"{index}-{self.workers_replaced}")
+        try:
+            ray.get(actor.ready.remote(), timeout=self._reward.startup_timeout_s)
+        except RayError as error:
+            with self._lock:
+                if self._stopped:
+                    return False
+                del self._actors[index]
+                left = len(self._actors)
+            kill(actor)
+            failure = self._startup_failure(error)
+            _LOG.warning("%s; %d actors of %s are left", failure, left, self.name)
+            if left == 0:
+                self._queue.close(str(failure))
+            return False
+        return True
+
+    def _new_actor(self, label: str) -> Any:
+        spec = self._spec
+        actor_class = ray.remote(RewardModelWorker).options(
+            name=f"{spec.run_id}-{self.name}-{label}",
+            num_cpus=spec.num_cpus,
+            num_gpus=self._num_gpus,
+            max_restarts=0,
+            # Inside a Tune trial, actors would otherwise look for room in the trial's own placement group.
+            scheduling_strategy="DEFAULT",
+            runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
+        )
+        return actor_class.remote(
+            self.name,
+            self._weight,
+            self._reward,
+            "cuda" if self._num_gpus else "cpu",
+            spec.policy_tokenizer,
+            spec.trust_remote_code,
+        )
+
+    def _startup_failure(self, error: Exception) -> Exception:
+        if isinstance(error, GetTimeoutError):
+            return RewardError(
+                f"an actor of {self.name} did not load {self._reward.path} in {self._reward.startup_timeout_s:g} s "
+                f"(startup_timeout_s): are {self._spec.num_cpus:g} CPUs and {self._num_gpus:g} GPUs free for each of "
+                f"{self._reward.num_workers}?"
+            )
+        cause = getattr(error, "cause", None)  # What ready() raised.
+        if isinstance(cause, ConfigError):
+            return cause
+        return RewardError(f"an actor of {self.name} cannot start: {one_line(error)}")
+
+
+def _absolute(reward: RewardModelReward) -> RewardModelReward:
+    """Local folders as absolute paths: actors have other working directories."""
+    own = None if reward.tokenizer_path is None else absolute_if_local(reward.tokenizer_path)
+    return replace(reward, path=absolute_if_local(reward.path), tokenizer_path=own)

@@ -1,0 +1,122 @@
+"""A Ray Tune sweep on the real stack: trials side by side, weights that are taken over, one that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import yaml
+from ray import tune
+from ray.tune.schedulers import PopulationBasedTraining
+from ray.util.state import list_actors, list_placement_groups
+
+from rlhf_ray import PPO, PPOConfig
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+KEPT_BY_RAY_DATA = {"_AutoscalingCoordinatorActor", "_StatsActor"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def four_cpus() -> Iterator[None]:
+    """The session's Ray, or a new one where another module has shut that down."""
+    was_there = ray.is_initialized()
+    if not was_there:
+        ray.init(num_cpus=4, log_to_driver=False, namespace="rlhf_ray")
+    yield
+    if not was_there:
+        ray.shutdown()
+
+
+def small_space() -> dict[str, Any]:
+    """Sections and dotted names of a quickstart run that shares four CPUs with another one."""
+    return {
+        "data.batch_size": 8,
+        "rollouts": {"group_size": 4, "max_prompt_tokens": 16, "num_threads": 1},
+        "learners": {"num_threads": 1, "max_tokens_per_microbatch": 256},
+        "training": {"iterations": 4, "num_minibatches": 2, "lr_schedule": "constant"},
+        "evaluation": {"interval": 3, "num_prompts": 16},
+        "reporting.tensorboard": False,
+        "resources": {"cpus_per_replica": 0.5, "cpus_per_learner": 0.5, "cpus_per_reward_worker": 0.1},
+    }
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def left_behind() -> set[str]:
+    alive = {actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")])} - KEPT_BY_RAY_DATA
+    return alive | {group.name or "group" for group in list_placement_groups() if group.state == "CREATED"}
+
+
+def assert_nothing_is_left(within_s: float = 60) -> None:
+    deadline = time.monotonic() + within_s
+    while left_behind() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    assert left_behind() == set()
+
+
+def run_dir_of(result: tune.Result) -> Path:
+    (metrics,) = Path(result.path).glob("*/metrics.jsonl")
+    return metrics.parent
+
+
+def rates(result: tune.Result) -> list[float]:
+    """The learning rate of each iteration of a trial; none is missing or there twice, and all are exact."""
+    lines = rows(run_dir_of(result))
+    assert [line["training_iteration"] for line in lines] == list(range(1, len(lines) + 1))
+    assert [line["learner/policy_version"] for line in lines] == list(range(1, len(lines) + 1))
+    assert all(line["learner/sampling_logprob_diff_max"] < 1e-3 for line in lines)
+    assert all(0 < line["evaluation/quickstart/reward_mean"] <= 1 for line in lines)
+    return [float(f"{line['learner/lr']:.6g}") for line in lines]
+
+
+def test_a_population_in_which_one_trial_is_killed(tmp_path: Path) -> None:
+    first, mutated = {1e-5, 2e-5}, {1e-4, 3e-4}
+
+    def die(*, algorithm: Any, result: dict[str, Any]) -> None:
+        if algorithm.settings.training.lr in mutated and algorithm.iteration == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    space = PPOConfig.from_dict(small_space()).training(lr=tune.grid_search(sorted(first)))
+    tuner = tune.Tuner(
+        PPO,
+        param_space=space.callbacks(on_train_result=die),
+        tune_config=tune.TuneConfig(
+            metric="evaluation/quickstart/reward_mean",
+            mode="max",
+            max_concurrent_trials=2,
+            scheduler=PopulationBasedTraining(
+                time_attr="training_iteration",
+                perturbation_interval=2,
+                quantile_fraction=0.5,
+                hyperparam_mutations={"training": {"lr": sorted(mutated)}},
+                # Nobody runs ahead, so that the worse of the two takes over the other's weights for sure.
+                synch=True,
+            ),
+        ),
+        run_config=tune.RunConfig(name="population", storage_path=str(tmp_path), verbose=0),
+    )
+    results = tuner.fit()
+
+    assert results.num_errors == 1
+    better, worse = sorted(results, key=lambda result: result.error is not None)
+    assert (better.metrics or {})["evaluation"]["quickstart"]["num_prompts"] == 16
+    assert rates(better) == [better.config["training"]["lr"]] * 4
+    # It went on from the other's second policy; its new rate wins over the one in the optimiser state restored.
+    *before, after = rates(worse)
+    assert after == worse.config["training"]["lr"]
+    assert after in mutated
+    assert len(before) == 2
+    assert set(before) <= first
+    assert yaml.safe_load((run_dir_of(worse) / "config.yaml").read_text())["training"]["lr"] == after
+    assert_nothing_is_left()
+    assert ray.is_initialized()

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
+
+from rlhf_ray import RewardModelReward, quickstart
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, build_tokenizer
+from rlhf_ray.rewards.reward_model.model import RewardModel
+
+
+def load(path: str, **options: Any) -> RewardModel:
+    return RewardModel(RewardModelReward(path, dtype="float32", **options))
+
+
+def sequences(count: int, longest: int, *, seed: int = 0) -> list[list[int]]:
+    """Some end with EOS, which is the pad token of many models."""
+    rng = random.Random(seed)
+    ids = [[rng.randrange(256) for _ in range(rng.randint(1, longest))] for _ in range(count)]
+    return [[*one, EOS_TOKEN_ID] if index % 3 == 0 else one for index, one in enumerate(ids)]
+
+
+def alone(path: str, ids: list[int], label: int = 0) -> float:
+    """The score as transformers gives it for one sequence without padding."""
+    model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        return float(model(torch.tensor([ids])).logits[0, label])
+
+
+@pytest.mark.parametrize("pad_token", [True, False])
+def test_a_batch_scores_as_single_sequences(make: Callable[..., str], pad_token: bool) -> None:
+    path = make(pad_token=pad_token)
+    given = sequences(40, 60)
+    together = load(path, max_tokens_per_batch=4096).scores(given)
+    one_at_a_time = load(path, max_tokens_per_batch=1).scores(given)
+    assert together.std() > 0.1
+    np.testing.assert_allclose(together, one_at_a_time, atol=1e-5, rtol=0)
+    for index in (0, 1, 39):
+        assert together[index] == pytest.approx(alone(path, given[index]), abs=1e-5)
+
+
+def test_without_a_pad_token_and_with_every_id_in_use_sequences_go_one_by_one(make: Callable[..., str]) -> None:
+    path = make(pad_token=False, max_positions=512)
+    given = [list(range(VOCAB_SIZE)), [5, EOS_TOKEN_ID]]
+    assert load(path).scores(given) == pytest.approx([alone(path, ids) for ids in given], abs=1e-5)
+
+
+def test_an_encoder_scores_a_batch_as_single_sequences(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        pad_token_id=256,
+        initializer_range=0.3,
+        num_labels=1,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    model = load(str(tmp_path), tokenizer_path=quickstart.model_path())
+    given = sequences(12, 60)
+    expected = [alone(str(tmp_path), ids) for ids in given]
+    assert model.scores(given) == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_label_is_the_one_that_is_named(make: Callable[..., str]) -> None:
+    path = make(num_labels=3)
+    scores = [float(load(path, label=label).scores([[1, 2, 3]])[0]) for label in range(3)]
+    assert scores == pytest.approx([alone(path, [1, 2, 3], label) for label in range(3)], abs=1e-5)
+    assert len(set(scores)) == 3
+
+
+def test_texts_are_encoded_as_the_reward_model_has_them(make: Callable[..., str]) -> None:
+    tokenizer = build_tokenizer(max_length=64)
+    (chat,) = load(make()).encoded(["1+1="], ["2"])
+    assert tokenizer.decode(chat) == "user: 1+1=\nassistant: 2<eos>\n"
+    (plain,) = load(make(chat_template=False)).encoded(["1+1="], ["2"])
+    assert tokenizer.decode(plain) == "1+1=2"
+
+
+def test_what_is_too_long_is_an_error_or_loses_its_start(model_path: str) -> None:
+    with pytest.raises(DataError, match=r"a sequence of 5 tokens is longer than the reward model takes \(4\)"):
+        load(model_path, as_chat=False, max_length=4).encoded(["abc"], ["de"])
+    cut = load(model_path, as_chat=False, max_length=4, overlong="truncate_left")
+    assert cut.encoded(["abc", "a"], ["de", "b"]) == [list(b"bcde"), list(b"ab")]
+    with pytest.raises(DataError, match=r"longer than the reward model takes \(256\)"):
+        load(model_path, as_chat=False).encoded(["a" * 250], ["b" * 7])
+    with pytest.raises(DataError, match="empty prompt with an empty completion"):
+        load(model_path, as_chat=False).encoded([""], [""])
+
+
+def test_a_head_that_is_not_in_the_files_is_an_error(make: Callable[..., str]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = make()
+    weights = load_file(f"{path}/model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks weights of a trained reward model \(score\.weight\)"):
+        load(path)
+
+
+def test_weights_that_are_not_finite_are_found_at_the_start(make: Callable[..., str]) -> None:
+    path = make()
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    with torch.no_grad():
+        model.score.weight.fill_(float("nan"))
+    model.save_pretrained(path)
+    with pytest.raises(ConfigError, match="as nan: its weights are damaged"):
+        load(path)
+
+
+def test_files_that_cannot_be_read(make: Callable[..., str]) -> None:
+    path = make()
+    Path(path, "model.safetensors").write_bytes(b"not safetensors")
+    with pytest.raises(ConfigError, match="the model cannot be loaded"):
+        load(path)

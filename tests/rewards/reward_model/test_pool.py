@@ -1,0 +1,196 @@
+"""The actors of a reward model on a real local Ray: batches, deaths, bad models, and the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+
+from rlhf_ray import RewardModelReward
+from rlhf_ray.errors import ConfigError, RewardError
+from rlhf_ray.rewards.functions import NamedReward
+from rlhf_ray.rewards.reward_model import pool as module
+from rlhf_ray.rewards.reward_model.model import RewardModel
+from rlhf_ray.rewards.reward_model.pool import ModelPoolSpec, RewardModelPool
+from rlhf_ray.rewards.scoring import Scores
+from rlhf_ray.rewards.shipping import pack
+from rlhf_ray.rewards.stage import CombinedRewards, reward_stage
+from rlhf_ray.settings import RewardSettings
+from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
+
+pytestmark = pytest.mark.usefixtures("cluster")
+
+GroupOf = Callable[..., RolloutGroup]
+
+
+@contextmanager
+def started(tokenizer: Any, path: str, **options: Any) -> Iterator[RewardModelPool]:
+    reward = NamedReward(name="reward_model", weight=2.0, function=RewardModelReward(path, dtype="float32", **options))
+    spec = ModelPoolSpec(
+        run_id=f"run-{os.urandom(3).hex()}",
+        policy_tokenizer=pack(tokenizer, defined_by=tokenizer),
+        trust_remote_code=False,
+        num_cpus=0.1,
+        on_gpu=False,
+    )
+    pool = RewardModelPool(reward, spec)
+    pool.launch()
+    try:
+        pool.wait_ready()
+        yield pool
+    finally:
+        pool.stop()
+
+
+def score_all(pool: RewardModelPool, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
+    async def all_at_once() -> list[Scores | RewardFailure]:
+        return list(await asyncio.gather(*(pool.score(group) for group in groups)))
+
+    return asyncio.run(all_at_once())
+
+
+def expected(path: str, groups: Sequence[RolloutGroup], texts: Sequence[Sequence[str]]) -> list[Any]:
+    model = RewardModel(RewardModelReward(path, dtype="float32"))
+    return [
+        model.scores(model.encoded([group.prompt.text] * len(of_group), of_group))
+        for group, of_group in zip(groups, texts, strict=True)
+    ]
+
+
+def named(prefix: str) -> list[str]:
+    """Names of the actors that are alive."""
+    every = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in every if actor["name"].startswith(prefix)]
+
+
+TEXTS = [[f"{a}" * (a % 7 + 1), f"{a + 1}"] for a in range(30)]
+
+
+def test_many_groups_at_once_a_death_in_between_and_nothing_left(
+    model_path: str, tokenizer: Any, group_of: GroupOf
+) -> None:
+    groups = [group_of(texts, prompt=f"{n}+1=", group_id=n) for n, texts in enumerate(TEXTS)]
+    with started(tokenizer, model_path, max_tokens_per_batch=256) as pool:
+        first = score_all(pool, groups)
+        ray.kill(next(iter(pool._actors.values())))
+        second = score_all(pool, groups)
+        assert pool.workers_replaced == 1
+        prefix = pool._spec.run_id
+        assert named(prefix) == [f"{prefix}-reward_model-0-1"]
+    for outcomes in (first, second):
+        for outcome, values, texts in zip(outcomes, expected(model_path, groups, TEXTS), TEXTS, strict=True):
+            assert isinstance(outcome, Scores)
+            np.testing.assert_allclose(outcome.rewards_by_function["reward_model"], values, atol=1e-5)
+            np.testing.assert_allclose(outcome.rewards, 2.0 * values, atol=1e-5)
+            assert outcome.texts == tuple(texts)
+    deadline = time.monotonic() + 10.0
+    while named(prefix) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert named(prefix) == []
+    with pytest.raises(RewardError, match="is stopped"):
+        score_all(pool, groups[:1])
+
+
+def test_a_model_that_cannot_be_used_ends_the_start(make: Callable[..., str], tokenizer: Any) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = make()
+    weights = load_file(f"{path}/model.safetensors")
+    del weights["score.weight"]
+    save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"lacks weights of a trained reward model"), started(tokenizer, path):
+        pass
+
+
+class FakeWorker:
+    """Stands for a model: scores 1, except that a text may end the process, hang, raise, or be NaN or too long."""
+
+    def __init__(self, *given: Any) -> None: ...
+
+    def ready(self) -> None: ...
+
+    def score(self, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
+        import os
+        import time
+
+        outcomes: list[Scores | RewardFailure] = []
+        for group in groups:
+            text = group.prompt.text
+            if text == "die":
+                os._exit(1)
+            if text == "hang":
+                time.sleep(60)
+            if text == "raise":
+                raise MemoryError("out of memory")
+            one = np.ones(len(group.completions), dtype=np.float32)
+            outcomes.append(Scores(rewards=one, rewards_by_function={"m": one}, texts=(), reward_s=0.0))
+        return outcomes
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "message", "replaced"),
+    [
+        ("die", "worker_died", "the actor of reward_model died twice", 2),
+        ("hang", "timeout", "no score after 1.5 s", 2),
+        ("raise", "raised", "MemoryError", 0),
+    ],
+)
+def test_only_the_group_that_is_to_blame_fails(
+    text: str, kind: str, message: str, replaced: int, tokenizer: Any, group_of: GroupOf, monkeypatch: Any
+) -> None:
+    # Made anew, so that it has no module that a worker would have to import.
+    fake = type("Fake", (), {name: value for name, value in vars(FakeWorker).items() if not name.startswith("__d")})
+    fake.__module__ = "__main__"
+    monkeypatch.setattr(module, "RewardModelWorker", fake)
+    groups = [group_of(["a"], prompt=text if n == 2 else "fine", group_id=n) for n in range(6)]
+    with started(tokenizer, "unused", timeout_s=1.5) as pool:
+        score_all(pool, groups[:1])  # The first call of an actor imports what it needs.
+        outcomes = score_all(pool, groups)
+        assert pool.workers_replaced == replaced
+    failure = outcomes.pop(2)
+    assert isinstance(failure, RewardFailure)
+    assert (failure.group_id, failure.kind) == (2, kind)
+    assert message in failure.message
+    assert all(isinstance(outcome, Scores) for outcome in outcomes)
+
+
+def test_functions_and_models_add_up(model_path: str, tokenizer: Any, group_of: GroupOf) -> None:
+    def short(*, completions: list[str], **columns: Any) -> list[float | None]:
+        return [None if text == "none" else float(len(text) < 3) for text in completions]
+
+    settings = RewardSettings(
+        functions=[short, RewardModelReward(model_path, dtype="float32")], weights=[0.5, 2.0], num_workers=1
+    )
+    stage = reward_stage(
+        settings,
+        run_id="sum",
+        tokenizer_path="unused",
+        tokenizer=tokenizer,
+        trust_remote_code=False,
+        num_cpus=0.1,
+        on_gpu=False,
+    )
+    assert isinstance(stage, CombinedRewards)
+    group, texts = group_of(["ab", "abcd", "none"], prompt="1+1="), [["ab", "abcd", "none"]]
+    try:
+        stage.start()
+        scored = asyncio.run(stage.score(group))
+        too_long = asyncio.run(stage.score(group_of(["x" * 300], group_id=3)))
+    finally:
+        stage.stop()
+    assert isinstance(scored, ScoredGroup)
+    (values,) = expected(model_path, [group], texts)
+    np.testing.assert_allclose(scored.rewards, 2.0 * values + [0.5, 0.0, 0.0], atol=1e-5)
+    assert list(scored.rewards_by_function) == ["short", "reward_model"]
+    np.testing.assert_array_equal(scored.rewards_by_function["short"], [1.0, 0.0, np.nan])
+    assert scored.texts == tuple(texts[0])
+    assert isinstance(too_long, RewardFailure)
+    assert "set overlong to truncate_left" in too_long.message
+    assert stage.workers_replaced == 0
