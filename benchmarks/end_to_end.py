@@ -10,6 +10,9 @@ samples, one system after the other in processes of their own. Two regimes:
 ``raw`` is what no system can avoid: a bare vLLM engine writes the same completions, then a bare PyTorch loop makes the
 same forward and backward passes over sequences of those lengths. TRL comes with ``pip install 'rlhf-ray[trl]'``.
 
+``core-s`` is the CPU time of all processes of a system. A system cannot take less than its core-seconds divided by the
+cores: for ``raw`` that is the limit of any trainer that overlaps the two perfectly and costs nothing itself.
+
     python benchmarks/end_to_end.py [--regimes short] [--systems sync async trl raw] [--steps 6]
 """
 
@@ -114,15 +117,15 @@ def ours(regime: Regime, folder: Path, steps: int, *, staleness: int) -> Figures
         for _ in range(WARM_UP + staleness):
             algorithm.train()
         (folder / MEASURING).touch()
-        started, results = time.perf_counter(), []
+        busy, started, results = core_seconds(), time.perf_counter(), []
         for _ in range(steps):
             results.append(algorithm.train())
-        seconds = time.perf_counter() - started
+        seconds, busy = time.perf_counter() - started, core_seconds() - busy
     finally:
         algorithm.stop()
     tokens = sum(r["rollouts"]["completion_tokens_mean"] * r["rollouts"]["num_completions"] for r in results)
     timers = {name: statistics.median(r["timers"][name] for r in results) for name in results[0]["timers"]}
-    return {"step_s": seconds / steps, "tokens": tokens / steps} | timers
+    return {"step_s": seconds / steps, "core_s": busy / steps, "tokens": tokens / steps} | timers
 
 
 def trl(regime: Regime, folder: Path, steps: int) -> Figures:
@@ -150,10 +153,12 @@ def trl(regime: Regime, folder: Path, steps: int) -> Figures:
         logging_steps=1,
     )
     ends: list[float] = []
+    busy: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
+            busy.append(core_seconds())
             if len(ends) == WARM_UP:
                 (folder / MEASURING).touch()
 
@@ -170,6 +175,7 @@ def trl(regime: Regime, folder: Path, steps: int) -> Figures:
     samples = regime.prompts * regime.group_size
     return {
         "step_s": (ends[-1] - ends[WARM_UP - 1]) / steps,
+        "core_s": (busy[-1] - busy[WARM_UP - 1]) / steps,
         "tokens": statistics.mean(lengths[WARM_UP:]) * samples,
     }
 
@@ -180,6 +186,7 @@ def raw(regime: Regime, folder: Path, steps: int) -> Figures:
     training = in_process("raw training", regime, folder, steps)
     return {
         "step_s": generation["step_s"] + training["step_s"],
+        "core_s": generation["core_s"] + training["core_s"],
         "tokens": generation["tokens"],
         "generation_s": generation["step_s"],
         "training_s": training["step_s"],
@@ -206,10 +213,11 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
     )
-    seconds, lengths = [], []
+    seconds, lengths, busy = [], [], 0.0
     for step in range(WARM_UP + steps):
         if step == WARM_UP:
             (folder / MEASURING).touch()
+            busy = core_seconds()
         numbers = range(step * regime.prompts, (step + 1) * regime.prompts)
         asked = [prompts[number] for number in numbers]
         params = [
@@ -230,9 +238,11 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
         answers = engine.generate(asked, params, use_tqdm=False)
         seconds.append(time.perf_counter() - started)
         lengths.append([len(choice.token_ids) for answer in answers for choice in answer.outputs])
+    busy = core_seconds() - busy
     (folder / "lengths.json").write_text(json.dumps(lengths[-1]))
     return {
         "step_s": statistics.mean(seconds[WARM_UP:]),
+        "core_s": busy / steps,
         "tokens": statistics.mean(sum(one) for one in lengths[WARM_UP:]),
     }
 
@@ -250,10 +260,14 @@ def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
     for _ in range(WARM_UP):
         bare.planned(minibatches)
     (folder / MEASURING).touch()
-    started = time.perf_counter()
+    busy, started = core_seconds(), time.perf_counter()
     for _ in range(steps):
         bare.planned(minibatches)
-    return {"step_s": (time.perf_counter() - started) / steps, "tokens": float(batch.completion_lengths.sum())}
+    return {
+        "step_s": (time.perf_counter() - started) / steps,
+        "core_s": (core_seconds() - busy) / steps,
+        "tokens": float(batch.completion_lengths.sum()),
+    }
 
 
 STAGES: dict[str, Callable[[Regime, Path, int], Figures]] = {
@@ -288,6 +302,18 @@ def in_process(stage: str, regime: Regime, folder: Path, steps: int) -> Figures:
     return figures | {"peak_gb": peak / 1e9}
 
 
+def core_seconds() -> float:
+    """CPU time that this process and all below it have taken so far."""
+    total = 0.0
+    for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
+        try:
+            times = process.cpu_times()
+        except psutil.NoSuchProcess:
+            continue
+        total += times.user + times.system
+    return total
+
+
 def _memory(pid: int) -> int:
     """Proportional set size of a process and all below it: shared pages count once."""
     total = 0
@@ -307,10 +333,11 @@ def report(name: str, regime: Regime, found: dict[str, Figures]) -> dict[str, fl
     """Print one regime's table; return its ratios."""
     samples = regime.prompts * regime.group_size
     print(f"\n{name}: {samples} samples a step")
-    print(f"{'':<8}{'s a step':>10}{'samples/s':>11}{'tokens/s':>10}{'peak GB':>9}")
+    print(f"{'':<8}{'s a step':>10}{'core-s':>8}{'samples/s':>11}{'tokens/s':>10}{'peak GB':>9}")
     for system, figures in found.items():
         step, peak = figures["step_s"], figures["peak_gb"]
-        print(f"{system:<8}{step:>10.2f}{samples / step:>11.1f}{figures['tokens'] / step:>10.0f}{peak:>9.1f}")
+        rate = figures["tokens"] / step
+        print(f"{system:<8}{step:>10.2f}{figures['core_s']:>8.2f}{samples / step:>11.1f}{rate:>10.0f}{peak:>9.1f}")
     rates = {system: figures["tokens"] / figures["step_s"] for system, figures in found.items()}
     pairs = [("sync", "trl"), ("async", "trl"), ("sync", "raw"), ("async", "raw")]
     ratios = {f"{ours} / {other}": rates[ours] / rates[other] for ours, other in pairs if {ours, other} <= rates.keys()}
