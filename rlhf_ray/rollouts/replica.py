@@ -133,8 +133,7 @@ class RolloutReplica:
         """
         while not self._engine.is_dead:
             await asyncio.sleep(_CHECK_S)
-        _LOG.error("the engine's process has ended, and with it this replica")
-        os._exit(1)
+        _end_process()
 
     async def _end_with_run(self) -> None:
         """Delete the application when the run has ended without doing so: Serve keeps what a killed driver started."""
@@ -182,12 +181,21 @@ class RolloutReplica:
 
     @contextmanager
     def _failing(self) -> Iterator[None]:
-        """Remember an error that leaves the engine paused with half-loaded weights."""
+        """Remember an error that leaves the engine paused with half-loaded weights; a dead engine's is no answer."""
         try:
             yield
         except BaseException as error:
+            if self._engine.is_dead:
+                # Whoever asked must hear that this replica died, which another one makes good: the engine's own error
+                # would end the run.
+                _end_process()
             self._failure = error
             raise
 
     def _report(self) -> LoadReport:
         return LoadReport(replica_id=self.replica_id, version=self._engine.version, pause_s=self._engine.pause_s)
+
+
+def _end_process() -> None:
+    _LOG.error("the engine's process has ended, and with it this replica")
+    os._exit(1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ class Engine:
         self.version = 4
         self.pause_s = 0.0
         self.loaded: list[int] = []
+        self.is_dead = False
 
     async def load_weights(self, manifest: WeightManifest, buckets: Sequence[Any]) -> None:
         await asyncio.sleep(0.02)
@@ -129,3 +131,25 @@ def test_a_request_that_is_cancelled_while_it_catches_up_leaves_a_sound_engine(r
     asyncio.run(run())
     assert replica._engine.loaded == [5]
     assert replica._failure is None
+
+
+@pytest.mark.parametrize("dies", [True, False])
+def test_an_engine_that_dies_in_a_load_takes_the_replica_along_before_it_answers(
+    replica: RolloutReplica, dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+
+    async def load_weights(*_: Any) -> None:
+        replica._engine.is_dead = dies
+        raise RuntimeError("no engine")
+
+    monkeypatch.setattr(replica._engine, "load_weights", load_weights)
+
+    async def run() -> None:
+        replica._updating = asyncio.Lock()
+        with pytest.raises(RuntimeError, match="no engine"):
+            await replica.load_weights(manifest(5), [ready()])
+
+    asyncio.run(run())
+    assert ends == ([1] if dies else [])
