@@ -149,15 +149,20 @@ class Algorithm(Trainable):  # type: ignore[misc]
         """What ``train()`` runs: a training step, and evaluation and checkpoint where they are due."""
         started = time.perf_counter()
         self._go_on_reporting()
-        self._evaluate_at_start()
-        try:
-            result = self.training_step()
-        except StateLostError as error:
-            self._rewind(error)
-            result = self.training_step()
-        number = self.iteration + 1
+        lost: StateLostError | None = None
+        while True:
+            try:
+                if lost is not None:
+                    self._rewind(lost)
+                self._evaluate_at_start()
+                result = self.training_step()
+                number = self.iteration + 1
+                evaluation = self._evaluation_of(number)
+                break
+            except StateLostError as error:
+                lost = error
         result["done"] = number >= self.settings.training.iterations
-        if (evaluation := self._evaluation_of(number)) is not None:
+        if evaluation is not None:
             result["evaluation"] = evaluation
         interval = self.settings.checkpointing.interval
         if _due(interval, number) or (interval > 0 and result["done"]):

@@ -220,7 +220,7 @@ def start_parts(
         stall_timeout_s=settings.rollouts.stall_timeout_s,
         seed=settings.debugging.seed,
     )
-    controller = RolloutController(flow)
+    controller = RolloutController(flow, while_waiting=learners.attend)
     return Parts(
         session=session,
         prompts=inputs.prompts,

@@ -117,6 +117,10 @@ class Bridge(StateKeeper):
                 return None
             return self._failure or self._group
 
+    async def group(self) -> str | None:
+        """The worker group that listens; ``None`` before one does."""
+        return self._group
+
     async def execute(self, command: Command, timeout_s: float) -> list[Any] | RankFailure | GroupLost | None:
         """Give a command and wait for every rank's answer, in rank order; ``None`` when time is over."""
         async with self._commanding:

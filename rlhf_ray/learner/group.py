@@ -192,6 +192,22 @@ class LearnerGroup:
         """Write Hugging Face folders."""
         self._execute("export", (folder,))
 
+    def attend(self) -> None:
+        """Give ranks that Ray Train has started again their state back, as the next command would.
+
+        Whoever waits for replicas calls this again and again: a replica that starts asks the learners for its weights,
+        and learners without a state have none.
+
+        Raises:
+            LearnerError: A rank failed, or Ray Train started the group again too often.
+            StateLostError: The group was started again, and its state is gone.
+        """
+        with self._commanding:
+            self._check_state()
+            group = self._await(self.bridge.group.remote(), "who they are")
+            if group is not None and group != self._name:
+                self._recover(recalls=True)
+
     def stop(self) -> None:
         """End the ranks and the bridge."""
         if self._thread is None or not ray.is_initialized():
@@ -218,8 +234,8 @@ class LearnerGroup:
             recalls: Whether a group that was started again must get its state back first.
         """
         with self._commanding:
-            if self._state_is_lost and recalls:
-                raise StateLostError("the learners have no state yet: restore a checkpoint first")
+            if recalls:
+                self._check_state()
             while True:
                 assert self._name is not None, "wait_ready() comes first"
                 command = Command(verb=verb, arguments=tuple(arguments), group=self._name)
@@ -233,6 +249,10 @@ class LearnerGroup:
                 if not isinstance(answers, GroupLost):
                     return list(answers)
                 self._recover(recalls=recalls)
+
+    def _check_state(self) -> None:
+        if self._state_is_lost:
+            raise StateLostError("the learners have no state yet: restore a checkpoint first")
 
     def _recover(self, *, recalls: bool) -> None:
         """Wait for the group that Ray Train has started again, and give it the state after the last update."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import wait
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -19,22 +20,29 @@ __all__ = ["RolloutController"]
 
 _LOG = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 10.0
+_CHECK_S = 1.0
 
 Result = TypeVar("Result")
 
 
 class RolloutController:
-    """Blocking calls to a :class:`RolloutFlow` whose event loop runs in a thread, started here."""
+    """Blocking calls to a :class:`RolloutFlow` whose event loop runs in a thread, started here.
 
-    def __init__(self, flow: RolloutFlow) -> None:
+    Args:
+        flow: What to run.
+        while_waiting: Called every second while a caller waits for completions, in its thread; an error ends the wait.
+    """
+
+    def __init__(self, flow: RolloutFlow, *, while_waiting: Callable[[], None]) -> None:
         self._flow = flow
+        self._while_waiting = while_waiting
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-controller", daemon=True)
         self._thread.start()
 
     def collect(self, version: int) -> Collected:
         """See :meth:`RolloutFlow.collect`."""
-        return self._run(self._flow.collect(version))
+        return self._run(self._flow.collect(version), self._while_waiting)
 
     def published(self, version: int) -> None:
         """See :meth:`RolloutFlow.published`; does not wait for it."""
@@ -44,7 +52,7 @@ class RolloutController:
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, version: int
     ) -> tuple[ScoredGroup | RewardFailure, ...]:
         """See :meth:`RolloutFlow.score_prompts`."""
-        return self._run(self._flow.score_prompts(prompts, sampling, version))
+        return self._run(self._flow.score_prompts(prompts, sampling, version), self._while_waiting)
 
     def prompt_position(self, prompts: PromptStream, version: int) -> PromptPosition:
         """Where a run must go on that stops now, with policy ``version``: no prompt is left out or trained on twice."""
@@ -80,9 +88,11 @@ class RolloutController:
         while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
             await cancel_all(tasks)
 
-    def _run(self, work: Coroutine[Any, Any, Result]) -> Result:
+    def _run(self, work: Coroutine[Any, Any, Result], while_waiting: Callable[[], None] | None = None) -> Result:
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
+            while while_waiting is not None and not wait([future], _CHECK_S).done:
+                while_waiting()
             return future.result()
         except BaseException:  # also Ctrl-C in this thread: nothing may go on in the other one
             future.cancel()

@@ -44,6 +44,8 @@ class RolloutReplica:
         self._updating = asyncio.Lock()
         self._publication: str | None = None
         self.replica_id = serve.get_replica_context().replica_id.unique_id
+        # Serve starts again what a killed driver started, and would do so for ever.
+        await self._check_run()
         try:
             self._engine = RolloutEngine(spec)
         except Exception as error:
@@ -139,15 +141,28 @@ class RolloutReplica:
         """Delete the application when the run has ended without doing so: Serve keeps what a killed driver started."""
         from ray.exceptions import ActorDiedError
 
-        app_name = serve.get_replica_context().app_name
         while True:
             await asyncio.sleep(_ORPHAN_CHECK_S)
             try:
-                await self._bridge.newest_version.remote()
+                await self._check_run()
             except ActorDiedError:
-                _LOG.error("the run is gone; its application %s is deleted", app_name)
-                await asyncio.to_thread(serve.delete, app_name, _blocking=False)
                 return
+
+    async def _check_run(self) -> None:
+        """Delete the application where the bridge has ended, and the run with it.
+
+        Raises:
+            ActorDiedError: It has.
+        """
+        from ray.exceptions import ActorDiedError
+
+        try:
+            await self._bridge.newest_version.remote()
+        except ActorDiedError:
+            app_name = serve.get_replica_context().app_name
+            _LOG.error("the run is gone; its application %s is deleted", app_name)
+            await asyncio.to_thread(serve.delete, app_name, _blocking=False)
+            raise
 
     async def _catch_up(self, version: int) -> None:
         if self._engine.version < version:

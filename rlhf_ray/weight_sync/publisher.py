@@ -33,6 +33,10 @@ class WeightSource(Protocol):
         """Send the policy to the replicas over NCCL; returns its size in bytes."""
         ...
 
+    def attend(self) -> None:
+        """See to it that replicas which start can have their weights; called while they are waited for."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Publication:
@@ -60,7 +64,46 @@ class Publisher(Protocol):
         ...
 
 
-class ObjectStorePublisher:
+class _Publisher:
+    """Asks the replicas, for both ways of publication.
+
+    Args:
+        source: The learner group.
+        handle: The rollout app's Serve handle.
+    """
+
+    def __init__(self, *, source: WeightSource, handle: Any) -> None:
+        self._source = source
+        self._handle = handle
+
+    def _ask_all(self, method: str, *arguments: Any) -> list[LoadReport | BaseException]:
+        """Call all running replicas; where none is, because all died, wait for Serve to start one.
+
+        Raises:
+            WeightSyncError: They did not answer in time.
+            LearnerError: The learners cannot give a replica that starts its weights.
+        """
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        ends_at = time.monotonic() + _TIMEOUT_S
+        while time.monotonic() < ends_at:
+            try:
+                answers = self._handle.broadcast(method, *arguments).results(
+                    timeout_s=_TIMEOUT_S, return_exceptions=True
+                )
+            except TimeoutError:
+                break
+            except DeploymentUnavailableError:
+                answers = []
+            if not all(isinstance(answer, RayActorError) for answer in answers):
+                return list(answers)
+            self._source.attend()
+            time.sleep(_RETRY_PAUSE_S)
+        raise WeightSyncError(f"the replicas did not answer {method} within {_TIMEOUT_S:g} s")
+
+
+class ObjectStorePublisher(_Publisher):
     """Publication through the object store and shared memory; what is gathered needs no learner any more.
 
     Args:
@@ -70,8 +113,7 @@ class ObjectStorePublisher:
     """
 
     def __init__(self, *, source: WeightSource, handle: Any, max_paused: int | None = None) -> None:
-        self._source = source
-        self._handle = handle
+        super().__init__(source=source, handle=handle)
         self._max_paused = max_paused
 
     def gather(self, version: int) -> Callable[[], Publication]:
@@ -86,13 +128,13 @@ class ObjectStorePublisher:
         from ray.exceptions import ObjectLostError
 
         for part in self._parts():
-            answers = _ask_all(self._handle, "load_weights", manifest, refs, part)
+            answers = self._ask_all("load_weights", manifest, refs, part)
         for _ in range(_MOST_TRIES):
             if not any(isinstance(answer, ObjectLostError) for answer in answers):
                 break
             # The learner that had put them into the object store died; the next one has them again, or newer ones.
             manifest, refs = self._source.publish()
-            answers = _ask_all(self._handle, "load_weights", manifest, refs, None)
+            answers = self._ask_all("load_weights", manifest, refs, None)
         return Publication(
             version=manifest.version,
             size_bytes=manifest.size_bytes,
@@ -107,23 +149,14 @@ class ObjectStorePublisher:
         The last part is always all: those that have loaded have nothing to do, and those that are new have not.
         """
         if self._max_paused is not None:
-            replicas = sorted(report.replica_id for report in _reports(_ask_all(self._handle, "status")))
+            replicas = sorted(report.replica_id for report in _reports(self._ask_all("status")))
             for first in range(0, len(replicas), self._max_paused):
                 yield frozenset(replicas[first : first + self._max_paused])
         yield None
 
 
-class NcclPublisher:
-    """Publication from GPU to GPU, which keeps the learners; a replica that died meanwhile is not in the new group.
-
-    Args:
-        source: The learner group.
-        handle: The rollout app's Serve handle.
-    """
-
-    def __init__(self, *, source: WeightSource, handle: Any) -> None:
-        self._source = source
-        self._handle = handle
+class NcclPublisher(_Publisher):
+    """Publication from GPU to GPU, which keeps the learners; a replica that died meanwhile is not in the new group."""
 
     def gather(self, version: int) -> Callable[[], Publication]:
         """See :meth:`Publisher.gather`."""
@@ -131,9 +164,9 @@ class NcclPublisher:
 
     def _send(self, version: int) -> Publication:
         started = time.perf_counter()
-        before = [report.replica_id for report in _reports(_ask_all(self._handle, "status"))]
+        before = [report.replica_id for report in _reports(self._ask_all("status"))]
         size_bytes = self._source.send(tuple(sorted(before)))
-        answers = _ask_all(self._handle, "status")
+        answers = self._ask_all("status")
         return Publication(
             version=version,
             size_bytes=size_bytes,
@@ -166,29 +199,6 @@ def checked_pause(version: int, answers: list[LoadReport | BaseException]) -> fl
             f"replica {wrong[0].replica_id} serves version {wrong[0].version} after version {version} was published"
         )
     return max(report.pause_s for report in reports)
-
-
-def _ask_all(handle: Any, method: str, *arguments: Any) -> list[LoadReport | BaseException]:
-    """Call all running replicas; where none is, because all died, wait for Serve to start one.
-
-    Raises:
-        WeightSyncError: They did not answer in time.
-    """
-    from ray.exceptions import RayActorError
-    from ray.serve.exceptions import DeploymentUnavailableError
-
-    ends_at = time.monotonic() + _TIMEOUT_S
-    while time.monotonic() < ends_at:
-        try:
-            answers = handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S, return_exceptions=True)
-        except TimeoutError:
-            break
-        except DeploymentUnavailableError:
-            answers = []
-        if not all(isinstance(answer, RayActorError) for answer in answers):
-            return list(answers)
-        time.sleep(_RETRY_PAUSE_S)
-    raise WeightSyncError(f"the replicas did not answer {method} within {_TIMEOUT_S:g} s")
 
 
 def _reports(answers: list[LoadReport | BaseException]) -> list[LoadReport]:

@@ -17,6 +17,7 @@ from rlhf_ray.algorithms.algorithm import Algorithm
 pytestmark = pytest.mark.engine
 
 LEARNER, ENGINE, REWARDS = "ray::RayTrainWorker", "VLLM::EngineCore", "ray::SequentialRewardWorker"
+REPLICA, BRIDGE = "ray::ServeReplica", "ray::Bridge"
 
 
 Send = Callable[..., None]
@@ -38,6 +39,7 @@ def run(
 ) -> Iterator[Algorithm]:
     config = small(tmp_path_factory.mktemp("run") / "failing")
     config.rollouts(num_replicas=1).rewards(timeout_s=5.0).fault_tolerance(max_learner_restarts=10)
+    config.checkpointing(interval=1)
     algorithm = config.build_algo()
     yield algorithm
     algorithm.stop()
@@ -78,6 +80,71 @@ def test_a_killed_learner_changes_nothing(
     assert second["learner"]["policy_version"] == expected[1]["learner"]["policy_version"]
 
 
+def killing(titles: list[str], send: Send, done: Callable[..., Any]) -> Callable[..., Any]:
+    """What ``done`` does, after which processes have been killed, once."""
+    left = list(titles)
+
+    def kill_and_do(*arguments: Any) -> Any:
+        while left:
+            send(left.pop())
+        return done(*arguments)
+
+    return kill_and_do
+
+
+@pytest.mark.parametrize("phase", ["rollouts", pytest.param("publication", marks=pytest.mark.slow)])
+def test_learners_that_die_with_the_only_replica_change_nothing(
+    run: Algorithm, send: Send, phase: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The replica that is started asks for weights that learners without a state do not have."""
+    run.train()
+    run.save_to_path(tmp_path / "before")
+    expected = run.train(), run.train()
+    run.restore_from_path(tmp_path / "before")
+
+    parts = run._running()
+    restarts = parts.learners.restarts
+    if phase == "rollouts":
+        monkeypatch.setattr(parts.controller, "collect", killing([LEARNER, REPLICA], send, parts.controller.collect))
+    else:
+        publisher = parts.publications._publisher
+        monkeypatch.setattr(publisher, "_ask_all", killing([LEARNER, REPLICA], send, publisher._ask_all))
+    first = run.train()
+    monkeypatch.undo()
+    second = run.train()
+
+    assert parts.learners.restarts == restarts + 1
+    assert [figures(one) for one in (first, second)] == [figures(one) for one in expected]
+    assert second["learner"]["sampling_logprob_diff_max"] < 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["rollouts", "publication", "evaluation"])
+def test_a_state_that_is_lost_with_the_only_replica_sends_the_run_back(
+    run: Algorithm, send: Send, phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = run.train()
+    run._writer.settle()
+    parts = run._running()
+    restarts = parts.learners.restarts
+    holder, name = {
+        "rollouts": (parts.controller, "collect"),
+        "publication": (parts.publications._publisher, "_ask_all"),
+        "evaluation": (parts.controller, "score_prompts"),
+    }[phase]
+    # The bridge keeps the learners' state.
+    monkeypatch.setattr(holder, name, killing([LEARNER, BRIDGE, REPLICA], send, getattr(holder, name)))
+    if phase == "evaluation":
+        monkeypatch.setattr(run, "_evaluation_of", lambda number: run.evaluate())
+    after = run.train()
+    monkeypatch.undo()
+
+    assert parts.learners.restarts == restarts + 1
+    assert after["training_iteration"] == before["training_iteration"] + 1
+    assert after["learner"]["policy_version"] > before["learner"]["policy_version"] + 1
+    assert after["learner"]["sampling_logprob_diff_max"] < 1e-3
+
+
 def test_a_reward_worker_that_hangs_is_replaced_and_its_group_counted(run: Algorithm, send: Send) -> None:
     send(REWARDS, signal.SIGSTOP)
     before = run._running().rewards.workers_replaced
@@ -87,8 +154,9 @@ def test_a_reward_worker_that_hangs_is_replaced_and_its_group_counted(run: Algor
 
 
 def test_a_killed_engine_ends_its_replica_and_another_one_is_started(run: Algorithm, send: Send) -> None:
+    restarts = run.train()["fault_tolerance"]["replica_restarts"]
     send(ENGINE)
     first, second = run.train(), run.train()
-    assert second["fault_tolerance"]["replica_restarts"] == 1
+    assert second["fault_tolerance"]["replica_restarts"] == restarts + 1
     assert second["learner"]["policy_version"] == first["learner"]["policy_version"] + 1
     assert second["learner"]["sampling_logprob_diff_max"] < 1e-3

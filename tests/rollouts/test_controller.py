@@ -18,6 +18,7 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
 from rlhf_ray.prompts import PromptPosition, PromptStream
+from rlhf_ray.rollouts import controller as controller_module
 from rlhf_ray.rollouts import controller as thread_module
 from rlhf_ray.rollouts import flow as module
 from rlhf_ray.rollouts.controller import RolloutController
@@ -136,8 +137,9 @@ def make() -> Iterator[Callable[..., RolloutController]]:
             "stall_timeout_s": 10.0,
             "seed": 5,
         }
+        while_waiting = overrides.pop("while_waiting", lambda: None)
         flow = RolloutFlow(generate=replicas.generate, scorer=rewards or Rewards(), **arguments | overrides)
-        started.append(RolloutController(flow))
+        started.append(RolloutController(flow, while_waiting=while_waiting))
         return started[-1]
 
     yield build
@@ -407,6 +409,32 @@ def test_stop_cancels_what_is_in_flight_and_may_be_called_again(make: Callable[.
     assert replicas.running == 0
     assert "rollout-controller" not in {thread.name for thread in threading.enumerate()}
     controller.stop()
+
+
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_a_wait_for_completions_is_ended_by_what_is_called_meanwhile(
+    make: Callable[..., RolloutController], evaluates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller_module, "_CHECK_S", 0.01)
+    calls: list[int] = []
+
+    def attend() -> None:
+        calls.append(threading.get_ident())
+        if len(calls) == 3:
+            raise KeyError("no state")
+
+    replicas = Replicas(delays_s=dict.fromkeys(range(4), FOREVER_S))
+    controller = make(replicas, while_waiting=attend)
+
+    with pytest.raises(KeyError, match="no state"):
+        if evaluates:
+            controller.score_prompts([prompt(0)], GREEDY, 0)
+        else:
+            controller.collect(0)
+
+    assert calls == [threading.get_ident()] * 3
+    controller.resume(1)
+    assert replicas.running == 0
 
 
 # Evaluation.

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import ActorDiedError
 
+from rlhf_ray.rollouts import replica as replica_module
+from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
@@ -131,6 +135,32 @@ def test_a_request_that_is_cancelled_while_it_catches_up_leaves_a_sound_engine(r
     asyncio.run(run())
     assert replica._engine.loaded == [5]
     assert replica._failure is None
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+def test_a_replica_that_starts_after_its_run_deletes_the_application_instead(
+    is_gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deleted: list[str] = []
+    context = SimpleNamespace(app_name="run-1-rollout", replica_id=SimpleNamespace(unique_id="r"))
+    monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(replica_module.serve, "delete", lambda name, *, _blocking: deleted.append(name))
+
+    def newest_version() -> int:
+        if is_gone:
+            raise ActorDiedError
+        return 0
+
+    def start(spec: EngineSpec) -> None:
+        raise ValueError("an engine was started")
+
+    monkeypatch.setattr(replica_module, "RolloutEngine", start)
+    spec: Any = SimpleNamespace(timeline=False)
+    bridge = SimpleNamespace(newest_version=Call(newest_version))
+
+    with pytest.raises(ActorDiedError if is_gone else RuntimeError):
+        asyncio.run(RolloutReplica.__init__(RolloutReplica.__new__(RolloutReplica), spec, bridge))
+    assert deleted == (["run-1-rollout"] if is_gone else [])
 
 
 @pytest.mark.parametrize("dies", [True, False])

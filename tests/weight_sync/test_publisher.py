@@ -53,6 +53,10 @@ class Learners:
         bucket = BucketLayout(size_bytes=640, tensors=())
         self.manifest = WeightManifest(version=version, publication="p", buckets=(bucket, bucket))
         self.sent_to: list[tuple[str, ...]] = []
+        self.attended = 0
+
+    def attend(self) -> None:
+        self.attended += 1
 
     def publish(self) -> tuple[WeightManifest, list[Any]]:
         return self.manifest, ["ref 0", "ref 1"]
@@ -144,11 +148,13 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("no_pauses")
 @pytest.mark.parametrize("nobody", [[], [RayActorError()]])
 def test_where_all_replicas_died_the_next_one_is_waited_for(nobody: list[Answer]) -> None:
-    handle = Handle(nobody, nobody, [report("new")])
+    handle, learners = Handle(nobody, nobody, [report("new")]), Learners()
 
-    publication = ObjectStorePublisher(source=Learners(), handle=handle).gather(1)()
+    publication = ObjectStorePublisher(source=learners, handle=handle).gather(1)()
 
     assert publication.replica_ids == {"new"}
+    # Or the new one could not have its weights.
+    assert learners.attended == 2
     assert [method for method, *_ in handle.asked] == ["load_weights"] * 3
 
 
