@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlhf_ray.errors import RewardError
 from rlhf_ray.rewards.functions import NamedReward, resolve_rewards
@@ -26,7 +26,7 @@ from rlhf_ray.rewards.worker import LONG_CALL_S, ConcurrentRewardWorker, Sequent
 from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
 
-__all__ = ["RewardPool", "kill", "one_line"]
+__all__ = ["START_TRIES", "RewardPool", "died_by_itself", "kill", "one_line"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ CONCURRENT_GROUPS = 16
 """Groups that one worker scores at once when all functions are async."""
 DEATH_RETRIES = 1
 """Times a group is sent again after the worker that scored it died by itself."""
+START_TRIES = 3
+"""Times a worker is started that dies before it stands, with its node for example."""
 BATCH_S = 0.05
 """Groups that are expected to be scored within so many seconds go to a worker in one call."""
 MAX_BATCH = 64
@@ -143,14 +145,17 @@ class RewardPool:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="reward-pool", daemon=True)
         self._thread.start()
-        self._workers = [self._new_worker() for _ in range(self._settings.num_workers)]
         try:
-            ray.get([worker.actor.ready.remote() for worker in self._workers], timeout=self._startup_timeout_s)
-        except RayError as error:
+            starting = [
+                asyncio.run_coroutine_threadsafe(self._start_worker(), self._loop)
+                for _ in range(self._settings.num_workers)
+            ]
+            workers = [start.result() for start in starting]
+        except BaseException:
             self.stop()
-            raise RewardError(self._startup_failure(error)) from error
+            raise
         self._closed = None
-        self._loop.call_soon_threadsafe(self._offer, list(self._workers))
+        self._loop.call_soon_threadsafe(self._offer, workers)
 
     async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
         """Score ``group`` on the next free worker.
@@ -333,24 +338,41 @@ class RewardPool:
         self._spawn(self._start_replacement())
 
     async def _start_replacement(self) -> None:
-        worker = self._new_worker()
-        self._workers.append(worker)
         try:
-            await asyncio.wait_for(worker.actor.ready.remote(), self._startup_timeout_s)
-        except (RayError, TimeoutError) as error:
+            self._offer([await self._start_worker()])
+        except RewardError as error:
+            if self._closed is None:
+                logger.warning("%s; %d workers are left", error, len(self._workers))
+                if not self._workers:
+                    self._close(str(error))
+
+    async def _start_worker(self) -> _Worker:
+        """Start a worker, and another one in its place where it dies before it stands.
+
+        Raises:
+            RewardError: It cannot start, or the pool was stopped.
+        """
+        tries = 0
+        while True:
+            tries += 1
+            worker = self._new_worker()
+            self._workers.append(worker)
+            error: Exception | None = None
+            try:
+                await asyncio.wait_for(worker.actor.ready.remote(), self._startup_timeout_s)
+            except (RayError, TimeoutError) as caught:
+                error = caught
             if worker.retired:
-                return
+                raise RewardError(self._closed or "the reward pool is stopped")
+            if error is None:
+                return worker
             worker.retired = True
             self._workers.remove(worker)
             kill(worker.actor)
-            logger.warning("%s; %d workers are left", self._startup_failure(error), len(self._workers))
-            if not self._workers:
-                self._close(self._startup_failure(error))
-            return
-        if self._closed is not None:
-            kill(worker.actor)
-            return
-        self._offer([worker])
+            failure = self._startup_failure(error)
+            if tries == START_TRIES or not died_by_itself(error):
+                raise RewardError(failure) from error
+            logger.warning("%s; another one is started", failure)
 
     def _offer(self, workers: Sequence[_Worker]) -> None:
         """Take turns, so that the first groups do not all go to the first worker."""
@@ -402,6 +424,11 @@ def kill(actor: Any) -> None:
     """End an actor, if its cluster still runs."""
     if ray.is_initialized():  # A cluster that is gone took its actors along, and ray.kill would start a new one.
         ray.kill(actor)
+
+
+def died_by_itself(error: Exception) -> bool:
+    """Whether an actor ended without an error of its own, as with its node: another one may well start."""
+    return isinstance(error, RayActorError) and not error.actor_init_failed
 
 
 def one_line(error: Exception) -> str:

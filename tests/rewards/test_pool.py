@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.rewards import RewardPool, math_equivalence
@@ -382,6 +383,38 @@ def test_workers_that_cannot_be_replaced_end_the_waits(
     assert "the judge's model is gone" in str(errors[0])
     with pytest.raises(RewardError, match="cannot start"), started(judge, tokenizer=tokenizer):
         pass
+
+
+def test_a_worker_that_dies_before_it_stands_is_started_again_twice(
+    cluster: None, tokenizer: Any, group_of: GroupOf, tmp_path: Path
+) -> None:
+    deaths = tmp_path / "deaths"
+    deaths.write_text("2")
+    with started(Unlucky(deaths), tokenizer=tokenizer) as pool:
+        ray.kill(pool._workers[0].actor)
+        deaths.write_text("2")
+        assert [type(outcome) for outcome in score_all(pool, [group_of(["x"])])] == [ScoredGroup]
+    assert pool.workers_replaced == 1
+
+    deaths.write_text("3")
+    with pytest.raises(RewardError, match="cannot start"), started(Unlucky(deaths), tokenizer=tokenizer):
+        pass
+
+
+class Unlucky:
+    """Ends its process when it comes there, as often as a file says."""
+
+    def __init__(self, deaths: Path) -> None:
+        self._deaths = deaths
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if (left := int(self._deaths.read_text())) > 0:
+            self._deaths.write_text(f"{left - 1}")
+            os._exit(1)
+
+    def __call__(self, *, completions: list[str], **columns: Any) -> list[float]:
+        return [1.0] * len(completions)
 
 
 class Judge:

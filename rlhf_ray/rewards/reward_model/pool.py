@@ -18,7 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.model_path import absolute_if_local
 from rlhf_ray.rewards.functions import NamedReward
-from rlhf_ray.rewards.pool import kill, one_line
+from rlhf_ray.rewards.pool import START_TRIES, died_by_itself, kill, one_line
 from rlhf_ray.rewards.reward_model.requests import Request, RequestQueue
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.reward_model.worker import RewardModelWorker
@@ -72,11 +72,13 @@ class RewardModelPool:
         self._actors: dict[int, Any] = {}
         self._threads: list[threading.Thread] = []
         self._stopped = False
+        self._stopped_message = f"the reward model {self.name} is stopped"
+        self._starts = 0
 
     def launch(self) -> None:
         """Start the actors, which load the model, and do not wait for them."""
         for index in range(self._reward.num_workers):
-            self._actors[index] = self._new_actor(f"{index}")
+            self._start(index)
 
     def wait_ready(self) -> None:
         """Wait until every actor has loaded the model.
@@ -86,7 +88,8 @@ class RewardModelPool:
             RewardError: An actor does not start within ``startup_timeout_s``.
         """
         try:
-            ray.get([actor.ready.remote() for actor in self._actors.values()], timeout=self._reward.startup_timeout_s)
+            for index in range(self._reward.num_workers):
+                self._wait_for(index)
         except RayError as error:
             self.stop()
             raise self._startup_failure(error) from error
@@ -112,7 +115,7 @@ class RewardModelPool:
         with self._lock:
             self._stopped = True
             actors, self._actors = self._actors, {}
-        self._queue.close(f"the reward model {self.name} is stopped")
+        self._queue.close(self._stopped_message)
         for actor in actors.values():
             kill(actor)
         for thread in self._threads:
@@ -156,27 +159,59 @@ class RewardModelPool:
 
     def _replaced(self, index: int, dead: Any) -> bool:
         """Put a new actor in a dead one's place; whether that worked."""
-        with self._lock:
-            if self._stopped:
-                return False
-            self.workers_replaced += 1
-            kill(dead)
-            actor = self._actors[index] = self._new_actor(f"{index}-{self.workers_replaced}")
+        kill(dead)
+        self.workers_replaced += 1
         try:
-            ray.get(actor.ready.remote(), timeout=self._reward.startup_timeout_s)
+            self._start(index)
+            self._wait_for(index)
         except RayError as error:
             with self._lock:
                 if self._stopped:
                     return False
-                del self._actors[index]
+                kill(self._actors.pop(index))
                 left = len(self._actors)
-            kill(actor)
             failure = self._startup_failure(error)
             _LOG.warning("%s; %d actors of %s are left", failure, left, self.name)
             if left == 0:
                 self._queue.close(str(failure))
             return False
+        except RewardError:  # Stopped.
+            return False
         return True
+
+    def _start(self, index: int) -> None:
+        """Start an actor for one of the places.
+
+        Raises:
+            RewardError: The pool is stopped.
+        """
+        with self._lock:
+            if self._stopped:
+                raise RewardError(self._stopped_message)
+            self._starts += 1
+            self._actors[index] = self._new_actor(f"{self._starts}")
+
+    def _wait_for(self, index: int) -> None:
+        """Wait until the actor of a place has loaded the model; another one comes in the place of one that dies.
+
+        Raises:
+            RayError: It cannot start.
+            RewardError: The pool is stopped.
+        """
+        tries = 0
+        while True:
+            tries += 1
+            actor = self._actors.get(index)
+            if actor is None:
+                raise RewardError(self._stopped_message)
+            try:
+                ray.get(actor.ready.remote(), timeout=self._reward.startup_timeout_s)
+                return
+            except RayError as error:
+                if self._stopped or tries == START_TRIES or not died_by_itself(error):
+                    raise
+                _LOG.warning("%s; another one is started", self._startup_failure(error))
+                self._start(index)
 
     def _new_actor(self, label: str) -> Any:
         spec = self._spec

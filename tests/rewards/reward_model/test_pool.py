@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -83,7 +84,7 @@ def test_many_groups_at_once_a_death_in_between_and_nothing_left(
         second = score_all(pool, groups)
         assert pool.workers_replaced == 1
         prefix = pool._spec.run_id
-        assert named(prefix) == [f"{prefix}-reward_model-0-1"]
+        assert named(prefix) == [f"{prefix}-reward_model-2"]
     for outcomes in (first, second):
         for outcome, values, texts in zip(outcomes, expected(model_path, groups, TEXTS), TEXTS, strict=True):
             assert isinstance(outcome, Scores)
@@ -112,7 +113,15 @@ def test_a_model_that_cannot_be_used_ends_the_start(make: Callable[..., str], to
 class FakeWorker:
     """Stands for a model: scores 1, except that a text may end the process, hang, raise, or be NaN or too long."""
 
-    def __init__(self, *given: Any) -> None: ...
+    def __init__(self, *given: Any) -> None:
+        import os
+        from pathlib import Path
+
+        # What would be the path of the model.
+        lives = Path(given[2].path)
+        if lives.exists() and (left := int(lives.read_text())) > 0:
+            lives.write_text(f"{left - 1}")
+            os._exit(1)
 
     def ready(self) -> None: ...
 
@@ -134,6 +143,27 @@ class FakeWorker:
         return outcomes
 
 
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Made anew, so that it has no module that a worker would have to import.
+    fake = type("Fake", (), {name: value for name, value in vars(FakeWorker).items() if not name.startswith("__d")})
+    fake.__module__ = "__main__"
+    monkeypatch.setattr(module, "RewardModelWorker", fake)
+
+
+@pytest.mark.usefixtures("fake")
+def test_an_actor_that_dies_before_it_stands_is_started_again_twice(
+    tokenizer: Any, group_of: GroupOf, tmp_path: Path
+) -> None:
+    deaths = tmp_path / "deaths"
+    with started(tokenizer, str(deaths)) as pool:
+        ray.kill(next(iter(pool._actors.values())))
+        deaths.write_text("2")
+        assert [type(outcome) for outcome in score_all(pool, [group_of(["a"])])] == [Scores]
+    assert pool.workers_replaced == 1
+
+
+@pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize(
     ("text", "kind", "message", "replaced"),
     [
@@ -143,12 +173,8 @@ class FakeWorker:
     ],
 )
 def test_only_the_group_that_is_to_blame_fails(
-    text: str, kind: str, message: str, replaced: int, tokenizer: Any, group_of: GroupOf, monkeypatch: Any
+    text: str, kind: str, message: str, replaced: int, tokenizer: Any, group_of: GroupOf
 ) -> None:
-    # Made anew, so that it has no module that a worker would have to import.
-    fake = type("Fake", (), {name: value for name, value in vars(FakeWorker).items() if not name.startswith("__d")})
-    fake.__module__ = "__main__"
-    monkeypatch.setattr(module, "RewardModelWorker", fake)
     groups = [group_of(["a"], prompt=text if n == 2 else "fine", group_id=n) for n in range(6)]
     with started(tokenizer, "unused", timeout_s=1.5) as pool:
         score_all(pool, groups[:1])  # The first call of an actor imports what it needs.
