@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import uuid
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,17 +227,25 @@ class Bridge(StateKeeper):
         """Version of the newest published weights; 0 before the first publication."""
         return self._version
 
-    async def newest_weights(self, min_version: int) -> tuple[WeightManifest, list[Any]]:
+    async def newest_weights(self, min_version: int, lost: str | None = None) -> tuple[WeightManifest, list[Any]]:
         """The newest published weights, for a replica that is behind.
 
         Where the newest version is not in the object store (it went over NCCL, or went with the rank that had put it
-        there) the learners are told to put it there.
+        there) the learners are told to put it there, once they have got it back.
+
+        Args:
+            min_version: What the replica needs.
+            lost: A publication that it has found to be gone.
 
         Raises:
             RuntimeError: There is no such version, or the learners could not give it.
         """
+        if self._manifest is not None and self._manifest.publication == lost:
+            self._manifest, self._refs = None, []
         if not self._has(min_version):
-            await self._publish(min_version)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_SNAPSHOT_TIMEOUT_S):
+                    await self._publish(min_version)
         if self._manifest is None or not self._has(min_version):
             raise RuntimeError(f"policy version {min_version} is not to be had, the newest is {self._version}")
         return self._manifest, self._refs
@@ -245,19 +254,18 @@ class Bridge(StateKeeper):
         return self._manifest is not None and self._manifest.version >= min_version
 
     async def _publish(self, min_version: int) -> None:
-        def has_it() -> bool:
-            return self._is_complete() and self._versions[0] >= min_version
-
-        async with self._changed:
-            # A group that was started again has no such version until it got its state back.
-            waiting = self._changed.wait_for(lambda: self._failure or has_it())
-            try:
-                await asyncio.wait_for(waiting, _SNAPSHOT_TIMEOUT_S)
-            except TimeoutError:
+        answer: Any = GroupLost()
+        while isinstance(answer, GroupLost):
+            async with self._changed:
+                # A group that was started again has no such version until it got its state back.
+                await self._changed.wait_for(
+                    lambda: self._failure or (self._is_complete() and self._versions[0] >= min_version)
+                )
+                group = self._group
+            if group is None:
                 return
-            group = self._group
-        if group is not None:
-            await self.execute(Command(verb="publish", arguments=(None,), group=group), _SNAPSHOT_TIMEOUT_S)
+            command = Command(verb="publish", arguments=(None,), group=group)
+            answer = await self.execute(command, _SNAPSHOT_TIMEOUT_S)
 
     def _is_complete(self) -> bool:
         return len(self._versions) == self._world_size
@@ -302,7 +310,15 @@ class Bridge(StateKeeper):
 def bridge_actor(world_size: int) -> Any:
     """Start a bridge as an actor on the driver's node; it is started again, and calls repeated, whenever it dies."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    # Every rank and every waiting replica holds a long poll open.
-    options = {"num_cpus": 0, "max_concurrency": 10_000, "max_restarts": -1, "max_task_retries": -1}
+    options = {
+        "num_cpus": 0,
+        # Every rank and every waiting replica holds a long poll open.
+        "max_concurrency": 10_000,
+        "max_restarts": -1,
+        "max_task_retries": -1,
+        # Ray puts actors that need nothing on any node, and elsewhere at the next start.
+        "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+    }
     return ray.remote(**options)(Bridge).remote(world_size)

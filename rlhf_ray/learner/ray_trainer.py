@@ -5,11 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
+from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
 
-__all__ = ["LearnerTrainer", "announce_controller"]
+from rlhf_ray.learner.train_loop import lost_a_peer
+
+__all__ = ["LearnerTrainer", "RestartPolicy", "announce_controller"]
 
 
 class LearnerTrainer(TorchTrainer):  # type: ignore[misc]
@@ -19,11 +23,52 @@ class LearnerTrainer(TorchTrainer):  # type: ignore[misc]
     workers' placement group where it does not. It asks whichever cluster of the machine was started last: a second
     one, somebody else's, and a healthy run ends with "worker health check failed". Ray itself removes the group when
     both the controller and the job that it belongs to have ended; for a job of many trials see trial_keeper.py.
+
+    A worker that dies while the group starts costs a start of the group, as later on. Ray 2.60 ends the run where that
+    is not noticed by itself, but in a collective or in the call that begins to train; and what it had started until
+    then keeps its CPUs and GPUs, which the next group waits for.
     """
 
     def _create_default_callbacks(self) -> list[Any]:
         callbacks = super()._create_default_callbacks()
-        return [one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback)]
+        # The first, since one of the others connects the workers, and may fail.
+        return [_EndLeftovers(), *(one for one in callbacks if not isinstance(one, PlacementGroupCleanerCallback))]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        arguments["failure_policy"] = RestartPolicy(self.run_config.failure_config)
+        return super()._initialize_and_run_controller(**arguments)
+
+
+class RestartPolicy(DefaultFailurePolicy):  # type: ignore[misc]
+    """Ray Train's own, which also starts the group again when a worker died while it started."""
+
+    def __init__(self, failure_config: Any) -> None:
+        super().__init__(failure_config)
+        self._deaths = 0
+
+    def _is_retryable_error(self, training_failed_error: Any) -> bool:
+        error = getattr(training_failed_error, "controller_failure", None)
+        if isinstance(error, RayActorError) or (isinstance(error, BaseException) and lost_a_peer(error)):
+            self._deaths += 1
+            return bool(self._deaths <= self.failure_config.max_failures)
+        return bool(super()._is_retryable_error(training_failed_error))
+
+
+class _EndLeftovers(WorkerGroupCallback):  # type: ignore[misc]
+    """Runs inside the controller: ends what a failed start of the workers left."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        if self._state is not None:
+            self._state.shutdown()
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self._state = worker_group.get_worker_group_state()
+
+    def after_worker_group_shutdown(self, worker_group_context: Any) -> None:
+        self._state = None
 
 
 class _AnnounceController(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]

@@ -29,7 +29,7 @@ from rlhf_ray.learner.update_result import UpdateResult
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
-__all__ = ["train_loop"]
+__all__ = ["lost_a_peer", "train_loop"]
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 30.0
@@ -44,7 +44,8 @@ def train_loop(config: dict[str, Any]) -> None:
     try:
         _serve(_Worker(config["spec"], bridge, rank), bridge, rank, timeline=config["spec"].timeline)
     except Exception as error:
-        if not _lost_a_peer(error):
+        # Ray Train ends the process group before it ends the workers.
+        if not lost_a_peer(error) and dist.is_initialized():
             # The Algorithm must hear the reason at once; Ray Train's own report of it comes seconds later.
             ray.get(bridge.fail.remote(RankFailure(rank=rank, message=traceback.format_exc())))
         raise
@@ -52,7 +53,8 @@ def train_loop(config: dict[str, Any]) -> None:
 
 def _serve(worker: _Worker, bridge: Any, rank: int, *, timeline: bool) -> None:
     group = _name_of_group()
-    last, result = "", None
+    # By verb: a replica that starts may have had weights published before the Algorithm's call came once more.
+    answered: dict[str, tuple[str, Any]] = {}
     while True:
         command: Command | None = ray.get(bridge.next_command.remote(rank, group, worker.version, _POLL_S))
         if command is None:
@@ -61,10 +63,14 @@ def _serve(worker: _Worker, bridge: Any, rank: int, *, timeline: bool) -> None:
             ray.get(bridge.answer.remote(command.command_id, rank, None))
             return
         started = time.perf_counter()
-        repeated = command.command_id == last  # The bridge was started again and lost the answer.
-        if not repeated:
-            last, result = command.command_id, worker.execute(command)
-        bridge.answer.remote(last, rank, result)
+        known, result = answered.get(command.verb, ("", None))
+        repeated = known == command.command_id  # The bridge was started again and lost the answer.
+        if repeated:
+            worker.repeat(command)
+        else:
+            result = worker.execute(command)
+            answered[command.verb] = command.command_id, result
+        bridge.answer.remote(command.command_id, rank, result)
         if timeline and not repeated:
             bridge.add_spans.remote(_spans(rank, command.verb, time.perf_counter() - started, result))
 
@@ -76,7 +82,7 @@ def _name_of_group() -> str:
     return names[0]
 
 
-def _lost_a_peer(error: BaseException) -> bool:
+def lost_a_peer(error: BaseException) -> bool:
     """Whether a collective failed because another rank died: Ray Train starts the group again."""
     # gloo has no type of its own for that; its messages begin with its source file.
     return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
@@ -108,6 +114,7 @@ class _Worker:
         self._sender: Any = None
         # The bridge names objects that this process owns; they live as long as these references.
         self._published: list[Any] = []
+        self._saved: tuple[str, Any] = "", None
 
     def execute(self, command: Command) -> Any:
         """Carry out one command and return this rank's answer."""
@@ -115,6 +122,12 @@ class _Worker:
         if command.verb == "save":
             return self._save(argument, command.command_id)
         return getattr(self, f"_{command.verb}")(argument)
+
+    def repeat(self, command: Command) -> None:
+        """Tell a bridge that was started again what else it knew of a command that was carried out."""
+        save_id, files = self._saved
+        if command.command_id == save_id:
+            self._bridge.saved.remote(save_id, self._rank, files)
 
     def _update(self, argument: tuple[Any, RankPlan, bool, bool, int]) -> UpdateResult:
         batch, plan, update_policy, with_advantages, version = argument
@@ -177,6 +190,7 @@ class _Worker:
         finally:
             if folder.local is None:
                 shutil.rmtree(here, ignore_errors=True)
+        self._saved = save_id, answer
         ray.get(self._bridge.saved.remote(save_id, self._rank, answer))
 
     def _load(self, argument: tuple[Folder, int]) -> None:
@@ -207,14 +221,17 @@ class _Worker:
             self._reach_keeper("keep_state", self._rank, self.version, self._learner.state())
 
     def _reach_keeper(self, method: str, *arguments: Any) -> Any:
-        if self._keeper is None:
-            self._keeper = ray.get(self._bridge.keeper.remote(ray.get_runtime_context().get_node_id()))
-        try:
-            return ray.get(getattr(self._keeper, method).remote(*arguments))
-        except (ray.exceptions.RayActorError, ray.exceptions.ObjectStoreFullError) as error:
-            _LOG.warning("the learners' state is not kept: %r", error)
-            self._keeper = None
-            return None
+        for tries_left in (1, 0):
+            if self._keeper is None:
+                self._keeper = ray.get(self._bridge.keeper.remote(ray.get_runtime_context().get_node_id()))
+            try:
+                return ray.get(getattr(self._keeper, method).remote(*arguments))
+            except (ray.exceptions.RayActorError, ray.exceptions.ObjectStoreFullError) as error:
+                # One on another node than the bridge's ends with the bridge, which starts another one.
+                self._keeper = None
+                if not tries_left:
+                    _LOG.warning("the learners' state is not kept: %r", error)
+        return None
 
     def _renew(self, spec: LearnerSpec) -> None:
         self._published.clear()

@@ -235,10 +235,12 @@ class RewardPool:
 
     async def _attempt(self, worker: _Worker, batch: list[_Request], slots: int) -> None:
         """One call of a worker, which gets its ``slots`` back afterwards."""
-        answer = worker.actor.score.remote([request.group for request in batch])
+        # The last try of a group is for a worker that lives: two may have died together while they were idle.
+        is_last = batch[0].retries == 0
+        answer = None if is_last else worker.actor.score.remote([request.group for request in batch])
         try:
             async with worker.turn:
-                if worker.retired:
+                if worker.retired or (is_last and not await self._lives(worker)):
                     self._again(batch)
                 else:
                     await self._answer(worker, batch, answer)
@@ -252,8 +254,18 @@ class RewardPool:
                 self._free.extend([worker] * slots)
             self._send()
 
+    async def _lives(self, worker: _Worker) -> bool:
+        try:
+            await asyncio.wait_for(worker.actor.ready.remote(), self._settings.timeout_s)
+        except (RayError, TimeoutError):
+            self._replace(worker)
+            return False
+        return True
+
     async def _answer(self, worker: _Worker, batch: list[_Request], answer: Any) -> None:
-        """Wait for a call and hand out what it brought."""
+        """Wait for a call and hand out what it brought; none: it is made here."""
+        if answer is None:
+            answer = worker.actor.score.remote([request.group for request in batch])
         started = time.perf_counter()
         # The last group of a call may begin as late as that, and has its whole time then.
         limit_s = self._settings.timeout_s + (LONG_CALL_S if len(batch) > 1 else 0.0)

@@ -87,8 +87,9 @@ class RolloutApp:
         except RuntimeError as error:
             raise _cannot_start(str(error)) from error
         while (status := self._status()) != ApplicationStatus.RUNNING:
-            if status == ApplicationStatus.DEPLOY_FAILED:
-                message = self._message()
+            message = self._message()
+            # A model that cannot be loaded will not load at the third try either.
+            if status == ApplicationStatus.DEPLOY_FAILED or _START_ERROR in message:
                 cause = root_cause(message.splitlines()) or message
                 raise _cannot_start(cause.removeprefix(_START_ERROR))
             if self._stopped.wait(_POLLING_S):
@@ -154,8 +155,8 @@ class RolloutApp:
             name=_DEPLOYMENT,
             num_replicas=self._num_replicas,
             max_ongoing_requests=_MAX_ONGOING_REQUESTS,
-            # A model that cannot be loaded will not load at the third try either.
-            max_constructor_retry_count=1,
+            # One that dies on the way, with its node for example, is started again.
+            max_constructor_retry_count=3,
             health_check_period_s=1.0,
             health_check_timeout_s=30.0,
             graceful_shutdown_wait_loop_s=0.1,

@@ -50,8 +50,8 @@ class RolloutReplica:
             self._engine = RolloutEngine(spec)
         except Exception as error:
             raise RuntimeError(f"EngineStartError: {engine_start_failure(error)}") from error
-        await self._engine.start(version=0)
         self._watching = asyncio.gather(self._end_with_engine(), self._end_with_run())
+        await self._engine.start(version=0)
         await self._catch_up(await bridge.newest_version.remote())
 
     async def generate(
@@ -165,10 +165,17 @@ class RolloutReplica:
             raise
 
     async def _catch_up(self, version: int) -> None:
-        if self._engine.version < version:
-            manifest, refs = await self._bridge.newest_weights.remote(version)
-            # A request that is cancelled meanwhile must not leave the engine half-loaded.
-            await asyncio.shield(self._load(manifest, refs, at_least=version))
+        from ray.exceptions import ObjectLostError
+
+        lost: str | None = None
+        while self._engine.version < version:
+            manifest, refs = await self._bridge.newest_weights.remote(version, lost)
+            try:
+                # A request that is cancelled meanwhile must not leave the engine half-loaded.
+                await asyncio.shield(self._load(manifest, refs, at_least=version))
+            except ObjectLostError:
+                # They died with the learner that had put them into the object store.
+                lost = manifest.publication
 
     async def _load(self, manifest: WeightManifest, refs: list[Any], at_least: int | None = None) -> None:
         """Load a publication; with ``at_least`` only where no other has brought that version meanwhile."""

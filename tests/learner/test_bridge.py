@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
@@ -58,9 +59,11 @@ async def start_ranks(
     return tasks
 
 
-async def listen(bridge: Bridge, *ranks: int, group: str = GROUP) -> list[asyncio.Task[Command | None]]:
+async def listen(
+    bridge: Bridge, *ranks: int, group: str = GROUP, version: int = 0
+) -> list[asyncio.Task[Command | None]]:
     """Ranks that ask for one command."""
-    polls = [asyncio.create_task(bridge.next_command(rank, group, 0, PATIENCE_S)) for rank in ranks]
+    polls = [asyncio.create_task(bridge.next_command(rank, group, version, PATIENCE_S)) for rank in ranks]
     await settle()
     return polls
 
@@ -108,6 +111,18 @@ def test_a_failure_ends_the_wait_for_the_others() -> None:
 
 
 # A worker group that is started again.
+
+
+def test_the_group_that_listens_is_told() -> None:
+    async def test() -> None:
+        bridge = Bridge(2)
+        assert await bridge.group() is None
+        await listen(bridge, 0, 1)
+        assert await bridge.group() == GROUP
+        await listen(bridge, 1, group="second")
+        assert await bridge.group() == "second"
+
+    run(test())
 
 
 def test_the_next_group_is_ready_when_all_of_it_listens() -> None:
@@ -412,6 +427,40 @@ def test_learners_publish_for_a_replica_that_is_behind() -> None:
         assert await bridge.newest_weights(4) == (manifest(4), ["snapshot"])
         assert await bridge.newest_weights(4) == (manifest(4), ["snapshot"])
         assert verbs == ["publish"]
+
+    run(test())
+
+
+def test_a_publication_that_a_replica_has_found_to_be_gone_is_made_again() -> None:
+    async def test() -> None:
+        bridge = Bridge(1)
+
+        async def publish(command: Command) -> None:
+            await bridge.set_weights(replace(manifest(3), publication="second"), ["new"])
+
+        await start_ranks(bridge, publish, version=3)
+        await bridge.set_weights(manifest(3), ["of a dead process"])
+        lost = manifest(3).publication
+        second = replace(manifest(3), publication="second"), ["new"]
+        assert await bridge.newest_weights(3, lost) == second
+        # A slower replica has found the same.
+        assert await bridge.newest_weights(3, lost) == second
+
+    run(test())
+
+
+def test_a_replica_waits_for_the_next_group_where_the_one_that_publishes_is_lost() -> None:
+    async def test() -> None:
+        bridge = Bridge(1)
+
+        async def publish(command: Command) -> None:
+            await bridge.set_weights(manifest(3), ["new"])
+
+        (poll,) = await listen(bridge, 0, version=3)
+        asking = asyncio.create_task(bridge.newest_weights(3))
+        await poll  # It takes the command, and dies.
+        await start_ranks(bridge, publish, group="second", version=3)
+        assert await asking == (manifest(3), ["new"])
 
     run(test())
 

@@ -401,6 +401,14 @@ def test_a_worker_that_dies_before_it_stands_is_started_again_twice(
         pass
 
 
+def test_workers_that_died_together_cost_no_group(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
+    with started(behave, tokenizer=tokenizer, num_workers=3) as pool:
+        for worker in pool._workers:
+            ray.kill(worker.actor)
+        assert [type(outcome) for outcome in score_all(pool, [group_of(["x"])])] == [ScoredGroup]
+    assert pool.failures == {}
+
+
 class Unlucky:
     """Ends its process when it comes there, as often as a file says."""
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, OwnerDiedError
 
 from rlhf_ray.rollouts import replica as replica_module
 from rlhf_ray.rollouts.engine import EngineSpec
@@ -46,7 +46,7 @@ class Call:
 class Bridge:
     """Publishes whatever version it is asked for."""
 
-    newest_weights = Call(lambda version: (manifest(version), [ready()]))
+    newest_weights = Call(lambda version, lost: (manifest(version), [ready()]))
 
 
 def manifest(version: int) -> WeightManifest:
@@ -91,7 +91,7 @@ def test_catching_up_never_loads_over_something_newer(replica: RolloutReplica) -
     async def run() -> None:
         replica._updating = asyncio.Lock()
         weights = late()
-        replica._bridge.newest_weights = Call(lambda version: (manifest(version), [weights]))
+        replica._bridge.newest_weights = Call(lambda version, lost: (manifest(version), [weights]))
         catching_up = asyncio.ensure_future(replica._catch_up(5))
         await asyncio.sleep(0)
         await replica.load_weights(manifest(6), [ready()])
@@ -99,6 +99,26 @@ def test_catching_up_never_loads_over_something_newer(replica: RolloutReplica) -
         await catching_up
 
     asyncio.run(run())
+    assert replica._engine.loaded == [6]
+
+
+def test_weights_that_died_with_a_learner_are_asked_for_again(replica: RolloutReplica) -> None:
+    asked: list[tuple[int, str | None]] = []
+
+    def newest_weights(version: int, lost: str | None) -> tuple[WeightManifest, list[Any]]:
+        asked.append((version, lost))
+        weights = ready() if lost else late()
+        if not lost:
+            weights.set_exception(OwnerDiedError("0" * 56, owner_address=None, call_site=""))
+        return manifest(6), [weights]
+
+    async def run() -> None:
+        replica._updating = asyncio.Lock()
+        replica._bridge.newest_weights = Call(newest_weights)
+        await replica._catch_up(5)
+
+    asyncio.run(run())
+    assert asked == [(5, None), (5, "publication 6")]
     assert replica._engine.loaded == [6]
 
 

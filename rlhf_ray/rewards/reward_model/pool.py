@@ -133,6 +133,13 @@ class RewardModelPool:
 
     def _call(self, actor: Any, batch: list[Request]) -> bool:
         """Score a batch; whether the actor can go on."""
+        if any(request.alone for request in batch):
+            # Their last try is for an actor that lives: two may have died together while they were idle.
+            try:
+                ray.get(actor.ready.remote(), timeout=self._reward.timeout_s)
+            except RayError:
+                self._queue.put_back(batch)
+                return False
         try:
             outcomes = ray.get(actor.score.remote([r.group for r in batch]), timeout=self._reward.timeout_s)
         except RayTaskError as error:

@@ -164,6 +164,14 @@ def test_an_actor_that_dies_before_it_stands_is_started_again_twice(
 
 
 @pytest.mark.usefixtures("fake")
+def test_actors_that_died_together_cost_no_group(tokenizer: Any, group_of: GroupOf) -> None:
+    with started(tokenizer, "unused", num_workers=3) as pool:
+        for actor in pool._actors.values():
+            ray.kill(actor)
+        assert [type(outcome) for outcome in score_all(pool, [group_of(["a"])])] == [Scores]
+
+
+@pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize(
     ("text", "kind", "message", "replaced"),
     [

@@ -1,0 +1,118 @@
+"""What a rank does about commands; its learner is recorded here, the real one is in tests/integration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from rlhf_ray.learner import train_loop as module
+from rlhf_ray.learner.bridge import Command, RankFailure
+
+GROUP = "first"
+
+
+class Call:
+    def __init__(self, answer: Any) -> None:
+        self._answer = answer
+
+    def remote(self, *arguments: Any) -> Any:
+        return self._answer(*arguments)
+
+
+class Bridge:
+    """Gives commands and takes their answers."""
+
+    def __init__(self, *commands: Command) -> None:
+        self._commands: Iterator[Command] = iter((*commands, order("stop")))
+        self.answers: list[tuple[str, Any]] = []
+        self.saves: list[tuple[str, int, Any]] = []
+        self.failures: list[RankFailure] = []
+        self.next_command = Call(lambda *_: next(self._commands))
+        self.answer = Call(lambda command_id, rank, result: self.answers.append((command_id, result)))
+        self.saved = Call(lambda *arguments: self.saves.append(arguments))
+        self.fail = Call(self.failures.append)
+
+
+class Worker(module._Worker):
+    """Counts what it carries out."""
+
+    def __init__(self, bridge: Bridge) -> None:
+        self._bridge = bridge
+        self._rank = 1
+        self._saved = "", None
+        self.version = 0
+        self.done: list[str] = []
+
+    def execute(self, command: Command) -> str:
+        self.done.append(command.verb)
+        if command.verb == "save":
+            self._saved = command.command_id, "files"
+        return f"{command.verb} {len(self.done)}"
+
+
+def order(verb: str) -> Command:
+    return Command(verb=verb, arguments=(None,), group=GROUP)
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.ray, "get", lambda answer: answer)
+    monkeypatch.setattr(module, "_name_of_group", lambda: GROUP)
+
+
+def serve(*commands: Command) -> tuple[Worker, Bridge]:
+    bridge = Bridge(*commands)
+    worker = Worker(bridge)
+    module._serve(worker, bridge, 1, timeline=False)
+    return worker, bridge
+
+
+def test_a_command_that_comes_again_is_answered_and_not_carried_out_again() -> None:
+    update = order("update")
+    worker, bridge = serve(update, update, order("update"))
+
+    assert worker.done == ["update", "update"]
+    assert [result for _, result in bridge.answers] == ["update 1", "update 1", "update 2", None]
+
+
+def test_an_update_that_comes_again_after_a_publication_is_not_carried_out_again() -> None:
+    """A replica that starts may have the weights published before the Algorithm's call comes once more."""
+    update, publish = order("update"), order("publish")
+    worker, bridge = serve(update, publish, update)
+
+    assert worker.done == ["update", "publish"]
+    assert bridge.answers[:3] == [
+        (update.command_id, "update 1"),
+        (publish.command_id, "publish 2"),
+        (update.command_id, "update 1"),
+    ]
+
+
+def test_a_new_bridge_hears_again_what_a_rank_has_saved() -> None:
+    save, other = order("save"), order("save")
+    _, bridge = serve(other, save, save)
+
+    assert bridge.saves == [(save.command_id, 1, "files")]
+
+
+@pytest.mark.parametrize("ended_by_ray_train", [True, False])
+def test_an_error_is_reported_unless_ray_train_ends_the_group(
+    ended_by_ray_train: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends the process group before the workers: what they are at fails then."""
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise ValueError("Default process group has not been initialized")
+
+    monkeypatch.setattr(module, "_Worker", fail)
+    monkeypatch.setattr(dist, "is_initialized", lambda: not ended_by_ray_train)
+    context = type("Context", (), {"get_world_rank": lambda self: 1})
+    monkeypatch.setattr("ray.train.get_context", context)
+    bridge = Bridge()
+
+    with pytest.raises(ValueError, match="Default process group"):
+        module.train_loop({"spec": None, "bridge": bridge})
+    assert [failure.rank for failure in bridge.failures] == ([] if ended_by_ray_train else [1])
