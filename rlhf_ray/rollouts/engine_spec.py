@@ -117,7 +117,7 @@ def engine_spec(
         "disable_log_stats": True,
         "generation_config": "vllm",
         "worker_extension_cls": "rlhf_ray.weight_sync.shared_memory_engine.SharedMemoryExtension",
-        "weight_transfer_config": {"backend": "rlhf_ray_shared_memory" if transfer == "shared_memory" else "nccl"},
+        "weight_transfer_config": {"backend": f"rlhf_ray_{transfer}"},
     }
     if on_gpu:
         arguments |= _gpu_arguments(rollouts)

@@ -43,6 +43,7 @@ class RolloutReplica:
         self._failure: BaseException | None = None
         self._updating = asyncio.Lock()
         self._publication: str | None = None
+        self._in_group = False
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         # Serve starts again what a killed driver started, and would do so for ever.
         await self._check_run()
@@ -87,29 +88,35 @@ class RolloutReplica:
         return self._report()
 
     async def init_weight_transfer(self, init_infos: dict[str, dict[str, Any]]) -> LoadReport:
-        """Join the transfer group under this replica's own rank offset (NCCL)."""
-        await self._engine.init_weight_transfer(init_infos[self.replica_id])
+        """Join the transfer group under this replica's own rank offset (NCCL), unless it came too late for that."""
+        info = init_infos.get(self.replica_id)
+        self._in_group = info is not None
+        if info is not None:
+            await self._engine.init_weight_transfer(info)
         return self._report()
 
     async def begin_update(self) -> LoadReport:
         """Pause for weights that the learners are about to send (NCCL)."""
-        await self._updating.acquire()
-        with self._failing():
-            await self._engine.begin_update()
+        if self._in_group:
+            await self._updating.acquire()
+            with self._failing():
+                await self._engine.begin_update()
         return self._report()
 
     async def apply_update(self, update: dict[str, Any]) -> LoadReport:
         """Receive weights from the learners (NCCL)."""
-        with self._failing():
-            await self._engine.apply_update(update)
+        if self._in_group:
+            with self._failing():
+                await self._engine.apply_update(update)
         return self._report()
 
     async def finish_update(self, version: int) -> LoadReport:
         """Resume under what was received (NCCL)."""
-        with self._failing():
-            await self._engine.finish_update(version)
-        self._updating.release()
-        self._tell_pause()
+        if self._in_group:
+            with self._failing():
+                await self._engine.finish_update(version)
+            self._updating.release()
+            self._tell_pause()
         return self._report()
 
     async def status(self) -> LoadReport:

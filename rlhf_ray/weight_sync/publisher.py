@@ -166,7 +166,12 @@ class NcclPublisher(_Publisher):
         started = time.perf_counter()
         before = [report.replica_id for report in _reports(self._ask_all("status"))]
         size_bytes = self._source.send(tuple(sorted(before)))
-        answers = self._ask_all("status")
+        # One that has come since pulls the version itself.
+        answers = [
+            answer
+            for answer in self._ask_all("status")
+            if not isinstance(answer, LoadReport) or answer.replica_id in before
+        ]
         return Publication(
             version=version,
             size_bytes=size_bytes,

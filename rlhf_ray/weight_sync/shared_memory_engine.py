@@ -1,8 +1,9 @@
-"""Engine side of a publication on CPUs: a vLLM weight-transfer engine that maps buckets from shared memory.
+"""Engine side of a publication: vLLM weight-transfer engines that map buckets from shared memory.
 
-vLLM's own backends need GPUs. This one is told which memory the replica has written (shared_buckets.py) and how, maps
-it and loads the views through vLLM's layer-wise reload. It is registered when vLLM imports this module, which
-``worker_extension_cls`` makes it do inside the engine's own process.
+vLLM's own backends need GPUs. On CPUs an engine is told which memory the replica has written (shared_buckets.py) and
+how, maps it and loads the views through vLLM's layer-wise reload. On GPUs weights come over NCCL, to all replicas at
+once; one that starts later gets its first ones through shared memory too, since nobody else needs them. Both are
+registered when vLLM imports this module, which ``worker_extension_cls`` makes it do inside the engine's own process.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from rlhf_ray.weight_sync.buckets import unpack_bucket
 from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout
 
-__all__ = ["BACKEND", "SharedMemoryExtension", "SharedMemoryTransferEngine"]
-
-BACKEND = "rlhf_ray_shared_memory"
+__all__ = ["NcclTransferEngine", "SharedMemoryExtension", "SharedMemoryTransferEngine"]
 
 
 @dataclass
@@ -41,6 +41,33 @@ class SharedMemoryUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc]
     tensors: list[tuple[str, list[int], str, int, int]]
 
 
+class _Buckets:
+    """Buckets that are mapped during an update."""
+
+    def __init__(self) -> None:
+        # A fused module may be split over two buckets; its views must stay readable until the update is finished.
+        self._mapped: list[np.memmap[Any, np.dtype[np.uint8]]] = []
+
+    def load(self, info: SharedMemoryUpdateInfo, model: Any, device: torch.device) -> None:
+        """Map one bucket and load its tensors."""
+        data = np.memmap(info.path, dtype=np.uint8, mode="c", shape=(info.size_bytes,))
+        self._mapped.append(data)
+        layout = BucketLayout(
+            size_bytes=info.size_bytes,
+            tensors=tuple(
+                TensorLayout(name=name, shape=tuple(shape), dtype=dtype, offset_bytes=offset, size_bytes=size)
+                for name, shape, dtype, offset, size in info.tensors
+            ),
+        )
+        model.load_weights([(name, tensor.to(device)) for name, tensor in unpack_bucket(layout, data)])
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+
+    def clear(self) -> None:
+        """Unmap them."""
+        self._mapped.clear()
+
+
 class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):  # type: ignore[misc]
     """Loads buckets that another process of this machine wrote to shared memory."""
 
@@ -49,8 +76,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # A fused module may be split over two buckets; its views must stay readable until the update is finished.
-        self._mapped: list[np.memmap[Any, np.dtype[np.uint8]]] = []
+        self._buckets = _Buckets()
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         """Do nothing: files need no handshake."""
@@ -62,39 +88,57 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
-        """Map one bucket and load its tensors."""
-        data = np.memmap(update_info.path, dtype=np.uint8, mode="c", shape=(update_info.size_bytes,))
-        self._mapped.append(data)
-        layout = BucketLayout(
-            size_bytes=update_info.size_bytes,
-            tensors=tuple(
-                TensorLayout(name=name, shape=tuple(shape), dtype=dtype, offset_bytes=offset, size_bytes=size)
-                for name, shape, dtype, offset, size in update_info.tensors
-            ),
-        )
-        self.model.load_weights([(name, tensor.to(self.device)) for name, tensor in unpack_bucket(layout, data)])
+        """Load one bucket."""
+        self._buckets.load(update_info, self.model, self.device)
 
     def finish_weight_update(self) -> None:
         """End the layer-wise reload and unmap the buckets."""
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
-        self._mapped.clear()
+        self._buckets.clear()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Load one bucket; the base class's device synchronisation has no meaning without an accelerator."""
         self.receive_weights(self.parse_update_info(update_info))
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
 
     def shutdown(self) -> None:
         """Unmap what an interrupted update left."""
-        self._mapped.clear()
+        self._buckets.clear()
+
+
+class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
+    """vLLM's NCCL engine, which also loads a bucket from shared memory where an update describes one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._buckets = _Buckets()
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        """Receive what the learners send, or load one bucket."""
+        if "path" in update_info:
+            self._buckets.load(SharedMemoryUpdateInfo(**update_info), self.model, self.device)
+        else:
+            super().update_weights(update_info)
+
+    def finish_weight_update(self) -> None:
+        """End the layer-wise reload and unmap the buckets."""
+        super().finish_weight_update()
+        self._buckets.clear()
+
+    def shutdown(self) -> None:
+        """Leave the learners' group."""
+        super().shutdown()
+        self._buckets.clear()
 
 
 class SharedMemoryExtension:
     """Named in ``worker_extension_cls`` so that vLLM imports, and so registers, this module in its own process."""
 
 
-if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, SharedMemoryTransferEngine)
+for _name, _engine in (
+    ("rlhf_ray_shared_memory", SharedMemoryTransferEngine),
+    ("rlhf_ray_nccl", NcclTransferEngine),
+):
+    if _name not in WeightTransferEngineFactory._registry:
+        WeightTransferEngineFactory.register_engine(_name, _engine)

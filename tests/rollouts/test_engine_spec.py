@@ -176,7 +176,7 @@ def test_a_gpu_engine() -> None:
     assert "kv_cache_memory_bytes" not in spec.engine_args
     assert "TORCHDYNAMO_DISABLE" not in spec.env
     assert "OMP_NUM_THREADS" not in spec.env
-    assert spec.engine_args["weight_transfer_config"] == {"backend": "nccl"}
+    assert spec.engine_args["weight_transfer_config"] == {"backend": "rlhf_ray_nccl"}
 
 
 def test_an_engine_over_several_gpus_runs_its_workers_on_ray() -> None:

@@ -157,6 +157,32 @@ def test_a_request_that_is_cancelled_while_it_catches_up_leaves_a_sound_engine(r
     assert replica._failure is None
 
 
+@pytest.mark.parametrize("came_in_time", [True, False])
+def test_only_replicas_of_the_group_take_part_in_a_round_over_nccl(replica: RolloutReplica, came_in_time: bool) -> None:
+    calls: list[str] = []
+
+    def noted(name: str) -> Any:
+        async def call(*_: Any) -> None:
+            calls.append(name)
+
+        return call
+
+    names = ("init_weight_transfer", "begin_update", "apply_update", "finish_update")
+    for name in names:
+        setattr(replica._engine, name, noted(name))
+
+    async def run() -> None:
+        replica._updating = asyncio.Lock()
+        await replica.init_weight_transfer({"r" if came_in_time else "another": {"rank_offset": 1}})
+        await replica.begin_update()
+        await replica.apply_update({})
+        await replica.finish_update(5)
+        assert not replica._updating.locked()
+
+    asyncio.run(run())
+    assert calls == (list(names) if came_in_time else [])
+
+
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_a_replica_that_starts_after_its_run_deletes_the_application_instead(
     is_gone: bool, monkeypatch: pytest.MonkeyPatch

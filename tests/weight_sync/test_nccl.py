@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("vllm")
 
+from rlhf_ray.rollouts.engine import LoadReport
 from rlhf_ray.weight_sync.nccl import ReplicaClient, ShardedSource, rank_offsets
 
 
@@ -23,15 +24,15 @@ class Broadcast:
 
 
 class Handle:
-    """A Serve handle whose replicas all answer, or as many as said."""
+    """A Serve handle whose replicas all answer."""
 
-    def __init__(self, replicas: int) -> None:
+    def __init__(self, *replicas: str) -> None:
         self._replicas = replicas
         self.asked: list[tuple[Any, ...]] = []
 
     def broadcast(self, method: str, *arguments: Any) -> Broadcast:
         self.asked.append((method, *arguments))
-        return Broadcast(["ok"] * self._replicas)
+        return Broadcast([LoadReport(replica_id=name, version=0, pause_s=0.0) for name in self._replicas])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_the_order_of_the_replicas_does_not_matter() -> None:
 
 
 def test_each_replica_joins_under_its_own_offset() -> None:
-    handle = Handle(2)
+    handle = Handle("a", "b")
     client = ReplicaClient(handle, ["b", "a"], tensor_parallel_size=2)
 
     client.init_weight_transfer_engine({"master_address": "10.0.0.1", "rank_offset": 1, "world_size": 5})
@@ -76,7 +77,7 @@ def test_each_replica_joins_under_its_own_offset() -> None:
 
 
 def test_a_round_names_the_version() -> None:
-    handle = Handle(1)
+    handle = Handle("a")
     client = ReplicaClient(handle, ["a"], tensor_parallel_size=1)
     client.version = 7
 
@@ -95,10 +96,14 @@ def test_a_round_names_the_version() -> None:
 
 def test_a_replica_that_is_missing_in_a_round_is_an_error() -> None:
     """A broadcast passes dead replicas over in silence, and the collective would wait for them for ever."""
-    client = ReplicaClient(Handle(1), ["a", "b"], tensor_parallel_size=1)
+    client = ReplicaClient(Handle("a", "new"), ["a", "b"], tensor_parallel_size=1)
 
-    with pytest.raises(RuntimeError, match="1 of 2 replicas answered begin_update"):
+    with pytest.raises(RuntimeError, match="replicas b did not answer begin_update"):
         client.start_weight_update()
+
+
+def test_a_replica_that_has_come_since_is_none_of_a_rounds_business() -> None:
+    ReplicaClient(Handle("new", "a"), ["a"], tensor_parallel_size=1).start_weight_update()
 
 
 def test_source_gives_every_parameter_in_the_wire_type() -> None:

@@ -208,6 +208,12 @@ def test_nccl_publication_goes_to_the_replicas_that_are_there() -> None:
     assert len(publication.replica_ids) == 2
 
 
+def test_a_replica_that_comes_while_weights_are_sent_pulls_them_itself() -> None:
+    handle = Handle([report("a", version=0)], [report("a"), report("new", version=0)])
+
+    assert NcclPublisher(source=Learners(), handle=handle).gather(1)().replica_ids == {"a"}
+
+
 def test_nccl_publication_is_checked_like_any_other() -> None:
     handle = Handle([report("a", version=0)], [report("a", version=0)])
 
