@@ -22,7 +22,6 @@ from provenance import write_result
 from rlhf_ray import GRPOConfig
 from rlhf_ray.quickstart import model_path
 
-
 WARM_UP = 5
 """Publications until the object store and the engines have touched all the memory that they use in turn."""
 
