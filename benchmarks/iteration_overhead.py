@@ -97,6 +97,7 @@ def raw_generation(folder: Path) -> None:
     spec = engine_spec(
         settings.model,
         settings.rollouts,
+        settings.evaluation,
         model_path=str(folder / "policy"),
         tokenizer_path=str(folder / "policy"),
         config=inputs.model_config,
@@ -104,6 +105,7 @@ def raw_generation(folder: Path) -> None:
         groups_in_flight=settings.data.batch_size,
         seed=0,
         on_gpu=False,
+        learners_on_gpu=False,
         dtype="float32",
     )
     os.environ.update(spec.env)

@@ -378,15 +378,15 @@ if __name__ == "__main__":
 
 
 def test_an_importable_function_is_written_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_rewards.py").write_text("class Scores:\n    @staticmethod\n    def exact(**columns): ...\n")
+    (tmp_path / "scores_of_a_user.py").write_text("class Scores:\n    @staticmethod\n    def exact(**columns): ...\n")
     monkeypatch.syspath_prepend(tmp_path)
-    import my_rewards  # type: ignore[import-not-found]
+    import scores_of_a_user  # type: ignore[import-not-found]
 
-    config = PPOConfig().rewards(my_rewards.Scores.exact).callbacks(on_checkpoint=my_rewards.Scores.exact)
+    config = PPOConfig().rewards(scores_of_a_user.Scores.exact).callbacks(on_checkpoint=scores_of_a_user.Scores.exact)
     restored = PPOConfig.from_yaml(config.to_yaml())
 
-    assert restored.settings.rewards.functions == ["my_rewards:Scores.exact"]
-    assert restored.settings.callbacks.on_checkpoint is my_rewards.Scores.exact
+    assert restored.settings.rewards.functions == ["scores_of_a_user:Scores.exact"]
+    assert restored.settings.callbacks.on_checkpoint is scores_of_a_user.Scores.exact
 
 
 CALL_PICKLED = """

@@ -118,7 +118,7 @@ def check_inputs(settings: Settings) -> Inputs:
     config = _model_config("model.path", policy_path, trust)
     if critic_path is not None:
         _model_config("model.critic_path", critic_path, trust)
-    prompt_tokens = max_prompt_tokens(settings.rollouts, config)
+    prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
 
     prompts = PromptStream(
         settings.data,
@@ -326,7 +326,7 @@ def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> Lea
         max_new_tokens=settings.rollouts.max_new_tokens,
         max_staleness=settings.rollouts.max_staleness,
         total_steps=Schedule.of(settings).total_optimiser_steps,
-        on_gpu=session.on_gpu,
+        on_gpu=session.learners_on_gpu,
         timeline=settings.reporting.timeline_interval > 0,
         keeps_state=settings.fault_tolerance.keeps_state,
         num_threads=learners.num_threads,
@@ -338,6 +338,7 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
     spec = engine_spec(
         settings.model,
         rollouts,
+        settings.evaluation,
         model_path=inputs.policy_path,
         tokenizer_path=inputs.tokenizer_path,
         config=inputs.model_config,
@@ -345,6 +346,7 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
         groups_in_flight=max_concurrent_groups(settings),
         seed=settings.debugging.seed,
         on_gpu=session.on_gpu,
+        learners_on_gpu=session.learners_on_gpu,
         dtype=_dtype(settings, session),
     )
     return RolloutApp(
@@ -394,7 +396,8 @@ def _dtype(settings: Settings, session: RaySession) -> str:
 def _uses_nccl(settings: Settings, session: RaySession) -> bool:
     from rlhf_ray.rollouts.engine_spec import weight_transfer
 
-    return weight_transfer(settings.rollouts.weight_transfer, on_gpu=session.on_gpu) == "nccl"
+    between_gpus = session.on_gpu and session.learners_on_gpu
+    return weight_transfer(settings.rollouts.weight_transfer, between_gpus=between_gpus) == "nccl"
 
 
 def _expanded(path: str | None) -> str | None:

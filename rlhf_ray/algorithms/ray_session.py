@@ -119,6 +119,9 @@ class RaySession:
             )
         self._quieten(settings.debugging.log_level)
         self.on_gpu = self._resolve_device(settings)
+        """Whether replicas run on GPUs."""
+        self.learners_on_gpu = self.on_gpu and settings.learners.num_gpus_per_learner != 0
+        """Whether learners run on GPUs."""
         cpus = ray.cluster_resources().get("CPU", 0.0)
         self.lease: TrialLease | None = None
         self.shares = cpu_shares(settings, cpus) if trial is None else self._leased(settings, cpus - trial.cpus)
@@ -158,6 +161,12 @@ class RaySession:
     def _resolve_device(settings: Settings) -> bool:
         gpus = ray.cluster_resources().get("GPU", 0.0)
         on_gpu = settings.resources.device == "cuda" or (settings.resources.device == "auto" and gpus > 0)
+        if settings.learners.num_gpus_per_learner and not on_gpu:
+            raise ConfigError(
+                "learners.num_gpus_per_learner",
+                settings.learners.num_gpus_per_learner,
+                "the cluster has no GPUs; leave it out, or set resources.ray_address to a cluster that has some",
+            )
         needed = _gpus_needed(settings)
         if on_gpu and needed > gpus:
             raise ConfigError(
@@ -165,7 +174,8 @@ class RaySession:
                 settings.resources.device,
                 f"{settings.rollouts.num_replicas} replicas of {settings.rollouts.tensor_parallel_size} GPUs and "
                 f"{settings.learners.num_learners} learners need {needed} GPUs, the cluster has {gpus:g}; lower "
-                "rollouts.num_replicas or learners.num_learners, or set resources.device = cpu",
+                "rollouts.num_replicas or learners.num_learners, or set learners.num_gpus_per_learner = 0 or "
+                "resources.device = cpu",
             )
         of_models = _gpus_of_models(settings, on_gpu=on_gpu)
         free = gpus - (needed if on_gpu else 0)
@@ -194,7 +204,8 @@ def _gpus_of_models(settings: Settings, *, on_gpu: bool) -> float:
 
 
 def _gpus_needed(settings: Settings) -> int:
-    return settings.rollouts.num_replicas * settings.rollouts.tensor_parallel_size + settings.learners.num_learners
+    learners = 0 if settings.learners.num_gpus_per_learner == 0 else settings.learners.num_learners
+    return settings.rollouts.num_replicas * settings.rollouts.tensor_parallel_size + learners
 
 
 def _ray_workers() -> list[psutil.Process]:

@@ -45,6 +45,8 @@ def judge_resources(settings: Settings, found: Mapping[str, float], *, address: 
     store = in_units(found.get("object_store_memory", 0.0))
     detail = f"{place}: {cpus:g} CPUs, {gpus:g} GPUs, {store} object store"
     wanted_gpus = _gpus(settings) if on_gpu else 0.0
+    if settings.learners.num_gpus_per_learner and not on_gpu:
+        return failed("Ray", f"{detail}; the learners ask for GPUs", "leave learners.num_gpus_per_learner out")
     if wanted_gpus > gpus:
         remedy = "lower rollouts.num_replicas or learners.num_learners, or set learners.num_gpus_per_learner=0"
         return failed("Ray", f"{detail}; the run asks for {wanted_gpus:g} GPUs", remedy)

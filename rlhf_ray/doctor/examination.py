@@ -158,13 +158,14 @@ def _inputs(settings: Settings) -> Check:
 def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tuple[EngineSpec, int]:
     """Make what a replica of this run would be given, and its longest sequence in tokens."""
     from rlhf_ray.rollouts.admission import max_concurrent_groups
-    from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
+    from rlhf_ray.rollouts.engine_spec import engine_spec, longest_completion, max_prompt_tokens
 
-    rollouts, dtype = settings.rollouts, settings.model.dtype
-    prompt_tokens = max_prompt_tokens(rollouts, policy.config)
+    rollouts, evaluation, dtype = settings.rollouts, settings.evaluation, settings.model.dtype
+    prompt_tokens = max_prompt_tokens(rollouts, evaluation, policy.config)
     spec = engine_spec(
         settings.model,
         rollouts,
+        evaluation,
         model_path=policy.path,
         tokenizer_path=settings.model.tokenizer_path or policy.path,
         config=policy.config,
@@ -172,9 +173,10 @@ def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tup
         groups_in_flight=max_concurrent_groups(settings),
         seed=settings.debugging.seed,
         on_gpu=on_gpu,
+        learners_on_gpu=on_gpu and settings.learners.num_gpus_per_learner != 0,
         dtype=("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype,
     )
-    return spec, prompt_tokens + rollouts.max_new_tokens
+    return spec, prompt_tokens + longest_completion(rollouts, evaluation)[1]
 
 
 def _torch_gpus() -> int:

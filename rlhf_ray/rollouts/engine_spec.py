@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rollouts.engine import EngineSpec
-from rlhf_ray.settings import ModelSettings, RolloutSettings
+from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["engine_spec", "eos_token_ids", "max_prompt_tokens", "weight_transfer"]
+__all__ = ["engine_spec", "eos_token_ids", "longest_completion", "max_prompt_tokens", "weight_transfer"]
 
 # The engine reserves the cache at start-up, so a CPU engine must not take what the learners need.
 _MAX_CPU_CACHE_BYTES = 4 * 1024**3
@@ -21,33 +21,38 @@ _MAX_SEQUENCES = 1024
 _MIN_STEP_TOKENS = 8192
 
 
-def weight_transfer(setting: str, *, on_gpu: bool) -> str:
-    """Resolve ``rollouts.weight_transfer``: NCCL between GPUs, shared memory elsewhere."""
+def weight_transfer(setting: str, *, between_gpus: bool) -> str:
+    """Resolve ``rollouts.weight_transfer``: NCCL where replicas and learners are on GPUs, else shared memory."""
     if setting == "auto":
-        return "nccl" if on_gpu else "shared_memory"
+        return "nccl" if between_gpus else "shared_memory"
     return setting
 
 
-def max_prompt_tokens(rollouts: RolloutSettings, config: PretrainedConfig) -> int:
-    """Longest prompt that leaves room for ``max_new_tokens`` in the model's context.
+def longest_completion(rollouts: RolloutSettings, evaluation: EvaluationSettings) -> tuple[str, int]:
+    """What replicas must have room for, in tokens, and the setting that asks for it: evaluation may write more."""
+    if (evaluation.max_new_tokens or 0) > rollouts.max_new_tokens:
+        return "evaluation.max_new_tokens", evaluation.max_new_tokens or 0
+    return "rollouts.max_new_tokens", rollouts.max_new_tokens
+
+
+def max_prompt_tokens(rollouts: RolloutSettings, evaluation: EvaluationSettings, config: PretrainedConfig) -> int:
+    """Longest prompt that leaves room for the longest completion in the model's context.
 
     Raises:
         ConfigError: The context cannot hold the asked-for prompt and completion.
     """
     context = int(config.get_text_config().max_position_embeddings)
-    room = context - rollouts.max_new_tokens
+    field, completion_tokens = longest_completion(rollouts, evaluation)
+    room = context - completion_tokens
     if room < 1:
-        raise ConfigError(
-            "rollouts.max_new_tokens", rollouts.max_new_tokens, f"must be less than the model's context of {context}"
-        )
+        raise ConfigError(field, completion_tokens, f"must be less than the model's context of {context}")
     if rollouts.max_prompt_tokens is None:
         return room
     if rollouts.max_prompt_tokens > room:
         raise ConfigError(
             "rollouts.max_prompt_tokens",
             rollouts.max_prompt_tokens,
-            f"with max_new_tokens = {rollouts.max_new_tokens} the model's context of {context} leaves {room}; "
-            "lower one of the two",
+            f"with {field} = {completion_tokens} the model's context of {context} leaves {room}; lower one of the two",
         )
     return rollouts.max_prompt_tokens
 
@@ -72,6 +77,7 @@ def eos_token_ids(model_path: str, config: PretrainedConfig) -> tuple[int, ...]:
 def engine_spec(
     model: ModelSettings,
     rollouts: RolloutSettings,
+    evaluation: EvaluationSettings,
     *,
     model_path: str,
     tokenizer_path: str,
@@ -80,6 +86,7 @@ def engine_spec(
     groups_in_flight: int,
     seed: int,
     on_gpu: bool,
+    learners_on_gpu: bool,
     dtype: str,
 ) -> EngineSpec:
     """Derive the engine's arguments.
@@ -87,6 +94,7 @@ def engine_spec(
     Args:
         model: The model section.
         rollouts: The rollouts section.
+        evaluation: The evaluation section, for its completions are written by the same replicas.
         model_path: Folder or hub id the replicas load.
         tokenizer_path: Folder or hub id of the tokenizer.
         config: The model's Hugging Face config.
@@ -94,12 +102,13 @@ def engine_spec(
         groups_in_flight: Groups that may run at once over all replicas.
         seed: Seed of whatever the engine draws beside the seeded requests.
         on_gpu: Whether replicas run on GPUs.
+        learners_on_gpu: Whether learners run on GPUs.
         dtype: ``float32`` or ``bfloat16``.
     """
-    max_length = prompt_tokens + rollouts.max_new_tokens
+    max_length = prompt_tokens + longest_completion(rollouts, evaluation)[1]
     sequences = math.ceil(groups_in_flight / rollouts.num_replicas) * rollouts.group_size
     sequences = min(sequences, _MAX_SEQUENCES)
-    transfer = weight_transfer(rollouts.weight_transfer, on_gpu=on_gpu)
+    transfer = weight_transfer(rollouts.weight_transfer, between_gpus=on_gpu and learners_on_gpu)
     arguments: dict[str, Any] = {
         "model": model_path,
         "tokenizer": tokenizer_path,

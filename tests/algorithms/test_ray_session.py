@@ -84,6 +84,40 @@ def test_reward_models_have_gpus_beside_replicas_and_learners(
             RaySession._resolve_device(settings)
 
 
+@pytest.mark.parametrize(
+    ("asked", "gpus", "replicas_on_gpu", "learners_on_gpu"),
+    [
+        (None, 2.0, True, True),
+        (1, 2.0, True, True),
+        # One GPU is enough where the learner takes none.
+        (0, 1.0, True, False),
+        (None, 0.0, False, False),
+        (0, 0.0, False, False),
+    ],
+)
+def test_learners_may_stay_on_the_cpu(
+    asked: int | None, gpus: float, replicas_on_gpu: bool, learners_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus, "CPU": 8.0})
+    base = settings_of()
+    session = RaySession(replace(base, learners=replace(base.learners, num_gpus_per_learner=asked)))
+    assert (session.on_gpu, session.learners_on_gpu) == (replicas_on_gpu, learners_on_gpu)
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "field"), [(1, 0.0, "learners.num_gpus_per_learner"), (1, 1.0, "resources.device")]
+)
+def test_gpus_for_learners_that_the_cluster_lacks(
+    asked: int, gpus: float, field: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus, "CPU": 8.0})
+    base = settings_of()
+    with pytest.raises(ConfigError) as caught:
+        RaySession._resolve_device(replace(base, learners=replace(base.learners, num_gpus_per_learner=asked)))
+    assert caught.value.field == field
+
+
 def test_a_trial_needs_the_room_of_all_its_actors() -> None:
     settings = settings_of(replicas=4, learners=2, rewards=3, cpus_per_replica=2.0, cpus_per_reward_worker=0.5)
     assert cpu_shares(settings, 64).total(settings) == 4 * 2.0 + 2 * 1.0 + 3 * 0.5

@@ -32,6 +32,12 @@ def test_gpus_of_replicas_and_learners_add_up(gpus: int, status: str) -> None:
     assert judged(settings, gpus=gpus).status == "ok"
 
 
+def test_learners_that_ask_for_gpus_where_there_are_none() -> None:
+    check = judged(Settings(learners=LearnerSettings(num_gpus_per_learner=1)))
+    assert check.status == "fail"
+    assert "learners.num_gpus_per_learner" in str(check.remedy)
+
+
 def test_reservations_beyond_the_cluster_would_wait_for_ever() -> None:
     settings = Settings(resources=ResourceSettings(cpus_per_replica=4, cpus_per_learner=5))
     assert judged(settings, cpus=8).status == "fail"

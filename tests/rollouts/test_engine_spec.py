@@ -12,7 +12,7 @@ from transformers import Qwen2Config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.engine_spec import engine_spec, eos_token_ids, max_prompt_tokens, weight_transfer
-from rlhf_ray.settings import ModelSettings, RolloutSettings
+from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 
 CONFIG = Qwen2Config(
     vocab_size=64,
@@ -27,10 +27,16 @@ CONFIG = Qwen2Config(
 MODEL = str(Path(__file__).parent)
 # Keys and values of 2 layers, 2 heads of size 8, in float32.
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
+DEFAULT = EvaluationSettings()
 
 
 def spec_of(
-    rollouts: RolloutSettings, *, config: Qwen2Config = CONFIG, on_gpu: bool = False, **overrides: Any
+    rollouts: RolloutSettings,
+    evaluation: EvaluationSettings = DEFAULT,
+    *,
+    config: Qwen2Config = CONFIG,
+    on_gpu: bool = False,
+    **overrides: Any,
 ) -> EngineSpec:
     arguments: dict[str, Any] = {
         "model_path": MODEL,
@@ -38,35 +44,62 @@ def spec_of(
         "prompt_tokens": 20,
         "groups_in_flight": 8,
         "seed": 3,
+        "learners_on_gpu": on_gpu,
         "dtype": "bfloat16" if on_gpu else "float32",
     }
-    return engine_spec(ModelSettings(), rollouts, config=config, on_gpu=on_gpu, **arguments | overrides)
+    return engine_spec(ModelSettings(), rollouts, evaluation, config=config, on_gpu=on_gpu, **arguments | overrides)
 
 
 # Lengths.
 
 
 def test_longest_prompt_is_what_the_context_leaves() -> None:
-    assert max_prompt_tokens(RolloutSettings(max_new_tokens=28), CONFIG) == 100
-    assert max_prompt_tokens(RolloutSettings(max_new_tokens=127), CONFIG) == 1
+    assert max_prompt_tokens(RolloutSettings(max_new_tokens=28), DEFAULT, CONFIG) == 100
+    assert max_prompt_tokens(RolloutSettings(max_new_tokens=127), DEFAULT, CONFIG) == 1
 
 
 def test_longest_prompt_may_be_set_lower() -> None:
-    assert max_prompt_tokens(RolloutSettings(max_new_tokens=28, max_prompt_tokens=40), CONFIG) == 40
-    assert max_prompt_tokens(RolloutSettings(max_new_tokens=28, max_prompt_tokens=100), CONFIG) == 100
+    assert max_prompt_tokens(RolloutSettings(max_new_tokens=28, max_prompt_tokens=40), DEFAULT, CONFIG) == 40
+    assert max_prompt_tokens(RolloutSettings(max_new_tokens=28, max_prompt_tokens=100), DEFAULT, CONFIG) == 100
 
 
 @pytest.mark.parametrize("max_new_tokens", [128, 500])
 def test_completions_that_fill_the_context_are_refused(max_new_tokens: int) -> None:
     with pytest.raises(ConfigError, match="context of 128") as caught:
-        max_prompt_tokens(RolloutSettings(max_new_tokens=max_new_tokens), CONFIG)
+        max_prompt_tokens(RolloutSettings(max_new_tokens=max_new_tokens), DEFAULT, CONFIG)
     assert (caught.value.field, caught.value.value) == ("rollouts.max_new_tokens", max_new_tokens)
 
 
 def test_a_prompt_longer_than_the_rest_of_the_context_is_refused() -> None:
     with pytest.raises(ConfigError, match="leaves 100") as caught:
-        max_prompt_tokens(RolloutSettings(max_new_tokens=28, max_prompt_tokens=101), CONFIG)
+        max_prompt_tokens(RolloutSettings(max_new_tokens=28, max_prompt_tokens=101), DEFAULT, CONFIG)
     assert (caught.value.field, caught.value.value) == ("rollouts.max_prompt_tokens", 101)
+
+
+def test_longer_completions_of_evaluation_have_room_too() -> None:
+    rollouts, evaluation = RolloutSettings(max_new_tokens=8), EvaluationSettings(max_new_tokens=28)
+    assert max_prompt_tokens(rollouts, evaluation, CONFIG) == 100
+    assert spec_of(rollouts, evaluation, prompt_tokens=20).engine_args["max_model_len"] == 48
+    # Shorter ones change nothing.
+    assert spec_of(RolloutSettings(max_new_tokens=12), EvaluationSettings(max_new_tokens=8)) == spec_of(
+        RolloutSettings(max_new_tokens=12)
+    )
+
+
+@pytest.mark.parametrize(
+    ("max_prompt_tokens_asked", "evaluation_tokens", "wrong", "named"),
+    [
+        (None, 128, ("evaluation.max_new_tokens", 128), "context of 128"),
+        (100, 40, ("rollouts.max_prompt_tokens", 100), "evaluation.max_new_tokens = 40 .* leaves 88"),
+    ],
+)
+def test_evaluation_that_does_not_fit_the_context_is_refused(
+    max_prompt_tokens_asked: int | None, evaluation_tokens: int, wrong: tuple[str, int], named: str
+) -> None:
+    rollouts = RolloutSettings(max_new_tokens=8, max_prompt_tokens=max_prompt_tokens_asked)
+    with pytest.raises(ConfigError, match=named) as caught:
+        max_prompt_tokens(rollouts, EvaluationSettings(max_new_tokens=evaluation_tokens), CONFIG)
+    assert (caught.value.field, caught.value.value) == wrong
 
 
 # What ends a completion.
@@ -187,17 +220,18 @@ def test_an_engine_over_several_gpus_runs_its_workers_on_ray() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "on_gpu", "resolved"),
+    ("setting", "on_gpu", "learners_on_gpu", "resolved"),
     [
-        ("auto", False, "shared_memory"),
-        ("auto", True, "nccl"),
-        ("shared_memory", True, "shared_memory"),
-        ("nccl", True, "nccl"),
+        ("auto", False, False, "shared_memory"),
+        ("auto", True, True, "nccl"),
+        ("auto", True, False, "shared_memory"),
+        ("shared_memory", True, True, "shared_memory"),
+        ("nccl", True, True, "nccl"),
     ],
 )
-def test_weight_transfer(setting: Any, on_gpu: bool, resolved: str) -> None:
-    assert weight_transfer(setting, on_gpu=on_gpu) == resolved
-    spec = spec_of(RolloutSettings(weight_transfer=setting), on_gpu=on_gpu)
+def test_weight_transfer(setting: Any, on_gpu: bool, learners_on_gpu: bool, resolved: str) -> None:
+    assert weight_transfer(setting, between_gpus=on_gpu and learners_on_gpu) == resolved
+    spec = spec_of(RolloutSettings(weight_transfer=setting), on_gpu=on_gpu, learners_on_gpu=learners_on_gpu)
     assert spec.weight_transfer == resolved
 
 

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.rollouts.engine import RolloutEngine
 from rlhf_ray.rollouts.engine_spec import engine_spec
-from rlhf_ray.settings import ModelSettings, RolloutSettings
+from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 from rlhf_ray.types import Prompt, SamplingSettings
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
 from rlhf_ray.weight_sync.manifest import WeightManifest
@@ -27,8 +27,10 @@ def test_an_engine_is_given_weights(transfer: str, monkeypatch: pytest.MonkeyPat
     spec = engine_spec(
         ModelSettings(),
         RolloutSettings(max_new_tokens=8, weight_transfer=transfer),
+        EvaluationSettings(),
         config=AutoConfig.from_pretrained(path),
         on_gpu=False,
+        learners_on_gpu=False,
         model_path=path,
         tokenizer_path=path,
         prompt_tokens=8,
