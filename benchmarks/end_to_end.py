@@ -11,24 +11,28 @@ rlhf_ray has its own defaults. TRL runs as fast as its settings let it: without 
 by default, and with the fastest of the microbatches of 8 (its default), 16, 32, 64 and 256 sequences.
 
 ``raw`` is what no system can avoid: a bare vLLM engine writes the same completions, then a bare PyTorch loop makes the
-same forward and backward passes over sequences of those lengths. TRL comes with ``pip install 'rlhf-ray[trl]'``.
+same forward and backward passes over sequences of those lengths. ``at once`` is the same two side by side, each on half
+of the cores and neither waiting for the other: what an asynchronous trainer would come to that costs nothing.
+TRL comes with ``pip install 'rlhf-ray[trl]'``.
 
-``core-s`` is the CPU time of all processes of a system. A system cannot take less than its core-seconds divided by the
-cores: for ``raw`` that is the limit of any trainer that overlaps the two perfectly and costs nothing itself.
+``core-s`` is the CPU time of all processes of a system, threads that spin while they wait included.
 
-    python benchmarks/end_to_end.py [--regimes short] [--systems sync async trl raw] [--steps 6]
+    python benchmarks/end_to_end.py [--regimes short] [--systems sync async trl raw "at once"] [--steps 6]
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +46,9 @@ LR = 1e-9
 """The model stays as it is, and so do the lengths that it writes."""
 MEASURING = "measuring"
 """File in the folder: the warm-up is over."""
+TOGETHER = "together"
+"""File in the folder: both raw stages run at once, for as many seconds as it says."""
+RAW_STAGES = ("raw generation", "raw training")
 Figures = dict[str, float]
 
 
@@ -196,13 +203,49 @@ def raw(regime: Regime, folder: Path, steps: int) -> Figures:
     }
 
 
+def at_once(regime: Regime, folder: Path, steps: int) -> Figures:
+    """Both side by side for as long as the steps take one after the other; the slower one's step counts."""
+    serial = raw(regime, folder, steps)
+    (folder / TOGETHER).write_text(str(steps * serial["step_s"]))
+    with ThreadPoolExecutor(2) as pool:
+        generation, training = pool.map(lambda stage: in_process(stage, regime, folder, steps), RAW_STAGES)
+    return {
+        "step_s": max(generation["step_s"], training["step_s"]),
+        "core_s": generation["core_s"] + training["core_s"],
+        "tokens": generation["tokens"],
+        "generation_s": generation["step_s"],
+        "training_s": training["step_s"],
+    }
+
+
+def raw_steps(stage: str, folder: Path, steps: int) -> Iterator[int]:
+    """Numbers of steps, the warm-up's first; where both stages run at once, as many as fit in their time."""
+    yield from range(WARM_UP)
+    (folder / MEASURING).touch()
+    if not (folder / TOGETHER).exists():
+        yield from range(WARM_UP, WARM_UP + steps)
+        return
+    seconds = float((folder / TOGETHER).read_text())
+    (folder / f"{stage} is warm").touch()
+    while not all((folder / f"{other} is warm").exists() for other in RAW_STAGES):
+        time.sleep(0.01)
+    ends = time.perf_counter() + seconds
+    for number in itertools.count(WARM_UP):
+        if time.perf_counter() >= ends:
+            return
+        yield number
+
+
+def raw_threads(folder: Path, alone: int) -> int:
+    """Threads of a raw stage: ``alone``, or half of the cores beside the other one."""
+    return max(1, (os.cpu_count() or 1) // 2) if (folder / TOGETHER).exists() else alone
+
+
 def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
     """Mean seconds of ``LLM.generate``; leaves the lengths in ``lengths.json``."""
-    import os
-
     os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "TORCHDYNAMO_DISABLE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     # The engine's is one of two processes: with all cores it takes 1.4 times as long on two.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) - 1))
+    os.environ["OMP_NUM_THREADS"] = str(raw_threads(folder, max(1, (os.cpu_count() or 1) - 1)))
     from vllm import LLM, SamplingParams
 
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
@@ -216,12 +259,9 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
     )
-    seconds, lengths, busy = [], [], 0.0
-    for step in range(WARM_UP + steps):
-        if step == WARM_UP:
-            (folder / MEASURING).touch()
-            busy = core_seconds()
-        numbers = range(step * regime.prompts, (step + 1) * regime.prompts)
+    seconds, busy, lengths = [], [], []
+    for step in raw_steps("raw generation", folder, steps):
+        numbers = [number % len(prompts) for number in range(step * regime.prompts, (step + 1) * regime.prompts)]
         asked = [prompts[number] for number in numbers]
         params = [
             SamplingParams(
@@ -237,21 +277,22 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
             )
             for number in numbers
         ]
-        started = time.perf_counter()
+        taken, started = core_seconds(), time.perf_counter()
         answers = engine.generate(asked, params, use_tqdm=False)
         seconds.append(time.perf_counter() - started)
+        busy.append(core_seconds() - taken)
         lengths.append([len(choice.token_ids) for answer in answers for choice in answer.outputs])
-    busy = core_seconds() - busy
-    (folder / "lengths.json").write_text(json.dumps(lengths[-1]))
+    (folder / "lengths.json").write_text(json.dumps(lengths[WARM_UP]))
     return {
         "step_s": statistics.mean(seconds[WARM_UP:]),
-        "core_s": busy / steps,
+        "core_s": statistics.mean(busy[WARM_UP:]),
         "tokens": statistics.mean(sum(one) for one in lengths[WARM_UP:]),
     }
 
 
 def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
     """Mean seconds of the learner's passes in bare PyTorch, on its own microbatches of such lengths."""
+    os.environ["OMP_NUM_THREADS"] = str(raw_threads(folder, os.cpu_count() or 1))
     import numpy as np
     from bare_loop import BareLoop, sequences_of, split
 
@@ -260,15 +301,15 @@ def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
     batch = sequences_of(6, np.asarray(json.loads((folder / "lengths.json").read_text()), dtype=np.int32))
     _, _, minibatches = split(batch, num_minibatches=1, max_tokens=LearnerSettings().max_tokens_per_microbatch)
     bare = BareLoop(str(folder / "model"), critic=False)
-    for _ in range(WARM_UP):
+    seconds, busy = [], []
+    for _ in raw_steps("raw training", folder, steps):
+        taken, started = core_seconds(), time.perf_counter()
         bare.planned(minibatches)
-    (folder / MEASURING).touch()
-    busy, started = core_seconds(), time.perf_counter()
-    for _ in range(steps):
-        bare.planned(minibatches)
+        seconds.append(time.perf_counter() - started)
+        busy.append(core_seconds() - taken)
     return {
-        "step_s": (time.perf_counter() - started) / steps,
-        "core_s": (core_seconds() - busy) / steps,
+        "step_s": statistics.mean(seconds[WARM_UP:]),
+        "core_s": statistics.mean(busy[WARM_UP:]),
         "tokens": float(batch.completion_lengths.sum()),
     }
 
@@ -278,6 +319,7 @@ STAGES: dict[str, Callable[[Regime, Path, int], Figures]] = {
     "async": lambda regime, folder, steps: ours(regime, folder, steps, staleness=STALENESS),
     "trl": trl,
     "raw": raw,
+    "at once": at_once,
     "raw generation": raw_generation,
     "raw training": raw_training,
 }
@@ -342,8 +384,15 @@ def report(name: str, regime: Regime, found: dict[str, Figures]) -> dict[str, fl
         rate = figures["tokens"] / step
         print(f"{system:<8}{step:>10.2f}{figures['core_s']:>8.2f}{samples / step:>11.1f}{rate:>10.0f}{peak:>9.1f}")
     rates = {system: figures["tokens"] / figures["step_s"] for system, figures in found.items()}
-    pairs = [("sync", "trl"), ("async", "trl"), ("sync", "raw"), ("async", "raw")]
-    ratios = {f"{ours} / {other}": rates[ours] / rates[other] for ours, other in pairs if {ours, other} <= rates.keys()}
+    pairs = [
+        ("sync", "trl"),
+        ("async", "trl"),
+        ("sync", "raw"),
+        ("async", "raw"),
+        ("at once", "trl"),
+        ("async", "at once"),
+    ]
+    ratios = {f"{one} / {other}": rates[one] / rates[other] for one, other in pairs if {one, other} <= rates.keys()}
     for pair, ratio in ratios.items():
         print(f"{pair} in tokens/s: {ratio:.2f}")
     return ratios
@@ -353,7 +402,7 @@ def main() -> None:
     """Run every system in turn, print tables, write results/end_to_end.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
-    parser.add_argument("--systems", nargs="+", default=["raw", "sync", "async", "trl"])
+    parser.add_argument("--systems", nargs="+", default=["raw", "at once", "sync", "async", "trl"])
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
