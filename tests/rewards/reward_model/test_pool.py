@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
+from ray.exceptions import RayActorError
 
 from rlhf_ray import RewardModelReward
 from rlhf_ray.errors import ConfigError, RewardError
@@ -69,6 +70,14 @@ def named(prefix: str) -> list[str]:
     """Names of the actors that are alive."""
     every = ray.util.list_named_actors(all_namespaces=True)
     return [actor["name"] for actor in every if actor["name"].startswith(prefix)]
+
+
+def wait_until_dead(actor: Any) -> None:
+    """``ray.kill`` returns before its actor is dead, which may still answer a call or begin one."""
+    deadline = time.monotonic() + 10.0
+    with pytest.raises(RayActorError):
+        while time.monotonic() < deadline:
+            ray.get(actor.ready.remote(), timeout=10.0)
 
 
 TEXTS = [[f"{a}" * (a % 7 + 1), f"{a + 1}"] for a in range(30)]
@@ -168,6 +177,8 @@ def test_actors_that_died_together_cost_no_group(tokenizer: Any, group_of: Group
     with started(tokenizer, "unused", num_workers=3) as pool:
         for actor in pool._actors.values():
             ray.kill(actor)
+        for actor in pool._actors.values():
+            wait_until_dead(actor)
         assert [type(outcome) for outcome in score_all(pool, [group_of(["a"])])] == [Scores]
 
 
