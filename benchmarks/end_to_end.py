@@ -12,7 +12,8 @@ by default, and with the fastest of the microbatches of 8 (its default), 16, 32,
 
 ``raw`` is what no system can avoid: a bare vLLM engine writes the same completions, then a bare PyTorch loop makes the
 same forward and backward passes over sequences of those lengths. ``at once`` is the same two side by side, each on half
-of the cores and neither waiting for the other: what an asynchronous trainer would come to that costs nothing.
+of the cores and neither waiting for the other, with all prompts handed to the engine together: what an asynchronous
+trainer would come to that costs nothing.
 TRL comes with ``pip install 'rlhf-ray[trl]'``.
 
 ``core-s`` is the CPU time of all processes of a system, threads that spin while they wait included.
@@ -23,7 +24,6 @@ TRL comes with ``pip install 'rlhf-ray[trl]'``.
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -31,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +47,7 @@ LR = 1e-9
 MEASURING = "measuring"
 """File in the folder: the warm-up is over."""
 TOGETHER = "together"
-"""File in the folder: both raw stages run at once, for as many seconds as it says."""
+"""File in the folder: both raw stages run at once."""
 RAW_STAGES = ("raw generation", "raw training")
 Figures = dict[str, float]
 
@@ -204,9 +204,9 @@ def raw(regime: Regime, folder: Path, steps: int) -> Figures:
 
 
 def at_once(regime: Regime, folder: Path, steps: int) -> Figures:
-    """Both side by side for as long as the steps take one after the other; the slower one's step counts."""
-    serial = raw(regime, folder, steps)
-    (folder / TOGETHER).write_text(str(steps * serial["step_s"]))
+    """As many steps of both, side by side; the one that ends last counts."""
+    in_process("raw generation", regime, folder, 1)  # the lengths
+    (folder / TOGETHER).touch()
     with ThreadPoolExecutor(2) as pool:
         generation, training = pool.map(lambda stage: in_process(stage, regime, folder, steps), RAW_STAGES)
     return {
@@ -218,22 +218,13 @@ def at_once(regime: Regime, folder: Path, steps: int) -> Figures:
     }
 
 
-def raw_steps(stage: str, folder: Path, steps: int) -> Iterator[int]:
-    """Numbers of steps, the warm-up's first; where both stages run at once, as many as fit in their time."""
-    yield from range(WARM_UP)
+def end_warm_up(stage: str, folder: Path) -> None:
+    """Of a raw stage; where both run at once they wait for each other."""
     (folder / MEASURING).touch()
-    if not (folder / TOGETHER).exists():
-        yield from range(WARM_UP, WARM_UP + steps)
-        return
-    seconds = float((folder / TOGETHER).read_text())
-    (folder / f"{stage} is warm").touch()
-    while not all((folder / f"{other} is warm").exists() for other in RAW_STAGES):
-        time.sleep(0.01)
-    ends = time.perf_counter() + seconds
-    for number in itertools.count(WARM_UP):
-        if time.perf_counter() >= ends:
-            return
-        yield number
+    if (folder / TOGETHER).exists():
+        (folder / f"{stage} is warm").touch()
+        while not all((folder / f"{other} is warm").exists() for other in RAW_STAGES):
+            time.sleep(0.01)
 
 
 def raw_threads(folder: Path, alone: int) -> int:
@@ -248,20 +239,25 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
     os.environ["OMP_NUM_THREADS"] = str(raw_threads(folder, max(1, (os.cpu_count() or 1) - 1)))
     from vllm import LLM, SamplingParams
 
+    together = (folder / TOGETHER).exists()
     prompts = [json.loads(line)["prompt"] for line in (folder / "prompts.jsonl").read_text().splitlines()]
     engine = LLM(
         model=str(folder / "model"),
         dtype="float32",
         max_model_len=16 + regime.max_new_tokens,
-        max_num_seqs=regime.prompts * regime.group_size,
+        max_num_seqs=regime.prompts * regime.group_size * (1 + together * STALENESS),
         enforce_eager=True,
         kv_cache_memory_bytes=2**31,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
     )
     seconds, busy, lengths = [], [], []
-    for step in raw_steps("raw generation", folder, steps):
-        numbers = [number % len(prompts) for number in range(step * regime.prompts, (step + 1) * regime.prompts)]
+    turns = [range(step * regime.prompts, (step + 1) * regime.prompts) for step in range(WARM_UP + steps)]
+    if together:
+        turns[WARM_UP:] = [range(turns[WARM_UP].start, turns[-1].stop)]
+    for turn, numbers in enumerate(turns):
+        if turn == WARM_UP:
+            end_warm_up("raw generation", folder)
         asked = [prompts[number] for number in numbers]
         params = [
             SamplingParams(
@@ -282,11 +278,12 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
         seconds.append(time.perf_counter() - started)
         busy.append(core_seconds() - taken)
         lengths.append([len(choice.token_ids) for answer in answers for choice in answer.outputs])
-    (folder / "lengths.json").write_text(json.dumps(lengths[WARM_UP]))
+    if not together:
+        (folder / "lengths.json").write_text(json.dumps(lengths[-1]))
     return {
-        "step_s": statistics.mean(seconds[WARM_UP:]),
-        "core_s": statistics.mean(busy[WARM_UP:]),
-        "tokens": statistics.mean(sum(one) for one in lengths[WARM_UP:]),
+        "step_s": sum(seconds[WARM_UP:]) / steps,
+        "core_s": sum(busy[WARM_UP:]) / steps,
+        "tokens": sum(map(sum, lengths[WARM_UP:])) / steps,
     }
 
 
@@ -301,15 +298,15 @@ def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
     batch = sequences_of(6, np.asarray(json.loads((folder / "lengths.json").read_text()), dtype=np.int32))
     _, _, minibatches = split(batch, num_minibatches=1, max_tokens=LearnerSettings().max_tokens_per_microbatch)
     bare = BareLoop(str(folder / "model"), critic=False)
-    seconds, busy = [], []
-    for _ in raw_steps("raw training", folder, steps):
-        taken, started = core_seconds(), time.perf_counter()
+    for _ in range(WARM_UP):
         bare.planned(minibatches)
-        seconds.append(time.perf_counter() - started)
-        busy.append(core_seconds() - taken)
+    end_warm_up("raw training", folder)
+    busy, started = core_seconds(), time.perf_counter()
+    for _ in range(steps):
+        bare.planned(minibatches)
     return {
-        "step_s": statistics.mean(seconds[WARM_UP:]),
-        "core_s": statistics.mean(busy[WARM_UP:]),
+        "step_s": (time.perf_counter() - started) / steps,
+        "core_s": (core_seconds() - busy) / steps,
         "tokens": float(batch.completion_lengths.sum()),
     }
 

@@ -112,11 +112,6 @@ class Schedule:
         return (self.iterations - self.critic_warmup_iterations) * self.optimiser_steps
 
     @property
-    def total_prompts(self) -> int:
-        """Prompts of the run, repeats over epochs of the dataset included."""
-        return self.iterations * self.prompts
-
-    @property
     def total_completions(self) -> int:
         """Completions of the run, evaluations left out."""
         return self.iterations * self.completions

@@ -421,6 +421,12 @@ def _check_checkpointing(settings: Settings) -> None:
         return
     if settings.evaluation.interval == 0:
         raise ConfigError("checkpointing.best_metric", best, "set evaluation.interval, or it is never measured")
+    if checkpointing.interval % settings.evaluation.interval:
+        remedy = (
+            f"with evaluation.interval = {settings.evaluation.interval} checkpoints are made that nothing measures; "
+            "make checkpointing.interval a multiple of it"
+        )
+        raise ConfigError("checkpointing.interval", checkpointing.interval, remedy)
     names = [held_out.name for held_out in held_out_sets(settings.data)]
     if names and not any(best.startswith(f"evaluation/{name}/") for name in names):
         raise ConfigError("checkpointing.best_metric", best, f"there is no such held-out set; use {' or '.join(names)}")

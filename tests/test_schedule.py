@@ -35,7 +35,6 @@ def test_counts_of_an_uneven_run() -> None:
     assert plan.optimiser_steps == 8
     assert plan.total_optimiser_steps == 88
     assert plan.policy_optimiser_steps == 64  # 8 iterations after the warm-up
-    assert plan.total_prompts == 55
     assert plan.total_completions == 165
     assert plan.evaluations == 2  # after iterations 4 and 8
     assert plan.checkpoints == 1

@@ -27,6 +27,7 @@ from rlhf_ray.algorithms.assembly import (
 from rlhf_ray.algorithms.iteration_result import iteration_result
 from rlhf_ray.algorithms.ray_session import RaySession
 from rlhf_ray.algorithms.resuming import RunStart, checkpoint_store, open_run, open_trial_run, resolved_yaml
+from rlhf_ray.algorithms.run_counts import RunCounts
 from rlhf_ray.algorithms.trial import TRIAL_CPUS, Trial, same_parts
 from rlhf_ray.algorithms.trial_storage import folder_to_read, folder_to_write
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
@@ -72,6 +73,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._parts: Parts | None = None
         self._newest_evaluation: dict[str, dict[str, Any]] | None = None
         self.policy_version = 0
+        self._rewinds = 0
         super().__init__(config=config, storage=storage)
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -142,7 +144,6 @@ class Algorithm(Trainable):  # type: ignore[misc]
             policy_version=version + 1,
             weight_sync_s=parts.publications.held_up_s,
             iteration_s=iteration_s,
-            dropped_prompts=self._inputs.prompts.dropped,
         )
 
     def step(self) -> dict[str, Any]:
@@ -168,7 +169,9 @@ class Algorithm(Trainable):  # type: ignore[misc]
         if _due(interval, number) or (interval > 0 and result["done"]):
             self._save_beside_training(number, result, time_total_s=self._time_total + time.perf_counter() - started)
         self._tell_of_checkpoints()
-        result["fault_tolerance"] |= self._survived()
+        counts = self._counts.totals()
+        result["rollouts"]["dropped_prompts"] = counts.pop("dropped_prompts")
+        result["fault_tolerance"] = counts
         if self.settings.callbacks.on_train_result is not None:
             self.settings.callbacks.on_train_result(algorithm=self, result=result)
         return result
@@ -217,6 +220,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
     def _continue_from(self, checkpoint: Checkpoint, version: int | None = None) -> None:
         """Take everything from a checked checkpoint, and call its policy ``version`` where that is given."""
         parts, state = self._running(), checkpoint.state()
+        if version is None:
+            self._counts.go_on_from(state.counts)
         version = state.policy_version if version is None else version
         self._writer.settle()
         parts.publications.settle()
@@ -347,6 +352,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._writer.settle()
         parts.publications.settle()
         parts.controller.resume(0)
+        self._counts.go_on_from({})
         parts.learners.renew(learner_spec(self.settings, self._inputs, parts.session))
         self._inputs.prompts.restore(self._first_position)
         parts.publications.publish(0, beside=False)
@@ -377,6 +383,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._session = RaySession(self.settings, self._trial)
         self._parts = start_parts(self.settings, inputs, self._directory, self._reporters, self._session)
         self._writer = CheckpointWriter(self._parts.learners)
+        self._counts = RunCounts(self._counted_here)
         self._reporters.phase("ready")
 
     def _running(self) -> Parts:
@@ -461,6 +468,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
             time_total_s=time_total_s,
             prompt_position=self._running().controller.prompt_position(self._inputs.prompts, self.policy_version),
             score=score,
+            counts=self._counts.totals(),
         )
 
     def _rewind(self, error: StateLostError) -> None:
@@ -475,13 +483,17 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._reporters = ReporterSet.from_settings(self.settings)
         self._reporters.start(self.settings, self._directory)
         self._continue_from(checkpoint, version=self.policy_version + 1)
+        self._rewinds += 1
 
-    def _survived(self) -> dict[str, int]:
+    def _counted_here(self) -> dict[str, int]:
         parts = self._running()
         return {
+            "dropped_prompts": self._inputs.prompts.dropped,
+            "group_retries": parts.controller.retries,
             "reward_workers_replaced": parts.rewards.workers_replaced,
             "replica_restarts": parts.publications.new_replicas,
             "learner_restarts": parts.learners.restarts,
+            "rewinds": self._rewinds,
             "failed_checkpoints": self._writer.failed,
         }
 

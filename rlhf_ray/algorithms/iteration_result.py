@@ -28,7 +28,6 @@ def iteration_result(
     policy_version: int,
     weight_sync_s: float,
     iteration_s: float,
-    dropped_prompts: int,
 ) -> dict[str, Any]:
     """Assemble the result of one iteration.
 
@@ -41,7 +40,6 @@ def iteration_result(
         policy_version: The version that this update made.
         weight_sync_s: Seconds for which weight sync held training up.
         iteration_s: Seconds of the whole iteration.
-        dropped_prompts: Over-long prompts so far.
     """
     timers = {name: figures[name] for name in _TIMERS}
     learner_s = sum(timers.values())
@@ -49,7 +47,6 @@ def iteration_result(
     return {
         "rollouts": _rollout_metrics(collected, batch)
         | {
-            "dropped_prompts": dropped_prompts,
             "equal_reward_groups": collected.equal_reward_groups,
             "carried_groups": collected.carried_groups,
         },
@@ -76,7 +73,6 @@ def iteration_result(
             "weight_sync_s": weight_sync_s,
             "iteration_s": iteration_s,
         },
-        "fault_tolerance": {"group_retries": collected.retries},
     }
 
 

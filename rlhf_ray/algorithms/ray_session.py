@@ -18,7 +18,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.functions import reward_models
 from rlhf_ray.settings import Settings
 
-__all__ = ["RaySession", "Shares", "cpu_shares"]
+__all__ = ["RaySession", "Shares", "cpu_shares", "resolve_device"]
 
 _LOG = logging.getLogger(__name__)
 # How long workers have to end after their raylet.
@@ -84,6 +84,41 @@ def cpu_shares(settings: Settings, cluster_cpus: float) -> Shares:
     return Shares(replica=replica, learner=learner, reward_worker=reward_worker)
 
 
+def resolve_device(settings: Settings, gpus: float) -> bool:
+    """Whether replicas run on GPUs, in a cluster that has ``gpus``.
+
+    Raises:
+        ConfigError: The run asks for more than that.
+    """
+    on_gpu = settings.resources.device == "cuda" or (settings.resources.device == "auto" and gpus > 0)
+    if settings.learners.num_gpus_per_learner and not on_gpu:
+        raise ConfigError(
+            "learners.num_gpus_per_learner",
+            settings.learners.num_gpus_per_learner,
+            "the cluster has no GPUs; leave it out, or set resources.ray_address to a cluster that has some",
+        )
+    needed = _gpus_needed(settings)
+    if on_gpu and needed > gpus:
+        raise ConfigError(
+            "resources.device",
+            settings.resources.device,
+            f"{settings.rollouts.num_replicas} replicas of {settings.rollouts.tensor_parallel_size} GPUs and "
+            f"{settings.learners.num_learners} learners need {needed} GPUs, the cluster has {gpus:g}; lower "
+            "rollouts.num_replicas or learners.num_learners, or set learners.num_gpus_per_learner = 0 or "
+            "resources.device = cpu",
+        )
+    of_models = _gpus_of_models(settings, on_gpu=on_gpu)
+    free = gpus - (needed if on_gpu else 0)
+    if of_models > free:
+        raise ConfigError(
+            "rewards.functions",
+            [model.path for model in reward_models(settings.rewards)],
+            f"the reward models need {of_models:g} GPUs, and replicas and learners leave {free:g} of the cluster's "
+            f"{gpus:g}; lower num_gpus (0: on CPUs) or num_workers of the reward models",
+        )
+    return on_gpu
+
+
 class RaySession:
     """A connection to Ray.
 
@@ -118,7 +153,7 @@ class RaySession:
                 configure_logging=True,
             )
         self._quieten(settings.debugging.log_level)
-        self.on_gpu = self._resolve_device(settings)
+        self.on_gpu = resolve_device(settings, ray.cluster_resources().get("GPU", 0.0))
         """Whether replicas run on GPUs."""
         self.learners_on_gpu = self.on_gpu and settings.learners.num_gpus_per_learner != 0
         """Whether learners run on GPUs."""
@@ -156,37 +191,6 @@ class RaySession:
     def _quieten(level: str) -> None:
         for name in ("ray.serve", "ray.data", "ray.train"):
             logging.getLogger(name).setLevel(level)
-
-    @staticmethod
-    def _resolve_device(settings: Settings) -> bool:
-        gpus = ray.cluster_resources().get("GPU", 0.0)
-        on_gpu = settings.resources.device == "cuda" or (settings.resources.device == "auto" and gpus > 0)
-        if settings.learners.num_gpus_per_learner and not on_gpu:
-            raise ConfigError(
-                "learners.num_gpus_per_learner",
-                settings.learners.num_gpus_per_learner,
-                "the cluster has no GPUs; leave it out, or set resources.ray_address to a cluster that has some",
-            )
-        needed = _gpus_needed(settings)
-        if on_gpu and needed > gpus:
-            raise ConfigError(
-                "resources.device",
-                settings.resources.device,
-                f"{settings.rollouts.num_replicas} replicas of {settings.rollouts.tensor_parallel_size} GPUs and "
-                f"{settings.learners.num_learners} learners need {needed} GPUs, the cluster has {gpus:g}; lower "
-                "rollouts.num_replicas or learners.num_learners, or set learners.num_gpus_per_learner = 0 or "
-                "resources.device = cpu",
-            )
-        of_models = _gpus_of_models(settings, on_gpu=on_gpu)
-        free = gpus - (needed if on_gpu else 0)
-        if of_models > free:
-            raise ConfigError(
-                "rewards.functions",
-                [model.path for model in reward_models(settings.rewards)],
-                f"the reward models need {of_models:g} GPUs, and replicas and learners leave {free:g} of the cluster's "
-                f"{gpus:g}; lower num_gpus (0: on CPUs) or num_workers of the reward models",
-            )
-        return on_gpu
 
 
 def _names_a_cluster(address: str | None) -> bool:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import DataError
@@ -36,6 +36,8 @@ class CheckpointState:
     prompt_position: PromptPosition
     score: float | None = None
     """``checkpointing.best_metric`` when it was written; none: there was no such figure."""
+    counts: Mapping[str, int] = field(default_factory=dict)
+    """What was counted since the run began: dropped prompts, and faults that it survived."""
 
 
 @dataclass(frozen=True, slots=True)

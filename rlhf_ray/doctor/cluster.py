@@ -16,7 +16,7 @@ __all__ = ["check_ray", "judge_resources"]
 _TIMEOUT_S = 120.0
 
 
-def check_ray(settings: Settings, *, on_gpu: bool) -> Check:
+def check_ray(settings: Settings) -> Check:
     """Start or join Ray in a process of its own and look at its resources."""
     address = settings.resources.ray_address or os.environ.get("RAY_ADDRESS")
     try:
@@ -26,42 +26,30 @@ def check_ray(settings: Settings, *, on_gpu: bool) -> Check:
             return failed("Ray", f"cannot start: {failure.reason}", f"read {failure.log}")
         remedy = f"start it there (ray start --head) or correct resources.ray_address; read {failure.log}"
         return failed("Ray", f"{address} cannot be joined: {failure.reason}", remedy)
-    return judge_resources(settings, found, address=address, on_gpu=on_gpu)
+    return judge_resources(settings, found, address=address)
 
 
-def judge_resources(settings: Settings, found: Mapping[str, float], *, address: str | None, on_gpu: bool) -> Check:
+def judge_resources(settings: Settings, found: Mapping[str, float], *, address: str | None) -> Check:
     """Compare a cluster's resources with those that the settings reserve.
 
     Args:
         settings: The run's settings.
         found: ``ray.cluster_resources()``.
         address: Where the cluster is; none: started here.
-        on_gpu: Whether replicas and learners ask for GPUs.
     """
-    from rlhf_ray.algorithms.ray_session import cpu_shares
+    from rlhf_ray.algorithms.ray_session import cpu_shares, resolve_device
 
     cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
     place = "starts here" if address is None else f"joined {address}"
     store = in_units(found.get("object_store_memory", 0.0))
     detail = f"{place}: {cpus:g} CPUs, {gpus:g} GPUs, {store} object store"
-    wanted_gpus = _gpus(settings) if on_gpu else 0.0
-    if settings.learners.num_gpus_per_learner and not on_gpu:
-        return failed("Ray", f"{detail}; the learners ask for GPUs", "leave learners.num_gpus_per_learner out")
-    if wanted_gpus > gpus:
-        remedy = "lower rollouts.num_replicas or learners.num_learners, or set learners.num_gpus_per_learner=0"
-        return failed("Ray", f"{detail}; the run asks for {wanted_gpus:g} GPUs", remedy)
     try:
+        resolve_device(settings, gpus)
         shares = cpu_shares(settings, cpus)
     except ConfigError as error:
-        return failed("Ray", f"{detail}; {error.field} ask for {error.value:g}", error.remedy)
+        return failed("Ray", f"{detail}; {error.field} = {error.value!r}", error.remedy)
     reserved = f"{shares.replica:g} a replica, {shares.learner:g} a learner, {shares.reward_worker:g} a reward worker"
     return passed("Ray", f"{detail}; CPUs reserved: {reserved}")
-
-
-def _gpus(settings: Settings) -> float:
-    each = settings.learners.num_gpus_per_learner
-    learners = settings.learners.num_learners * (1.0 if each is None else each)
-    return settings.rollouts.num_replicas * settings.rollouts.tensor_parallel_size + learners
 
 
 def _look(address: str | None) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     yield check_gpus(settings, machine, torch_sees=_torch_gpus())
     on_gpu = settings.resources.device == "cuda" or (settings.resources.device == "auto" and bool(machine.gpus))
     say("starting Ray")
-    yield check_ray(settings, on_gpu=on_gpu)
+    yield check_ray(settings)
     say("reading the model")
     policy_check, policy = _policy(settings)
     yield policy_check

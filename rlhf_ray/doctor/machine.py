@@ -18,6 +18,8 @@ _GIB = 1024**3
 _SHARED_MEMORY = Path("/dev/shm")
 _LEAST_SHARED_MEMORY = _GIB // 2
 _LEAST_OPEN_FILES = 4096
+# An idle GPU's driver and display hold less than the rest; an engine asks for 0.9 of it.
+_MOSTLY_FREE = 0.9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,10 @@ def check_gpus(settings: Settings, machine: Machine, *, torch_sees: int) -> Chec
     if torch_sees == 0:
         remedy = "install the CUDA builds (rlhf-ray[gpu]), or set resources.device=cpu"
         return failed(name, f"{detail}, but this torch sees none", remedy)
+    if busy := [index for index, gpu in enumerate(gpus) if gpu.free_bytes < _MOSTLY_FREE * gpu.memory_bytes]:
+        free = ", ".join(f"GPU {index}: {in_units(gpus[index].free_bytes)} free" for index in busy)
+        remedy = "end what holds their memory (nvidia-smi), or hide them with CUDA_VISIBLE_DEVICES"
+        return warned(name, f"{detail}; in use: {free}", remedy)
     return passed(name, detail)
 
 

@@ -158,7 +158,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/padding_fraction", "fraction", "padding / (padding + tokens) in the microbatches"),
     Metric("learner/idle_fraction", "fraction", "1 - (timers/advantage_s + timers/update_s) / timers/iteration_s"),
     Metric("learner/tokens_per_s", "tokens/s", "learner/num_tokens / (timers/advantage_s + timers/update_s)"),
-    Metric("learner/policy_version", "versions", "updates applied since the run began"),
+    Metric("learner/policy_version", "versions", "updates applied since the run began, and one more for each rewind"),
     # Where the time went.
     Metric("timers/rollout_s", "s", "from asking for groups until the last completion of the batch arrived"),
     Metric("timers/reward_s", "s", "from the last completion until the last reward: what rewards add to the rollout"),
@@ -191,13 +191,14 @@ METRICS: tuple[Metric, ...] = (
     Metric("evaluation/<dataset>/failures", "prompts", "held-out prompts whose reward failed; left out of the others"),
     Metric("evaluation/<dataset>/completion_tokens_mean", "tokens", "mean completion length, EOS included"),
     Metric("evaluation/<dataset>/truncated_fraction", "fraction", "truncated completions / completions"),
-    # What went wrong and was survived, since the run began.
+    # What went wrong and was survived, since the run began, before it was resumed too.
     Metric("fault_tolerance/group_retries", "groups", "groups sent again because their replica died"),
     Metric("fault_tolerance/reward_workers_replaced", "actors", "reward actors killed for time or found dead"),
     Metric("fault_tolerance/failed_checkpoints", "checkpoints", "checkpoints that could not be written"),
     Metric("fault_tolerance/replica_restarts", "restarts", "rollout replicas that Serve started again"),
     Metric("fault_tolerance/learner_restarts", "restarts", "times the learner group was started again"),
-    Metric("reporting/failures", "calls", "calls of a reporter that raised since the run began"),
+    Metric("fault_tolerance/rewinds", "rewinds", "times the run went back to its newest checkpoint"),
+    Metric("reporting/failures", "calls", "calls of a reporter that raised since the run was started or resumed"),
 )
 
 # Tune adds these to every result; they say which process ran, not how the training goes.

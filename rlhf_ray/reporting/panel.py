@@ -189,6 +189,7 @@ _ROWS: tuple[tuple[str, tuple[tuple[str, str, Callable[[float], str]], ...]], ..
         "seconds",
         (
             ("rollout", "timers/rollout_s", _seconds),
+            ("reward", "timers/reward_s", _seconds),
             ("advantage", "timers/advantage_s", _seconds),
             ("update", "timers/update_s", _seconds),
             ("sync", "timers/weight_sync_s", _seconds),
@@ -204,6 +205,7 @@ def _troubles(progress: Progress) -> str:
         ("groups resent", "fault_tolerance/group_retries"),
         ("replica restarts", "fault_tolerance/replica_restarts"),
         ("learner restarts", "fault_tolerance/learner_restarts"),
+        ("rewinds", "fault_tolerance/rewinds"),
         ("reporter failures", "reporting/failures"),
     )
     return "  ".join(f"{name} {total:.0f}" for name, prefix in counts if (total := progress.total(prefix)))

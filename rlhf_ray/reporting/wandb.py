@@ -74,16 +74,7 @@ class WandbReporter(Reporter):
         if self._run is None:
             raise RuntimeError("report_completions() before start()")
         table = wandb.Table(columns=["prompt", "completion", "reward", "finish_reason"])
-        rows = (
-            (
-                _text(scored.group.prompt.text),
-                scored.texts[index],
-                float(scored.rewards[index]),
-                completion.finish_reason,
-            )
-            for scored in groups
-            for index, completion in enumerate(scored.group.completions)
-        )
+        rows = itertools.chain.from_iterable(map(_rows, groups))
         for row in itertools.islice(rows, _MOST_ROWS):
             table.add_data(*row)
         self._run.log({"completions": table}, step=step, commit=False)

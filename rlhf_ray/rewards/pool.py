@@ -121,7 +121,6 @@ class RewardPool:
         self._slots = self._concurrency + (1 if settings.num_workers == 1 else 0)
         source = tokenizer_path if tokenizer is None else pack(tokenizer, defined_by=tokenizer)
         self._worker_arguments = (pack_rewards(rewards), source, trust_remote_code, part_of_sum)
-        self._last_failure: RewardFailure | None = None
         self._workers: list[_Worker] = []
         self._waiting: deque[_Request] = deque()
         # One entry a free slot, oldest first.
@@ -180,14 +179,6 @@ class RewardPool:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
-
-    def failures_message(self) -> str:
-        """How many groups failed and why, with the last failure's own words; for the error that ends a run."""
-        if self._last_failure is None:
-            return "no reward failed"
-        failures, last = self.failures.copy(), self._last_failure
-        kinds = ", ".join(f"{count} {kind}" for kind, count in failures.most_common())
-        return f"{failures.total()} groups could not be scored ({kinds}); the last, {last.group_id}: {last.message}"
 
     async def _score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
         if self._closed is not None:
@@ -418,7 +409,6 @@ class RewardPool:
     def _count(self, failure: RewardFailure) -> None:
         first = failure.kind not in self.failures
         self.failures[failure.kind] += 1
-        self._last_failure = failure
         # The first of each kind is news; the rest are in the counters.
         level = logging.WARNING if first else logging.DEBUG
         logger.log(level, "group %d has no reward (%s): %s", failure.group_id, failure.kind, failure.message)

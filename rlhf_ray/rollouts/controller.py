@@ -40,6 +40,11 @@ class RolloutController:
         self._thread = threading.Thread(target=self._loop.run_forever, name="rollout-controller", daemon=True)
         self._thread.start()
 
+    @property
+    def retries(self) -> int:
+        """Groups sent again because their replica died, since the start."""
+        return self._flow.retries
+
     def collect(self, version: int) -> Collected:
         """See :meth:`RolloutFlow.collect`."""
         return self._run(self._flow.collect(version), self._while_waiting)

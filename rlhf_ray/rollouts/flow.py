@@ -52,8 +52,6 @@ class Collected:
     """Groups dropped because their rewards were all equal (dynamic sampling)."""
     carried_groups: int
     """Groups in flight that the batch did not wait for in their last version (partial rollouts)."""
-    retries: int
-    """Groups sent again because their replica died."""
     rollout_s: float
     """How long the batch was waited for, to the last completion."""
     reward_s: float
@@ -154,7 +152,8 @@ class RolloutFlow:
         self._failures: Counter[str] = Counter()
         self._equal = 0
         self._carried_before = 0
-        self._retries = 0
+        self.retries = 0
+        """Groups sent again because their replica died, evaluation included, since the start."""
         self._generating = 0
         self._generating_since = 0.0
         self._generating_s = 0.0
@@ -205,7 +204,6 @@ class RolloutFlow:
             failures=self._failures,
             equal_reward_groups=self._equal,
             carried_groups=self._ledger.carried - self._carried_before,
-            retries=self._retries,
             rollout_s=max(0.0, self._last_completion - started),
             reward_s=ended - max(started, self._last_completion),
             generated_tokens=self._generated_tokens,
@@ -321,7 +319,6 @@ class RolloutFlow:
         self._failures = Counter()
         self._equal = 0
         self._carried_before = self._ledger.carried
-        self._retries = 0
         self._generated_tokens = 0
         self._generating_s = 0.0
         self._generating_since = self._counted_from = _now()
@@ -433,7 +430,7 @@ class RolloutFlow:
                     raise RolloutError(
                         f"prompt {prompt.prompt_id} failed {attempt + 1} times, last with {error!r}"
                     ) from error
-                self._retries += 1
+                self.retries += 1
                 _LOG.warning("prompt %d is sent again, its replica failed: %r", prompt.prompt_id, error)
                 await asyncio.sleep(_RETRY_PAUSE_S)
         raise AssertionError("unreachable")

@@ -63,7 +63,6 @@ def make_result(**overrides: Any) -> dict[str, Any]:
         failures=Counter(timeout=2, raised=1),
         equal_reward_groups=4,
         carried_groups=2,
-        retries=3,
         rollout_s=2.0,
         reward_s=0.25,
         generated_tokens=8,
@@ -93,7 +92,6 @@ def make_result(**overrides: Any) -> dict[str, Any]:
         "policy_version": 7,
         "weight_sync_s": 0.125,
         "iteration_s": 4.5,
-        "dropped_prompts": 7,
     }
     return iteration_result(**arguments | overrides)
 
@@ -118,7 +116,6 @@ def test_rollouts_by_hand() -> None:
         "staleness_mean": pytest.approx(0.5),
         "staleness_max": 1,
         "staleness_fraction": {"0": 0.5, "1": 0.5},
-        "dropped_prompts": 7,
     }
 
 
@@ -151,7 +148,6 @@ def test_a_function_that_never_applies_has_no_mean() -> None:
         failures=Counter(),
         equal_reward_groups=0,
         carried_groups=0,
-        retries=0,
         rollout_s=1.0,
         reward_s=0.0,
         generated_tokens=1,
@@ -196,7 +192,6 @@ def test_learner_timers_and_weight_sync() -> None:
         "publication_s": 0.25,
         "num_replicas": 2,
     }
-    assert result["fault_tolerance"] == {"group_retries": 3}
 
 
 def test_the_figures_of_the_learners_are_left_as_they_are() -> None:

@@ -11,7 +11,15 @@ import psutil
 import pytest
 
 from rlhf_ray import RewardModelReward
-from rlhf_ray.algorithms.ray_session import RaySession, Shares, _end, _names_a_cluster, _ray_workers, cpu_shares
+from rlhf_ray.algorithms.ray_session import (
+    RaySession,
+    Shares,
+    _end,
+    _names_a_cluster,
+    _ray_workers,
+    cpu_shares,
+    resolve_device,
+)
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.settings import Settings
 
@@ -72,16 +80,13 @@ def test_actors_of_reward_models_share_too() -> None:
     ("gpus", "num_gpus", "fits"),
     [(3.0, None, True), (2.0, None, False), (2.0, 0.0, True), (2.0, 0.5, False), (2.5, 0.5, True), (0.0, None, True)],
 )
-def test_reward_models_have_gpus_beside_replicas_and_learners(
-    gpus: float, num_gpus: float | None, fits: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus, "CPU": 8.0})
+def test_reward_models_have_gpus_beside_replicas_and_learners(gpus: float, num_gpus: float | None, fits: bool) -> None:
     settings = with_reward_models(RewardModelReward("rm", num_gpus=num_gpus))
     if fits:
-        assert RaySession._resolve_device(settings) is (gpus > 0)
+        assert resolve_device(settings, gpus) is (gpus > 0)
     else:
         with pytest.raises(ConfigError, match=r"the reward models need .* GPUs, and replicas and learners leave 0"):
-            RaySession._resolve_device(settings)
+            resolve_device(settings, gpus)
 
 
 @pytest.mark.parametrize(
@@ -108,13 +113,10 @@ def test_learners_may_stay_on_the_cpu(
 @pytest.mark.parametrize(
     ("asked", "gpus", "field"), [(1, 0.0, "learners.num_gpus_per_learner"), (1, 1.0, "resources.device")]
 )
-def test_gpus_for_learners_that_the_cluster_lacks(
-    asked: int, gpus: float, field: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus, "CPU": 8.0})
+def test_gpus_for_learners_that_the_cluster_lacks(asked: int, gpus: float, field: str) -> None:
     base = settings_of()
     with pytest.raises(ConfigError) as caught:
-        RaySession._resolve_device(replace(base, learners=replace(base.learners, num_gpus_per_learner=asked)))
+        resolve_device(replace(base, learners=replace(base.learners, num_gpus_per_learner=asked)), gpus)
     assert caught.value.field == field
 
 

@@ -16,7 +16,12 @@ CONFIG = "training: {lr: 1.0e-6}\n"
 
 def state_of(iteration: int) -> CheckpointState:
     return CheckpointState(
-        policy_version=iteration + 1, iteration=iteration, time_total_s=2.5, prompt_position=POSITION, score=0.25
+        policy_version=iteration + 1,
+        iteration=iteration,
+        time_total_s=2.5,
+        prompt_position=POSITION,
+        score=0.25,
+        counts={"group_retries": 3},
     )
 
 

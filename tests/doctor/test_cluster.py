@@ -1,19 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_ray import RewardModelReward
 from rlhf_ray.doctor import cluster
 from rlhf_ray.doctor.check import Check
 from rlhf_ray.doctor.child import ChildFailure
-from rlhf_ray.settings import LearnerSettings, ResourceSettings, RolloutSettings, Settings
+from rlhf_ray.settings import LearnerSettings, ResourceSettings, RewardSettings, RolloutSettings, Settings
 
 
-def judged(settings: Settings, *, cpus: float = 8, gpus: float = 0, on_gpu: bool = False) -> Check:
+def judged(settings: Settings, *, cpus: float = 8, gpus: float = 0) -> Check:
     found = {"CPU": cpus, "GPU": gpus, "object_store_memory": 4 * 1024**3}
-    return cluster.judge_resources(settings, found, address=None, on_gpu=on_gpu)
+    return cluster.judge_resources(settings, found, address=None)
 
 
 def test_what_ray_has_is_told() -> None:
@@ -28,14 +30,21 @@ def test_gpus_of_replicas_and_learners_add_up(gpus: int, status: str) -> None:
     settings = Settings(
         rollouts=RolloutSettings(num_replicas=2, tensor_parallel_size=2), learners=LearnerSettings(num_learners=4)
     )
-    assert judged(settings, gpus=gpus, on_gpu=True).status == status
-    assert judged(settings, gpus=gpus).status == "ok"
+    assert judged(settings, gpus=gpus).status == status
+    on_cpus = replace(settings, resources=ResourceSettings(device="cpu"))
+    assert judged(on_cpus, gpus=gpus).status == "ok"
+
+
+@pytest.mark.parametrize(("gpus", "status"), [(3, "ok"), (2, "fail")])
+def test_gpus_of_reward_models_come_on_top(gpus: int, status: str) -> None:
+    settings = Settings(rewards=RewardSettings(functions=[RewardModelReward("rm", num_gpus=0.5, num_workers=2)]))
+    assert judged(settings, gpus=gpus).status == status
 
 
 def test_learners_that_ask_for_gpus_where_there_are_none() -> None:
     check = judged(Settings(learners=LearnerSettings(num_gpus_per_learner=1)))
     assert check.status == "fail"
-    assert "learners.num_gpus_per_learner" in str(check.remedy)
+    assert "learners.num_gpus_per_learner" in check.detail
 
 
 def test_reservations_beyond_the_cluster_would_wait_for_ever() -> None:
@@ -51,7 +60,7 @@ def test_no_ray_is_a_failure_with_its_log(monkeypatch: pytest.MonkeyPatch, addre
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster, "run_child", no_ray)
-    check = cluster.check_ray(Settings(resources=ResourceSettings(ray_address=address)), on_gpu=False)
+    check = cluster.check_ray(Settings(resources=ResourceSettings(ray_address=address)))
     assert check.status == "fail"
     assert told in check.detail
     assert "nobody there" in check.detail
@@ -67,5 +76,5 @@ def test_ray_address_of_the_environment_is_joined(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(cluster, "run_child", join)
-    assert "joined 10.0.0.1:6379" in cluster.check_ray(Settings(), on_gpu=False).detail
+    assert "joined 10.0.0.1:6379" in cluster.check_ray(Settings()).detail
     assert asked == ["10.0.0.1:6379"]

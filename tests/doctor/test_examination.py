@@ -47,7 +47,7 @@ def test_the_exit_code_is_that_of_failures(monkeypatch: pytest.MonkeyPatch, foun
 @pytest.fixture
 def surroundings(monkeypatch: pytest.MonkeyPatch, machine: Callable[..., Machine]) -> None:
     """Pretend a Ray that starts and a machine without GPUs, whatever this one is."""
-    monkeypatch.setattr(examination, "check_ray", lambda settings, *, on_gpu: Check("Ray", "ok", "pretended"))
+    monkeypatch.setattr(examination, "check_ray", lambda settings: Check("Ray", "ok", "pretended"))
     monkeypatch.setattr(examination.Machine, "here", machine)
 
 

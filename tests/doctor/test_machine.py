@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ def test_the_remedy_for_shared_memory_is_large_enough(machine: MakeMachine) -> N
 def test_gpus(machine: MakeMachine, gpus: int, device: Any, address: str | None, torch_sees: int, status: str) -> None:
     settings = Settings(resources=ResourceSettings(device=device, ray_address=address))
     assert check_gpus(settings, machine(gpus=gpus), torch_sees=torch_sees).status == status
+
+
+def test_a_gpu_that_somebody_else_uses_is_named(machine: MakeMachine) -> None:
+    here = machine(gpus=2)
+    here = replace(here, gpus=(here.gpus[0], replace(here.gpus[1], free_bytes=30 * GIB)))
+    check = check_gpus(Settings(), here, torch_sees=2)
+    assert check.status == "warn"
+    assert "GPU 1: 30 GiB free" in check.detail
+    assert "GPU 0" not in check.detail
 
 
 def test_gpus_are_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
