@@ -75,6 +75,7 @@ def learner_of(config: AlgorithmConfig) -> Learner:
             max_new_tokens=LONGEST,
             max_staleness=0,
             total_steps=1000,
+            policy_steps=1000,
             on_gpu=False,
             timeline=False,
             keeps_state=False,

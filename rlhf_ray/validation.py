@@ -238,8 +238,8 @@ RANGES: Final[Mapping[str, Range]] = {
     "rollouts.group_size": _COUNT,
     "rollouts.max_prompt_tokens": _COUNT,
     "rollouts.max_new_tokens": _COUNT,
-    # The engine takes no more than 2.
-    "rollouts.temperature": Range(0, 2, open_low=True),
+    # The engine takes no more than 2, and makes 0.01 of what is smaller.
+    "rollouts.temperature": Range(0.01, 2),
     "rollouts.stop_token_ids": _FROM_ZERO,
     "rollouts.max_concurrent_groups": _COUNT,
     "rollouts.max_paused_replicas": _COUNT,
@@ -444,6 +444,9 @@ def _check_evaluation_data(settings: Settings) -> None:
 
 def _check_evaluation_sampling(settings: Settings) -> None:
     evaluation = settings.evaluation
+    if 0 < evaluation.temperature < 0.01:
+        remedy = "the engine makes 0.01 of it; use 0 for greedy decoding, or 0.01 and more"
+        raise ConfigError("evaluation.temperature", evaluation.temperature, remedy)
     if evaluation.temperature > 0:
         return
     if evaluation.samples_per_prompt > 1:
@@ -616,9 +619,9 @@ def _check_critic_warmup(settings: Settings) -> None:
 
 
 def _check_lr_warmup(settings: Settings) -> None:
-    warmup, steps = settings.training.lr_warmup_steps, Schedule.of(settings).total_optimiser_steps
+    warmup, steps = settings.training.lr_warmup_steps, Schedule.of(settings).policy_optimiser_steps
     if warmup > steps:
-        remedy = f"use at most {steps}, all the optimiser steps of the run"
+        remedy = f"use at most {steps}, all the optimiser steps of the policy"
         raise ConfigError("training.lr_warmup_steps", warmup, remedy)
 
 

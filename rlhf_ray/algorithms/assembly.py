@@ -299,7 +299,7 @@ def _learner_group(
 def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> LearnerSpec:
     """What the learners need of the settings."""
     learners, model = settings.learners, settings.model
-    dtype = _dtype(settings, session)
+    dtype, schedule = _dtype(settings, session), Schedule.of(settings)
     return LearnerSpec(
         training=settings.training,
         policy_path=inputs.policy_path,
@@ -325,7 +325,8 @@ def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> Lea
         temperature=settings.rollouts.temperature,
         max_new_tokens=settings.rollouts.max_new_tokens,
         max_staleness=settings.rollouts.max_staleness,
-        total_steps=Schedule.of(settings).total_optimiser_steps,
+        total_steps=schedule.total_optimiser_steps,
+        policy_steps=schedule.policy_optimiser_steps,
         on_gpu=session.learners_on_gpu,
         timeline=settings.reporting.timeline_interval > 0,
         keeps_state=settings.fault_tolerance.keeps_state,

@@ -24,7 +24,8 @@ from rlhf_ray.learner.state_keeper import StateKeeper, keeper_on
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
-_SNAPSHOT_TIMEOUT_S = 600.0
+# A publication for a replica that starts waits for the update that is under way, whose own limit is the Algorithm's.
+_SNAPSHOT_TIMEOUT_S = 7200.0
 # Nobody takes them where the Algorithm is stuck.
 _MOST_SPANS = 100_000
 
@@ -36,7 +37,8 @@ class Command:
     """One order to all ranks of a worker group."""
 
     verb: str
-    """``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` or ``stop``."""
+    """``layout``, ``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` or
+    ``stop``."""
     arguments: tuple[Any, ...]
     """One entry a rank, or a single one for all."""
     group: str

@@ -85,14 +85,11 @@ class LearnerGroup:
         self._last_command = ""
         # Commands of one thread wait for those of another, and for a group that is started again.
         self._commanding = threading.RLock()
+        self.packed = False
+        """Whether the learners read packed rows, which depends on their machines and is known when they are ready."""
         self.restarts = 0
         """How often Ray Train started the group again."""
         self.bridge: Any = bridge_actor(num_learners)
-
-    @property
-    def packed(self) -> bool:
-        """Whether the learners read packed rows."""
-        return self._spec.packed
 
     def start(self) -> None:
         """Begin to start the ranks and return at once; :meth:`wait_ready` waits for them."""
@@ -113,6 +110,7 @@ class LearnerGroup:
             )
         self._name = ready
         self._controller = ray.get(self.bridge.controller.remote())
+        self.packed = all(self._execute("layout", (None,), recalls=False))
 
     def update(
         self, batch: SequenceBatch, plan: UpdatePlan, *, version: int, update_policy: bool, with_advantages: bool
@@ -144,11 +142,15 @@ class LearnerGroup:
         published: tuple[WeightManifest, list[Any]] = self._execute("publish", (None,))[0]
         return published
 
-    def send(self, replica_ids: tuple[str, ...]) -> int:
-        """Send the policy to the replicas over NCCL; returns its size in bytes."""
+    def send(self, replica_ids: tuple[str, ...]) -> int | None:
+        """Send the policy to the replicas over NCCL; returns its size in bytes.
+
+        ``None`` where the learners died on the way, perhaps because a replica did, and stand again: whom to send to is
+        then to be found out anew.
+        """
         argument = (f"{self._run_id}-rollout", "RolloutReplica", self._tensor_parallel_size, replica_ids)
-        size_bytes: int = self._execute("send", (argument,))[0]
-        return size_bytes
+        answers = self._try("send", (argument,), recalls=True)
+        return None if answers is None else int(answers[0])
 
     def take_spans(self) -> list[Span]:
         """What ranks and replicas did since the last call, where ``reporting.timeline_interval`` asks for it."""
@@ -234,21 +236,27 @@ class LearnerGroup:
             recalls: Whether a group that was started again must get its state back first.
         """
         with self._commanding:
+            while (answers := self._try(verb, arguments, recalls=recalls)) is None:
+                pass
+            return answers
+
+    def _try(self, verb: str, arguments: Sequence[Any], *, recalls: bool) -> list[Any] | None:
+        """As :meth:`_execute`, once: ``None`` where the group was lost, and another one is ready in its place."""
+        with self._commanding:
             if recalls:
                 self._check_state()
-            while True:
-                assert self._name is not None, "wait_ready() comes first"
-                command = Command(verb=verb, arguments=tuple(arguments), group=self._name)
-                self._last_command = command.command_id
-                answers = self._await(self.bridge.execute.remote(command, self._update_timeout_s), f"to {verb}")
-                if answers is None:
-                    raise LearnerError(
-                        f"the learners took longer than learners.update_timeout_s = {self._update_timeout_s:g} s "
-                        f"to {verb}"
-                    )
-                if not isinstance(answers, GroupLost):
-                    return list(answers)
+            assert self._name is not None, "wait_ready() comes first"
+            command = Command(verb=verb, arguments=tuple(arguments), group=self._name)
+            self._last_command = command.command_id
+            answers = self._await(self.bridge.execute.remote(command, self._update_timeout_s), f"to {verb}")
+            if answers is None:
+                raise LearnerError(
+                    f"the learners took longer than learners.update_timeout_s = {self._update_timeout_s:g} s to {verb}"
+                )
+            if isinstance(answers, GroupLost):
                 self._recover(recalls=recalls)
+                return None
+            return list(answers)
 
     def _check_state(self) -> None:
         if self._state_is_lost:

@@ -30,7 +30,7 @@ from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import (
-    attention_kernel,
+    attention_kernels,
     freeze,
     head_is_new,
     load_critic,
@@ -46,17 +46,18 @@ from rlhf_ray.learner.off_policy import (
     stale_weights,
     staleness_metrics,
 )
+from rlhf_ray.learner.packed_rows import keeps_sequences_apart
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.types import Float32Array
-from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
+from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import GenerationConfig, PreTrainedModel
 
     from rlhf_ray.weight_sync.nccl import ShardedSource
 
@@ -95,6 +96,8 @@ class LearnerSpec:
     """Versions that data may lag behind the policy; 0: there is nothing to correct."""
     total_steps: int
     """Optimiser steps of the run."""
+    policy_steps: int
+    """Those of them that update the policy: all but the critic's warm-up."""
     on_gpu: bool
     timeline: bool
     """Whether ranks tell what they do when."""
@@ -108,12 +111,6 @@ class LearnerSpec:
         """Where this rank computes."""
         return torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else torch.device("cpu")
 
-    @property
-    def packed(self) -> bool:
-        """Whether rows are packed: only flash attention keeps packed sequences apart at no cost."""
-        kernel = attention_kernel(self.attn_implementation, torch.device("cuda" if self.on_gpu else "cpu"))
-        return kernel == "flash_attention_2"
-
 
 class Learner:
     """Policy, critic and reference of one rank, on an initialised process group.
@@ -125,6 +122,7 @@ class Learner:
         critic: Trained beside it.
         advantages: Of the last update's sequences, where it was asked to keep them: ``[T]`` each, as they enter the
             loss; ``[0]`` where the completion is left out of it.
+        packed: Whether microbatches are packed rows, so that plans must be made for these.
     """
 
     def __init__(self, spec: LearnerSpec) -> None:
@@ -138,7 +136,7 @@ class Learner:
         mesh = init_device_mesh(device.type, (self._world_size,))
         compute_dtype: torch.dtype = getattr(torch, spec.dtype)
         loading: dict[str, Any] = {
-            "attn_implementation": attention_kernel(spec.attn_implementation, device),
+            "kernels": attention_kernels(spec.attn_implementation, device, compute_dtype),
             "trust_remote_code": spec.trust_remote_code,
         }
 
@@ -153,28 +151,30 @@ class Learner:
             )
 
         def scorer(*, trained: bool) -> TokenScorer:
-            model = load_policy(spec.policy_path, **loading).to(device)
-            head = LogprobHead.adopt(model)
+            model = load_policy(spec.policy_path, **loading)
             if spec.lora is not None:
                 add_adapters(model, spec.lora)
             if not trained:
                 freeze(model, compute_dtype)
-            return TokenScorer(sharded(model, trained=trained), head, temperature=spec.temperature)
+            model = sharded(model, trained=trained)
+            head = LogprobHead.adopt(model, device=device, compute_dtype=compute_dtype)
+            return TokenScorer(model, head, temperature=spec.temperature)
 
         training = self._training
         self._saving: dist.ProcessGroup | None = None
         self._score = scorer(trained=True)
+        self.packed = self._can_pack()
         self.policy = TrainedModel(
             self._score.model,
             training,
             lr=training.lr,
             max_grad_norm=training.max_grad_norm,
-            total_steps=spec.total_steps,
+            total_steps=spec.policy_steps,
         )
         self.critic: TrainedModel | None = None
         if spec.critic_path is not None:
             self.critic = TrainedModel(
-                sharded(load_critic(spec.critic_path, **loading).to(device)),
+                sharded(load_critic(spec.critic_path, **loading)),
                 training,
                 lr=training.critic_lr,
                 max_grad_norm=training.critic_max_grad_norm,
@@ -206,7 +206,7 @@ class Learner:
         started = time.perf_counter()
         metrics = MetricSums()
         microbatches = {
-            rows: lay_out(batch, rows, packed=self._spec.packed, device=self._device)
+            rows: lay_out(batch, rows, packed=self.packed, device=self._device)
             for minibatch in plan.minibatches
             for rows in minibatch.microbatches
         }
@@ -245,7 +245,8 @@ class Learner:
         """The policy as vLLM's NCCL trainer engine reads it."""
         from rlhf_ray.weight_sync.nccl import ShardedSource
 
-        return ShardedSource(self.policy.checkpoint_parameters, getattr(torch, self._spec.wire_dtype))
+        dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
+        return ShardedSource(self.policy.checkpoint_parameters, dtype, device=self._device)
 
     def save(self, folder: str) -> Future[Any]:
         """Copy policy, critic and optimisers, and write the copy to a folder of this machine beside what comes next.
@@ -282,15 +283,30 @@ class Learner:
 
     def export(self, folder: str) -> None:
         """Write the policy and the critic, if there is one, as Hugging Face folders: ``folder``, ``folder/critic``."""
-        dtype = torch.float32
+        is_writer = dist.get_rank() == 0
         for name, trained in self._models().items():
             path = Path(folder) if name == "policy" else Path(folder) / name
-            # A gather is a collective: every rank iterates, rank 0 writes.
-            parameters = trained.checkpoint_parameters(every_name=False)
-            full = {name: p.detach().full_tensor().to("cpu", dtype) for name, p in parameters}
-            if dist.get_rank() == 0:
-                _write_pretrained(trained.model, full, path)
+            weights: dict[str, torch.Tensor] = {}
+            for parameter_name, parameter in trained.checkpoint_parameters(every_name=False):
+                full = full_tensor(parameter.detach())  # A collective: every rank takes part, and one keeps it.
+                if is_writer:
+                    weights[parameter_name] = full.to("cpu", torch.float32).contiguous()
+            if is_writer:
+                _write_pretrained(trained.model, weights, path)
             dist.barrier()
+
+    def _can_pack(self) -> bool:
+        """Whether rows are packed, on all ranks or none: only flash attention keeps packed sequences apart for free."""
+        model, dtype = self._score.model, getattr(torch, self._spec.dtype)
+        apart = model.config._attn_implementation == "flash_attention_2" and keeps_sequences_apart(
+            self._score,
+            vocabulary_size=model.get_input_embeddings().num_embeddings,
+            device=self._device,
+            compute_dtype=dtype,
+        )
+        answers: list[Any] = [None] * self._world_size
+        dist.all_gather_object(answers, apart)
+        return all(answers)
 
     def _reshard(self) -> None:
         """A forward pass without a backward one leaves a model's outermost weights gathered on every rank."""
@@ -374,7 +390,8 @@ class Learner:
         for position, rows in enumerate(minibatch.microbatches):
             micro = microbatches[rows]
             for model in trained:
-                model.sync_gradients(position == last)
+                # Unreduced, the gradients of a whole model would stay on every GPU; on CPUs each reduction costs more.
+                model.sync_gradients(position == last or self._device.type == "cuda")
             if self.critic is not None:
                 self._backward_critic(micro, estimates, normalizer, metrics)
             if update_policy:
@@ -476,13 +493,19 @@ def _share_of_cores(*, beside_engines: bool) -> int:
     return max(1, (cores // 2 if beside_engines else cores) // ranks_here)
 
 
-def _write_pretrained(model: PreTrainedModel, full: dict[str, torch.Tensor], path: Path) -> None:
+def _write_pretrained(model: PreTrainedModel, weights: dict[str, torch.Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     path.mkdir(parents=True, exist_ok=True)
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
     model.config.save_pretrained(path)
     if model.can_generate():
-        model.generation_config.save_pretrained(path)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in full.items()}, path / "model.safetensors", {"format": "pt"}
-    )
+        _write_generation_config(model.generation_config, path)
+
+
+def _write_generation_config(config: GenerationConfig, path: Path) -> None:
+    """Write it as the base model had it: transformers refuses figures of sampling without ``do_sample``."""
+    try:
+        config.save_pretrained(path)
+    except ValueError:
+        (path / "generation_config.json").write_text(config.to_json_string(), encoding="utf-8")

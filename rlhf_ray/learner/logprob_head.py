@@ -47,8 +47,15 @@ class LogprobHead(nn.Linear):  # type: ignore[misc]
     _question: Question | None
 
     @classmethod
-    def adopt(cls, model: PreTrainedModel) -> LogprobHead | None:
-        """Turn the model's output layer into one, with the same weights under the same names.
+    def adopt(
+        cls, model: PreTrainedModel, *, device: torch.device, compute_dtype: torch.dtype = torch.float32
+    ) -> LogprobHead | None:
+        """Turn the (sharded) model's output layer into one, with the same weights under the same names.
+
+        Args:
+            model: The model; all ranks call this in step.
+            device: Where it computes.
+            compute_dtype: And in what.
 
         Returns:
             The layer; ``None``, and the model as it was, where its logits are more than a linear function of the last
@@ -60,7 +67,7 @@ class LogprobHead(nn.Linear):  # type: ignore[misc]
         layer._question = None
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        if not layer._gives_what_logits_give(model):
+        if not layer._gives_what_logits_give(model, device, tolerance=1e-4 if compute_dtype == torch.float32 else 2e-2):
             layer.__class__ = nn.Linear
             return None
         return layer
@@ -90,25 +97,26 @@ class LogprobHead(nn.Linear):  # type: ignore[misc]
             self._question = None
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def _gives_what_logits_give(self, model: PreTrainedModel) -> bool:
+    def _gives_what_logits_give(self, model: PreTrainedModel, device: torch.device, *, tolerance: float) -> bool:
         """Compare both ways on a few tokens: nothing in a configuration tells what a model does with its logits."""
-        device = self.weight.device
         ids = (torch.arange(8, device=device) % self.out_features)[None, :]
         rows = torch.arange(7, device=device)
         question = Question(rows=rows, targets=ids[0, 1:], temperature=1.0, entropy_gradient=False)
-        # Flash attention takes no float32, which the weights still are.
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            logits = model(input_ids=ids, use_cache=False).logits
-            try:
-                with self.asked(question):
-                    answer = model(input_ids=ids, use_cache=False).logits
-            except (RuntimeError, ValueError, TypeError, IndexError):  # The model reshapes its logits.
-                return False
+        logits = model(input_ids=ids, use_cache=False).logits
+        try:
+            with self.asked(question):
+                answer = model(input_ids=ids, use_cache=False).logits
+        except (RuntimeError, ValueError, TypeError, IndexError):  # The model reshapes its logits.
+            return False
+        finally:
+            reshard = getattr(model, "reshard", None)  # FSDP's: a forward pass alone leaves weights gathered.
+            if reshard is not None:
+                reshard()
         if logits.ndim != 3 or answer.shape != (7, 2):
             return False
         expected = token_logprobs_and_entropy(logits[0, :-1], ids[0, 1:])
         return all(
-            torch.allclose(given.float(), wanted.float(), atol=2e-2 if device.type == "cuda" else 1e-4)
+            torch.allclose(given.float(), wanted.float(), atol=tolerance)
             for given, wanted in zip(answer.unbind(-1), expected, strict=True)
             if wanted is not None
         )
@@ -119,7 +127,7 @@ class TokenScorer:
 
     Args:
         model: The (sharded) model.
-        head: Its output layer, adopted before the model was sharded; ``None``: go through whole logits.
+        head: Its output layer, adopted; ``None``: go through whole logits.
         temperature: Sampling temperature.
         without_adapters: Whether LoRA adapters are switched off: the policy as it was before training.
     """

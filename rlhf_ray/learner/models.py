@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "attention_kernel",
+    "attention_kernels",
     "check_compile_backend",
     "freeze",
     "head_is_new",
@@ -31,16 +31,19 @@ __all__ = [
 _MIN_UNIT_PARAMETERS = 2**20
 
 
-def attention_kernel(setting: str, device: torch.device) -> str:
-    """Resolve ``model.attn_implementation``: flash attention on GPUs where it is installed, else SDPA."""
+def attention_kernels(setting: str, device: torch.device, compute_dtype: torch.dtype) -> tuple[str, ...]:
+    """Resolve ``model.attn_implementation``: what to load a model with, the next one where it does not have that.
+
+    ``auto`` is flash attention, which has no float32 kernel, on GPUs where it is installed; then SDPA, then eager.
+    """
     if setting != "auto":
-        return setting
-    if device.type == "cuda":
+        return (setting,)
+    if device.type == "cuda" and compute_dtype != torch.float32:
         from transformers.utils import is_flash_attn_2_available
 
         if is_flash_attn_2_available():
-            return "flash_attention_2"
-    return "sdpa"
+            return ("flash_attention_2", "sdpa", "eager")
+    return ("sdpa", "eager")
 
 
 def check_compile_backend(name: str) -> None:
@@ -54,21 +57,26 @@ def check_compile_backend(name: str) -> None:
         raise ConfigError("learners.compile_backend", name, f"no such backend; there is {', '.join(known)}")
 
 
-def load_policy(path: str, *, attn_implementation: str, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a causal language model in float32, without dropout.
+def load_policy(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool) -> PreTrainedModel:
+    """Load a causal language model in float32, on the CPU, without dropout.
+
+    Args:
+        path: Local folder or hub id.
+        kernels: From :func:`attention_kernels`.
+        trust_remote_code: Run code that ships with the model.
 
     Raises:
         ConfigError: The folder or hub id cannot be loaded as a causal language model, or lacks some of its weights.
     """
     from transformers import AutoModelForCausalLM
 
-    policy, missing = _load(AutoModelForCausalLM, "model.path", path, attn_implementation, trust_remote_code)
+    policy, missing = _load(AutoModelForCausalLM, "model.path", path, kernels, trust_remote_code)
     _check_complete("model.path", path, missing)
     return policy
 
 
-def load_critic(path: str, *, attn_implementation: str, trust_remote_code: bool) -> PreTrainedModel:
-    """Load a backbone with a one-number head a token: the critic.
+def load_critic(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool) -> PreTrainedModel:
+    """Load a backbone with a one-number head a token: the critic; arguments as :func:`load_policy`'s.
 
     A head that the checkpoint brings (a saved critic, a reward model) is kept. What it lacks of one starts at zero:
     without a head the first values are exactly 0 and the first advantages are the returns.
@@ -83,7 +91,7 @@ def load_critic(path: str, *, attn_implementation: str, trust_remote_code: bool)
         AutoModelForTokenClassification,
         "model.critic_path",
         path,
-        attn_implementation,
+        kernels,
         trust_remote_code,
         num_labels=1,
     )
@@ -136,6 +144,8 @@ def shard(
 ) -> PreTrainedModel:
     """Shard a model over the mesh: one FSDP2 unit a decoder layer, one for the rest and for layers that are tiny.
 
+    The model may be on the CPU: FSDP moves it to the mesh's device unit by unit, so that no GPU ever holds all of it.
+
     Trained weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced
     in float32. With ``offload`` weights and gradients, and so the optimiser's state, stay in CPU memory.
     """
@@ -144,6 +154,7 @@ def shard(
         kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        _checkpoint_in_evaluation_mode(model)
     if compute_dtype != torch.float32:
         kwargs["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for layer in _decoder_layers(model):
@@ -162,15 +173,16 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _load(
-    auto_class: Any, field: str, path: str, attn_implementation: str, trust_remote_code: bool, **kwargs: Any
+    auto_class: Any, field: str, path: str, kernels: tuple[str, ...], trust_remote_code: bool, **kwargs: Any
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of the weights that its files do not hold."""
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
+    kernel, *others = kernels
     try:
         model, info = auto_class.from_pretrained(
             path,
             dtype=torch.float32,
-            attn_implementation=attn_implementation,
+            attn_implementation=kernel,
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             # Not to load them: the error that follows here names them, transformers' own points to its log.
@@ -178,6 +190,8 @@ def _load(
             **kwargs,
         )
     except (OSError, ValueError) as error:
+        if others and isinstance(error, ValueError):  # Not every architecture has every kernel.
+            return _load(auto_class, field, path, tuple(others), trust_remote_code, **kwargs)
         raise ConfigError(field, path, f"cannot be loaded as {auto_class.__name__}: {error}") from error
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])
@@ -186,9 +200,8 @@ def _load(
         )
     # For an export: a critic that began as a policy still calls itself one.
     model.config.architectures = [type(model).__name__]
-    _without_dropout(model)
-    # Training mode, since gradient checkpointing is off in evaluation mode.
-    return model.train(), sorted(info["missing_keys"])
+    # Sampling has no dropout, so log-probabilities may have none either.
+    return model.eval(), sorted(info["missing_keys"])
 
 
 def _check_complete(field: str, path: str, missing: list[str]) -> None:
@@ -196,10 +209,14 @@ def _check_complete(field: str, path: str, missing: list[str]) -> None:
         raise ConfigError(field, path, f"its files lack {len(missing)} weights, {missing[0]} first; use a complete one")
 
 
-def _without_dropout(model: PreTrainedModel) -> None:
-    """Sampling has no dropout, so log-probabilities may have none either."""
+def _checkpoint_in_evaluation_mode(model: PreTrainedModel) -> None:
+    """Let modules recompute their activations in training mode only, where transformers looks at it, and draw nothing.
+
+    Modules below them stay in evaluation mode; those themselves may have a dropout, or a router's jitter, as a number.
+    """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True
+            for name, value in vars(module).items():
+                if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                    setattr(module, name, 0.0)

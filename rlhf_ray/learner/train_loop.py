@@ -1,8 +1,8 @@
 """The Ray Train loop around a learner: waits for commands at the bridge, carries them out, answers.
 
-Consumes ``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` and ``stop``; each
-rank answers for itself and the Algorithm is unblocked by the last answer. ``ray.train.report`` is far too slow for a
-step and is not used.
+Consumes ``layout``, ``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` and
+``stop``; each rank answers for itself and the Algorithm is unblocked by the last answer. ``ray.train.report`` is far
+too slow for a step and is not used.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import ray
 import torch.distributed as dist
 
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
+from rlhf_ray.errors import ReplicaLostError
 from rlhf_ray.learner.bridge import Command, RankFailure
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.packing import RankPlan
@@ -83,9 +84,9 @@ def _name_of_group() -> str:
 
 
 def lost_a_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank died: Ray Train starts the group again."""
+    """Whether a collective failed because another rank, or a replica, died: Ray Train starts the group again."""
     # gloo has no type of its own for that; its messages begin with its source file.
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+    return isinstance(error, (dist.DistError, ReplicaLostError)) or "gloo/transport" in str(error)
 
 
 def _spans(rank: int, verb: str, seconds: float, result: Any) -> list[Span]:
@@ -128,6 +129,9 @@ class _Worker:
         save_id, files = self._saved
         if command.command_id == save_id:
             self._bridge.saved.remote(save_id, self._rank, files)
+
+    def _layout(self, argument: None) -> bool:
+        return self._learner.packed
 
     def _update(self, argument: tuple[Any, RankPlan, bool, bool, int]) -> UpdateResult:
         batch, plan, update_policy, with_advantages, version = argument

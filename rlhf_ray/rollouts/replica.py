@@ -44,6 +44,7 @@ class RolloutReplica:
         self._updating = asyncio.Lock()
         self._publication: str | None = None
         self._in_group = False
+        self._in_transfer = False
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         # Serve starts again what a killed driver started, and would do so for ever.
         await self._check_run()
@@ -92,13 +93,16 @@ class RolloutReplica:
         info = init_infos.get(self.replica_id)
         self._in_group = info is not None
         if info is not None:
+            self._in_transfer = True
             await self._engine.init_weight_transfer(info)
+            self._in_transfer = False
         return self._report()
 
     async def begin_update(self) -> LoadReport:
         """Pause for weights that the learners are about to send (NCCL)."""
         if self._in_group:
             await self._updating.acquire()
+            self._in_transfer = True
             with self._failing():
                 await self._engine.begin_update()
         return self._report()
@@ -115,8 +119,16 @@ class RolloutReplica:
         if self._in_group:
             with self._failing():
                 await self._engine.finish_update(version)
+            self._in_transfer = False
             self._updating.release()
             self._tell_pause()
+        return self._report()
+
+    async def abandon_update(self) -> LoadReport:
+        """End this replica if it waits for learners that died while they sent weights (NCCL); Serve starts another."""
+        if self._in_transfer:
+            _LOG.error("the learners died while they sent weights, and this replica ends with half of them")
+            os._exit(1)
         return self._report()
 
     async def status(self) -> LoadReport:

@@ -3,23 +3,34 @@
 vLLM's trainer engine drives the round inside the learner ranks: all gather, rank 0 broadcasts, the replicas receive.
 Its stock client hands every replica the same rank offset, so that two replicas would claim the same ranks;
 :class:`ReplicaClient` gives each its own.
+
+A broadcast that has lost a peer never returns. Where a replica dies on the way rank 0 ends, Ray Train starts the
+learners again, replicas that stand in the middle of the update are replaced, and the publication is made once more.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
+import threading
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
+from rlhf_ray.errors import ReplicaLostError
+from rlhf_ray.rollouts.engine import LoadReport
 from rlhf_ray.weight_sync.buckets import full_tensor
 
 __all__ = ["NcclSender", "ReplicaClient", "ShardedSource", "rank_offsets"]
 
+_LOG = logging.getLogger(__name__)
 _TIMEOUT_S = 600.0
+_WATCH_S = 5.0
 
 
 def rank_offsets(replica_ids: Iterable[str], tensor_parallel_size: int) -> dict[str, int]:
@@ -33,11 +44,19 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
     Args:
         parameters: Gives name and sharded tensor, in the same order on every rank.
         dtype: Type on the wire.
+        device: Where they are sent from; offloaded weights are gathered on the CPU.
     """
 
-    def __init__(self, parameters: Callable[[], Iterable[tuple[str, torch.Tensor]]], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        parameters: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+        dtype: torch.dtype,
+        *,
+        device: torch.device,
+    ) -> None:
         self._parameters = parameters
         self._dtype = dtype
+        self._device = device
 
     def metadata(self) -> list[ParamMeta]:
         """Names, types and full shapes, without a gather."""
@@ -50,7 +69,7 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters():
-            yield name, full_tensor(parameter.detach()).to(self._dtype)
+            yield name, full_tensor(parameter.detach()).to(self._device, self._dtype)
 
 
 class ReplicaClient:
@@ -77,18 +96,46 @@ class ReplicaClient:
         self._all("begin_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """The engines receive; returns when all have."""
-        self._all("apply_update", update_info)
+        """The engines receive; returns when all have. vLLM calls this beside the broadcast."""
+        with self._watching():
+            self._all("apply_update", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """The engines resume under the new version; vLLM's trainer engine names none, so ours is used."""
         self._all("finish_update", int(weight_version) if weight_version is not None else self.version)
 
     def _all(self, method: str, *arguments: Any) -> None:
-        answers = self._handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S)
+        from ray.exceptions import RayActorError
+
+        answers = self._handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S, return_exceptions=True)
+        failures = [a for a in answers if isinstance(a, BaseException) and not isinstance(a, RayActorError)]
+        if failures:
+            raise failures[0]
+        if missing := self._missing(answers):
+            raise ReplicaLostError(f"replicas {', '.join(missing)} did not answer {method}")
+
+    def _missing(self, answers: Iterable[Any]) -> list[str]:
         # One that has come since takes no part, and pulls the version itself.
-        if missing := self._offsets.keys() - {answer.replica_id for answer in answers}:
-            raise RuntimeError(f"replicas {', '.join(sorted(missing))} did not answer {method}")
+        return sorted(self._offsets.keys() - {a.replica_id for a in answers if isinstance(a, LoadReport)})
+
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Within, end this process as soon as a replica of the group has died."""
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_WATCH_S):
+                answers = self._handle.broadcast("status").results(timeout_s=_TIMEOUT_S, return_exceptions=True)
+                if (missing := self._missing(answers)) and not over.is_set():
+                    _LOG.error("replicas %s died while weights were sent to them", ", ".join(missing))
+                    os._exit(1)
+
+        watcher = threading.Thread(target=watch, name="nccl-replicas", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
 
 
 class NcclSender:
@@ -123,6 +170,7 @@ class NcclSender:
 
     def _connect(self, replica_ids: tuple[str, ...]) -> None:
         """Join a new group: at the first publication, and after a replica was replaced."""
+        import ray
         from ray import serve
 
         if self._engine is not None:
@@ -131,7 +179,8 @@ class NcclSender:
         self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
             NCCLTrainerInitInfo(
                 rank=self._rank,
-                master_address=socket.gethostbyname(socket.gethostname()),
+                # Not what the host's name resolves to, which is often a loopback address.
+                master_address=ray.util.get_node_ip_address(),
                 master_port=_free_port(),
                 world_size=1 + len(replica_ids) * self._tensor_parallel_size,
             ),

@@ -29,8 +29,8 @@ class WeightSource(Protocol):
         """Gather the policy into the object store."""
         ...
 
-    def send(self, replica_ids: tuple[str, ...]) -> int:
-        """Send the policy to the replicas over NCCL; returns its size in bytes."""
+    def send(self, replica_ids: tuple[str, ...]) -> int | None:
+        """Send the policy to the replicas over NCCL; its size in bytes, ``None`` where the learners died meanwhile."""
         ...
 
     def attend(self) -> None:
@@ -164,8 +164,14 @@ class NcclPublisher(_Publisher):
 
     def _send(self, version: int) -> Publication:
         started = time.perf_counter()
-        before = [report.replica_id for report in _reports(self._ask_all("status"))]
-        size_bytes = self._source.send(tuple(sorted(before)))
+        for _ in range(_MOST_TRIES):
+            before = [report.replica_id for report in _reports(self._ask_all("status"))]
+            size_bytes = self._source.send(tuple(sorted(before)))
+            if size_bytes is not None:
+                break
+            self._ask_all("abandon_update")
+        else:
+            raise WeightSyncError(f"learners or replicas died {_MOST_TRIES} times while version {version} was sent")
         # One that has come since pulls the version itself.
         answers = [
             answer

@@ -114,6 +114,11 @@ class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._buckets = _Buckets()
 
+    def init_transfer_engine(self, init_info: Any) -> None:
+        """Join the learners' group; another one is left, whose GPU memory nothing else would free."""
+        super().shutdown()
+        super().init_transfer_engine(init_info)
+
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive what the learners send, or load one bucket."""
         if "path" in update_info:

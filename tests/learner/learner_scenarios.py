@@ -194,6 +194,7 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "max_new_tokens": MAX_NEW_TOKENS,
         "max_staleness": 0,
         "total_steps": 12,
+        "policy_steps": 12,
         "on_gpu": False,
         "timeline": False,
         "keeps_state": False,

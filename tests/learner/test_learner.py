@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -822,6 +823,31 @@ def test_export_describes_the_models_as_they_are(
     assert (tmp_path / "generation_config.json").exists()
 
 
+def test_a_generation_config_that_transformers_refuses_costs_no_export(
+    tmp_path: Path, models: Path, make_learner: Callable[..., Learner]
+) -> None:
+    """Some published models have a temperature without do_sample, and a run must not end without its weights."""
+    from transformers import AutoModelForCausalLM
+
+    model = tmp_path / "model"
+    shutil.copytree(models / "policy", model)
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.7, "eos_token_id": 2}))
+
+    make_learner(Scenario(spec={"policy_path": str(model)})).export(str(tmp_path / "export"))
+
+    written = json.loads((tmp_path / "export" / "generation_config.json").read_text())
+    assert (written["temperature"], written["eos_token_id"]) == (0.7, 2)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config.temperature == 0.7
+
+
+def test_the_policys_schedule_counts_its_own_steps(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner(Scenario(spec={"total_steps": 12, "policy_steps": 4}), lr_warmup_steps=0)
+    steps = [learner.policy._schedule.lr_lambdas[0](step) for step in (0, 2, 4)]
+    assert steps == pytest.approx([1.0, 0.5, 0.0])
+    assert learner.critic is not None
+    assert learner.critic._schedule.lr_lambdas[0](6) == pytest.approx(0.5)
+
+
 def test_two_ranks_export_whole_tensors(models: Path, two_ranks: tuple[Path, RankResult, RankResult]) -> None:
     from safetensors.torch import load_file
 
@@ -944,11 +970,10 @@ def test_arrays_of_the_object_store_are_read_without_a_warning(make_learner: Cal
 
 
 def test_dropout_of_the_checkpoint_is_off(make_learner: Callable[..., Learner]) -> None:
-    """Twice the same estimates in training mode, from a model folder that asks for attention dropout."""
+    """Twice the same estimates, from a model folder that asks for attention dropout."""
     learner = make_learner()
     batch = runs.make_batch(4, seed=6)
 
-    assert learner.policy.model.training
     assert learner.policy.model.config.attention_dropout == 0.5
     (_, first), (_, second) = (estimates_of(learner, batch) for _ in range(2))
     assert torch.equal(first.proximal_logprobs, second.proximal_logprobs)

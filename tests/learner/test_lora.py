@@ -105,11 +105,10 @@ def test_a_saved_run_goes_on(tmp_path: Path, models: Path, trained: Learner) -> 
 
 
 def test_adapters_start_without_effect_and_alike_everywhere(models: Path) -> None:
-    loading = {"attn_implementation": "sdpa", "trust_remote_code": False}
     drawn = []
     for noise in (1, 2):
         torch.manual_seed(noise)
-        model = load_policy(str(models / "policy"), **loading)
+        model = load_policy(str(models / "policy"), kernels=("sdpa",), trust_remote_code=False)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         add_adapters(model, SPEC)
         assert all(torch.equal(before[name], p) for name, p in merged_parameters(model, every_name=False))
@@ -120,13 +119,13 @@ def test_adapters_start_without_effect_and_alike_everywhere(models: Path) -> Non
 
 
 def test_a_layer_that_is_not_there_is_named_with_those_that_are(models: Path) -> None:
-    model = load_policy(str(models / "policy"), attn_implementation="sdpa", trust_remote_code=False)
+    model = load_policy(str(models / "policy"), kernels=("sdpa",), trust_remote_code=False)
     with pytest.raises(ConfigError, match=r"model\.lora_targets.*k_proj, .*q_proj"):
         add_adapters(model, LoraSpec(rank=2, alpha=4.0, targets=("query",), seed=0))
 
 
 def test_named_layers_alone_get_adapters(models: Path) -> None:
-    model = load_policy(str(models / "policy"), attn_implementation="sdpa", trust_remote_code=False)
+    model = load_policy(str(models / "policy"), kernels=("sdpa",), trust_remote_code=False)
     add_adapters(model, LoraSpec(rank=2, alpha=4.0, targets=("q_proj", "v_proj"), seed=0))
 
     adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}

@@ -12,9 +12,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner import models as module
-from rlhf_ray.learner.models import attention_kernel, load_critic, load_policy, shard
+from rlhf_ray.learner.models import attention_kernels, load_critic, load_policy, shard
 
-OPTIONS: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": False}
+OPTIONS: dict[str, Any] = {"kernels": ("sdpa",), "trust_remote_code": False}
 
 
 def changed_copy(folder: Path, target: Path, *, drop: str = "", **added: torch.Tensor) -> str:
@@ -29,20 +29,66 @@ def changed_copy(folder: Path, target: Path, *, drop: str = "", **added: torch.T
 
 
 @pytest.mark.parametrize(
-    ("setting", "device", "kernel"),
-    [("auto", "cpu", "sdpa"), ("eager", "cpu", "eager"), ("flash_attention_2", "cuda", "flash_attention_2")],
+    ("setting", "device", "dtype", "kernels"),
+    [
+        ("auto", "cpu", torch.bfloat16, ("sdpa", "eager")),
+        ("eager", "cpu", torch.float32, ("eager",)),
+        ("auto", "cuda", torch.bfloat16, ("flash_attention_2", "sdpa", "eager")),
+        # Flash attention has no float32 kernel.
+        ("auto", "cuda", torch.float32, ("sdpa", "eager")),
+        ("flash_attention_2", "cuda", torch.bfloat16, ("flash_attention_2",)),
+    ],
 )
-def test_attention_kernel(setting: str, device: str, kernel: str) -> None:
-    assert attention_kernel(setting, torch.device(device)) == kernel
+def test_attention_kernels(
+    setting: str, device: str, dtype: torch.dtype, kernels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    assert attention_kernels(setting, torch.device(device), dtype) == kernels
 
 
-def test_policy_is_loaded_in_float32_in_training_mode_without_dropout(models: Path) -> None:
+def test_a_model_without_the_first_kernel_is_loaded_with_the_next(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "_supports_sdpa", False)
+    policy = load_policy(str(models / "policy"), kernels=("sdpa", "eager"), trust_remote_code=False)
+    assert policy.config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        load_policy(str(models / "policy"), kernels=("sdpa",), trust_remote_code=False)
+
+
+def test_policy_is_loaded_in_float32_in_evaluation_mode(models: Path) -> None:
     policy = load_policy(str(models / "policy"), **OPTIONS)
 
-    assert policy.training
+    assert not any(part.training for part in policy.modules())
     assert {parameter.dtype for parameter in policy.parameters()} == {torch.float32}
-    assert [layer.self_attn.attention_dropout for layer in policy.model.layers] == [0.0, 0.0]
     assert policy.config.attention_dropout == 0.5, "the configuration that an export writes stays as it was"
+
+
+@pytest.mark.usefixtures("one_rank")
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_nothing_is_drawn_in_a_forward_pass(gradient_checkpointing: bool, tmp_path: Path) -> None:
+    """OPT's decoder layers have their dropout as a number, and are what gradient checkpointing recomputes."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 16, "ffn_dim": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 40}
+    OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=16, dropout=0.5)).save_pretrained(tmp_path)
+    policy = shard(
+        load_policy(str(tmp_path), **OPTIONS),
+        init_device_mesh("cpu", (1,)),
+        compute_dtype=torch.float32,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    recomputed: list[Any] = []
+    monitored = policy.model.decoder.layers[0].fc1.register_forward_hook(lambda *_: recomputed.append(1))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    first, second = (policy(input_ids=ids, use_cache=False).logits for _ in range(2))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    second.sum().backward()
+    monitored.remove()
+
+    assert len(recomputed) == (3 if gradient_checkpointing else 2)
 
 
 def test_a_half_precision_checkpoint_is_trained_in_float32(models: Path, tmp_path: Path) -> None:

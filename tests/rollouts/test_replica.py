@@ -70,6 +70,7 @@ def replica() -> RolloutReplica:
     made._timeline = False
     made._failure = None
     made._publication = None
+    made._in_transfer = False
     made.replica_id = "r"
     made._engine = Engine()
     return made
@@ -181,6 +182,31 @@ def test_only_replicas_of_the_group_take_part_in_a_round_over_nccl(replica: Roll
 
     asyncio.run(run())
     assert calls == (list(names) if came_in_time else [])
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_replica_with_half_of_the_weights_ends_when_their_learners_died(
+    finished: bool, replica: RolloutReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    engine = replica._engine
+
+    async def do(*_: Any) -> None:
+        """The engine's part."""
+
+    engine.begin_update = engine.apply_update = engine.finish_update = do  # type: ignore[method-assign]
+
+    async def run() -> None:
+        replica._updating, replica._in_group = asyncio.Lock(), True
+        await replica.begin_update()
+        await replica.apply_update({})
+        if finished:
+            await replica.finish_update(5)
+        await replica.abandon_update()
+
+    asyncio.run(run())
+    assert ends == ([] if finished else [1])
 
 
 @pytest.mark.parametrize("is_gone", [True, False])

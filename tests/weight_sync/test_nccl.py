@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
 import torch
+from ray.exceptions import RayActorError
 
 pytest.importorskip("vllm")
 
+from rlhf_ray.errors import ReplicaLostError
 from rlhf_ray.rollouts.engine import LoadReport
+from rlhf_ray.weight_sync import nccl as module
 from rlhf_ray.weight_sync.nccl import ReplicaClient, ShardedSource, rank_offsets
 
 
@@ -18,21 +22,32 @@ class Broadcast:
     def __init__(self, answers: Sequence[Any]) -> None:
         self._answers = answers
 
-    def results(self, *, timeout_s: float) -> list[Any]:
+    def results(self, *, timeout_s: float, return_exceptions: bool) -> list[Any]:
         assert timeout_s > 0
+        assert return_exceptions
         return list(self._answers)
 
 
 class Handle:
-    """A Serve handle whose replicas all answer."""
+    """A Serve handle whose replicas all answer, but for those that fail; one method may wait for an event."""
 
-    def __init__(self, *replicas: str) -> None:
+    def __init__(
+        self,
+        *replicas: str,
+        failing: Mapping[str, BaseException] | None = None,
+        holds_up: tuple[str, threading.Event] | None = None,
+    ) -> None:
         self._replicas = replicas
+        self._failing = failing or {}
+        self._holds_up = holds_up
         self.asked: list[tuple[Any, ...]] = []
 
     def broadcast(self, method: str, *arguments: Any) -> Broadcast:
         self.asked.append((method, *arguments))
-        return Broadcast([LoadReport(replica_id=name, version=0, pause_s=0.0) for name in self._replicas])
+        if self._holds_up is not None and method == self._holds_up[0]:
+            assert self._holds_up[1].wait(10)
+        reports = [LoadReport(replica_id=name, version=0, pause_s=0.0) for name in self._replicas]
+        return Broadcast([*reports, *self._failing.values()])
 
 
 @pytest.mark.parametrize(
@@ -98,8 +113,40 @@ def test_a_replica_that_is_missing_in_a_round_is_an_error() -> None:
     """A broadcast passes dead replicas over in silence, and the collective would wait for them for ever."""
     client = ReplicaClient(Handle("a", "new"), ["a", "b"], tensor_parallel_size=1)
 
-    with pytest.raises(RuntimeError, match="replicas b did not answer begin_update"):
+    with pytest.raises(ReplicaLostError, match="replicas b did not answer begin_update"):
         client.start_weight_update()
+
+
+def test_a_replica_that_refuses_is_no_death() -> None:
+    client = ReplicaClient(Handle("a", failing={"b": ValueError("no such layer")}), ["a", "b"], tensor_parallel_size=1)
+
+    with pytest.raises(ValueError, match="no such layer"):
+        client.start_weight_update()
+
+
+def test_a_broadcast_to_a_replica_that_died_ends_the_process_that_would_wait_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ended = threading.Event()
+    monkeypatch.setattr(module, "_WATCH_S", 0.01)
+    monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
+    handle = Handle("a", failing={"b": RayActorError()}, holds_up=("apply_update", ended))
+
+    with pytest.raises(ReplicaLostError, match="replicas b did not answer apply_update"):
+        ReplicaClient(handle, ["a", "b"], tensor_parallel_size=1).update_weights({})
+    assert ended.is_set()
+
+
+def test_nobody_ends_where_all_replicas_live(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended, received = threading.Event(), threading.Event()
+    monkeypatch.setattr(module, "_WATCH_S", 0.01)
+    monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
+    threading.Timer(0.1, received.set).start()
+    handle = Handle("a", "new", holds_up=("apply_update", received))
+
+    ReplicaClient(handle, ["a"], tensor_parallel_size=1).update_weights({})
+    assert [method for method, *_ in handle.asked].count("status") > 1
+    assert not ended.is_set()
 
 
 def test_a_replica_that_has_come_since_is_none_of_a_rounds_business() -> None:
@@ -108,7 +155,7 @@ def test_a_replica_that_has_come_since_is_none_of_a_rounds_business() -> None:
 
 def test_source_gives_every_parameter_in_the_wire_type() -> None:
     parameters = [("embed", torch.ones(2, 3)), ("norm", torch.zeros(5, requires_grad=True))]
-    source = ShardedSource(lambda: parameters, torch.bfloat16)
+    source = ShardedSource(lambda: parameters, torch.bfloat16, device=torch.device("cpu"))
 
     assert [(meta.name, meta.dtype, tuple(meta.shape)) for meta in source.metadata()] == [
         ("embed", torch.bfloat16, (2, 3)),

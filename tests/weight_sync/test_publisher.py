@@ -49,7 +49,9 @@ class Handle:
 class Learners:
     """A learner group that has one version to give."""
 
-    def __init__(self, version: int = 1) -> None:
+    def __init__(self, version: int = 1, deaths: int = 0) -> None:
+        self.deaths = deaths
+        """How many times they die while they send."""
         bucket = BucketLayout(size_bytes=640, tensors=())
         self.manifest = WeightManifest(version=version, publication="p", buckets=(bucket, bucket))
         self.sent_to: list[tuple[str, ...]] = []
@@ -61,9 +63,9 @@ class Learners:
     def publish(self) -> tuple[WeightManifest, list[Any]]:
         return self.manifest, ["ref 0", "ref 1"]
 
-    def send(self, replica_ids: tuple[str, ...]) -> int:
+    def send(self, replica_ids: tuple[str, ...]) -> int | None:
         self.sent_to.append(replica_ids)
-        return 999
+        return None if len(self.sent_to) <= self.deaths else 999
 
 
 # What the replicas acknowledge.
@@ -212,6 +214,32 @@ def test_a_replica_that_comes_while_weights_are_sent_pulls_them_itself() -> None
     handle = Handle([report("a", version=0)], [report("a"), report("new", version=0)])
 
     assert NcclPublisher(source=Learners(), handle=handle).gather(1)().replica_ids == {"a"}
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_after_a_death_on_the_way_weights_are_sent_to_those_that_are_there_then() -> None:
+    learners = Learners(deaths=1)
+    handle = Handle(
+        [report("a", version=0), report("b", version=0)],
+        # One died; one had half of the weights, and ends; Serve starts others.
+        [RayActorError(), RayActorError()],
+        [report("c")],
+        [report("c"), report("d", version=0)],
+        [report("c"), report("d")],
+    )
+
+    publication = NcclPublisher(source=learners, handle=handle).gather(1)()
+
+    assert learners.sent_to == [("a", "b"), ("c", "d")]
+    assert [method for method, *_ in handle.asked] == ["status", "abandon_update", "abandon_update", "status", "status"]
+    assert learners.attended == 1
+    assert publication.replica_ids == {"c", "d"}
+
+
+def test_deaths_without_end_are_an_error() -> None:
+    handle = Handle(*[[report("a", version=0)]] * 6)
+    with pytest.raises(WeightSyncError, match="died 3 times while version 1 was sent"):
+        NcclPublisher(source=Learners(deaths=9), handle=handle).gather(1)()
 
 
 def test_nccl_publication_is_checked_like_any_other() -> None:

@@ -43,15 +43,16 @@ class RewardModelWorker:
         self._reward = reward
         self._device = device
         self._policy_tokenizer = load_tokenizer(policy_tokenizer, trust_remote_code)
-        self._model: RewardModel
+        self._loaded: RewardModel | None = None
 
     def ready(self) -> None:
-        """Load the model; not when the actor is made, since what goes wrong there loses its type on the way.
+        """Load the model, once; not when the actor is made, since what goes wrong there loses its type on the way.
 
         Raises:
             ConfigError: It cannot be used.
         """
-        self._model = RewardModel(self._reward, device=self._device)
+        if self._loaded is None:
+            self._loaded = RewardModel(self._reward, device=self._device)
 
     def score(self, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
         """Score ``groups``; a failure is an answer, no exception."""
@@ -67,6 +68,11 @@ class RewardModelWorker:
             else self._outcome(group, of_group, np.array([next(values) for _ in sequences]), seconds)
             for group, of_group, sequences in zip(groups, texts, encoded, strict=True)
         ]
+
+    @property
+    def _model(self) -> RewardModel:
+        assert self._loaded is not None, "ready() comes first"
+        return self._loaded
 
     def _texts(self, group: RolloutGroup) -> tuple[str, ...]:
         return tuple(

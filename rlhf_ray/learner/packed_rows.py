@@ -1,0 +1,64 @@
+"""Before the first update: whether a model keeps sequences apart that are packed into one row.
+
+Flash attention does so by positions that restart at 0. Layers with a state of their own (convolutions, recurrences),
+and attention that never hears of positions, let a sequence see those before it. Nothing in a configuration says so.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.layout import lay_out
+
+if TYPE_CHECKING:
+    from rlhf_ray.learner.logprob_head import TokenScorer
+
+__all__ = ["keeps_sequences_apart"]
+
+_LENGTH = 16
+# Routers of experts and tiles of half-precision products see other neighbours; a leak changes far more.
+_TOLERANCE = {torch.float32: 1e-4}
+_TOLERANCE_IN_HALF_PRECISION = 3e-2
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def keeps_sequences_apart(
+    score: TokenScorer, *, vocabulary_size: int, device: torch.device, compute_dtype: torch.dtype
+) -> bool:
+    """Whether a sequence's log-probabilities are the same whatever is packed before it; a collective with FSDP.
+
+    Args:
+        score: The model.
+        vocabulary_size: Token ids are below it.
+        device: Where the model is.
+        compute_dtype: What it computes in.
+    """
+    first, second, same = np.random.default_rng(0).integers(vocabulary_size, size=(3, _LENGTH), dtype=np.int32)
+    scored = [_last_of_row(score, np.stack([before, same]), device) for before in (first, second)]
+    tolerance = _TOLERANCE.get(compute_dtype, _TOLERANCE_IN_HALF_PRECISION)
+    return bool((scored[0] - scored[1]).abs().max() <= tolerance)
+
+
+def _last_of_row(score: TokenScorer, sequences: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Log-probabilities of the last of some sequences in one packed row, of all its tokens but the first."""
+    count, length = sequences.shape
+    ones = np.ones(count, dtype=np.int32)
+    completion_tokens = count * (length - 1)
+    batch = SequenceBatch(
+        token_ids=sequences.reshape(-1),
+        prompt_lengths=ones,
+        completion_lengths=ones * (length - 1),
+        sampling_logprobs=np.zeros(completion_tokens, dtype=np.float32),
+        staleness=np.zeros(completion_tokens, dtype=np.int32),
+        fresh=np.ones(count, dtype=np.bool_),
+        rewards=np.zeros(count, dtype=np.float32),
+        truncated=np.zeros(count, dtype=np.bool_),
+        group_ids=np.arange(count),
+        greedy_rewards=np.zeros(count, dtype=np.float32),
+        loss_starts=ones * 0,
+    )
+    return score(lay_out(batch, range(count), packed=True, device=device))[0][-1]
