@@ -239,10 +239,11 @@ def _evaluate(args: argparse.Namespace) -> int:
     if not held_out_sets(config.settings.data):
         raise ConfigError("data.eval_path", None, "there is nothing to measure on: name a held-out set, --data FILE")
     # The best checkpoint of a run may be that on a set which is not measured here.
-    config.checkpointing(best_metric=None)
+    config.checkpointing(best_metric=None, interval=0, path=None)
     with tempfile.TemporaryDirectory(prefix="rlhf-ray-") as folder:
         run_dir = str(Path(folder) / "run")
-        config.reporting(run_dir=run_dir, tensorboard=False, wandb_project=None, completions_interval=0)
+        config.reporting(run_dir=run_dir, tensorboard=False, wandb_project=None, mlflow_experiment=None)
+        config.reporting(completions_interval=0, timeline_interval=0)
         with _running(lambda: _build(config, measured.checkpoint), keeps_files=False) as algo:
             metrics = algo.evaluate()
     from rlhf_ray.reporting.summary import show_evaluation

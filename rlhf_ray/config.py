@@ -16,8 +16,11 @@ import copy
 import importlib
 import importlib.util
 import inspect
+import itertools
+import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, Field, fields, replace
@@ -617,7 +620,30 @@ def _parsed_override(override: str) -> tuple[str, Any]:
     if not equals or not text.strip() or not re.fullmatch(r"\w+\.\w+", field):
         remedy = "write section.name=value, such as training.lr=2e-6 (null for none)"
         raise ConfigError(field or "override", override, remedy)
+    if (comment := _comment(text)) is not None:
+        raise ConfigError(
+            field, text, f"YAML takes {comment!r} for a comment; put text with a # in {_quoted(override)}"
+        )
     return field, _load(text, field, text)
+
+
+def _comment(text: str) -> str | None:
+    """The first comment of a YAML text, which would be cut off without a word; ``None`` where it has none."""
+    try:
+        tokens = list(yaml.scan(text, Loader=_Loader))
+    except yaml.YAMLError:
+        return None  # What is wrong is told where it is parsed.
+    # Between tokens lie spaces, line breaks and comments, and nothing else.
+    between = (text[one.end_mark.index : next_one.start_mark.index] for one, next_one in itertools.pairwise(tokens))
+    return next((gap.strip() for gap in between if "#" in gap), None)
+
+
+def _quoted(override: str) -> str:
+    """How to write an override whose text has a #, for a shell; a list or mapping cannot be quoted as a whole."""
+    field, _, text = override.partition("=")
+    if text.lstrip().startswith(("[", "{", "'", '"')):
+        return "quotes of its own"
+    return f"quotes of its own: {shlex.quote(f'{field}={json.dumps(text, ensure_ascii=False)}')}"
 
 
 def _load(text: str, field: str, shown: str) -> Any:

@@ -9,7 +9,6 @@
     |-- RewardError        too many reward calls failed in one iteration
     |-- LearnerError       a learner cannot start, fails, or stops answering
     `-- WeightSyncError    a replica did not acknowledge the published version
-        `-- ReplicaLostError   one died while weights were sent to it
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ __all__ = [
     "DataError",
     "LearnerError",
     "RLHFRayError",
-    "ReplicaLostError",
     "RewardError",
     "RolloutError",
     "WeightSyncError",
@@ -68,7 +66,3 @@ class LearnerError(RLHFRayError):
 
 class WeightSyncError(RLHFRayError):
     """A replica did not acknowledge the published version."""
-
-
-class ReplicaLostError(WeightSyncError):
-    """A replica died while weights were sent to it over NCCL; the learners start again and send them once more."""

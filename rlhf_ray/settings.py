@@ -282,7 +282,9 @@ class CheckpointingSettings:
     interval: int = setting(0, "iterations between checkpoints; 0: only when save_to_path() is called")
     keep: int = setting(2, "newest checkpoints kept")
     path: str | None = setting(
-        None, "folder or URI (s3://, gs://, hdfs://) of the checkpoints; none: checkpoints/ of the run directory"
+        None,
+        "folder or URI (s3://, gs://, hdfs://) in which a folder named like the run directory holds its checkpoints; "
+        "none: checkpoints/ of the run directory",
     )
     best_metric: str | None = setting(
         None, "key of the result, such as evaluation/quickstart/reward_mean, whose best checkpoints are kept too"

@@ -126,7 +126,7 @@ class Span:
     """Something that took time, for the timeline."""
 
     lane: str
-    """Who did it: ``replica <id>``, ``reward actors``, ``learner <rank>`` or ``algorithm``."""
+    """Who: ``replica <id>``, ``reward worker <n>``, ``<reward model> <n>``, ``learner <rank>`` or ``algorithm``."""
     name: str
     start: float
     """Unix time in seconds."""

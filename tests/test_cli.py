@@ -265,12 +265,14 @@ def test_evaluate_takes_a_checkpoint_with_the_settings_of_its_run(algorithm: typ
     checkpoint = run / "checkpoints" / "step_000002"
     checkpoint.mkdir(parents=True)
     config = PPOConfig().training(gamma=0.5).reporting(run_dir=str(run), wandb_project="gsm8k")
+    config.reporting(mlflow_experiment="gsm8k", mlflow_uri="sqlite:///kept.db", timeline_interval=1)
     config.to_yaml(run / "config.yaml")
     assert cli.main(["evaluate", "--checkpoint", str(checkpoint), "evaluation.temperature=0.7"]) == 0
     (algo,) = algorithm.built
     assert algo.restored == str(checkpoint)
     assert (algo.settings.training.gamma, algo.settings.evaluation.temperature) == (0.5, 0.7)
-    assert algo.settings.reporting.wandb_project is None
+    reporting = algo.settings.reporting
+    assert (reporting.wandb_project, reporting.mlflow_experiment, reporting.timeline_interval) == (None, None, 0)
     assert sorted(run.iterdir()) == [run / "checkpoints", run / "config.yaml"]
 
 

@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -353,6 +354,46 @@ def test_an_override_that_is_not_yaml() -> None:
 
     assert (error.field, error.value) == ("rewards.functions", "[gsm8k")
     assert "not valid YAML" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("override", "comment", "written"),
+    [
+        (
+            "data.prompt_template=Solve {prompt} End with #### and the number",
+            "'#### and the number'",
+            """'data.prompt_template="Solve {prompt} End with #### and the number"'""",
+        ),
+        ("data.prompt_template=#{prompt}", "'#{prompt}'", """'data.prompt_template="#{prompt}"'"""),
+        ("data.prompt_template='{prompt}' # why", "'# why'", None),
+        ("rollouts.stop=[a, b #]", "'#]'", None),
+    ],
+)
+def test_an_override_is_never_cut_at_a_comment(override: str, comment: str, written: str | None) -> None:
+    error = error_of(lambda: PPOConfig().apply_overrides([override]))
+
+    assert error.field == override.partition("=")[0]
+    assert f"YAML takes {comment} for a comment" in error.remedy
+    assert "quotes" in error.remedy
+    if written is not None:
+        assert error.remedy.endswith(written)
+        (word,) = shlex.split(written)
+        assert PPOConfig().apply_overrides([word]).settings.data.prompt_template == override.partition("=")[2]
+
+
+@pytest.mark.parametrize(
+    ("written", "template"),
+    [
+        ("Q#{prompt}", "Q#{prompt}"),
+        ("'{prompt} #### it''s'", "{prompt} #### it's"),
+        ('"{prompt} # \\"x\\""', '{prompt} # "x"'),
+        ("|-\n  {prompt}\n  # a heading", "{prompt}\n# a heading"),
+    ],
+)
+def test_a_hash_that_begins_no_comment_is_text(written: str, template: str) -> None:
+    settings = PPOConfig().apply_overrides([f"data.prompt_template={written}"]).settings
+
+    assert settings.data.prompt_template == template
 
 
 def test_the_last_override_of_a_setting_wins() -> None:

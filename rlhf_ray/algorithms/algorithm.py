@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 import os
 import time
 import weakref
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,7 +28,7 @@ from rlhf_ray.algorithms.assembly import (
 )
 from rlhf_ray.algorithms.iteration_result import iteration_result
 from rlhf_ray.algorithms.ray_session import RaySession
-from rlhf_ray.algorithms.resuming import RunStart, checkpoint_store, open_run, open_trial_run, resolved_yaml
+from rlhf_ray.algorithms.resuming import RunStart, open_run, open_trial_run
 from rlhf_ray.algorithms.run_counts import RunCounts
 from rlhf_ray.algorithms.trial import TRIAL_CPUS, Trial, same_parts
 from rlhf_ray.algorithms.trial_storage import folder_to_read, folder_to_write
@@ -43,7 +45,8 @@ from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.settings import Settings
-from rlhf_ray.types import Float32Array, ScoredGroup, Span
+from rlhf_ray.span_log import SpanLog
+from rlhf_ray.types import Float32Array, ScoredGroup
 
 __all__ = ["Algorithm"]
 
@@ -71,9 +74,11 @@ class Algorithm(Trainable):  # type: ignore[misc]
         if isinstance(config, AlgorithmConfig):
             config = config.to_dict()
         self._parts: Parts | None = None
+        self._run: RunStart | None = None
         self._newest_evaluation: dict[str, dict[str, Any]] | None = None
         self.policy_version = 0
         self._rewinds = 0
+        self._spans = SpanLog()
         super().__init__(config=config, storage=storage)
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -82,12 +87,16 @@ class Algorithm(Trainable):  # type: ignore[misc]
         inputs = check_inputs(self.settings)
         self._evaluator = evaluator(self.settings, inputs)
         self._first_position = inputs.prompts.state()
-        run = self._open_run()
         _LIVE.add(self)
         try:
+            run = self._open_run()
             self._start(inputs)
             if run.checkpoint is not None:
                 self._continue_from(run.checkpoint)
+            if run.goes_on:  # Only now: settings that do not start must not take the place of those that did.
+                self._reporters.stop()
+                run.take_up(self.iteration)
+                self._report_again()
         except BaseException:
             self.stop()
             raise
@@ -112,7 +121,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
         parts, version = self._running(), self.policy_version
         if parts.publications.version != version:  # What followed the last update failed.
             parts.publications.publish(version, beside=False)
-        collected = parts.controller.collect(version)
+        with self._phase("collect"):
+            collected = parts.controller.collect(version)
         self._show_groups(collected.groups)
         batch = shaped(
             SequenceBatch.from_groups(
@@ -122,19 +132,22 @@ class Algorithm(Trainable):  # type: ignore[misc]
             mask_truncated=self.settings.training.mask_truncated,
         )
         plan = self._plan(batch, version)
-        update_policy = version >= self.settings.training.critic_warmup_iterations
-        update = parts.learners.update(
-            batch,
-            plan,
-            version=version + 1,
-            update_policy=update_policy,
-            with_advantages=self._completions_are_due,
-        )
+        # Not by version, which runs ahead of the iterations after a rewind.
+        update_policy = self.iteration >= self.settings.training.critic_warmup_iterations
+        with self._phase("update"):
+            update = parts.learners.update(
+                batch,
+                plan,
+                version=version + 1,
+                update_policy=update_policy,
+                with_advantages=self._completions_are_due,
+            )
         self.policy_version = version + 1
-        publication = parts.publications.publish(version + 1)
+        with self._phase("publish"):
+            publication = parts.publications.publish(version + 1)
         iteration_s = time.perf_counter() - started
         self._report_completions(collected.groups, update.advantages)
-        self._report_timeline(collected.spans)
+        self._spans.add(*collected.spans)
         return iteration_result(
             collected,
             batch,
@@ -167,13 +180,16 @@ class Algorithm(Trainable):  # type: ignore[misc]
             result["evaluation"] = evaluation
         interval = self.settings.checkpointing.interval
         if _due(interval, number) or (interval > 0 and result["done"]):
-            self._save_beside_training(number, result, time_total_s=self._time_total + time.perf_counter() - started)
+            with self._phase("copy for a checkpoint"):
+                so_far_s = self._time_total + time.perf_counter() - started
+                self._save_beside_training(number, result, time_total_s=so_far_s)
         self._tell_of_checkpoints()
         counts = self._counts.totals()
         result["rollouts"]["dropped_prompts"] = counts.pop("dropped_prompts")
         result["fault_tolerance"] = counts
         if self.settings.callbacks.on_train_result is not None:
             self.settings.callbacks.on_train_result(algorithm=self, result=result)
+        self._report_timeline(number)
         return result
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
@@ -201,9 +217,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
         """
         self._running()
         checkpoint = Checkpoint(Folder.at(path))
-        config = self._directory.config.read_text(encoding="utf-8")
         state = self._state(self.iteration, self._time_total, score=None)
-        self._writer.write(checkpoint, config=config, state=state)
+        self._writer.write(checkpoint, config=self._opened().resolved, state=state)
         self._call_on_checkpoint(checkpoint)
         return checkpoint.folder.location
 
@@ -303,6 +318,13 @@ class Algorithm(Trainable):  # type: ignore[misc]
 
     def cleanup(self) -> None:
         """Stop every process, actor, Serve app and placement group of this run; called by ``stop()``."""
+        try:
+            self._stop_parts()
+        finally:
+            if self._run is not None:
+                self._run.lock.release()
+
+    def _stop_parts(self) -> None:
         _LIVE.discard(self)
         parts, self._parts = self._parts, None
         try:
@@ -359,10 +381,10 @@ class Algorithm(Trainable):  # type: ignore[misc]
 
     def _open_run(self) -> RunStart:
         open_directory = open_run if self._trial is None else open_trial_run
-        name = self.config_class.algorithm_name.lower()
-        run = open_directory(self.settings, algorithm=name, resolved=resolved_yaml(self.algorithm_config))
-        self._directory = run.directory
-        self._store = checkpoint_store(self.settings, run.directory)
+        if self._run is not None:  # That of the trial before, or of the same one.
+            self._run.lock.release()
+        run = open_directory(self.algorithm_config, algorithm=self.config_class.algorithm_name.lower())
+        self._run, self._directory, self._store = run, run.directory, run.store
         if self._trial is None:
             self._logdir = str(run.directory.path)
         self._reports = not run.has_history
@@ -374,8 +396,17 @@ class Algorithm(Trainable):  # type: ignore[misc]
         """In a trial that Tune started anew: only now is it known from which iteration it goes on."""
         if not self._reports:
             self._reports = True
-            self._directory.forget_after(self.iteration)
+            self._opened().take_up(self.iteration)
             self._reporters.start(self.settings, self._directory)
+
+    def _report_again(self) -> None:
+        """With new reporters: the files of those before have changed."""
+        self._reporters = ReporterSet.from_settings(self.settings)
+        self._reporters.start(self.settings, self._directory)
+
+    def _opened(self) -> RunStart:
+        assert self._run is not None, "the run directory is opened in set-up"
+        return self._run
 
     def _start(self, inputs: Inputs) -> None:
         self._inputs = inputs
@@ -422,7 +453,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
         evaluation = self.settings.evaluation
         is_first_of_trial = self._trial is not None and self._newest_evaluation is None
         if evaluation_due(self.settings, number) or (is_first_of_trial and (evaluation.interval or evaluation.at_end)):
-            self._newest_evaluation = self.evaluate()
+            with self._phase("evaluate"):
+                self._newest_evaluation = self.evaluate()
             return self._newest_evaluation
         return None if self._trial is None else self._newest_evaluation
 
@@ -442,22 +474,29 @@ class Algorithm(Trainable):  # type: ignore[misc]
         if self._completions_are_due:
             self._reporters.report_completions(self.iteration + 1, groups, advantages)
 
-    def _report_timeline(self, spans: tuple[Span, ...]) -> None:
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return self._spans.during("algorithm", name)
+
+    def _report_timeline(self, number: int) -> None:
         if self.settings.reporting.timeline_interval > 0:
             # In every iteration, or one that is written would have those of several.
-            others = self._running().learners.take_spans()
-            if _due(self.settings.reporting.timeline_interval, self.iteration + 1):
-                self._reporters.report_spans(self.iteration + 1, (*spans, *others))
+            parts = self._running()
+            spans = (*self._spans.take(), *parts.rewards.take_spans(), *parts.learners.take_spans())
+            if _due(self.settings.reporting.timeline_interval, number):
+                self._reporters.report_spans(number, spans)
 
     def _save_beside_training(self, number: int, result: dict[str, Any], *, time_total_s: float) -> None:
         settings = self.settings.checkpointing
         score = None if settings.best_metric is None else flatten(result).get(settings.best_metric)
         self._writer.begin(
             self._store.of_iteration(number),
-            config=self._directory.config.read_text(encoding="utf-8"),
-            state=self._state(number, time_total_s, score=None if score is None else float(score)),
+            config=self._opened().resolved,
+            state=self._state(number, time_total_s, score=_finite(score)),
             then=lambda: self._store.prune(
-                keep=settings.keep, keep_best=settings.keep_best, highest_is_best=settings.best_mode == "max"
+                keep=settings.keep,
+                keep_best=settings.keep_best,
+                highest_is_best=settings.best_mode == "max",
+                metric=settings.best_metric,
             ),
         )
 
@@ -467,6 +506,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
             iteration=iteration,
             time_total_s=time_total_s,
             prompt_position=self._running().controller.prompt_position(self._inputs.prompts, self.policy_version),
+            run_id=self._store.run_id,
+            metric=self.settings.checkpointing.best_metric if score is not None else None,
             score=score,
             counts=self._counts.totals(),
         )
@@ -480,8 +521,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         _LOG.warning("%s; the run goes back to %s", error, checkpoint.folder)
         self._reporters.stop()
         self._directory.forget_after(checkpoint.state().iteration)
-        self._reporters = ReporterSet.from_settings(self.settings)
-        self._reporters.start(self.settings, self._directory)
+        self._report_again()
         self._continue_from(checkpoint, version=self.policy_version + 1)
         self._rewinds += 1
 
@@ -504,6 +544,11 @@ class Algorithm(Trainable):  # type: ignore[misc]
     def _call_on_checkpoint(self, checkpoint: Checkpoint) -> None:
         if self.settings.callbacks.on_checkpoint is not None:
             self.settings.callbacks.on_checkpoint(algorithm=self, path=checkpoint.folder.location)
+
+
+def _finite(score: object) -> float | None:
+    """A score that can be compared with others: NaN would be the best for ever."""
+    return float(score) if isinstance(score, (int, float)) and math.isfinite(score) else None
 
 
 def _due(interval: int, number: int) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import psutil
 import ray
+from ray._private import services
 
 from rlhf_ray.algorithms.trial import Trial
 from rlhf_ray.algorithms.trial_lease import TrialLease
@@ -18,7 +19,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.functions import reward_models
 from rlhf_ray.settings import Settings
 
-__all__ = ["RaySession", "Shares", "cpu_shares", "resolve_device"]
+__all__ = ["RaySession", "Shares", "cluster_to_join", "cpu_shares", "resolve_device"]
 
 _LOG = logging.getLogger(__name__)
 # How long workers have to end after their raylet.
@@ -119,6 +120,17 @@ def resolve_device(settings: Settings, gpus: float) -> bool:
     return on_gpu
 
 
+def cluster_to_join(address: str | None) -> str | None:
+    """The cluster that ``ray.init(address)`` looks for here; ``None``: it starts one.
+
+    Without an address, in ``RAY_ADDRESS`` neither, that is the cluster on Ray's record: the last that ``ray start``
+    started or joined on this machine, until ``ray stop``.
+    """
+    if address in (None, "auto"):
+        address = os.environ.get("RAY_ADDRESS") or address or services.find_bootstrap_address(None)
+    return None if address == "local" else address
+
+
 class RaySession:
     """A connection to Ray.
 
@@ -132,26 +144,13 @@ class RaySession:
 
     def __init__(self, settings: Settings, trial: Trial | None = None) -> None:
         self._connected = not ray.is_initialized()
-        address = settings.resources.ray_address or os.environ.get("RAY_ADDRESS")
-        self.ends_ray = self._connected and not _names_a_cluster(address)
-        """Whether this session started the whole cluster, which ends with it."""
+        before = _raylets()
         if self._connected:
-            # A busy laptop needs more than Ray's half minute.
-            os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
-            # Says at every local start that tokens protect the cluster: nothing that the user can or need do.
-            logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-            if self.ends_ray:
-                for name, value in _OWN_CLUSTER_ENV.items():
-                    os.environ.setdefault(name, value)
-            ray.init(
-                address=settings.resources.ray_address,
-                namespace="rlhf_ray",
-                # For a cluster that ends with this run its start-up is lost; `ray start --head` has one.
-                include_dashboard=False if self.ends_ray else None,
-                log_to_driver=settings.debugging.log_to_driver,
-                logging_level=logging.getLevelName(settings.debugging.log_level),
-                configure_logging=True,
-            )
+            _connect(settings)
+        self._raylets = [raylet for raylet in _raylets() if raylet not in before]
+        # By what came of it: where ray.init() looks for a cluster is for Ray to decide, and a user's must not be ended.
+        self.ends_ray = bool(self._raylets)
+        """Whether this session started the whole cluster, which ends with it."""
         self._quieten(settings.debugging.log_level)
         self.on_gpu = resolve_device(settings, ray.cluster_resources().get("GPU", 0.0))
         """Whether replicas run on GPUs."""
@@ -168,7 +167,7 @@ class RaySession:
             lease.end()
         if not (self._connected and ray.is_initialized()):
             return
-        workers = _ray_workers() if self.ends_ray else []
+        workers = _below(self._raylets)
         ray.shutdown()
         _end(workers, grace_s=_GRACE_S)
 
@@ -193,9 +192,25 @@ class RaySession:
             logging.getLogger(name).setLevel(level)
 
 
-def _names_a_cluster(address: str | None) -> bool:
-    """Whether an address is that of a running cluster; Ray takes ``local`` for the wish to start one."""
-    return bool(address) and address != "local"
+def _connect(settings: Settings) -> None:
+    """Join the cluster that the settings, the environment or Ray's record name, or start one."""
+    starts_ray = cluster_to_join(settings.resources.ray_address) is None
+    # A busy laptop needs more than Ray's half minute.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
+    # Says at every local start that tokens protect the cluster: nothing that the user can or need do.
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    if starts_ray:
+        for name, value in _OWN_CLUSTER_ENV.items():
+            os.environ.setdefault(name, value)
+    ray.init(
+        address=settings.resources.ray_address,
+        namespace="rlhf_ray",
+        # For a cluster that ends with this run its start-up is lost; `ray start --head` has one.
+        include_dashboard=False if starts_ray else None,
+        log_to_driver=settings.debugging.log_to_driver,
+        logging_level=logging.getLevelName(settings.debugging.log_level),
+        configure_logging=True,
+    )
 
 
 def _num_reward_workers(settings: Settings) -> int:
@@ -212,10 +227,23 @@ def _gpus_needed(settings: Settings) -> int:
     return settings.rollouts.num_replicas * settings.rollouts.tensor_parallel_size + learners
 
 
-def _ray_workers() -> list[psutil.Process]:
-    """All processes below the raylets that this process started: Ray's workers, and the engines below them."""
-    raylets = [child for child in psutil.Process().children() if child.name() == "raylet"]
-    return [worker for raylet in raylets for worker in raylet.children(recursive=True)]
+def _raylets() -> list[psutil.Process]:
+    """The raylets that this process started: one is the sign of a cluster of its own."""
+    found = []
+    for child in psutil.Process().children():
+        with suppress(psutil.NoSuchProcess):  # It has ended meanwhile.
+            if child.name() == "raylet":
+                found.append(child)
+    return found
+
+
+def _below(raylets: list[psutil.Process]) -> list[psutil.Process]:
+    """All processes below raylets: Ray's workers, and the engines below them."""
+    found: list[psutil.Process] = []
+    for raylet in raylets:
+        with suppress(psutil.NoSuchProcess):
+            found += raylet.children(recursive=True)
+    return found
 
 
 def _end(processes: list[psutil.Process], *, grace_s: float) -> None:

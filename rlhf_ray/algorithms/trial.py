@@ -11,6 +11,7 @@ from ray import cloudpickle
 from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.config import AlgorithmConfig
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.rollouts.engine_spec import longest_completion
 from rlhf_ray.settings import Settings
 
 __all__ = ["TRIAL_CPUS", "Trial", "same_parts"]
@@ -67,7 +68,7 @@ class Trial:
         return adapted
 
 
-# Read by the trial itself, when they are needed.
+# Read by the trial itself, when they are needed; of evaluation the engines know the longest completion.
 _LIVE = frozenset({"evaluation", "callbacks"})
 # These decide which parts there are: a critic, greedy completions, functions that replicas and learners were sent.
 _FIXED_TRAINING = frozenset({"advantage", "advantage_args", "loss", "loss_args"})
@@ -76,6 +77,8 @@ _OWN_FOLDERS = {"reporting": "run_dir", "checkpointing": "path"}
 
 def same_parts(old: Settings, new: Settings) -> bool:
     """Whether the running parts of one trial serve another: only the learners' numbers and what is read here differ."""
+    if longest_completion(old.rollouts, old.evaluation) != longest_completion(new.rollouts, new.evaluation):
+        return False
     for section in fields(Settings):
         if section.name in _LIVE:
             continue

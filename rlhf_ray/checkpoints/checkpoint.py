@@ -34,8 +34,12 @@ class CheckpointState:
     time_total_s: float
     """Seconds of all iterations so far."""
     prompt_position: PromptPosition
+    run_id: str | None = None
+    """The run that wrote it; none: it is from before runs had ids."""
+    metric: str | None = None
+    """Which figure the score is: ``checkpointing.best_metric``; none: no score, or one from before this was kept."""
     score: float | None = None
-    """``checkpointing.best_metric`` when it was written; none: there was no such figure."""
+    """That figure when it was written; none: there was no such figure, or it was not a finite number."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What was counted since the run began: dropped prompts, and faults that it survived."""
 
@@ -87,6 +91,10 @@ class Checkpoint:
             DataError: There is no whole manifest.
         """
         return self._manifest()[0]
+
+    def is_committed(self) -> bool:
+        """Whether there is a manifest, which is written last; it may still not fit the files."""
+        return _MANIFEST in self.folder.files()
 
     def delete(self) -> None:
         """Delete the folder, the manifest first: a delete that is cut short leaves no checkpoint."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,10 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Folder:
-    """Absolute path of a folder of this machine, or a URI such as ``s3://bucket/run``; pickles as that text."""
+    """Absolute path of a folder of this machine, or a URI such as ``s3://bucket/run``; pickles as that text.
+
+    A URI may end in options of its file system: ``s3://bucket/run?endpoint_override=minio:9000&scheme=http``.
+    """
 
     location: str
 
@@ -50,12 +54,16 @@ class Folder:
         if text.startswith("file://"):
             text = text.removeprefix("file://")
         if "://" in text:
-            return cls(text.rstrip("/"))
+            path, options = _split(text)
+            return cls(path.rstrip("/") + options)
         return cls(str(Path(text).expanduser().absolute()))
 
     def __truediv__(self, name: str) -> Folder:
         """A folder in this one."""
-        return Folder(f"{self.location}/{name}")
+        if self.local is not None:
+            return Folder(f"{self.location}/{name}")
+        path, options = _split(self.location)
+        return Folder(f"{path}/{name}{options}")
 
     def __str__(self) -> str:
         return self.location
@@ -63,7 +71,8 @@ class Folder:
     @property
     def name(self) -> str:
         """The last part of the path."""
-        return self.location.rsplit("/", 1)[-1]
+        path = self.location if self.local is not None else _split(self.location)[0]
+        return path.rsplit("/", 1)[-1]
 
     @property
     def local(self) -> Path | None:
@@ -78,6 +87,23 @@ class Folder:
         """
         fs, path = self._opened()
         fs.create_dir(path, recursive=True)
+
+    def try_out(self) -> None:
+        """Write a small file and delete it.
+
+        Raises:
+            ConfigError: That cannot be done here: a wrong bucket, scheme or permission.
+        """
+        name = f".tried-{uuid.uuid4().hex}"
+        try:
+            self.make()
+            self.write(name, b"rlhf_ray writes checkpoints here\n")
+            self.delete_file(name)
+        except ConfigError:
+            raise
+        except (OSError, ValueError, NotImplementedError) as error:  # What pyarrow's errors are derived from.
+            remedy = f"checkpoints cannot be written there, correct it or name another place: {error}"
+            raise ConfigError("checkpointing.path", self.location, remedy) from error
 
     def delete(self) -> None:
         """Delete the folder and all in it, if it is there."""
@@ -173,6 +199,13 @@ class Folder:
             return LocalFileSystem(), self.location
         try:
             fs, path = FileSystem.from_uri(self.location)
-        except (ValueError, OSError) as error:  # pyarrow's own words for an unknown scheme or an unreachable host
+        # pyarrow's own words for an unknown scheme, an unreachable host, or a file system that it was built without.
+        except (ValueError, OSError, NotImplementedError) as error:
             raise ConfigError("checkpointing.path", self.location, f"pyarrow cannot open it: {error}") from error
         return fs, path
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """The path of a URI, and its options with their question mark."""
+    path, mark, options = uri.partition("?")
+    return path, mark + options

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import pickle
-import re
 import shutil
 import signal
 import subprocess
@@ -19,12 +18,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.rollouts.start_failure import exceptions_in, root_cause
+
 __all__ = ["ChildFailure", "answer", "run_child"]
 
 _INPUT, _ANSWER, _LOG = "input.pkl", "answer.json", "log.txt"
-_ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception): .+)")
-# What vLLM's front says when its core failed: the cause stands further up.
-_UNINFORMATIVE = "Engine core initialization failed"
 
 
 class ChildFailure(Exception):
@@ -92,7 +90,6 @@ def _end_session(process: subprocess.Popen[bytes]) -> None:
 
 
 def _reason(log: Path, code: int) -> str:
-    text = log.read_text(encoding="utf-8", errors="replace")
-    errors = [match.group(1) for line in text.splitlines() if (match := _ERROR_LINE.search(line))]
-    telling = [line for line in errors if _UNINFORMATIVE not in line]
-    return (telling or errors or [f"it ended with code {code}"])[0]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    # A wrapper says more than a number.
+    return root_cause(lines) or next(reversed(exceptions_in(lines)), f"it ended with code {code}")

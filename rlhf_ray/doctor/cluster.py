@@ -18,15 +18,21 @@ _TIMEOUT_S = 120.0
 
 def check_ray(settings: Settings) -> Check:
     """Start or join Ray in a process of its own and look at its resources."""
+    from rlhf_ray.algorithms.ray_session import cluster_to_join
+
     address = settings.resources.ray_address or os.environ.get("RAY_ADDRESS")
+    joined = cluster_to_join(address)
     try:
         found = run_child("rlhf_ray.doctor.cluster", address, timeout_s=_TIMEOUT_S)
     except ChildFailure as failure:
-        if address is None:
+        if joined is None:
             return failed("Ray", f"cannot start: {failure.reason}", f"read {failure.log}")
-        remedy = f"start it there (ray start --head) or correct resources.ray_address; read {failure.log}"
-        return failed("Ray", f"{address} cannot be joined: {failure.reason}", remedy)
-    return judge_resources(settings, found, address=address)
+        remedy = (
+            "start it there (ray start --head) or correct resources.ray_address (local: one of the run's own); "
+            f"read {failure.log}"
+        )
+        return failed("Ray", f"{joined} cannot be joined: {failure.reason}", remedy)
+    return judge_resources(settings, found, address=joined)
 
 
 def judge_resources(settings: Settings, found: Mapping[str, float], *, address: str | None) -> Check:
@@ -55,8 +61,9 @@ def judge_resources(settings: Settings, found: Mapping[str, float], *, address: 
 def _look(address: str | None) -> dict[str, Any]:
     import ray
 
-    if address is None:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False)
+    # As a run does it: without an address Ray joins the cluster on its record, and starts one only where there is none.
+    if address in (None, "local"):
+        ray.init(address=address, include_dashboard=False, log_to_driver=False)
     else:
         ray.init(address=address, log_to_driver=False)
     resources = dict(ray.cluster_resources())

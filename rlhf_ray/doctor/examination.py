@@ -15,6 +15,7 @@ from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
 from rlhf_ray.doctor.model import ModelFacts, check_model
 from rlhf_ray.doctor.packages import check_packages, check_python, check_torchvision
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.model_path import absolute_if_local
 from rlhf_ray.plugins import advantage_plugin
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.settings import Settings
@@ -73,7 +74,9 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     has_critic = advantage_plugin(training.advantage, training.advantage_args).needs_critic
     critic = policy if has_critic else None
     if settings.model.critic_path is not None:
-        critic_check, critic = check_model("model.critic_path", settings.model.critic_path)
+        critic_check, critic = check_model(
+            "model.critic_path", settings.model.critic_path, trust_remote_code=settings.model.trust_remote_code
+        )
         yield critic_check
     if policy is None or (has_critic and critic is None):
         yield warned("memory, engine", "not looked at without the model", "correct the model first")
@@ -167,7 +170,7 @@ def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tup
         rollouts,
         evaluation,
         model_path=policy.path,
-        tokenizer_path=settings.model.tokenizer_path or policy.path,
+        tokenizer_path=absolute_if_local(settings.model.tokenizer_path or policy.path),
         config=policy.config,
         prompt_tokens=prompt_tokens,
         groups_in_flight=max_concurrent_groups(settings),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.doctor.check import Check, failed, passed
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.model_path import absolute_if_local, looks_local
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,15 +41,17 @@ def check_model(
     Returns:
         The check, and what was read where that worked.
     """
-    if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
+    if looks_local(path) and not Path(path).expanduser().is_dir():
         return failed(field, f"{path}: no such folder", f"give {field} a Hugging Face model folder or a hub id"), None
     from transformers import AutoConfig
 
     from rlhf_ray.prompts.tokenizer import load_tokenizer
 
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-        num_parameters = count_parameters(path, config, trust_remote_code=trust_remote_code)
+        # As the run itself names it: transformers takes ~ for the name of a folder.
+        read_from = absolute_if_local(path)
+        config = AutoConfig.from_pretrained(read_from, trust_remote_code=trust_remote_code)
+        num_parameters = count_parameters(read_from, config, trust_remote_code=trust_remote_code)
         if tokenizer_path is not None:
             load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
     except ConfigError as error:
@@ -59,7 +62,7 @@ def check_model(
         return failed(field, f"{path}: {reason}", f"give {field} a Hugging Face model folder or a hub id"), None
     kind = (config.architectures or [config.model_type])[0]
     size = f"{num_parameters / 1e9:.2f}B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.2f}M"
-    return passed(field, f"{path}: {kind}, {size} parameters"), ModelFacts(path, num_parameters, config)
+    return passed(field, f"{path}: {kind}, {size} parameters"), ModelFacts(read_from, num_parameters, config)
 
 
 def count_parameters(path: str, config: PretrainedConfig, *, trust_remote_code: bool = False) -> int:

@@ -179,7 +179,9 @@ class SlurmJob:
 
     def _preparation(self) -> Iterator[str]:
         yield f"cd {shlex.quote(str(self.working_dir))}"
-        yield from self.setup
+        if self.setup:
+            # Scripts of conda and of environment modules read variables that are not set.
+            yield from ("set +o nounset", *self.setup, "set -o nounset")
         if self.path is not None:
             yield f"export PATH={shlex.quote(str(self.path))}:$PATH"
         for name, value in self.env.items():

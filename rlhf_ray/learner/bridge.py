@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_ray.checkpoints.folder import StoredFile
 from rlhf_ray.learner.state_keeper import StateKeeper, keeper_on
+from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
@@ -94,17 +94,15 @@ class Bridge(StateKeeper):
         self._controller: Any = None
         self._keepers: dict[str, Any] = {}
         self._placement_group: Any = None
-        self._spans: deque[Span] = deque(maxlen=_MOST_SPANS)
+        self._spans = SpanLog(most=_MOST_SPANS)
 
     async def add_spans(self, spans: list[Span]) -> None:
         """Keep what a rank or a replica did, for the timeline."""
-        self._spans.extend(spans)
+        self._spans.add(*spans)
 
     async def take_spans(self) -> list[Span]:
         """Give what was kept since the last call."""
-        spans = list(self._spans)
-        self._spans.clear()
-        return spans
+        return self._spans.take()
 
     async def wait_ready(self, timeout_s: float, *, after: str | None = None) -> RankFailure | str | None:
         """Wait until all ranks of a worker group other than ``after`` have asked for commands.

@@ -22,13 +22,13 @@ import ray
 import torch.distributed as dist
 
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
-from rlhf_ray.errors import ReplicaLostError
 from rlhf_ray.learner.bridge import Command, RankFailure
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.packing import RankPlan
 from rlhf_ray.learner.update_result import UpdateResult
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.replica_lost import ReplicaLostError
 
 __all__ = ["lost_a_peer", "train_loop"]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.model_path import looks_local
 from rlhf_ray.prompts.data_context import NUM_CPUS, RUN_NAME, configure, data_errors
 from rlhf_ray.prompts.files import FileSource, is_data_file
 from rlhf_ray.prompts.huggingface import HubSource, SavedDatasetSource, is_saved_dataset
@@ -80,7 +81,8 @@ def _from_path(path: str, settings: DataSettings, *, split: str, field: str) -> 
     if "://" in path:
         remedy = f"{field} takes local paths and hub ids; build the config in Python and pass ray.data.read_json(...)"
         raise DataError(f"{path} is a remote address: {remedy}, read_parquet or read_csv of it instead")
-    if not Path(path).expanduser().exists() and not _looks_local(path):
+    local = Path(path).expanduser()
+    if not (local.exists() or is_data_file(local) or looks_local(path)):
         return HubSource(path, subset=settings.subset, split=split, field=field)
     local = _local(path, field)
     if local.is_dir() and is_saved_dataset(local):
@@ -88,10 +90,6 @@ def _from_path(path: str, settings: DataSettings, *, split: str, field: str) -> 
     if local.is_dir():
         return FileSource.from_folder(local, settings.prompt_column, split=split)
     return FileSource.from_paths([local], settings.prompt_column)
-
-
-def _looks_local(path: str) -> bool:
-    return is_data_file(Path(path)) or path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _local(path: str, field: str) -> Path:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.model_path import looks_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,13 +48,9 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
         path = str(local)
     elif local.exists():
         raise ConfigError("model.path", path, f"it is a file, not a folder; {_REMEDY}")
-    elif _looks_local(path):
+    elif looks_local(path):
         raise ConfigError("model.path", path, f"there is no such folder ({local.absolute()}); {_REMEDY}")
     return _load(path, trust_remote_code=trust_remote_code)
-
-
-def _looks_local(path: str) -> bool:
-    return path.startswith((".", "/", "~")) or path.count("/") > 1
 
 
 def _load(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

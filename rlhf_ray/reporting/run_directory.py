@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import uuid
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -126,6 +127,16 @@ class RunDirectory:
         """Folder of the trained model in Hugging Face form."""
         return self.path / "model"
 
+    def run_id(self) -> str:
+        """What tells this run from every other, made when it is first asked for.
+
+        Names of folders repeat and change; what a run writes elsewhere is marked by this.
+        """
+        file = self.path / "run_id"
+        if not file.exists():
+            _write_whole(file, uuid.uuid4().hex)
+        return file.read_text(encoding="utf-8")
+
     def last_iteration(self) -> int:
         """The last one that was reported; 0: none."""
         if not self.metrics.exists():
@@ -138,16 +149,28 @@ class RunDirectory:
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if (row := _iteration(line)) is not None and row <= iteration]
-            partial = self.metrics.with_suffix(".partial")
-            partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-            os.replace(partial, self.metrics)
+            _write_whole(self.metrics, "".join(f"{line}\n" for line in kept))
         for table in self.completions.glob("step_*.parquet"):
             if int(table.stem.removeprefix("step_")) > iteration:
                 table.unlink()
 
+    def set_aside(self) -> Path | None:
+        """Move what was reported into a new folder ``before-<n>``: the run is about to begin again.
+
+        Returns:
+            That folder; none: no iteration was reported.
+        """
+        if not self.metrics.exists() or self.metrics.stat().st_size == 0:
+            return None
+        aside = _make_numbered(self.path, "before")
+        for path in (self.metrics, self.completions, self.timeline, self.tensorboard):
+            if path.exists():
+                path.rename(aside / path.name)
+        return aside
+
     def write_config(self, text: str) -> None:
-        """Write the resolved configuration."""
-        self.config.write_text(text, encoding="utf-8")
+        """Write the resolved configuration; a reader finds all of it or what was there before."""
+        _write_whole(self.config, text)
 
 
 def _iteration(line: str) -> int | None:
@@ -157,10 +180,26 @@ def _iteration(line: str) -> int | None:
         return None
 
 
+def _write_whole(path: Path, text: str) -> None:
+    partial = path.with_suffix(".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
 def _make_fresh(parent: Path, name: str) -> Path:
     _make(parent)
-    for attempt in itertools.count(1):
-        path = parent / (name if attempt == 1 else f"{name}-{attempt}")
+    try:
+        (parent / name).mkdir()
+    except FileExistsError:
+        return _make_numbered(parent, name, first=2)
+    except OSError as error:
+        raise _unwritable(parent / name, error) from error
+    return parent / name
+
+
+def _make_numbered(parent: Path, name: str, *, first: int = 1) -> Path:
+    for number in itertools.count(first):
+        path = parent / f"{name}-{number}"
         try:
             path.mkdir()
         except FileExistsError:

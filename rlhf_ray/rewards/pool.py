@@ -24,9 +24,10 @@ from rlhf_ray.rewards.scoring import Scores, Tokenizer
 from rlhf_ray.rewards.shipping import pack, pack_rewards
 from rlhf_ray.rewards.worker import LONG_CALL_S, ConcurrentRewardWorker, SequentialRewardWorker
 from rlhf_ray.settings import RewardSettings
-from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
+from rlhf_ray.span_log import SpanLog
+from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup, Span
 
-__all__ = ["START_TRIES", "RewardPool", "died_by_itself", "kill", "one_line"]
+__all__ = ["START_TRIES", "RewardPool", "died_by_itself", "kill", "one_line", "span_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class _Worker:
     """A reward actor, as the pool sees it."""
 
     actor: Any
+    number: int
+    """Counted from 1, replacements included."""
     turn: asyncio.Semaphore
     """Held by the groups that the actor works on; those sent ahead wait for it, in the order they were sent."""
     retired: bool = False
@@ -126,6 +129,8 @@ class RewardPool:
         # One entry a free slot, oldest first.
         self._free: deque[_Worker] = deque()
         self._seconds_a_group: float | None = None
+        self._starts = 0
+        self._spans = SpanLog()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
@@ -179,6 +184,10 @@ class RewardPool:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
+
+    def take_spans(self) -> list[Span]:
+        """What each worker did since the last call."""
+        return self._spans.take()
 
     async def _score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
         if self._closed is not None:
@@ -261,7 +270,8 @@ class RewardPool:
         # The last group of a call may begin as late as that, and has its whole time then.
         limit_s = self._settings.timeout_s + (LONG_CALL_S if len(batch) > 1 else 0.0)
         try:
-            outcomes: list[Scores | RewardFailure] = await asyncio.wait_for(answer, limit_s)
+            with self._spans.during(f"reward worker {worker.number}", span_name([r.group for r in batch])):
+                outcomes: list[Scores | RewardFailure] = await asyncio.wait_for(answer, limit_s)
         except RayTaskError:
             if len(batch) == 1:
                 raise
@@ -328,7 +338,9 @@ class RewardPool:
             scheduling_strategy="DEFAULT",
             runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
         )
-        return _Worker(actor_class.remote(*self._worker_arguments), asyncio.Semaphore(self._concurrency))
+        self._starts += 1
+        actor = actor_class.remote(*self._worker_arguments)
+        return _Worker(actor, self._starts, asyncio.Semaphore(self._concurrency))
 
     def _replace(self, worker: _Worker) -> None:
         if worker.retired:
@@ -420,6 +432,12 @@ class RewardPool:
                 f"each of {self._settings.num_workers} (resources.cpus_per_reward_worker, rewards.num_workers)?"
             )
         return f"a reward worker cannot start: {one_line(error)}"
+
+
+def span_name(groups: Sequence[RolloutGroup]) -> str:
+    """What the timeline calls the scoring of some groups, at least one."""
+    others = f" and {len(groups) - 1} more" if len(groups) > 1 else ""
+    return f"group {groups[0].group_id}{others}"
 
 
 def kill(actor: Any) -> None:

@@ -16,7 +16,7 @@ from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.scoring import Scores, Tokenizer
 from rlhf_ray.rewards.shipping import pack
 from rlhf_ray.settings import RewardSettings
-from rlhf_ray.types import Float32Array, RewardFailure, RolloutGroup, ScoredGroup
+from rlhf_ray.types import Float32Array, RewardFailure, RolloutGroup, ScoredGroup, Span
 
 __all__ = ["CombinedRewards", "RewardStage", "reward_stage"]
 
@@ -27,6 +27,9 @@ class RewardStage(Protocol):
     @property
     def workers_replaced(self) -> int:
         """Reward actors that died, or were killed at a time limit, since the start."""
+
+    def take_spans(self) -> list[Span]:
+        """What each actor did since the last call, for the timeline."""
 
     def start(self) -> None:
         """Start the actors and wait until they stand."""
@@ -61,6 +64,10 @@ class CombinedRewards:
     def workers_replaced(self) -> int:
         """Actors of functions and models that were replaced since the start."""
         return sum(pool.workers_replaced for pool in self._pools)
+
+    def take_spans(self) -> list[Span]:
+        """What each actor of functions and models did since the last call."""
+        return [span for pool in self._pools for span in pool.take_spans()]
 
     def start(self) -> None:
         """Start everything side by side and wait for all.

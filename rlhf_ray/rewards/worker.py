@@ -84,6 +84,7 @@ def load_tokenizer(source: str | bytes, trust_remote_code: bool) -> Tokenizer:
     """The policy's tokenizer, from a folder, a hub id or ``pack``."""
     if isinstance(source, bytes):
         return cast(Tokenizer, unpack(source))
-    from transformers import AutoTokenizer
+    # Here, because most workers are sent the tokenizer itself and need not import what loads one.
+    from rlhf_ray.prompts import tokenizer
 
-    return cast(Tokenizer, AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code))
+    return cast(Tokenizer, tokenizer.load_tokenizer(source, trust_remote_code=trust_remote_code))

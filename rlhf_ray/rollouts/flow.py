@@ -63,7 +63,7 @@ class Collected:
     elapsed_s: float
     """All of the time since the last batch."""
     spans: tuple[Span, ...]
-    """What replicas and reward actors did since the last batch, and the wait for this one."""
+    """What replicas wrote since the last batch."""
 
 
 @dataclass(slots=True)
@@ -209,7 +209,7 @@ class RolloutFlow:
             generated_tokens=self._generated_tokens,
             generating_s=self._generating_time(ended),
             elapsed_s=ended - self._counted_from,
-            spans=(*self._spans, Span.ending_now("algorithm", f"collect for version {version}", ended - started)),
+            spans=tuple(self._spans),
         )
         self._forget_counts()
         self._last = (version, collected)
@@ -387,11 +387,8 @@ class RolloutFlow:
         return await self._score(await self._generate_with_retry(prompt, sampling, version), prompt)
 
     async def _score(self, group: RolloutGroup, prompt: Prompt) -> ScoredGroup | RewardFailure:
-        started = _now()
         # Replicas need not send the row's columns back.
-        outcome = await self._scorer.score(replace(group, prompt=prompt))
-        self._spans.append(Span.ending_now("reward actors", f"group {prompt.prompt_id}", _now() - started))
-        return outcome
+        return await self._scorer.score(replace(group, prompt=prompt))
 
     @contextmanager
     def _generating_now(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Finds the one line that says why an engine could not start.
+"""Finds the one line that says why an engine, or another process with a log, could not start.
 
 vLLM runs its engine in a process of its own; that process's traceback goes to the replica's log, and the replica itself
 only hears that "initialization failed".
@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["engine_start_failure", "root_cause"]
+__all__ = ["engine_start_failure", "exceptions_in", "root_cause"]
 
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit): .+)$")
 # What names no cause by itself: vLLM's and Ray's wrappers around the line that does.
@@ -20,11 +20,15 @@ _WRAPPERS = ("Engine core initialization failed", "Engine core proc", "ray.excep
 _LOG_BYTES = 64 * 1024
 
 
+def exceptions_in(lines: Iterable[str]) -> list[str]:
+    """What the lines of a log say of exceptions, wrappers included: type and message of each, in their order."""
+    found = (_ERROR_LINE.search(line.rstrip()) for line in lines)
+    return [match.group(1) for match in found if match is not None]
+
+
 def root_cause(lines: Iterable[str]) -> str | None:
     """The last line that names an exception other than a wrapper's; ``None`` when there is none."""
-    found = (_ERROR_LINE.search(line.rstrip()) for line in lines)
-    causes = [match.group(1) for match in found if match is not None]
-    causes = [cause for cause in causes if not any(wrapper in cause for wrapper in _WRAPPERS)]
+    causes = [named for named in exceptions_in(lines) if not any(wrapper in named for wrapper in _WRAPPERS)]
     return causes[-1] if causes else None
 
 

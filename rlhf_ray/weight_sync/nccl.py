@@ -22,9 +22,9 @@ import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-from rlhf_ray.errors import ReplicaLostError
 from rlhf_ray.rollouts.engine import LoadReport
 from rlhf_ray.weight_sync.buckets import full_tensor
+from rlhf_ray.weight_sync.replica_lost import ReplicaLostError
 
 __all__ = ["NcclSender", "ReplicaClient", "ShardedSource", "rank_offsets"]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,13 @@ import pytest
 
 from rlhf_ray import PPO, Algorithm, PPOConfig
 from rlhf_ray.algorithms import algorithm as module
-from rlhf_ray.checkpoints.checkpoint import CheckpointState
+from rlhf_ray.algorithms.run_counts import RunCounts
+from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.group import StateLostError
 from rlhf_ray.prompts.order import PromptPosition
+from rlhf_ray.reporting.run_lock import RunLock
+from rlhf_ray.span_log import SpanLog
 
 
 @pytest.fixture
@@ -34,6 +39,7 @@ def bare(evaluations: list[int], monkeypatch: pytest.MonkeyPatch) -> Algorithm:
     algorithm: Algorithm = object.__new__(PPO)
     algorithm.settings = PPOConfig().evaluation(interval=3).settings
     algorithm._newest_evaluation = None
+    algorithm._spans = SpanLog()
     algorithm._trial = None
     return algorithm
 
@@ -67,9 +73,11 @@ class FakeParts:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.session = None
-        self.publications = SimpleNamespace(settle=lambda: None, publish=self.note("publish"))
-        self.controller = SimpleNamespace(resume=self.note("resume"))
-        self.learners = SimpleNamespace(renew=self.note("renew"))
+        self.publications = SimpleNamespace(settle=lambda: None, publish=self.note("publish"), version=0)
+        self.controller = SimpleNamespace(
+            resume=self.note("resume"), prompt_position=lambda prompts, version: PromptPosition(row=version)
+        )
+        self.learners = SimpleNamespace(renew=self.note("renew"), load=self.note("load"))
         self.prompts = SimpleNamespace(restore=self.note("prompts"))
 
     def note(self, name: str) -> Any:
@@ -85,21 +93,35 @@ def trial_storage(folder: Path) -> Any:
 
 
 @pytest.fixture
-def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Algorithm:
-    """A trial whose parts only write down what is done to them."""
+def parts(monkeypatch: pytest.MonkeyPatch) -> FakeParts:
+    """What every algorithm of the test starts; it only writes down what is done to it."""
     parts = FakeParts()
     monkeypatch.setattr(module, "check_inputs", lambda settings: SimpleNamespace(prompts=parts.prompts))
     monkeypatch.setattr(module, "learner_spec", lambda settings, inputs, session: settings.training.lr)
     parts.prompts.state = lambda: "start"
 
+    def write(checkpoint: Checkpoint, *, config: str, state: CheckpointState, then: Any) -> None:
+        checkpoint.begin()
+        checkpoint.commit(config=config, state=state, learner_files={})
+        then()
+
     def start(self: Algorithm, inputs: Any) -> None:
         parts.calls.append("start")
         self._inputs = inputs
         self._parts = parts  # type: ignore[assignment]
-        self._writer = SimpleNamespace(settle=lambda: None, stop=lambda: None, take_written=list)  # type: ignore[assignment]
+        self._counts = RunCounts(dict)
+        self._writer = SimpleNamespace(  # type: ignore[assignment]
+            settle=lambda: None, stop=lambda: None, take_written=list, begin=write
+        )
 
     monkeypatch.setattr(PPO, "_start", start)
     monkeypatch.setattr(FakeParts, "stop", lambda self: self.calls.append("stop"), raising=False)
+    return parts
+
+
+@pytest.fixture
+def running(parts: FakeParts, tmp_path: Path) -> Algorithm:
+    """A trial of such parts."""
     config = PPOConfig().reporting(tensorboard=False).to_dict()
     return PPO(config=config, storage=trial_storage(tmp_path / "one"))
 
@@ -137,6 +159,7 @@ def test_a_trial_that_tune_starts_anew_goes_on_in_its_folder_from_where_it_is_re
 ) -> None:
     for number in (1, 2, 3):
         running.log_result({"training_iteration": number})
+    running.stop()
     again = PPO(
         config=PPOConfig().training(lr=0.5).reporting(tensorboard=False).to_dict(),
         storage=trial_storage(tmp_path / "one"),
@@ -165,3 +188,124 @@ def test_a_rewind_takes_the_checkpoint_that_is_still_being_written(running: Algo
     done = [call for call in calls if call != "settle"]
     assert done == [("resume", 8), ("load", "learner", 8), ("prompts", state.prompt_position), ("publish", 8)]
     assert (running.policy_version, running.iteration) == (8, 4)
+
+
+def run_config(folder: Path, **checkpointing: Any) -> PPOConfig:
+    config = PPOConfig().reporting(run_dir=str(folder), tensorboard=False, progress="off")
+    return config.checkpointing(**checkpointing)
+
+
+def build(config: PPOConfig) -> Algorithm:
+    return PPO(config=config)
+
+
+def iterate(algorithm: Algorithm, last: int, **result: Any) -> None:
+    """Iterations up to one, each with its checkpoint."""
+    while algorithm.iteration < last:
+        number = algorithm.iteration + 1
+        result |= {"training_iteration": number}
+        algorithm._save_beside_training(number, result, time_total_s=1.0)
+        algorithm._iteration = number
+        algorithm.log_result(result)
+
+
+def reported(folder: Path) -> list[int]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["training_iteration"] for line in lines]
+
+
+@pytest.mark.parametrize("fails", ["start", "load"])
+def test_a_resume_that_fails_changes_nothing(
+    fails: str, parts: FakeParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build(run_config(tmp_path / "run", interval=1))
+    iterate(first, 2)
+    first.log_result({"training_iteration": 3})
+    first.stop()
+    before = (tmp_path / "run" / "config.yaml").read_text()
+
+    def fail(*_: Any) -> None:
+        raise ConfigError("learners.num_learners", 16, "the cluster has 2 CPUs")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PPO, "_start" if fails == "start" else "_continue_from", fail)
+        with pytest.raises(ConfigError, match="the cluster has 2 CPUs"):
+            build(run_config(tmp_path / "run", interval=1, resume="any").learners(num_learners=16))
+    assert (tmp_path / "run" / "config.yaml").read_text() == before
+    assert reported(tmp_path / "run") == [1, 2, 3]
+
+    again = build(run_config(tmp_path / "run", interval=1, resume="any").training(lr=0.5))
+    assert again.iteration == 2
+    assert reported(tmp_path / "run") == [1, 2]
+    again.log_result({"training_iteration": 3})
+    again.stop()
+    assert reported(tmp_path / "run") == [1, 2, 3]
+    assert PPOConfig.from_yaml(tmp_path / "run" / "config.yaml").settings.training.lr == 0.5
+
+
+def test_a_run_that_begins_again_keeps_what_it_had_reported(parts: FakeParts, tmp_path: Path) -> None:
+    first = build(run_config(tmp_path / "run", interval=5))
+    first.log_result({"training_iteration": 1})
+    first.stop()
+
+    again = build(run_config(tmp_path / "run", interval=5, resume="same"))
+    again.log_result({"training_iteration": 1})
+    again.stop()
+
+    assert reported(tmp_path / "run") == reported(tmp_path / "run" / "before-1") == [1]
+
+
+def test_a_second_algorithm_in_a_run_directory_is_kept_out_until_the_first_stops(
+    parts: FakeParts, tmp_path: Path
+) -> None:
+    first = build(run_config(tmp_path / "run", interval=1))
+    iterate(first, 1)
+    other = build(run_config(tmp_path / "other"))
+    with pytest.raises(ConfigError, match="is writing this run"):
+        build(run_config(tmp_path / "run", interval=1, resume="same"))
+    first.log_result({"training_iteration": 2})
+    assert reported(tmp_path / "run") == [1, 2]
+
+    first.stop()
+    build(run_config(tmp_path / "run", interval=1, resume="same")).stop()
+    other.stop()
+
+
+def test_a_trial_that_goes_on_in_the_same_processes_keeps_its_lock(running: Algorithm, tmp_path: Path) -> None:
+    for name in ("one", "two", "two"):
+        config = PPOConfig().training(lr=0.5).reporting(tensorboard=False).to_dict()
+        assert running.reset(config, storage=trial_storage(tmp_path / name))
+    RunLock.take(tmp_path / "one" / "default").release()
+    with pytest.raises(ConfigError, match="is writing this run"):
+        RunLock.take(tmp_path / "two" / "default")
+    running.stop()
+
+
+@pytest.mark.parametrize(("score", "kept"), [(0.5, 0.5), (math.nan, None), (math.inf, None), ("text", None)])
+def test_a_score_is_a_number_with_its_name(score: Any, kept: float | None, parts: FakeParts, tmp_path: Path) -> None:
+    algorithm = build(run_config(tmp_path / "run", interval=1, best_metric="rollouts/reward_mean"))
+    iterate(algorithm, 1, rollouts={"reward_mean": score})
+    algorithm.stop()
+
+    state = algorithm._store.of_iteration(1).read()
+    assert (state.score, state.metric) == (kept, None if kept is None else "rollouts/reward_mean")
+    assert state.run_id == (tmp_path / "run" / "run_id").read_text()
+
+
+def test_a_checkpoint_goes_on_in_a_new_run_that_leaves_the_others_place_alone(parts: FakeParts, tmp_path: Path) -> None:
+    first = build(run_config(tmp_path / "first", interval=1, path=str(tmp_path / "all"), keep=5))
+    iterate(first, 4)
+    first.stop()
+    places = sorted((tmp_path / "all" / "first").iterdir())
+    assert len(places) == 4
+
+    config = PPOConfig.from_yaml(places[1] / "config.yaml").reporting(run_dir=str(tmp_path / "second"))
+    second = PPO.from_checkpoint(places[1], config=config.checkpointing(keep=1))
+    assert second.iteration == 2
+    iterate(second, 3)
+    second.stop()
+
+    assert [place for place in places if (place / "manifest.json").exists()] == places
+    newest = second._store.newest()
+    assert newest is not None
+    assert newest.folder.local == tmp_path / "all" / "first" / "second" / "iteration_000003"

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,10 @@ from rlhf_ray import RewardModelReward
 from rlhf_ray.algorithms.ray_session import (
     RaySession,
     Shares,
+    _below,
     _end,
-    _names_a_cluster,
-    _ray_workers,
+    _raylets,
+    cluster_to_join,
     cpu_shares,
     resolve_device,
 )
@@ -155,14 +158,19 @@ def test_more_than_the_cluster_has_is_refused(arguments: dict[str, Any], cpus: f
     assert caught.value.field.startswith("resources.cpus_per_replica")
 
 
-def test_the_workers_of_a_cluster_are_all_below_its_raylet(tmp_path: Path) -> None:
-    raylet = tmp_path / "raylet"
+def start_raylet(folder: Path, program: str = "read line") -> subprocess.Popen[bytes]:
+    """A shell program in a process that is called like Ray's; by default it ends with its input."""
+    raylet = folder / "raylet"
     raylet.symlink_to("/bin/sh")
+    return subprocess.Popen([str(raylet), "-c", program], stdin=subprocess.PIPE)
+
+
+def test_the_workers_of_a_cluster_are_all_below_its_raylet(tmp_path: Path) -> None:
     other = subprocess.Popen(["sleep", "60"])
-    cluster = subprocess.Popen([str(raylet), "-c", "sleep 60 & sh -c 'sleep 60; true' & wait"])
+    cluster = start_raylet(tmp_path, "sleep 60 & sh -c 'sleep 60; true' & wait")
     try:
         deadline = time.perf_counter() + 5
-        while len(found := _ray_workers()) < 3 and time.perf_counter() < deadline:
+        while len(found := _below(_raylets())) < 3 and time.perf_counter() < deadline:
             time.sleep(0.01)
         assert sorted(process.name() for process in found) == ["sh", "sleep", "sleep"]
         _end(found, grace_s=0.1)
@@ -171,7 +179,7 @@ def test_the_workers_of_a_cluster_are_all_below_its_raylet(tmp_path: Path) -> No
     finally:
         for process in (cluster, other):
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def test_processes_that_end_by_themselves_are_waited_for_and_not_killed() -> None:
@@ -183,8 +191,114 @@ def test_processes_that_end_by_themselves_are_waited_for_and_not_killed() -> Non
     assert quick.wait() == 0
 
 
+RECORDED = "10.0.0.9:6379"
+
+
+@pytest.fixture
+def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The environment of a process to which no cluster is known; what a test sets is gone afterwards."""
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    variables["RAY_TMPDIR"] = str(tmp_path)
+    monkeypatch.setattr("os.environ", variables)
+    return variables
+
+
+@pytest.fixture
+def record(tmp_path: Path, environment: dict[str, str]) -> Path:
+    """What ``ray start`` leaves: the address of its cluster."""
+    path = tmp_path / "ray" / "ray_current_cluster"
+    path.parent.mkdir()
+    path.write_text(RECORDED)
+    return path
+
+
 @pytest.mark.parametrize(
-    ("address", "joins"), [(None, False), ("", False), ("local", False), ("auto", True), ("10.0.0.1:6379", True)]
+    ("address", "variable", "joined"),
+    [
+        (None, None, RECORDED),
+        (None, "", RECORDED),
+        ("auto", None, "auto"),
+        ("auto", "head:6379", "head:6379"),
+        (None, "head:6379", "head:6379"),
+        (None, "local", None),
+        ("local", None, None),
+        ("local", "head:6379", None),
+        ("10.0.0.1:6379", "head:6379", "10.0.0.1:6379"),
+    ],
 )
-def test_a_ray_that_this_process_starts_ends_with_it(address: str | None, joins: bool) -> None:
-    assert _names_a_cluster(address) == joins
+def test_a_cluster_is_found_in_ray_s_own_order(
+    address: str | None, variable: str | None, joined: str | None, environment: dict[str, str], record: Path
+) -> None:
+    if variable is not None:
+        environment["RAY_ADDRESS"] = variable
+    assert cluster_to_join(address) == joined
+
+
+def test_without_a_record_a_cluster_is_started(environment: dict[str, str]) -> None:
+    assert cluster_to_join(None) is None
+
+
+class FakeRay:
+    """Stands where Ray stands, in a process without one; starts a raylet where it is told to."""
+
+    def __init__(self, folder: Path, *, starts: bool) -> None:
+        self._folder = folder
+        self._starts = starts
+        self.asked: dict[str, Any] = {}
+        self.raylet: subprocess.Popen[bytes] | None = None
+
+    def init(self, **options: Any) -> None:
+        self.asked = options
+        if self._starts:
+            self.raylet = start_raylet(self._folder)
+
+    def end(self) -> None:
+        if self.raylet is not None:
+            self.raylet.communicate()
+
+
+@pytest.fixture
+def fake_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeRay]]:
+    made: list[FakeRay] = []
+
+    def make(*, starts: bool) -> FakeRay:
+        made.append(FakeRay(tmp_path, starts=starts))
+        monkeypatch.setattr("ray.init", made[-1].init)
+        return made[-1]
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    yield make
+    for each in made:
+        each.end()
+
+
+def test_a_ray_that_this_process_starts_ends_with_it(
+    fake_ray: Callable[..., FakeRay], environment: dict[str, str]
+) -> None:
+    ray = fake_ray(starts=True)
+    assert RaySession(settings_of()).ends_ray
+    assert (ray.asked["address"], ray.asked["include_dashboard"]) == (None, False)
+    assert environment["RAY_enable_metrics_collection"] == "0"
+
+
+def test_a_ray_that_is_on_record_is_somebody_else_s(
+    fake_ray: Callable[..., FakeRay], environment: dict[str, str], record: Path
+) -> None:
+    ray = fake_ray(starts=False)
+    assert not RaySession(settings_of()).ends_ray
+    assert (ray.asked["address"], ray.asked["include_dashboard"]) == (None, None)
+    assert not any(name.startswith(("RAY_SERVE", "RAY_TRAIN", "RAY_enable", "RAY_task")) for name in environment)
+
+
+def test_what_ends_with_a_session_is_told_by_what_it_started(
+    fake_ray: Callable[..., FakeRay], tmp_path: Path, environment: dict[str, str]
+) -> None:
+    # Ray found a cluster where nobody expected one, in a process that has one of its own already.
+    (tmp_path / "own").mkdir()
+    own = start_raylet(tmp_path / "own")
+    fake_ray(starts=False)
+    try:
+        assert not RaySession(settings_of()).ends_ray
+    finally:
+        own.communicate()

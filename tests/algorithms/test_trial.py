@@ -76,6 +76,10 @@ def base() -> PPOConfig:
         ({"training.lr": 1.0, "training.kl_coef": 0.1, "training.iterations": 7, "training.num_minibatches": 1}, True),
         ({"reporting.run_dir": "/b", "checkpointing.path": "/c"}, True),
         ({"evaluation.interval": 3, "callbacks.on_train_result": print}, True),
+        # Replicas have room for the longest completion, and evaluation may write it; 8 are training's.
+        ({"evaluation.max_new_tokens": 8}, True),
+        ({"evaluation.max_new_tokens": 4}, True),
+        ({"evaluation.max_new_tokens": 9}, False),
         ({"training.advantage": "grpo"}, False),
         ({"training.loss_args": {"x": 1}}, False),
         ({"training.lr": 1.0, "rollouts.temperature": 0.5}, False),

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,8 @@ def state_of(iteration: int) -> CheckpointState:
         iteration=iteration,
         time_total_s=2.5,
         prompt_position=POSITION,
+        run_id="0123",
+        metric="rollouts/reward_mean",
         score=0.25,
         counts={"group_retries": 3},
     )
@@ -46,6 +50,22 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         "learner",
         "manifest.json",
     ]
+
+
+def test_a_manifest_from_before_runs_had_ids_is_read(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "c")
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    del manifest["run_id"], manifest["metric"]
+    (tmp_path / "c" / "manifest.json").write_text(json.dumps(manifest))
+
+    assert checkpoint.read() == replace(state_of(5), run_id=None, metric=None)
+
+
+def test_a_folder_is_committed_when_it_has_a_manifest(tmp_path: Path) -> None:
+    checkpoint = write(tmp_path / "c")
+    assert checkpoint.is_committed()
+    checkpoint.begin()
+    assert not checkpoint.is_committed()
 
 
 def test_a_write_that_ended_before_its_commit_is_no_checkpoint(tmp_path: Path) -> None:

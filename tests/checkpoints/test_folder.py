@@ -72,6 +72,47 @@ def test_text_names_the_same_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert str(Folder.at("s3://bucket/c/") / "d") == "s3://bucket/c/d"
 
 
+def test_options_of_a_uri_stay_at_its_end() -> None:
+    folder = Folder.at("s3://bucket/c/?endpoint_override=http://minio:9000&scheme=http")
+    inner = folder / "d" / "e"
+
+    assert str(inner) == "s3://bucket/c/d/e?endpoint_override=http://minio:9000&scheme=http"
+    assert (folder.name, inner.name) == ("c", "e")
+    assert Folder.at(str(inner)) == inner
+    assert Folder.at("/c?d").name == "c?d"
+
+
+def test_pyarrow_finds_the_folder_of_a_uri_with_options() -> None:
+    uri = "s3://bucket/c?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
+    assert (Folder.at(uri) / "d")._opened()[1] == "bucket/c/d"
+
+
+def test_a_folder_that_is_tried_out_is_left_as_it_was(folder: Folder) -> None:
+    folder.try_out()
+
+    assert folder.files() == []
+
+
+def test_a_place_that_refuses_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"checkpointing\.path = '.*/file/c': checkpoints cannot be written there"):
+        Folder.at(tmp_path / "file" / "c").try_out()
+    with pytest.raises(ConfigError, match="pyarrow cannot open it"):
+        Folder.at("nosuch://x/y").try_out()
+
+
+@pytest.mark.parametrize("error", [OSError("ACCESS_DENIED"), NotImplementedError("no S3"), ValueError("bad bucket")])
+def test_a_place_that_cannot_be_written_to_is_named(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Folder, "write", refuse)
+    with pytest.raises(ConfigError, match=str(error)):
+        Folder.at(tmp_path).try_out()
+
+
 def test_a_scheme_that_pyarrow_does_not_know_is_named() -> None:
     with pytest.raises(ConfigError, match=r"checkpointing\.path = 'nosuch://x/y': pyarrow cannot open it"):
         Folder.at("nosuch://x/y").make()

@@ -41,6 +41,19 @@ def test_an_error_is_its_reason_and_the_log_stays(tmp_path: Path, monkeypatch: p
     assert "Engine core initialization failed" in caught.value.log.read_text()
 
 
+def test_an_error_that_was_got_over_is_not_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = module(tmp_path, monkeypatch, "print('ImportError: no triton, going on')\nraise ValueError('no such dtype')")
+    with pytest.raises(ChildFailure) as caught:
+        run_child(name, None, timeout_s=30)
+    assert caught.value.reason == "ValueError: no such dtype"
+
+
+def test_a_wrapper_alone_is_better_than_a_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = module(tmp_path, monkeypatch, "raise RuntimeError('Engine core initialization failed.')")
+    with pytest.raises(ChildFailure, match=r"RuntimeError: Engine core initialization failed\."):
+        run_child(name, None, timeout_s=30)
+
+
 def test_a_crash_without_words_is_its_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name = module(tmp_path, monkeypatch, "os._exit(7)")
     with pytest.raises(ChildFailure, match="code 7"):

@@ -54,11 +54,14 @@ def test_reservations_beyond_the_cluster_would_wait_for_ever() -> None:
 
 
 @pytest.mark.parametrize(("address", "told"), [(None, "cannot start"), ("head:6379", "head:6379 cannot be joined")])
-def test_no_ray_is_a_failure_with_its_log(monkeypatch: pytest.MonkeyPatch, address: str | None, told: str) -> None:
+def test_no_ray_is_a_failure_with_its_log(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str | None, told: str
+) -> None:
     def no_ray(*_: Any, **__: Any) -> dict[str, float]:
         raise ChildFailure("ConnectionError: nobody there", Path("log.txt"))
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
     monkeypatch.setattr(cluster, "run_child", no_ray)
     check = cluster.check_ray(Settings(resources=ResourceSettings(ray_address=address)))
     assert check.status == "fail"
@@ -78,3 +81,36 @@ def test_ray_address_of_the_environment_is_joined(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(cluster, "run_child", join)
     assert "joined 10.0.0.1:6379" in cluster.check_ray(Settings()).detail
     assert asked == ["10.0.0.1:6379"]
+
+
+def test_the_ray_on_record_is_looked_at_as_a_run_would_join_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[str | None] = []
+
+    def join(module: str, address: str | None, **_: Any) -> dict[str, float]:
+        asked.append(address)
+        return {"CPU": 8.0}
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr(cluster, "run_child", join)
+    assert "starts here" in cluster.check_ray(Settings()).detail
+    (tmp_path / "ray").mkdir()
+    (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
+    assert "joined 10.0.0.1:6379" in cluster.check_ray(Settings()).detail
+    # Not by its address: Ray shows the token of the home folder only to a cluster that it found by itself.
+    assert asked == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("address", "options"),
+    [(None, {"include_dashboard": False}), ("local", {"include_dashboard": False}), ("head:6379", {})],
+)
+def test_the_child_leaves_it_to_ray_what_to_join(
+    monkeypatch: pytest.MonkeyPatch, address: str | None, options: dict[str, Any]
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr("ray.init", lambda **given: asked.append(given))
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    assert cluster._look(address) == {"CPU": 2.0}
+    assert asked == [{"address": address, "log_to_driver": False, **options}]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,3 +113,39 @@ def test_the_engine_is_started_with_a_replica_s_arguments(
     run = settings(tmp_path, model_folder, max_prompt_tokens=40, max_new_tokens=8, startup_timeout_s=77.0)
     assert by_name(checks(run, skip_engine=False))["vLLM engine"].status == "ok"
     assert asked == [(str(model_folder), 48, 77.0)]
+
+
+def test_what_is_in_the_home_folder_reaches_the_engine_by_its_whole_name(
+    tmp_path: Path, model_folder: Path, surroundings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rlhf_ray.doctor import engine
+
+    asked: list[Any] = []
+
+    def start(spec: Any, *, timeout_s: float) -> Check:
+        asked.append((spec.engine_args["model"], spec.engine_args["tokenizer"]))
+        return Check("vLLM engine", "ok", "pretended")
+
+    monkeypatch.setattr(engine, "check_engine", start)
+    monkeypatch.setenv("HOME", str(model_folder.parent))
+    run = settings(tmp_path, model_folder)
+    path = f"~/{model_folder.name}"
+    run = replace(run, model=ModelSettings(path=path, critic_path=path, tokenizer_path=path))
+    found = by_name(checks(run, skip_engine=False))
+    assert {found[name].status for name in ("model.path", "model.critic_path", "data, rewards")} == {"ok"}
+    assert asked == [(str(model_folder), str(model_folder))]
+
+
+def test_code_that_ships_with_a_critic_is_trusted_like_that_of_the_policy(
+    tmp_path: Path, model_folder: Path, surroundings: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: dict[str, bool] = {}
+
+    def read(field: str, path: str, *, trust_remote_code: bool = False, **_: Any) -> tuple[Check, None]:
+        trusted[field] = trust_remote_code
+        return Check(field, "fail", "pretended"), None
+
+    monkeypatch.setattr(examination, "check_model", read)
+    model = ModelSettings(path="owner/policy", critic_path="owner/critic", trust_remote_code=True)
+    by_name(checks(replace(settings(tmp_path, model_folder), model=model), skip_engine=True))
+    assert trusted == {"model.path": True, "model.critic_path": True}

@@ -19,6 +19,17 @@ def test_a_model_is_read_and_counted(model_folder: Path) -> None:
     assert facts.num_parameters == AutoModelForCausalLM.from_pretrained(model_folder).num_parameters()
 
 
+def test_a_model_in_the_home_folder_is_read_as_a_run_reads_it(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(model_folder.parent))
+    path = f"~/{model_folder.name}"
+    check, facts = check_model("model.path", path, tokenizer_path=path)
+    assert check.status == "ok", check.detail
+    assert facts is not None
+    assert (facts.path, facts.num_parameters) == (str(model_folder), 6816)
+
+
 def test_headers_and_architecture_count_the_same(model_folder: Path) -> None:
     config = AutoConfig.from_pretrained(model_folder)
     # A hub id has no folder to read: the architecture is built without memory.
@@ -44,6 +55,7 @@ def reason(folder: Path) -> str:
 
 def test_no_folder(tmp_path: Path) -> None:
     assert "no such folder" in reason(tmp_path / "nowhere")
+    assert "no such folder" in reason(Path("models/not/there"))
 
 
 def test_no_config(model_folder: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from rlhf_ray.checkpoints.store import CheckpointStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(7200)]
 
-FAULTS = int(os.environ.get("RLHF_RAY_CHAOS_FAULTS", "8"))
+FAULTS = int(os.environ.get("RLHF_RAY_CHAOS_FAULTS", "24"))
 SEED = int(os.environ.get("RLHF_RAY_CHAOS_SEED", "0"))
 HANG = "reward worker that hangs"
 RECOVERY_TIMEOUT_S = 300.0

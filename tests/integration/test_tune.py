@@ -79,6 +79,25 @@ def rates(result: tune.Result) -> list[float]:
     return [float(f"{line['learner/lr']:.6g}") for line in lines]
 
 
+def test_a_grid_of_two_trials_in_a_plain_dictionary(tmp_path: Path) -> None:
+    grid, space = [1e-5, 1e-4], small_space()
+    space["training"] |= {"lr": tune.grid_search(grid), "iterations": 2}
+    results = tune.Tuner(
+        "PPO",
+        param_space=space,
+        tune_config=tune.TuneConfig(max_concurrent_trials=2),
+        run_config=tune.RunConfig(name="grid", storage_path=str(tmp_path), verbose=0),
+    ).fit()
+
+    assert results.num_errors == 0
+    found = sorted(results, key=lambda result: rates(result)[0])
+    assert [rates(result) for result in found] == [[lr] * 2 for lr in grid]
+    first, second = (rows(run_dir_of(result))[0] for result in found)
+    # The same prompts and samples until a learning rate has had an effect.
+    assert first["rollouts/reward_mean"] == second["rollouts/reward_mean"]
+    assert_nothing_is_left()
+
+
 def test_a_population_in_which_one_trial_is_killed(tmp_path: Path) -> None:
     first, mutated = {1e-5, 2e-5}, {1e-4, 3e-4}
 

@@ -106,12 +106,38 @@ def test_the_environment_is_set_after_the_user_s_own_commands_in_the_folder_of_t
     lines = script.splitlines()
     wanted = [
         "cd '/shared/it'\"'\"'s #1'",
+        "set +o nounset",
         "module load cuda",
+        "set -o nounset",
         "export PATH='/opt/my env/bin':$PATH",
         "export A='it'\"'\"'s $HOME'",
     ]
     start = lines.index(wanted[0])
-    assert lines[start : start + 4] == wanted
+    assert lines[start : start + len(wanted)] == wanted
+
+
+def preparation(script: str) -> str:
+    """What comes between the options and the start of Ray, as a script."""
+    start = script.index("set -o errexit")
+    return script[start : script.index("# The batch script runs on the first node")]
+
+
+def test_a_set_up_command_may_read_what_is_not_set_and_the_rest_may_not(tmp_path: Path) -> None:
+    activate = 'MARK=$PS1_OF_CONDA; [ -z "$MARK" ]'
+    prepared = preparation(job(working_dir=tmp_path, setup=(activate, 'echo "set up"')).script())
+
+    done = subprocess.run(["bash", "-c", f"{prepared}\necho $NOT_SET"], env={}, capture_output=True, text=True)
+
+    assert done.stdout == "set up\n"
+    assert "NOT_SET: unbound variable" in done.stderr
+
+
+def test_a_set_up_command_that_fails_ends_the_job(tmp_path: Path) -> None:
+    prepared = preparation(job(working_dir=tmp_path, setup=("false",)).script())
+
+    done = subprocess.run(["bash", "-c", f"{prepared}\necho went on"], capture_output=True, text=True)
+
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 @pytest.mark.parametrize(

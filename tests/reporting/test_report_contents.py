@@ -42,6 +42,15 @@ def test_one_run(tmp_path: Path) -> None:
     assert "Value loss" in contents["missing"]
 
 
+def test_a_run_that_was_measured_before_it_began_has_all_axes(tmp_path: Path) -> None:
+    at_start = {"training_iteration": 0, "timestamp": 17, "evaluation": {"quickstart": {"reward_mean": 0.05}}}
+    (run,) = contents_of(write_run(tmp_path / "run", results=[at_start, *iterations(2)]))["runs"]
+    assert run["x"] == {"iteration": [0, 1, 2], "samples": [0, 256, 512], "seconds": [0.0, 1.5, 3.0]}
+    assert run["values"]["evaluation/quickstart/reward_mean"] == [0.05, 0.125, 0.25]
+    assert run["values"]["timers/rollout_s"] == [None, 0.5, 0.5]
+    assert run["results"]["evaluation"][0]["first"] == 0.05
+
+
 def test_a_run_that_is_still_going_has_fewer_iterations_than_planned(tmp_path: Path) -> None:
     results = contents_of(write_run(tmp_path / "run", results=iterations(3)))["runs"][0]["results"]
     assert (results["iterations"], results["planned"]) == (3, 5)

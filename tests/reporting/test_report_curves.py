@@ -82,5 +82,13 @@ def test_an_axis_with_holes_or_that_goes_back_is_none(seconds: list[Any], comple
     assert curves.iteration == [1, 2, 3]
 
 
+def test_what_is_measured_before_the_first_iteration_lies_at_the_beginning_of_every_axis() -> None:
+    rows = rows_of([1, 2], **{"time_total_s": [1.5, 3.0], "rollouts/num_completions": [256, 128]})
+    held_out = "evaluation/quickstart/reward_mean"
+    curves = read_curves([{"training_iteration": 0, held_out: 0.25}, *rows])
+    assert (curves.iteration, curves.samples, curves.seconds) == ([0, 1, 2], [0, 256, 384], [0.0, 1.5, 3.0])
+    assert curves.values == {held_out: [0.25, None, None], REWARD: [None, 1.0, 2.0]}
+
+
 def test_numbers_have_the_digits_that_a_chart_can_show() -> None:
     assert read_curves(rows_of([1 / 3, 123456789.0])).values[REWARD] == [0.333333, 123457000.0]

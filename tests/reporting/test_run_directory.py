@@ -58,6 +58,46 @@ def test_the_home_folder_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert RunDirectory.create(os.path.join("~", "run"), algorithm="PPO").path == tmp_path / "run"
 
 
+def test_a_run_keeps_its_id(tmp_path: Path) -> None:
+    one, other = (RunDirectory.create(str(tmp_path / name), algorithm="PPO") for name in ("one", "other"))
+    assert one.run_id() == RunDirectory.reopen(one.path).run_id() != other.run_id()
+    one.path.rename(tmp_path / "renamed")
+    assert RunDirectory.reopen(tmp_path / "renamed").run_id() != other.run_id()
+    assert not RunDirectory.holds_a_run(str(other.path)), "an id alone is no run"
+
+
+def test_what_was_reported_is_set_aside(tmp_path: Path) -> None:
+    directory = RunDirectory.at(tmp_path)
+    assert directory.set_aside() is None
+    for number in (1, 2):
+        directory.metrics.write_text(f"{number}\n")
+        directory.completions.mkdir()
+        (directory.completions / "step_000001.parquet").write_text(str(number))
+        assert directory.set_aside() == tmp_path / f"before-{number}"
+    directory.metrics.touch()
+    assert directory.set_aside() is None
+    assert (tmp_path / "before-1" / "metrics.jsonl").read_text() == "1\n"
+    assert (tmp_path / "before-2" / "completions" / "step_000001.parquet").read_text() == "2"
+    assert not directory.completions.exists()
+
+
+def test_a_configuration_that_cannot_be_written_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = RunDirectory.at(tmp_path)
+    directory.write_config("algorithm: PPO\n")
+
+    def cut(path: Path, text: str, **_: object) -> None:
+        with path.open("w") as file:
+            file.write(text[:3])
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="disk full"):
+        directory.write_config("algorithm: GRPO\n")
+    assert directory.config.read_text() == "algorithm: PPO\n"
+
+
 def test_reopen_takes_a_run_and_refuses_what_is_not_there(tmp_path: Path) -> None:
     made = RunDirectory.create(str(tmp_path / "run"), algorithm="PPO")
     made.write_config("algorithm: PPO\n")

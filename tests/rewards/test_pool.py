@@ -153,6 +153,10 @@ def test_groups_come_back_scored(cluster: None, tokenizer: Any, group_of: GroupO
         assert outcome.texts == ("4", "5")
         assert outcome.reward_s > 0
     assert len({outcome.rewards_by_function["pid"][0] for outcome in outcomes}) == 2
+    spans = pool.take_spans()
+    assert {span.lane for span in spans} == {"reward worker 1", "reward worker 2"}
+    assert spans[0].name.startswith("group ")
+    assert pool.take_spans() == []
     assert pool.failures == {}
 
 

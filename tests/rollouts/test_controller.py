@@ -846,7 +846,7 @@ def test_the_time_with_work_at_the_replicas_is_told(make: Callable[..., RolloutC
         assert 0.1 <= collected.generating_s < 0.2
 
 
-def test_spans_say_who_did_what(make: Callable[..., RolloutController]) -> None:
+def test_spans_say_which_replica_wrote_what(make: Callable[..., RolloutController]) -> None:
     controller = make(Replicas(delays_s={2: 0.1}), Rewards(delay_s=0.05))
     controller.score_prompts([prompt(90)], GREEDY, 0)
 
@@ -856,9 +856,7 @@ def test_spans_say_who_did_what(make: Callable[..., RolloutController]) -> None:
     assert written.keys() == {"group 90", *(f"group {number}" for number in range(4))}
     assert written["group 2"].end - written["group 2"].start == pytest.approx(0.1, abs=0.05)
     assert abs(written["group 2"].end - time.time()) < 5.0
-    assert sum(span.lane == "reward actors" for span in first.spans) == 5
-    assert [span.name for span in first.spans if span.lane == "algorithm"] == ["collect for version 0"]
-    assert {span.name for span in second.spans if span.lane == "replica r"} == {f"group {n}" for n in range(4, 8)}
+    assert {(span.lane, span.name) for span in second.spans} == {("replica r", f"group {n}") for n in range(4, 8)}
 
 
 def test_a_wait_without_progress_ends_and_says_what_for(make: Callable[..., RolloutController]) -> None:

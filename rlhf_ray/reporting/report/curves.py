@@ -61,7 +61,8 @@ def _point(bucket: Sequence[Mapping[str, Scalar | None]], key: str) -> float | N
 
 
 def _column(rows: Sequence[Mapping[str, Scalar | None]], key: str) -> list[float]:
-    numbers = [_number(row.get(key)) for row in rows]
+    # What is measured before the first iteration (evaluation.at_start) has taken no iteration's time or completions.
+    numbers = [0.0 if row["training_iteration"] == 0 else _number(row.get(key)) for row in rows]
     complete = [number for number in numbers if number is not None]
     # An axis with holes has no place for some of the points.
     return complete if len(complete) == len(rows) else []

@@ -18,12 +18,13 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.model_path import absolute_if_local
 from rlhf_ray.rewards.functions import NamedReward
-from rlhf_ray.rewards.pool import START_TRIES, died_by_itself, kill, one_line
+from rlhf_ray.rewards.pool import START_TRIES, died_by_itself, kill, one_line, span_name
 from rlhf_ray.rewards.reward_model.requests import Request, RequestQueue
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.reward_model.worker import RewardModelWorker
 from rlhf_ray.rewards.scoring import Scores
-from rlhf_ray.types import RewardFailure, RolloutGroup
+from rlhf_ray.span_log import SpanLog
+from rlhf_ray.types import RewardFailure, RolloutGroup, Span
 
 __all__ = ["ModelPoolSpec", "RewardModelPool"]
 
@@ -74,6 +75,7 @@ class RewardModelPool:
         self._stopped = False
         self._stopped_message = f"the reward model {self.name} is stopped"
         self._starts = 0
+        self._spans = SpanLog()
 
     def launch(self) -> None:
         """Start the actors, which load the model, and do not wait for them."""
@@ -121,6 +123,10 @@ class RewardModelPool:
         for thread in self._threads:
             thread.join(timeout=_JOIN_S)
 
+    def take_spans(self) -> list[Span]:
+        """What each actor did since the last call."""
+        return self._spans.take()
+
     def _serve(self, index: int) -> None:
         """Give one actor its work, and another in its place when it dies."""
         max_tokens = _PASSES_A_CALL * self._reward.max_tokens_per_batch
@@ -128,11 +134,11 @@ class RewardModelPool:
             actor = self._actors.get(index)
             if actor is None:  # Stopped.
                 self._queue.put_back(batch)
-            elif not self._call(actor, batch) and not self._replaced(index, actor):
+            elif not self._call(index, actor, batch) and not self._replaced(index, actor):
                 return
 
-    def _call(self, actor: Any, batch: list[Request]) -> bool:
-        """Score a batch; whether the actor can go on."""
+    def _call(self, index: int, actor: Any, batch: list[Request]) -> bool:
+        """Score a batch with the actor of a place; whether it can go on."""
         if any(request.alone for request in batch):
             # Their last try is for an actor that lives: two may have died together while they were idle.
             try:
@@ -140,8 +146,10 @@ class RewardModelPool:
             except RayError:
                 self._queue.put_back(batch)
                 return False
+        groups = [request.group for request in batch]
         try:
-            outcomes = ray.get(actor.score.remote([r.group for r in batch]), timeout=self._reward.timeout_s)
+            with self._spans.during(f"{self.name} {index + 1}", span_name(groups)):
+                outcomes = ray.get(actor.score.remote(groups), timeout=self._reward.timeout_s)
         except RayTaskError as error:
             self._again(batch, kind="raised", message=f"{self.name} raised {one_line(error)}")
             return True

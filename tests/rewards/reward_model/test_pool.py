@@ -199,6 +199,7 @@ def test_only_the_group_that_is_to_blame_fails(
         score_all(pool, groups[:1])  # The first call of an actor imports what it needs.
         outcomes = score_all(pool, groups)
         assert pool.workers_replaced == replaced
+        assert {span.lane for span in pool.take_spans()} == {"reward_model 1"}
     failure = outcomes.pop(2)
     assert isinstance(failure, RewardFailure)
     assert (failure.group_id, failure.kind) == (2, kind)

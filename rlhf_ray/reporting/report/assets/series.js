@@ -61,17 +61,20 @@ function smooth(values, weight) {
   });
 }
 
-// The highest first: each of the sums below then covers the part of it that is not its own.
+// The highest first: each of the sums below then covers the part of it that is not its own. Where there is no part at
+// all, as in what is measured before the first iteration, there is no sum: 0 would be a number that nobody measured.
 function stack(data, series) {
+  const parts = data.slice(1);
+  const measured = data[0].map((_, index) => parts.some((column) => (column[index] ?? null) !== null));
   const sums = [];
-  for (const column of data.slice(1)) {
+  for (const column of parts) {
     const below = sums.at(-1);
-    sums.push(column.map((value, index) => (value ?? 0) + (below ? below[index] : 0)));
+    sums.push(column.map((value, index) => (measured[index] ? (value ?? 0) + (below ? below[index] : 0) : null)));
   }
   const reversed = (list) => [...list].reverse();
   return {
     data: [data[0], ...reversed(sums)],
-    shown: [data[0], ...reversed(data.slice(1))],
+    shown: [data[0], ...reversed(parts)],
     series: reversed(series).map((one) => ({ ...one, filled: true })),
   };
 }
