@@ -151,14 +151,18 @@ class RaySession:
         # By what came of it: where ray.init() looks for a cluster is for Ray to decide, and a user's must not be ended.
         self.ends_ray = bool(self._raylets)
         """Whether this session started the whole cluster, which ends with it."""
-        self._quieten(settings.debugging.log_level)
-        self.on_gpu = resolve_device(settings, ray.cluster_resources().get("GPU", 0.0))
-        """Whether replicas run on GPUs."""
-        self.learners_on_gpu = self.on_gpu and settings.learners.num_gpus_per_learner != 0
-        """Whether learners run on GPUs."""
-        cpus = ray.cluster_resources().get("CPU", 0.0)
         self.lease: TrialLease | None = None
-        self.shares = cpu_shares(settings, cpus) if trial is None else self._leased(settings, cpus - trial.cpus)
+        self._quieten(settings.debugging.log_level)
+        try:
+            self.on_gpu = resolve_device(settings, ray.cluster_resources().get("GPU", 0.0))
+            """Whether replicas run on GPUs."""
+            self.learners_on_gpu = self.on_gpu and settings.learners.num_gpus_per_learner != 0
+            """Whether learners run on GPUs."""
+            cpus = ray.cluster_resources().get("CPU", 0.0)
+            self.shares = cpu_shares(settings, cpus) if trial is None else self._leased(settings, cpus - trial.cpus)
+        except BaseException:
+            self.stop()  # Or the next session here would take this cluster for the user's.
+            raise
 
     def stop(self) -> None:
         """Leave the cluster; one that this session started ends with it."""

@@ -302,3 +302,18 @@ def test_what_ends_with_a_session_is_told_by_what_it_started(
         assert not RaySession(settings_of()).ends_ray
     finally:
         own.communicate()
+
+
+def test_a_run_that_does_not_fit_leaves_no_cluster_behind(
+    fake_ray: Callable[..., FakeRay], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shut_down: list[bool] = []
+    fake_ray(starts=False)
+    # There is one from init() on.
+    there = iter([False, True])
+    monkeypatch.setattr("ray.is_initialized", lambda: next(there))
+    monkeypatch.setattr("ray.shutdown", lambda: shut_down.append(True))
+    base = settings_of()
+    with pytest.raises(ConfigError):
+        RaySession(replace(base, learners=replace(base.learners, num_gpus_per_learner=1)))
+    assert shut_down == [True]
