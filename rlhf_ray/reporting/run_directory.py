@@ -150,9 +150,9 @@ class RunDirectory:
             lines = self.metrics.read_text(encoding="utf-8").splitlines()
             kept = [line for line in lines if (row := _iteration(line)) is not None and row <= iteration]
             _write_whole(self.metrics, "".join(f"{line}\n" for line in kept))
-        for table in self.completions.glob("step_*.parquet"):
-            if int(table.stem.removeprefix("step_")) > iteration:
-                table.unlink()
+        for file in (*self.completions.glob("step_*.parquet"), *self.timeline.glob("step_*.json")):
+            if int(file.stem.removeprefix("step_")) > iteration:
+                file.unlink()
 
     def set_aside(self) -> Path | None:
         """Move what was reported into a new folder ``before-<n>``: the run is about to begin again.

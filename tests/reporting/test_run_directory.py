@@ -66,6 +66,21 @@ def test_a_run_keeps_its_id(tmp_path: Path) -> None:
     assert not RunDirectory.holds_a_run(str(other.path)), "an id alone is no run"
 
 
+def test_what_later_iterations_left_goes(tmp_path: Path) -> None:
+    directory = RunDirectory.at(tmp_path)
+    directory.metrics.write_text('{"training_iteration": 1}\n{"training_iteration": 2}\n{"training_it')
+    for folder, ending in ((directory.completions, "parquet"), (directory.timeline, "json")):
+        folder.mkdir()
+        for number in (1, 2, 3):
+            (folder / f"step_{number:06d}.{ending}").touch()
+
+    directory.forget_after(1)
+
+    assert directory.metrics.read_text() == '{"training_iteration": 1}\n'
+    for folder in (directory.completions, directory.timeline):
+        assert [path.stem for path in folder.iterdir()] == ["step_000001"]
+
+
 def test_what_was_reported_is_set_aside(tmp_path: Path) -> None:
     directory = RunDirectory.at(tmp_path)
     assert directory.set_aside() is None
