@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from rlhf_ray import AlgorithmConfig, ConfigError, PPOConfig
-from rlhf_ray.config import _SYNONYMS
+from rlhf_ray.setting_names import SYNONYMS
 from rlhf_ray.settings import Settings
 from rlhf_ray.validation import section_types, setting_types
 
@@ -234,8 +234,8 @@ def test_an_unknown_section_names_the_nearest(key: str, remedy: str) -> None:
 
 
 def test_synonyms_lead_to_settings_and_hide_none() -> None:
-    assert set(_SYNONYMS.values()) <= set(FIELDS)
-    for other, field in _SYNONYMS.items():
+    assert set(SYNONYMS.values()) <= set(FIELDS)
+    for other, field in SYNONYMS.items():
         assert other not in setting_types(field.split(".")[0])
 
 

@@ -1,0 +1,100 @@
+"""Before the loop: what the machine must have for the settings: GPUs, packages and the folders of models."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Final
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.model_path import looks_local
+from rlhf_ray.settings import Settings
+
+__all__ = [
+    "check_flash_attention",
+    "check_learner_gpus",
+    "check_lora",
+    "check_model_folders",
+    "check_tensor_parallel",
+    "check_weight_transfer",
+]
+
+
+def check_flash_attention(settings: Settings) -> None:
+    """Flash attention has a GPU and a dtype that it knows."""
+    kernel = settings.model.attn_implementation
+    if kernel != "flash_attention_2":
+        return
+    if settings.resources.device == "cpu":
+        raise ConfigError("model.attn_implementation", kernel, "flash attention needs a GPU; use auto or sdpa")
+    if settings.model.dtype == "float32":
+        remedy = "flash attention has no float32 kernel; set model.dtype to bfloat16, or use auto or sdpa"
+        raise ConfigError("model.attn_implementation", kernel, remedy)
+
+
+def check_lora(settings: Settings) -> None:
+    """LoRA has a rank and its package."""
+    model = settings.model
+    if model.lora_rank == 0 and model.lora_targets:
+        raise ConfigError("model.lora_targets", model.lora_targets, "set model.lora_rank, or leave the targets out")
+    if model.lora_rank > 0 and find_spec("peft") is None:
+        raise ConfigError("model.lora_rank", model.lora_rank, "needs the package peft: pip install 'rlhf-ray[lora]'")
+
+
+def check_learner_gpus(settings: Settings) -> None:
+    """A learner drives one GPU, where there are any."""
+    gpus = settings.learners.num_gpus_per_learner
+    if gpus not in (None, 0, 1):
+        remedy = "use 0 or 1: a learner is one FSDP2 rank, and a rank drives one GPU; raise learners.num_learners"
+        raise ConfigError("learners.num_gpus_per_learner", gpus, remedy)
+    if gpus and settings.resources.device == "cpu":
+        remedy = "use 0 or None, since resources.device is cpu"
+        raise ConfigError("learners.num_gpus_per_learner", gpus, remedy)
+
+
+def check_tensor_parallel(settings: Settings) -> None:
+    """Only GPUs are split over."""
+    size = settings.rollouts.tensor_parallel_size
+    if size > 1 and settings.resources.device == "cpu":
+        remedy = "use 1, since resources.device is cpu; raise rollouts.num_replicas"
+        raise ConfigError("rollouts.tensor_parallel_size", size, remedy)
+
+
+def check_weight_transfer(settings: Settings) -> None:
+    """NCCL has GPUs at both ends and sends to all replicas at once."""
+    transfer = settings.rollouts.weight_transfer
+    if transfer != "nccl":
+        return
+    if settings.resources.device == "cpu":
+        raise ConfigError("rollouts.weight_transfer", transfer, "nccl needs GPUs; use auto or shared_memory")
+    if settings.learners.num_gpus_per_learner == 0:
+        remedy = "nccl needs learners on GPUs; use auto, or set learners.num_gpus_per_learner to 1"
+        raise ConfigError("rollouts.weight_transfer", transfer, remedy)
+    if settings.rollouts.max_paused_replicas is not None:
+        remedy = "nccl sends to all replicas at once; use None, or rollouts.weight_transfer shared_memory"
+        raise ConfigError("rollouts.max_paused_replicas", settings.rollouts.max_paused_replicas, remedy)
+
+
+_CONFIG_FILES: Final = ("config.json",)
+_TOKENIZER_FILES: Final = ("tokenizer_config.json", "tokenizer.json")
+
+
+def check_model_folders(settings: Settings) -> None:
+    """A folder that is named holds a model, or a tokenizer."""
+    model = settings.model
+    _check_folder("model.path", model.path, "model", _CONFIG_FILES)
+    _check_folder("model.critic_path", model.critic_path, "model", _CONFIG_FILES)
+    _check_folder("model.tokenizer_path", model.tokenizer_path, "tokenizer", _TOKENIZER_FILES)
+
+
+def _check_folder(field: str, path: str | None, kind: str, files: tuple[str, ...]) -> None:
+    if path is None:
+        return
+    folder = Path(path).expanduser()
+    if not (folder.exists() or looks_local(path)):
+        return
+    if not folder.is_dir():
+        reason = "is a file" if folder.exists() else "no such folder"
+        raise ConfigError(field, path, f"{reason}; give the {kind}'s folder or a hub id such as owner/name")
+    if not any((folder / file).is_file() for file in files):
+        raise ConfigError(field, path, f"not a {kind} folder: no {' or '.join(files)} in {folder.resolve()}")
