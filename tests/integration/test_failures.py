@@ -119,7 +119,9 @@ def test_learners_that_die_with_the_only_replica_change_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["rollouts", "publication", "evaluation"])
+@pytest.mark.parametrize(
+    "phase", ["rollouts", *(pytest.param(late, marks=pytest.mark.slow) for late in ("publication", "evaluation"))]
+)
 def test_a_state_that_is_lost_with_the_only_replica_sends_the_run_back(
     run: Algorithm, send: Send, phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,7 +26,9 @@ print('DIFF', result['learner']['sampling_logprob_diff_max'], 'END')
 GSM8K = Path(__file__).parents[2] / "examples" / "gsm8k_ppo.yaml"
 
 
-@pytest.mark.parametrize("shell", [False, True], ids=["script", "shell"])
+@pytest.mark.parametrize(
+    "shell", [pytest.param(False, id="script"), pytest.param(True, id="shell", marks=pytest.mark.slow)]
+)
 def test_the_snippet_of_the_readme_ends_clean(tmp_path: Path, shell: bool) -> None:
     script = tmp_path / "snippet.py"
     script.write_text(SNIPPET)
