@@ -62,7 +62,7 @@ class BareLoop:
     """Plain models and optimisers: a forward pass for the old policy (several steps), forward, backward, step."""
 
     def __init__(self, path: str, *, critic: bool) -> None:
-        loading: dict[str, Any] = {"attn_implementation": "sdpa", "trust_remote_code": False}
+        loading: dict[str, Any] = {"kernels": ("sdpa",), "trust_remote_code": False}
         self._models = [load_policy(path, **loading)]
         if critic:
             self._models.append(load_critic(path, **loading))
