@@ -248,6 +248,9 @@ def raw_generation(regime: Regime, folder: Path, steps: int) -> Figures:
         max_model_len=16 + regime.max_new_tokens,
         max_num_seqs=regime.prompts * regime.group_size * (1 + together * STALENESS),
         enforce_eager=True,
+        # As in the library: a seeded prompt whose prefill is split over two steps ends CPU engines.
+        enable_chunked_prefill=False,
+        max_num_batched_tokens=8192,
         kv_cache_memory_bytes=2**31,
         logprobs_mode="processed_logprobs",
         disable_log_stats=True,
