@@ -1,14 +1,16 @@
 """Whole training steps: rlhf_ray, synchronous and asynchronous, beside TRL's GRPOTrainer and the raw work alone.
 
 GRPO without a KL, one optimiser step a batch, on the same model, prompts, reward, sampling settings and number of
-samples, one system after the other in processes of their own. Two regimes:
+samples, one system after the other in processes of their own, and that in several rounds: where a machine drifts, it
+does so for all. A figure is the median of the rounds, a ratio that of the ratios within a round. Two regimes:
 
 - ``long tail``: 32 prompts of 8 completions by a model with random weights: lengths are geometric, mean about 97, at
   most 500 tokens;
 - ``short``: 64 prompts of 4 completions by the quickstart's model, about 4 tokens each.
 
-rlhf_ray has its own defaults. TRL runs as fast as its settings let it: without gradient checkpointing, which it has on
-by default, and with the fastest of the microbatches of 8 (its default), 16, 32, 64 and 256 sequences.
+rlhf_ray has its own defaults. ``trl`` is TRL as fast as its settings let it: without gradient checkpointing, which it
+has on by default, and with the fastest of the microbatches of 8, 16, 32, 64 and 256 sequences. ``trl defaults`` is TRL
+as it comes: with gradient checkpointing and microbatches of 8.
 
 ``raw`` is what no system can avoid: a bare vLLM engine writes the same completions, then a bare PyTorch loop makes the
 same forward and backward passes over sequences of those lengths. ``at once`` is the same two side by side, each on half
@@ -18,7 +20,7 @@ TRL comes with ``pip install 'rlhf-ray[trl]'``.
 
 ``core-s`` is the CPU time of all processes of a system, threads that spin while they wait included.
 
-    python benchmarks/end_to_end.py [--regimes short] [--systems sync async trl raw "at once"] [--steps 6]
+    python benchmarks/end_to_end.py [--regimes short] [--systems sync async trl raw "at once"] [--steps 3] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -140,16 +142,17 @@ def ours(regime: Regime, folder: Path, steps: int, *, staleness: int) -> Figures
     return {"step_s": seconds / steps, "core_s": busy / steps, "tokens": tokens / steps} | timers
 
 
-def trl(regime: Regime, folder: Path, steps: int) -> Figures:
+def trl(regime: Regime, folder: Path, steps: int, *, tuned: bool) -> Figures:
     """TRL's trainer; all of a step's completions are generated at once."""
     from datasets import load_dataset
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
+    microbatch = regime.trl_microbatch if tuned else GRPOConfig.per_device_train_batch_size
     arguments = GRPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=regime.trl_microbatch,
-        gradient_accumulation_steps=regime.prompts * regime.group_size // regime.trl_microbatch,
+        per_device_train_batch_size=microbatch,
+        gradient_accumulation_steps=regime.prompts * regime.group_size // microbatch,
         num_generations=regime.group_size,
         max_completion_length=regime.max_new_tokens,
         temperature=1.0,
@@ -158,7 +161,7 @@ def trl(regime: Regime, folder: Path, steps: int) -> Figures:
         max_steps=WARM_UP + steps,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
+        gradient_checkpointing=not tuned,
         report_to=[],
         save_strategy="no",
         logging_steps=1,
@@ -318,7 +321,8 @@ def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
 STAGES: dict[str, Callable[[Regime, Path, int], Figures]] = {
     "sync": lambda regime, folder, steps: ours(regime, folder, steps, staleness=0),
     "async": lambda regime, folder, steps: ours(regime, folder, steps, staleness=STALENESS),
-    "trl": trl,
+    "trl": lambda regime, folder, steps: trl(regime, folder, steps, tuned=True),
+    "trl defaults": lambda regime, folder, steps: trl(regime, folder, steps, tuned=False),
     "raw": raw,
     "at once": at_once,
     "raw generation": raw_generation,
@@ -375,40 +379,58 @@ def _memory(pid: int) -> int:
     return total
 
 
-def report(name: str, regime: Regime, found: dict[str, Figures]) -> dict[str, float]:
-    """Print one regime's table; return its ratios."""
-    samples = regime.prompts * regime.group_size
-    print(f"\n{name}: {samples} samples a step")
-    print(f"{'':<8}{'s a step':>10}{'core-s':>8}{'samples/s':>11}{'tokens/s':>10}{'peak GB':>9}")
-    for system, figures in found.items():
-        step, peak = figures["step_s"], figures["peak_gb"]
-        rate = figures["tokens"] / step
-        print(f"{system:<8}{step:>10.2f}{figures['core_s']:>8.2f}{samples / step:>11.1f}{rate:>10.0f}{peak:>9.1f}")
-    rates = {system: figures["tokens"] / figures["step_s"] for system, figures in found.items()}
-    if {"sync", "raw"} <= found.keys():
+PAIRS = [
+    ("sync", "trl"),
+    ("async", "trl"),
+    ("sync", "trl defaults"),
+    ("async", "trl defaults"),
+    ("at once", "trl"),
+    ("sync", "raw"),
+    ("async", "raw"),
+    ("async", "at once"),
+]
+
+
+def rates(found: dict[str, Figures]) -> Figures:
+    """Of one round: completion tokens a second of one system over another's, and of Serve over a bare engine."""
+    rate = {system: figures["tokens"] / figures["step_s"] for system, figures in found.items()}
+    ratios = {f"{one} / {other}": rate[one] / rate[other] for one, other in PAIRS if {one, other} <= rate.keys()}
+    if {"sync", "raw"} <= rate.keys():
         served = found["sync"]["tokens"] / (found["sync"]["rollout_s"] + found["sync"]["reward_s"])
-        alone = found["raw"]["tokens"] / found["raw"]["generation_s"]
-        print(f"generation through Serve, rewards included, {served:.0f} tokens/s; by a bare engine {alone:.0f}")
-    pairs = [
-        ("sync", "trl"),
-        ("async", "trl"),
-        ("sync", "raw"),
-        ("async", "raw"),
-        ("at once", "trl"),
-        ("async", "at once"),
-    ]
-    ratios = {f"{one} / {other}": rates[one] / rates[other] for one, other in pairs if {one, other} <= rates.keys()}
-    for pair, ratio in ratios.items():
-        print(f"{pair} in tokens/s: {ratio:.2f}")
+        ratios["Serve with rewards / bare engine"] = served * found["raw"]["generation_s"] / found["raw"]["tokens"]
     return ratios
 
 
+def spread(rounds: list[Figures]) -> dict[str, Figures]:
+    """Median, least and greatest of each figure."""
+    values = {name: [figures[name] for figures in rounds] for name in rounds[0]}
+    return {
+        name: {"median": statistics.median(found), "min": min(found), "max": max(found)}
+        for name, found in values.items()
+    }
+
+
+def report(name: str, regime: Regime, systems: dict[str, dict[str, Figures]], ratios: dict[str, Figures]) -> None:
+    """Print one regime's tables."""
+    samples = regime.prompts * regime.group_size
+    print(f"\n{name}: {samples} samples a step")
+    print(f"{'':<14}{'s a step':>10}{'(min - max)':>16}{'core-s':>8}{'samples/s':>11}{'tokens/s':>10}{'peak GB':>9}")
+    for system, figures in systems.items():
+        step, around = figures["step_s"]["median"], f"({figures['step_s']['min']:.2f} - {figures['step_s']['max']:.2f})"
+        rate, core = figures["tokens"]["median"] / step, figures["core_s"]["median"]
+        peak = figures["peak_gb"]["max"]
+        print(f"{system:<14}{step:>10.2f}{around:>16}{core:>8.2f}{samples / step:>11.1f}{rate:>10.0f}{peak:>9.1f}")
+    for pair, ratio in ratios.items():
+        print(f"{pair} in tokens/s: {ratio['median']:.2f} ({ratio['min']:.2f} - {ratio['max']:.2f})")
+
+
 def main() -> None:
-    """Run every system in turn, print tables, write results/end_to_end.json."""
+    """Run every system in turn, round by round, print tables, write results/end_to_end.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--regimes", nargs="+", default=list(REGIMES), choices=list(REGIMES))
-    parser.add_argument("--systems", nargs="+", default=["raw", "at once", "sync", "async", "trl"])
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--systems", nargs="+", default=["raw", "at once", "sync", "async", "trl", "trl defaults"])
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stage", choices=list(STAGES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -418,13 +440,24 @@ def main() -> None:
         return
     result = {}
     for name in arguments.regimes:
-        found = {}
-        for system in arguments.systems:
-            with tempfile.TemporaryDirectory() as temporary:
-                prepare(REGIMES[name], Path(temporary))
-                found[system] = in_process(system, REGIMES[name], Path(temporary), arguments.steps)
-        result[name] = {"systems": found, "ratios": report(name, REGIMES[name], found)}
-    print("written to", write_result("end_to_end", {"steps": arguments.steps, "regimes": result}))
+        rounds = [one_round(REGIMES[name], arguments.systems, arguments.steps) for _ in range(arguments.rounds)]
+        systems = {system: spread([found[system] for found in rounds]) for system in arguments.systems}
+        ratios = spread([rates(found) for found in rounds])
+        report(name, REGIMES[name], systems, ratios)
+        result[name] = {"systems": systems, "ratios": ratios}
+    figures = {"steps": arguments.steps, "rounds": arguments.rounds, "regimes": result}
+    print("written to", write_result("end_to_end", figures))
+
+
+def one_round(regime: Regime, systems: list[str], steps: int) -> dict[str, Figures]:
+    """Every system once, in turn."""
+    found = {}
+    for system in systems:
+        with tempfile.TemporaryDirectory() as temporary:
+            prepare(regime, Path(temporary))
+            found[system] = in_process(system, regime, Path(temporary), steps)
+        print(f"{system}: {found[system]['step_s']:.2f} s a step", file=sys.stderr, flush=True)
+    return found
 
 
 if __name__ == "__main__":

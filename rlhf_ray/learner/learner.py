@@ -246,7 +246,8 @@ class Learner:
         from rlhf_ray.weight_sync.nccl import ShardedSource
 
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
-        return ShardedSource(self.policy.checkpoint_parameters, dtype, device=self._device)
+        policy = self.policy
+        return ShardedSource(policy.checkpoint_parameters, policy.checkpoint_shapes(), dtype, device=self._device)
 
     def save(self, folder: str) -> Future[Any]:
         """Copy policy, critic and optimisers, and write the copy to a folder of this machine beside what comes next.

@@ -81,14 +81,17 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def merged_parameters(model: PreTrainedModel, *, every_name: bool) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the (sharded) weights as a checkpoint without adapters names them.
+def merged_parameters(
+    model: PreTrainedModel, *, every_name: bool, merge: bool = True
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the (sharded) weights under their names in the model without adapters.
 
-    A collective where there are adapters: every rank iterates.
+    A collective where adapters are merged: every rank iterates.
 
     Args:
         model: The model, with or without adapters.
         every_name: Whether a tied weight comes under each of its names, or once.
+        merge: Whether adapted weights have their adapters' products added.
     """
     layers = _adapted(model)
     for name, parameter in model.named_parameters(remove_duplicate=not every_name):
@@ -99,7 +102,7 @@ def merged_parameters(model: PreTrainedModel, *, every_name: bool) -> Iterator[t
         if not adapted:
             yield name, parameter
         else:
-            yield f"{owner}.{leaf}", _merged(layers[owner], parameter) if leaf == "weight" else parameter
+            yield f"{owner}.{leaf}", _merged(layers[owner], parameter) if merge and leaf == "weight" else parameter
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

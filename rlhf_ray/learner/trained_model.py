@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.tensor import DTensor
 
+from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.weight_sync.buckets import full_tensor
@@ -57,6 +58,9 @@ class TrainedModel:
         total_steps: int,
     ) -> None:
         self.model = model
+        # Without the adapters' products, which every rank would have to compute for the shapes alone.
+        bare = merged_parameters(model, every_name=True, merge=False)
+        self._format = CheckpointFormat(model, {name: tuple(parameter.shape) for name, parameter in bare})
         self._max_grad_norm = max_grad_norm
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(model, training.weight_decay),
@@ -103,8 +107,15 @@ class TrainedModel:
         return float(norm)
 
     def checkpoint_parameters(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """Sharded tensors under their checkpoint names, adapters merged; tied ones under every name, or once."""
-        return merged_parameters(self.model, every_name=every_name)
+        """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under every name, or once.
+
+        A collective: every rank iterates to the end.
+        """
+        return self._format.tensors(merged_parameters(self.model, every_name=every_name))
+
+    def checkpoint_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Name and full shape of all of them, tied ones under every name; no collective."""
+        return self._format.shapes
 
     def state_dict(self) -> dict[str, Any]:
         """Sharded state for a distributed checkpoint: tensors alone, each with an axis or more."""

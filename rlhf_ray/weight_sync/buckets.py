@@ -2,7 +2,7 @@
 
 Consumes the policy's (sharded) parameters; produces ``(layout, pieces)`` on rank 0, a piece for each tensor. A gather
 is a collective, so every rank must iterate to the end, in step; the other ranks receive ``None`` for the pieces and
-hold no full tensor.
+keep no full tensor.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def gather_buckets(
     A piece may be the parameter's own memory: copy it before the parameter changes.
 
     Args:
-        parameters: Checkpoint name and (possibly sharded) tensor, in the same order on every rank.
+        parameters: Checkpoint name and (sharded or full) tensor, in the same order on every rank.
         dtype: Type on the wire; floating-point tensors are cast to it.
         keep: Whether this rank wants the bytes (rank 0) or only takes part in the gathers.
         bucket_bytes: Size limit of a bucket in bytes.

@@ -11,10 +11,11 @@ learners again, replicas that stand in the middle of the update are replaced, an
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,10 +40,11 @@ def rank_offsets(replica_ids: Iterable[str], tensor_parallel_size: int) -> dict[
 
 
 class ShardedSource(WeightSource):  # type: ignore[misc]
-    """The policy's sharded parameters under their checkpoint names, gathered one by one in the wire type.
+    """The policy's tensors under their checkpoint names, gathered one by one in the wire type.
 
     Args:
-        parameters: Gives name and sharded tensor, in the same order on every rank.
+        parameters: Gives name and (sharded) tensor, in the same order on every rank.
+        shapes: Name and full shape of each, in the same order.
         dtype: Type on the wire.
         device: Where they are sent from; offloaded weights are gathered on the CPU.
     """
@@ -50,21 +52,23 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
     def __init__(
         self,
         parameters: Callable[[], Iterable[tuple[str, torch.Tensor]]],
+        shapes: Sequence[tuple[str, tuple[int, ...]]],
         dtype: torch.dtype,
         *,
         device: torch.device,
     ) -> None:
         self._parameters = parameters
+        self._shapes = shapes
         self._dtype = dtype
         self._device = device
 
     def metadata(self) -> list[ParamMeta]:
         """Names, types and full shapes, without a gather."""
-        return [ParamMeta(name, self._dtype, tuple(p.shape)) for name, p in self._parameters()]
+        return [ParamMeta(name, self._dtype, shape) for name, shape in self._shapes]
 
     def size_bytes(self) -> int:
         """Bytes on the wire."""
-        size: int = sum(p.numel() for _, p in self._parameters()) * self._dtype.itemsize
+        size: int = sum(math.prod(shape) for _, shape in self._shapes) * self._dtype.itemsize
         return size
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -68,6 +68,18 @@ class _Buckets:
         self._mapped.clear()
 
 
+def _forget_expert_kernels(model: torch.nn.Module) -> None:
+    """Let vLLM make the kernels of experts anew with the weights that come.
+
+    On CPUs a kernel packs its weights when it is made. vLLM 0.32 keeps a kernel over a reload, and so copies weights
+    that are not packed to where it looks for packed ones: the layer computes nonsense without an error.
+    """
+    for layer in model.modules():
+        method = getattr(layer, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
+
+
 class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, SharedMemoryUpdateInfo]):  # type: ignore[misc]
     """Loads buckets that another process of this machine wrote to shared memory."""
 
@@ -85,6 +97,8 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
         """Begin vLLM's layer-wise reload."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        if self.device.type == "cpu":
+            _forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:

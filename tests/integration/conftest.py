@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -47,6 +48,16 @@ def processes() -> Callable[[str], list[psutil.Process]]:
 
 
 @pytest.fixture(scope="session")
+def send(processes: Callable[[str], list[psutil.Process]]) -> Callable[..., None]:
+    """Send a signal, by default that which kills, to the newest process of a title."""
+
+    def send(title: str, number: int = signal.SIGKILL) -> None:
+        processes(title)[-1].send_signal(number)
+
+    return send
+
+
+@pytest.fixture(scope="session")
 def small() -> Callable[[Path], PPOConfig]:
     """:func:`small_config`, for algorithms of a test's own."""
     return small_config
@@ -63,7 +74,8 @@ def cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def algorithm(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Algorithm]:
-    algorithm = small_config(tmp_path_factory.mktemp("run") / "first").build_algo()
+    # The time that is lost with a worker that hangs.
+    algorithm = small_config(tmp_path_factory.mktemp("run") / "first").rewards(timeout_s=5.0).build_algo()
     yield algorithm
     algorithm.stop()
 

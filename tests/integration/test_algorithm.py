@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,8 @@ from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.engine import LoadReport
 
 pytestmark = pytest.mark.engine
+
+LEARNER, REWARD_WORKER = "ray::RayTrainWorker", "ray::SequentialRewardWorker"
 
 
 def replica_reports(algorithm: Algorithm) -> list[LoadReport]:
@@ -138,12 +141,54 @@ def test_a_killed_replica_is_survived_and_comes_back_with_the_newest_weights(alg
     assert algorithm.train()["learner"]["sampling_logprob_diff_max"] < 1e-3
 
 
+@pytest.mark.parametrize("when", ["in the update", pytest.param("idle", marks=pytest.mark.slow)])
+def test_a_killed_learner_changes_nothing(
+    algorithm: Algorithm, send: Callable[..., None], when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithm.save_to_path(tmp_path / "before")
+    expected = algorithm.train(), algorithm.train()
+    algorithm.restore_from_path(tmp_path / "before")
+
+    learners = algorithm._running().learners
+    update, restarts = learners.update, learners.restarts
+
+    def update_and_kill(*arguments: Any, **keywords: Any) -> dict[str, float]:
+        threading.Timer(0.1, send, [LEARNER]).start()
+        return update(*arguments, **keywords)
+
+    if when == "idle":
+        send(LEARNER)
+    else:
+        monkeypatch.setattr(learners, "update", update_and_kill)
+    first = algorithm.train()
+    monkeypatch.undo()
+    second = algorithm.train()
+
+    assert learners.restarts == restarts + 1
+    assert first["fault_tolerance"]["learner_restarts"] == learners.restarts
+    for found, wanted in zip((first, second), expected, strict=True):
+        for name in ("policy_loss", "value_loss", "grad_norm", "critic_grad_norm", "entropy", "policy_version"):
+            assert found["learner"][name] == wanted["learner"][name], name
+
+
+def test_a_reward_worker_that_hangs_is_replaced_and_its_group_counted(
+    algorithm: Algorithm, send: Callable[..., None]
+) -> None:
+    before = algorithm._running().rewards.workers_replaced
+    send(REWARD_WORKER, signal.SIGSTOP)
+    result = algorithm.train()
+    assert result["fault_tolerance"]["reward_workers_replaced"] == before + 1
+    assert result["rewards"]["failures"] == {"timeout": 1}
+
+
 def test_a_reset_begins_again_with_other_numbers_in_the_same_processes(
     algorithm: Algorithm, small: Callable[[Path], PPOConfig], tmp_path: Path
 ) -> None:
     checkpoint, version = algorithm.save_to_path(tmp_path / "checkpoint"), algorithm.policy_version
     replicas = {report.replica_id for report in replica_reports(algorithm)}
-    assert algorithm.reset(small(tmp_path / "other").training(lr=1e-5).to_dict())
+    timeout_s = algorithm.settings.rewards.timeout_s
+    other = small(tmp_path / "other").training(lr=1e-5).rewards(timeout_s=timeout_s)
+    assert algorithm.reset(other.to_dict())
     first = algorithm.train()
     assert (first["training_iteration"], first["learner"]["policy_version"]) == (1, 1)
     algorithm.restore_from_path(checkpoint)
@@ -212,6 +257,7 @@ def test_a_part_that_cannot_start_ends_the_wait_for_the_others(cluster: None, tm
     assert living_actors() == set()
 
 
+@pytest.mark.slow
 def test_a_relative_without_a_critic_trains_by_a_users_own_functions(tmp_path: Path) -> None:
     # ReMax's greedy baseline, dynamic sampling and two functions of this file, which workers cannot import.
     def above_greedy(rewards: torch.Tensor, greedy_rewards: torch.Tensor, scale: float) -> torch.Tensor:

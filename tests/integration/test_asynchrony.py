@@ -49,6 +49,7 @@ def asynchronous(
         .rollouts(group_size=1, max_staleness=STALENESS, max_new_tokens=300, partial_rollouts=True)
         .learners(num_learners=1, max_tokens_per_microbatch=1024)
         .training(kl_coef=0.0)
+        .evaluation(num_prompts=8)
         .reporting(timeline_interval=2)
         .build_algo()
     )

@@ -179,6 +179,7 @@ def test_models_in_cpu_memory_learn_the_same(name: str, on_one_rank: Callable[[s
     assert_same(runs.run(replace(scenario, spec=offloaded), models), on_one_rank(name))
 
 
+@pytest.mark.slow
 def test_compiled_layers_learn_the_same(on_one_rank: Callable[[str], Outcome], models: Path) -> None:
     """By PyTorch's backend that traces as the others do and generates no code: inductor takes a minute."""
     scenario = replace(SCENARIOS["kl_in_loss"], spec={"compile_backend": "aot_eager"})
@@ -878,6 +879,37 @@ def test_weight_buckets_hold_the_policy_under_every_name(make_learner: Callable[
     assert unpacked.keys() == wanted.keys()
     assert all(torch.equal(unpacked[name], weight) for name, weight in wanted.items())
     assert torch.equal(unpacked["lm_head.weight"], unpacked["model.embed_tokens.weight"])
+
+
+def test_experts_are_published_and_exported_one_by_one(tmp_path: Path, make_learner: Callable[..., Learner]) -> None:
+    # Memory holds the experts of a layer in one tensor; vLLM knows the names of checkpoints alone.
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
+    config = Qwen3MoeConfig(vocab_size=runs.VOCABULARY, num_experts=4, num_experts_per_tok=2, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "policy")
+    before = load_file(tmp_path / "policy" / "model.safetensors")
+    learner = make_learner(Scenario(spec={"policy_path": str(tmp_path / "policy")}))
+
+    runs.update(learner, Scenario(), 0)
+    published: dict[str, torch.Tensor] = {}
+    for layout, pieces in learner.weight_buckets():
+        published |= named_tensors(layout, pieces)
+    learner.export(str(tmp_path / "export"))
+
+    assert published.keys() == before.keys()
+    experts = [name for name in before if ".experts.0." in name]
+    assert len(experts) == 6
+    assert any(not torch.equal(published[name], before[name]) for name in experts)
+    exported = load_file(tmp_path / "export" / "model.safetensors")
+    assert exported.keys() == published.keys()
+    assert all(torch.equal(exported[name], weight) for name, weight in published.items())
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
 
 
 def test_only_rank_zero_holds_the_published_bytes(

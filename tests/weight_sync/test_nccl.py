@@ -155,7 +155,9 @@ def test_a_replica_that_has_come_since_is_none_of_a_rounds_business() -> None:
 
 def test_source_gives_every_parameter_in_the_wire_type() -> None:
     parameters = [("embed", torch.ones(2, 3)), ("norm", torch.zeros(5, requires_grad=True))]
-    source = ShardedSource(lambda: parameters, torch.bfloat16, device=torch.device("cpu"))
+    source = ShardedSource(
+        lambda: parameters, [("embed", (2, 3)), ("norm", (5,))], torch.bfloat16, device=torch.device("cpu")
+    )
 
     assert [(meta.name, meta.dtype, tuple(meta.shape)) for meta in source.metadata()] == [
         ("embed", torch.bfloat16, (2, 3)),

@@ -1,0 +1,93 @@
+"""Weights as a checkpoint has them, where a model in memory has them in another form.
+
+Transformers joins the experts of a layer, say, to one tensor when it loads them, and renames some layers; checkpoints,
+and so vLLM, know the separate ones. Consumes a model's (sharded) parameters; produces tensors by checkpoint name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+
+from rlhf_ray.weight_sync.buckets import full_tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["CheckpointFormat"]
+
+Names = tuple[str, ...]
+Shape = tuple[int, ...]
+
+
+class CheckpointFormat:
+    """What transformers does when it saves a model, for one parameter after the other instead of all at once.
+
+    Args:
+        model: The model, which remembers how its checkpoint was converted.
+        shapes: Full shape of each parameter by its name in the model; tied ones under every name.
+    """
+
+    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
+        self._model = model
+        empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        saved = self._converted(empty)
+        unchanged = {id(tensor): name for name, tensor in saved.items()}
+        self._names = {name: unchanged[id(tensor)] for name, tensor in empty.items() if id(tensor) in unchanged}
+        changed = {name: tensor for name, tensor in empty.items() if name not in self._names}
+        wanted = {name: tuple(saved[name].shape) for name in saved.keys() - self._names.values()}
+        self._groups = {name: group for group in self._split(changed, wanted) for name in group}
+        self.shapes: list[tuple[str, Shape]] = [
+            (name, tuple(tensor.shape)) for name, tensor in self.tensors(empty.items())
+        ]
+        """Name and full shape of each tensor that :meth:`tensors` makes of all parameters, in its order."""
+
+    def tensors(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a checkpoint's tensors: parameters as they are, sharded; what is converted gathered.
+
+        A gather is a collective, so every rank must iterate to the end.
+
+        Args:
+            parameters: Name in the model and (sharded) tensor, in the same order on every rank.
+        """
+        waiting: dict[Names, dict[str, torch.Tensor]] = {}
+        for name, parameter in parameters:
+            group = self._groups.get(name)
+            if group is None:
+                yield self._names[name], parameter
+                continue
+            together = waiting.setdefault(group, {})
+            together[name] = full_tensor(parameter.detach())
+            if len(together) == len(group):
+                yield from self._converted(waiting.pop(group)).items()
+        for together in waiting.values():  # The rest of their groups is tied to others.
+            yield from self._converted(together).items()
+
+    def _split(self, changed: Mapping[str, torch.Tensor], wanted: Mapping[str, Shape]) -> list[Names]:
+        """Group names so that each group by itself is converted to what it is converted to among all."""
+        try:
+            groups = self._sharing(changed)
+            made = {name: tuple(t.shape) for group in groups for name, t in self._converted(group).items()}
+        except Exception:  # An operation that cannot do with less than all it takes.
+            return [tuple(changed)]
+        return [tuple(group) for group in groups] if made == wanted else [tuple(changed)]
+
+    def _sharing(self, changed: Mapping[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
+        """Put names together that are converted to tensors of the same name."""
+        groups: list[tuple[set[str], dict[str, torch.Tensor]]] = []
+        for name, tensor in changed.items():
+            made, together = set(self._converted({name: tensor})), {}
+            apart = [group for group in groups if not made & group[0]]
+            for other_made, others in groups:
+                if made & other_made:
+                    made, together = made | other_made, together | others
+            groups = [*apart, (made, together | {name: tensor})]
+        return [together for _, together in groups]
+
+    def _converted(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        from transformers.core_model_loading import revert_weight_conversion
+
+        converted: dict[str, torch.Tensor] = revert_weight_conversion(self._model, dict(tensors))
+        return converted
