@@ -43,6 +43,8 @@ import psutil
 from provenance import write_result
 
 WARM_UP = 2
+TRL_WARM_UP = 1
+"""Of a trainer in one process, whose first step has no more to do than the others."""
 STALENESS = 4
 """Bound of the asynchronous system: what it costs in accuracy is in results/staleness.md, next to nothing."""
 LR = 1e-9
@@ -158,7 +160,7 @@ def trl(regime: Regime, folder: Path, steps: int, *, tuned: bool) -> Figures:
         temperature=1.0,
         beta=0.0,
         learning_rate=LR,
-        max_steps=WARM_UP + steps,
+        max_steps=TRL_WARM_UP + steps,
         use_cpu=True,
         bf16=False,
         gradient_checkpointing=not tuned,
@@ -173,7 +175,7 @@ def trl(regime: Regime, folder: Path, steps: int, *, tuned: bool) -> Figures:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             ends.append(time.perf_counter())
             busy.append(core_seconds())
-            if len(ends) == WARM_UP:
+            if len(ends) == TRL_WARM_UP:
                 (folder / MEASURING).touch()
 
     trainer = GRPOTrainer(
@@ -188,9 +190,9 @@ def trl(regime: Regime, folder: Path, steps: int, *, tuned: bool) -> Figures:
     lengths = [entry["completions/mean_length"] for entry in trainer.state.log_history if "loss" in entry]
     samples = regime.prompts * regime.group_size
     return {
-        "step_s": (ends[-1] - ends[WARM_UP - 1]) / steps,
-        "core_s": (busy[-1] - busy[WARM_UP - 1]) / steps,
-        "tokens": statistics.mean(lengths[WARM_UP:]) * samples,
+        "step_s": (ends[-1] - ends[TRL_WARM_UP - 1]) / steps,
+        "core_s": (busy[-1] - busy[TRL_WARM_UP - 1]) / steps,
+        "tokens": statistics.mean(lengths[TRL_WARM_UP:]) * samples,
     }
 
 

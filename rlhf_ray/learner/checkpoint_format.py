@@ -78,7 +78,8 @@ class CheckpointFormat:
         """Put names together that are converted to tensors of the same name."""
         groups: list[tuple[set[str], dict[str, torch.Tensor]]] = []
         for name, tensor in changed.items():
-            made, together = set(self._converted({name: tensor})), {}
+            made: set[str] = set(self._converted({name: tensor}))
+            together: dict[str, torch.Tensor] = {}
             apart = [group for group in groups if not made & group[0]]
             for other_made, others in groups:
                 if made & other_made:

@@ -75,7 +75,7 @@ def _forget_expert_kernels(model: torch.nn.Module) -> None:
     that are not packed to where it looks for packed ones: the layer computes nonsense without an error.
     """
     for layer in model.modules():
-        method = getattr(layer, "quant_method", None)
+        method: Any = getattr(layer, "quant_method", None)
         if getattr(method, "moe_kernel", None) is not None:
             method.moe_kernel = None
 
