@@ -16,7 +16,7 @@ as it comes: with gradient checkpointing and microbatches of 8.
 same forward and backward passes over sequences of those lengths. ``at once`` is the same two side by side, each on half
 of the cores and neither waiting for the other, with all prompts handed to the engine together: what an asynchronous
 trainer would come to that costs nothing.
-TRL comes with ``pip install 'rlhf-ray[trl]'``.
+TRL comes with ``pip install -e '.[cpu,trl]'``.
 
 ``core-s`` is the CPU time of all processes of a system, threads that spin while they wait included.
 

@@ -126,8 +126,8 @@ class Schedule:
 
     @property
     def checkpoints(self) -> int:
-        """Checkpoints that the run writes by itself."""
-        return self.iterations // self.checkpointing_interval if self.checkpointing_interval else 0
+        """Checkpoints that the run writes by itself, that of the last iteration among them."""
+        return -(-self.iterations // self.checkpointing_interval) if self.checkpointing_interval else 0
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the schedule as lines of a label and a value, for printing."""

@@ -279,7 +279,9 @@ class EvaluationSettings:
 class CheckpointingSettings:
     """When state is written."""
 
-    interval: int = setting(0, "iterations between checkpoints; 0: only when save_to_path() is called")
+    interval: int = setting(
+        0, "iterations between checkpoints, beside that of the last iteration; 0: only when save_to_path() is called"
+    )
     keep: int = setting(2, "newest checkpoints kept")
     path: str | None = setting(
         None,

@@ -151,7 +151,9 @@ def test_the_examples_run_and_are_valid_configurations(own_names: dict[str, Any]
         training = configuration.validate().settings.training
         plugins.advantage_plugin(training.advantage, training.advantage_args)
         plugins.loss_plugin(training.loss, training.loss_args)
-    assert AlgorithmConfig.from_yaml("algorithm: Midpoint").algorithm_class is own_names["Midpoint"]
+    named = AlgorithmConfig.from_yaml("algorithm: Midpoint")
+    assert type(named) is own_names["MidpointConfig"]
+    assert named.algorithm_class.__name__ == "Midpoint"
 
 
 def test_an_argument_without_a_value_is_an_error_before_anything_is_started() -> None:

@@ -37,7 +37,7 @@ def test_counts_of_an_uneven_run() -> None:
     assert plan.policy_optimiser_steps == 64  # 8 iterations after the warm-up
     assert plan.total_completions == 165
     assert plan.evaluations == 2  # after iterations 4 and 8
-    assert plan.checkpoints == 1
+    assert plan.checkpoints == 2  # after iterations 10 and 11, the last
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 7, 64])

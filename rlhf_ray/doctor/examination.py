@@ -110,7 +110,6 @@ def _with_models(
 ) -> Iterator[Check]:
     yield _inputs(settings)
     yield check_disk(settings, policy, critic)
-    yield check_shared_memory(machine, 4 * policy.num_parameters)
     try:
         spec, max_tokens = _engine_spec(settings, policy, on_gpu=on_gpu)
     except ConfigError as error:
@@ -124,6 +123,7 @@ def _with_models(
         max_tokens=max_tokens,
         cpu_cache=spec.engine_args.get("kv_cache_memory_bytes") or 0,
     )
+    yield check_shared_memory(machine, 4 * policy.num_parameters, need.copies * settings.learners.num_learners)
     yield from check_memory(settings, machine, need, on_gpu=on_gpu)
     if not skip_engine:
         from rlhf_ray.doctor.engine import check_engine

@@ -67,16 +67,19 @@ def check_cores(machine: Machine) -> Check:
     return passed("machine", detail)
 
 
-def check_shared_memory(machine: Machine, weights_bytes: int) -> Check:
-    """Ray's object store lies in /dev/shm, and there the weights that engines have beside those that come next."""
+def check_shared_memory(machine: Machine, weights_bytes: int, state_bytes: int = 0) -> Check:
+    """Ray's object store lies in /dev/shm: weights that engines have, those that come next, and learners' state."""
     name, size = "/dev/shm", machine.shared_memory_bytes
-    needed = _LEAST_SHARED_MEMORY + 2 * weights_bytes
+    needed = _LEAST_SHARED_MEMORY + 2 * weights_bytes + state_bytes
     if size is None:
         return failed(name, "there is none", "run on Linux; engines receive their weights through /dev/shm")
     if size >= needed:
         return passed(name, in_units(size))
     detail = f"{in_units(size)}, wants {in_units(needed)} for Ray's object store with two versions of the weights"
     remedy = f"start the container with --shm-size={-(-needed // _GIB)}g, or remount /dev/shm with that size"
+    if state_bytes:
+        detail += f" and of the learners' state, {in_units(state_bytes)}; the rest goes to disk"
+        remedy += "; fault_tolerance.keep_learner_state=false keeps no state there"
     return failed(name, detail, remedy) if size < weights_bytes + _GIB // 8 else warned(name, detail, remedy)
 
 

@@ -58,12 +58,24 @@ class CheckpointFormat:
             if group is None:
                 yield self._names[name], parameter
                 continue
-            together = waiting.setdefault(group, {})
-            together[name] = full_tensor(parameter.detach())
-            if len(together) == len(group):
-                yield from self._converted(waiting.pop(group)).items()
-        for together in waiting.values():  # The rest of their groups is tied to others.
-            yield from self._converted(together).items()
+            waiting.setdefault(group, {})[name] = full_tensor(parameter.detach())
+            if len(waiting[group]) == len(group):
+                yield from self._pieces(waiting.pop(group))
+        for gathered in waiting.values():  # The rest of their groups is tied to others.
+            yield from self._pieces(gathered)
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds beside parameters, such as the biases that balance a router's experts."""
+        stored = self._model.state_dict().keys()
+        return self._converted({name: buffer for name, buffer in self._model.named_buffers() if name in stored})
+
+    def _pieces(self, gathered: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        made = self._converted(gathered)
+        gathered.clear()  # All that it held is in the pieces, and experts are large.
+        if any(tensor.is_cuda for tensor in made.values()):
+            # vLLM's sender asks for the pieces in several streams in turn.
+            torch.cuda.current_stream().synchronize()
+        yield from made.items()
 
     def _split(self, changed: Mapping[str, torch.Tensor], wanted: Mapping[str, Shape]) -> list[Names]:
         """Group names so that each group by itself is converted to what it is converted to among all."""

@@ -293,6 +293,7 @@ class Learner:
                 if is_writer:
                     weights[parameter_name] = full.to("cpu", torch.float32).contiguous()
             if is_writer:
+                weights |= {key: buffer.cpu().contiguous() for key, buffer in trained.checkpoint_buffers().items()}
                 _write_pretrained(trained.model, weights, path)
             dist.barrier()
 

@@ -32,7 +32,7 @@ class LoraSpec:
     alpha: float
     """The product of an adapter's two matrices is multiplied by ``alpha / rank``."""
     targets: tuple[str, ...]
-    """Names of linear layers; empty: all but the output layer."""
+    """Names of linear layers; empty: all but the output layer. Experts that are one tensor are none."""
     seed: int
     """Of the first matrices; the second ones start at zero, so that the policy starts as it was."""
 
@@ -45,10 +45,14 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    # For models that it knows PEFT turns names of linear layers into adapters of whole experts, where it meets any.
+    unknown = torch.nn.ModuleDict({"model": model})
+    output = [name for name, module in unknown.named_modules() if module is model.get_output_embeddings()]
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         target_modules=list(spec.targets) or "all-linear",
+        exclude_modules=None if spec.targets else output,
         lora_dropout=0.0,  # Sampling has none.
         bias="none",
     )
@@ -56,7 +60,7 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         try:
-            inject_adapter_in_model(config, model)
+            inject_adapter_in_model(config, unknown)
         except ValueError as error:
             layers = sorted(
                 {name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is torch.nn.Linear}
@@ -110,7 +114,9 @@ def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     first, second = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
     if isinstance(first, DTensor):
         first = first.redistribute(placements=[Replicate()] * len(first.placements))
-    return weight + layer.scaling[_ADAPTER] * (second @ first)
+    product = second @ first
+    # GPT-2's layers have their weights the other way round.
+    return weight + layer.scaling[_ADAPTER] * (product.T if layer.fan_in_fan_out else product)
 
 
 def _adapted(model: PreTrainedModel) -> dict[str, Any]:

@@ -113,6 +113,10 @@ class TrainedModel:
         """
         return self._format.tensors(merged_parameters(self.model, every_name=every_name))
 
+    def checkpoint_buffers(self) -> dict[str, torch.Tensor]:
+        """Tensors by checkpoint name that are stored beside the parameters, and never trained."""
+        return self._format.buffers()
+
     def checkpoint_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Name and full shape of all of them, tied ones under every name; no collective."""
         return self._format.shapes

@@ -73,7 +73,11 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters():
-            yield name, full_tensor(parameter.detach()).to(self._device, self._dtype)
+            full = full_tensor(parameter.detach())
+            if full.is_cuda:
+                # It may have been made in the stream of the tensor before, and must not be freed there under this one.
+                full.record_stream(torch.cuda.current_stream())
+            yield name, full.to(self._device, self._dtype)
 
 
 class ReplicaClient:

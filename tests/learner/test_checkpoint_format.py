@@ -9,7 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
-from transformers import AutoModelForCausalLM, MixtralConfig, PretrainedConfig, Qwen2Config, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    MixtralConfig,
+    PretrainedConfig,
+    Qwen2Config,
+    Qwen3MoeConfig,
+)
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming
 
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
@@ -27,6 +34,20 @@ SMALL: dict[str, Any] = {
 CONFIGS: dict[str, PretrainedConfig] = {
     "mixtral": MixtralConfig(**SMALL, num_local_experts=3),
     "qwen3_moe": Qwen3MoeConfig(**SMALL, moe_intermediate_size=6, num_experts=3, num_experts_per_tok=2),
+    "deepseek_v3": DeepseekV3Config(
+        **SMALL | {"head_dim": 2},
+        moe_intermediate_size=6,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        kv_lora_rank=4,
+        q_lora_rank=4,
+        qk_rope_head_dim=2,
+        qk_nope_head_dim=2,
+        v_head_dim=4,
+    ),
     "dense, tied": Qwen2Config(**SMALL, tie_word_embeddings=True),
 }
 
@@ -47,10 +68,14 @@ def test_a_checkpoint_comes_back_as_it_was(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     model = load_policy(str(folder), kernels=("eager",), trust_remote_code=False)
 
-    found = dict(format_of(model).tensors(model.named_parameters()))
+    form = format_of(model)
 
-    assert found.keys() == stored.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    # Whatever becomes of the model: publications share this format.
+    for _ in range(2):
+        found = dict(form.tensors(model.named_parameters())) | form.buffers()
+
+        assert found.keys() == stored.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
 
 
 def test_shapes_are_those_of_the_tensors_in_their_order(folder: Path) -> None:

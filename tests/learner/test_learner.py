@@ -881,17 +881,27 @@ def test_weight_buckets_hold_the_policy_under_every_name(make_learner: Callable[
     assert torch.equal(unpacked["lm_head.weight"], unpacked["model.embed_tokens.weight"])
 
 
-def test_experts_are_published_and_exported_one_by_one(tmp_path: Path, make_learner: Callable[..., Learner]) -> None:
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
+def test_experts_are_published_and_exported_one_by_one(
+    tmp_path: Path, make_learner: Callable[..., Learner], kind: str
+) -> None:
     # Memory holds the experts of a layer in one tensor; vLLM knows the names of checkpoints alone.
     from safetensors.torch import load_file
-    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(3)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8}
-    config = Qwen3MoeConfig(vocab_size=runs.VOCABULARY, num_experts=4, num_experts_per_tok=2, **sizes, **heads)
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts_per_tok": 2}
+    of_kind = {
+        "qwen3_moe": {"num_experts": 4},
+        # Its router has a bias that is no parameter.
+        "glm4_moe": {"n_routed_experts": 4, "first_k_dense_replace": 0, "n_shared_experts": 1},
+    }[kind]
+    config = AutoConfig.for_model(kind, vocab_size=runs.VOCABULARY, **sizes, **of_kind)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "policy")
     before = load_file(tmp_path / "policy" / "model.safetensors")
+    buffers = {name for name in before if name.endswith("e_score_correction_bias")}
+    assert len(buffers) == (2 if kind == "glm4_moe" else 0)
     learner = make_learner(Scenario(spec={"policy_path": str(tmp_path / "policy")}))
 
     runs.update(learner, Scenario(), 0)
@@ -900,13 +910,14 @@ def test_experts_are_published_and_exported_one_by_one(tmp_path: Path, make_lear
         published |= named_tensors(layout, pieces)
     learner.export(str(tmp_path / "export"))
 
-    assert published.keys() == before.keys()
+    assert published.keys() == before.keys() - buffers
     experts = [name for name in before if ".experts.0." in name]
     assert len(experts) == 6
     assert any(not torch.equal(published[name], before[name]) for name in experts)
     exported = load_file(tmp_path / "export" / "model.safetensors")
-    assert exported.keys() == published.keys()
+    assert exported.keys() == before.keys()
     assert all(torch.equal(exported[name], weight) for name, weight in published.items())
+    assert all(torch.equal(exported[name], before[name]) for name in buffers)
     _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "export", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]

@@ -2,15 +2,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import learner_scenarios as runs
 import pytest
 import torch
 import torch.distributed as dist
 from learner_scenarios import SCENARIOS, Scenario
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.learner.layout import lay_out
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.lora import LoraSpec, add_adapters, merged_parameters
@@ -116,6 +119,51 @@ def test_adapters_start_without_effect_and_alike_everywhere(models: Path) -> Non
 
     assert all(torch.equal(drawn[0][name], drawn[1][name]) for name in drawn[0])
     assert all(bool(matrix.any()) for matrix in drawn[0].values())
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt2"])
+def test_other_kinds_of_layers_are_merged_too(tmp_path: Path, kind: str) -> None:
+    # Experts that are one tensor get no adapters; GPT-2 has its weights the other way round.
+    sizes: dict[str, dict[str, Any]] = {
+        "qwen3_moe": {
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "moe_intermediate_size": 8,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [0],
+        },
+        "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32},
+    }
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=32, **sizes[kind])).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    model = load_policy(str(tmp_path), kernels=("eager",), trust_remote_code=False)
+    add_adapters(model, SPEC)
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    shapes = {name: tuple(p.shape) for name, p in merged_parameters(model, every_name=False, merge=False)}
+    form = CheckpointFormat(model, shapes)
+
+    merged = dict(form.tensors(merged_parameters(model, every_name=False)))
+    save_file({name: tensor.detach().contiguous() for name, tensor in merged.items()}, tmp_path / "model.safetensors")
+
+    assert merged.keys() == stored.keys()
+    ids = torch.tensor([[3, 1, 4, 1, 5]])
+    plain = load_policy(str(tmp_path), kernels=("eager",), trust_remote_code=False)
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, model(ids).logits, atol=1e-5, rtol=0.0)
+    changed = {name for name in stored if not torch.equal(stored[name], merged[name])}
+    assert changed
+    assert not any("experts" in name or "lm_head" in name for name in changed)
+    if kind == "qwen3_moe":
+        # Four projections in two layers, and the feed-forward part of the layer that has no experts.
+        assert len(changed) == 11
 
 
 def test_a_layer_that_is_not_there_is_named_with_those_that_are(models: Path) -> None:
