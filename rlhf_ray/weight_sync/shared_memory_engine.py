@@ -68,6 +68,19 @@ class _Buckets:
         self._mapped.clear()
 
 
+def _skip_output_layer_that_is_the_embedding(model: Any) -> None:
+    """Let a model without an output layer of its own (Gemma 2) read over the weights of one.
+
+    Tied weights come under both names, since most models of vLLM have a layer for each; others refuse the name.
+    """
+    if any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules(remove_duplicate=False)):
+        return
+    load_weights = model.load_weights
+    model.load_weights = lambda weights: load_weights(
+        (name, tensor) for name, tensor in weights if not name.startswith("lm_head.")
+    )
+
+
 def _forget_expert_kernels(model: torch.nn.Module) -> None:
     """Let vLLM make the kernels of experts anew with the weights that come.
 
@@ -88,6 +101,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _skip_output_layer_that_is_the_embedding(self.model)
         self._buckets = _Buckets()
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
@@ -126,6 +140,7 @@ class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        _skip_output_layer_that_is_the_embedding(self.model)
         self._buckets = _Buckets()
 
     def init_transfer_engine(self, init_info: Any) -> None:

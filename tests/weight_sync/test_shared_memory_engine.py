@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Qwen3MoeConfig
 
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.quickstart import model_path
@@ -38,12 +38,26 @@ def experts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("transfer", "kind"), [("shared_memory", "experts"), ("nccl", "dense")])
+@pytest.fixture
+def tied(tmp_path: Path) -> Path:
+    """A model whose output layer is the embedding, in vLLM too, where it has no name of its own."""
+    torch.manual_seed(0)
+    dense = AutoConfig.from_pretrained(model_path())
+    tokens = {"vocab_size": dense.vocab_size, "eos_token_id": dense.eos_token_id, "pad_token_id": dense.pad_token_id}
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    heads = {"num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32, "max_position_embeddings": 64}
+    config = Gemma2Config(bos_token_id=None, tie_word_embeddings=True, **tokens, **sizes, **heads)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(("transfer", "kind"), [("shared_memory", "experts"), ("nccl", "tied")])
 def test_an_engine_is_given_weights(
     transfer: str, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With NCCL a replica that starts late gets its first weights so, before anything was sent to it."""
-    path = str(request.getfixturevalue("experts") if kind == "experts" else model_path())
+    path = str(request.getfixturevalue(kind))
     spec = engine_spec(
         ModelSettings(),
         RolloutSettings(max_new_tokens=8, weight_transfer=transfer),
