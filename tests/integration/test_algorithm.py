@@ -247,6 +247,7 @@ class FailsElsewhere:
         return [0.0] * len(completions)
 
 
+@pytest.mark.slow
 def test_a_part_that_cannot_start_ends_the_wait_for_the_others(cluster: None, tmp_path: Path) -> None:
     started = time.monotonic()
     config = PPOConfig().reporting(run_dir=str(tmp_path / "run")).rewards(FailsElsewhere(os.getpid()))

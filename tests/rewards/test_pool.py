@@ -380,6 +380,7 @@ def test_workers_that_cannot_be_replaced_end_the_waits(
         pass
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_before_it_stands_is_started_again_twice(
     cluster: None, tokenizer: Any, group_of: GroupOf, tmp_path: Path
 ) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Gemma2Config, Qwen3MoeConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.quickstart import model_path
@@ -23,41 +23,40 @@ from rlhf_ray.weight_sync.manifest import WeightManifest
 pytestmark = pytest.mark.engine
 
 
-@pytest.fixture
-def experts(tmp_path: Path) -> Path:
-    """A model of experts, which memory, checkpoints and kernels each hold in a form of their own."""
-    torch.manual_seed(0)
-    dense = AutoConfig.from_pretrained(model_path())
-    tokens = {"vocab_size": dense.vocab_size, "eos_token_id": dense.eos_token_id, "pad_token_id": dense.pad_token_id}
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    # Kernels want multiples of 32: these are padded.
-    of_experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-    config = Qwen3MoeConfig(num_key_value_heads=1, head_dim=32, **tokens, **sizes, **of_experts)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(model_path()).save_pretrained(tmp_path)
-    return tmp_path
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES |= {"num_key_value_heads": 1, "max_position_embeddings": 64}
+HEADS = SIZES | {"head_dim": 32}
+OF_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
+KINDS: dict[str, dict[str, int]] = {
+    # Experts, which memory, checkpoints and kernels each hold in a form of their own; kernels pad them to 64.
+    "qwen3_moe": HEADS | OF_EXPERTS | {"moe_intermediate_size": 48},
+    # An output layer that is the embedding, in vLLM too, where it has no name of its own.
+    "gemma2": HEADS | {"query_pre_attn_scalar": 32},
+    "gemma3_text": HEADS | {"query_pre_attn_scalar": 32},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64},
+    "gpt_neox": {name: size for name, size in SIZES.items() if name != "num_key_value_heads"},
+    "granite": SIZES,
+    "llama": HEADS,
+    "mixtral": HEADS | {"num_local_experts": 4},
+    "olmoe": SIZES | OF_EXPERTS,
+    "phi3": SIZES,
+    "qwen2_moe": HEADS | OF_EXPERTS | {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 64},
+    "qwen3": HEADS,
+}
+IN_EVERY_RUN = ("qwen3_moe", "gemma2")
 
 
-@pytest.fixture
-def tied(tmp_path: Path) -> Path:
-    """A model whose output layer is the embedding, in vLLM too, where it has no name of its own."""
-    torch.manual_seed(0)
-    dense = AutoConfig.from_pretrained(model_path())
-    tokens = {"vocab_size": dense.vocab_size, "eos_token_id": dense.eos_token_id, "pad_token_id": dense.pad_token_id}
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    heads = {"num_key_value_heads": 1, "head_dim": 32, "query_pre_attn_scalar": 32, "max_position_embeddings": 64}
-    config = Gemma2Config(bos_token_id=None, tie_word_embeddings=True, **tokens, **sizes, **heads)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(model_path()).save_pretrained(tmp_path)
-    return tmp_path
-
-
-@pytest.mark.parametrize(("transfer", "kind"), [("shared_memory", "experts"), ("nccl", "tied")])
-def test_an_engine_is_given_weights(
-    transfer: str, kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With NCCL a replica that starts late gets its first weights so, before anything was sent to it."""
-    path = str(request.getfixturevalue(kind))
+@pytest.mark.parametrize(
+    ("kind", "transfer"),
+    [
+        ("qwen3_moe", "shared_memory"),
+        # With NCCL a replica that starts late gets its first weights so, before anything was sent to it.
+        ("gemma2", "nccl"),
+        *(pytest.param(kind, "shared_memory", marks=pytest.mark.slow) for kind in KINDS if kind not in IN_EVERY_RUN),
+    ],
+)
+def test_an_engine_is_given_weights(kind: str, transfer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(saved_model(kind, tmp_path))
     spec = engine_spec(
         ModelSettings(),
         RolloutSettings(max_new_tokens=8, weight_transfer=transfer),
@@ -95,6 +94,17 @@ def test_an_engine_is_given_weights(
         assert np.abs(before[:1] - halved[:1]).max() > 1e-3
 
     asyncio.run(test())
+
+
+def saved_model(kind: str, folder: Path) -> Path:
+    """A small model with random weights and the quickstart's tokenizer."""
+    torch.manual_seed(0)
+    quickstart = AutoConfig.from_pretrained(model_path())
+    tokens = {name: getattr(quickstart, name) for name in ("vocab_size", "eos_token_id", "pad_token_id")}
+    config = AutoConfig.for_model(kind, bos_token_id=None, **tokens, **KINDS[kind])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_path()).save_pretrained(folder)
+    return folder
 
 
 @torch.no_grad()

@@ -160,6 +160,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "RewardModelWorker", fake)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fake")
 def test_an_actor_that_dies_before_it_stands_is_started_again_twice(
     tokenizer: Any, group_of: GroupOf, tmp_path: Path
