@@ -16,6 +16,7 @@ as it comes: with gradient checkpointing and microbatches of 8.
 same forward and backward passes over sequences of those lengths. ``at once`` is the same two side by side, each on half
 of the cores and neither waiting for the other, with all prompts handed to the engine together: what an asynchronous
 trainer would come to that costs nothing.
+
 TRL comes with ``pip install -e '.[cpu,trl]'``.
 
 ``core-s`` is the CPU time of all processes of a system, threads that spin while they wait included.
@@ -393,7 +394,7 @@ PAIRS = [
 ]
 
 
-def rates(found: dict[str, Figures]) -> Figures:
+def ratios_of(found: dict[str, Figures]) -> Figures:
     """Of one round: completion tokens a second of one system over another's, and of Serve over a bare engine."""
     rate = {system: figures["tokens"] / figures["step_s"] for system, figures in found.items()}
     ratios = {f"{one} / {other}": rate[one] / rate[other] for one, other in PAIRS if {one, other} <= rate.keys()}
@@ -444,7 +445,7 @@ def main() -> None:
     for name in arguments.regimes:
         rounds = [one_round(REGIMES[name], arguments.systems, arguments.steps) for _ in range(arguments.rounds)]
         systems = {system: spread([found[system] for found in rounds]) for system in arguments.systems}
-        ratios = spread([rates(found) for found in rounds])
+        ratios = spread([ratios_of(found) for found in rounds])
         report(name, REGIMES[name], systems, ratios)
         result[name] = {"systems": systems, "ratios": ratios}
     figures = {"steps": arguments.steps, "rounds": arguments.rounds, "regimes": result}

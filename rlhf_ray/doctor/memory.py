@@ -18,7 +18,7 @@ from rlhf_ray.doctor.machine import Machine
 from rlhf_ray.doctor.model import ModelFacts
 from rlhf_ray.settings import Settings
 
-__all__ = ["MemoryNeed", "check_disk", "check_memory"]
+__all__ = ["MemoryNeed", "check_disk", "check_memory", "state_copies"]
 
 _GIB = 1024**3
 _TRAINED_BYTES = 16
@@ -71,10 +71,9 @@ class MemoryNeed:
             max_tokens: Longest prompt and completion together.
             cpu_cache: Key-value cache that a CPU engine will reserve.
         """
-        # Adapters are small beside the weights, which are then frozen and serve as the reference too.
+        # The frozen weights serve as the reference too.
         lora = settings.model.lora_rank > 0
-        num_trained = _parameters(critic) + (0 if lora else policy.num_parameters)
-        trained = _TRAINED_BYTES * num_trained
+        trained = _TRAINED_BYTES * _num_trained(settings, policy, critic)
         reference = dtype_bytes * policy.num_parameters if settings.training.kl_coef > 0 and not lora else 0
         base = _WEIGHT_BYTES * policy.num_parameters if lora else 0
         shards, learners = settings.rollouts.tensor_parallel_size, settings.learners
@@ -82,11 +81,16 @@ class MemoryNeed:
         return cls(
             learner=(trained + base + reference) // learners.num_learners,
             offloaded=offloaded // learners.num_learners,
-            copies=_COPIES * _SAVED_BYTES * num_trained * settings.fault_tolerance.keeps_state // learners.num_learners,
+            copies=state_copies(settings, policy, critic) // learners.num_learners,
             engine_weights=dtype_bytes * policy.num_parameters // shards,
             sequence=max_tokens * _token_bytes(policy.config, dtype_bytes) // shards,
             cpu_cache=cpu_cache,
         )
+
+
+def state_copies(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> int:
+    """Bytes of all learners' state in the object store."""
+    return _COPIES * _SAVED_BYTES * _num_trained(settings, policy, critic) * settings.fault_tolerance.keeps_state
 
 
 def check_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, on_gpu: bool) -> list[Check]:
@@ -122,6 +126,11 @@ def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts | None
         text = f"{detail}, wants {in_units(needed)} for {kept} checkpoints, the model and logs"
         return failed("disk", text, "choose another reporting.run_dir, or a smaller checkpointing.keep")
     return passed("disk", f"{detail}, the run takes about {in_units(needed)}")
+
+
+def _num_trained(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> int:
+    # Adapters are small beside the weights, which are then frozen.
+    return _parameters(critic) + (0 if settings.model.lora_rank > 0 else policy.num_parameters)
 
 
 def _parameters(model: ModelFacts | None) -> int:

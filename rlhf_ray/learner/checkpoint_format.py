@@ -1,7 +1,7 @@
-"""Weights as a checkpoint has them, where a model in memory has them in another form.
+"""Learner side of publications and exports: weights as a checkpoint has them, where memory has another form of them.
 
 Transformers joins the experts of a layer, say, to one tensor when it loads them, and renames some layers; checkpoints,
-and so vLLM, know the separate ones. Consumes a model's (sharded) parameters; produces tensors by checkpoint name.
+and so vLLM, know the separate ones. Consumes a (sharded) model; produces tensors by checkpoint name.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.weight_sync.buckets import full_tensor
 
 if TYPE_CHECKING:
@@ -27,12 +28,13 @@ class CheckpointFormat:
 
     Args:
         model: The model, which remembers how its checkpoint was converted.
-        shapes: Full shape of each parameter by its name in the model; tied ones under every name.
     """
 
-    def __init__(self, model: PreTrainedModel, shapes: Mapping[str, Shape]) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
-        empty = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+        # Without the adapters' products, which every rank would have to compute for the shapes alone.
+        bare = merged_parameters(model, every_name=True, merge=False)
+        empty = {name: torch.empty(parameter.shape, device="meta") for name, parameter in bare}
         saved = self._converted(empty)
         unchanged = {id(tensor): name for name, tensor in saved.items()}
         self._names = {name: unchanged[id(tensor)] for name, tensor in empty.items() if id(tensor) in unchanged}
@@ -40,18 +42,26 @@ class CheckpointFormat:
         wanted = {name: tuple(saved[name].shape) for name in saved.keys() - self._names.values()}
         self._groups = {name: group for group in self._split(changed, wanted) for name in group}
         self.shapes: list[tuple[str, Shape]] = [
-            (name, tuple(tensor.shape)) for name, tensor in self.tensors(empty.items())
+            (name, tuple(tensor.shape)) for name, tensor in self._stored(empty.items())
         ]
-        """Name and full shape of each tensor that :meth:`tensors` makes of all parameters, in its order."""
+        """Name and full shape of each tensor that :meth:`tensors` yields under every name, in its order."""
 
-    def tensors(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield a checkpoint's tensors: parameters as they are, sharded; what is converted gathered.
+    def tensors(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield a checkpoint's tensors, adapters merged: parameters as they are, sharded; what is converted gathered.
 
         A gather is a collective, so every rank must iterate to the end.
 
         Args:
-            parameters: Name in the model and (sharded) tensor, in the same order on every rank.
+            every_name: Whether a tied weight comes under each of its names, or once.
         """
+        return self._stored(merged_parameters(self._model, every_name=every_name))
+
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint holds beside parameters, such as the biases that balance a router's experts."""
+        stored = self._model.state_dict().keys()
+        return self._converted({name: buffer for name, buffer in self._model.named_buffers() if name in stored})
+
+    def _stored(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         waiting: dict[Names, dict[str, torch.Tensor]] = {}
         for name, parameter in parameters:
             group = self._groups.get(name)
@@ -63,11 +73,6 @@ class CheckpointFormat:
                 yield from self._pieces(waiting.pop(group))
         for gathered in waiting.values():  # The rest of their groups is tied to others.
             yield from self._pieces(gathered)
-
-    def buffers(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds beside parameters, such as the biases that balance a router's experts."""
-        stored = self._model.state_dict().keys()
-        return self._converted({name: buffer for name, buffer in self._model.named_buffers() if name in stored})
 
     def _pieces(self, gathered: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
         made = self._converted(gathered)

@@ -47,12 +47,12 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
 
     # For models that it knows PEFT turns names of linear layers into adapters of whole experts, where it meets any.
     unknown = torch.nn.ModuleDict({"model": model})
-    output = [name for name, module in unknown.named_modules() if module is model.get_output_embeddings()]
+    output = model.get_output_embeddings()
     config = LoraConfig(
         r=spec.rank,
         lora_alpha=spec.alpha,
         target_modules=list(spec.targets) or "all-linear",
-        exclude_modules=None if spec.targets else output,
+        exclude_modules=None if spec.targets else [name for name, m in unknown.named_modules() if m is output],
         lora_dropout=0.0,  # Sampling has none.
         bias="none",
     )

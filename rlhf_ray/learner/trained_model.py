@@ -12,7 +12,6 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.tensor import DTensor
 
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
-from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.weight_sync.buckets import full_tensor
 
@@ -58,9 +57,7 @@ class TrainedModel:
         total_steps: int,
     ) -> None:
         self.model = model
-        # Without the adapters' products, which every rank would have to compute for the shapes alone.
-        bare = merged_parameters(model, every_name=True, merge=False)
-        self._format = CheckpointFormat(model, {name: tuple(parameter.shape) for name, parameter in bare})
+        self._format = CheckpointFormat(model)
         self._max_grad_norm = max_grad_norm
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(model, training.weight_decay),
@@ -111,7 +108,7 @@ class TrainedModel:
 
         A collective: every rank iterates to the end.
         """
-        return self._format.tensors(merged_parameters(self.model, every_name=every_name))
+        return self._format.tensors(every_name=every_name)
 
     def checkpoint_buffers(self) -> dict[str, torch.Tensor]:
         """Tensors by checkpoint name that are stored beside the parameters, and never trained."""

@@ -52,10 +52,6 @@ CONFIGS: dict[str, PretrainedConfig] = {
 }
 
 
-def format_of(model: Any) -> CheckpointFormat:
-    return CheckpointFormat(model, {n: tuple(p.shape) for n, p in model.named_parameters(remove_duplicate=False)})
-
-
 @pytest.fixture(params=CONFIGS)
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A checkpoint as transformers writes it."""
@@ -68,11 +64,11 @@ def test_a_checkpoint_comes_back_as_it_was(folder: Path) -> None:
     stored = load_file(folder / "model.safetensors")
     model = load_policy(str(folder), kernels=("eager",), trust_remote_code=False)
 
-    form = format_of(model)
+    form = CheckpointFormat(model)
 
     # Whatever becomes of the model: publications share this format.
     for _ in range(2):
-        found = dict(form.tensors(model.named_parameters())) | form.buffers()
+        found = dict(form.tensors(every_name=False)) | form.buffers()
 
         assert found.keys() == stored.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
@@ -80,11 +76,9 @@ def test_a_checkpoint_comes_back_as_it_was(folder: Path) -> None:
 
 def test_shapes_are_those_of_the_tensors_in_their_order(folder: Path) -> None:
     model = load_policy(str(folder), kernels=("eager",), trust_remote_code=False)
-    form = format_of(model)
+    form = CheckpointFormat(model)
 
-    found = form.tensors(model.named_parameters(remove_duplicate=False))
-
-    assert [(name, tuple(tensor.shape)) for name, tensor in found] == form.shapes
+    assert [(name, tuple(tensor.shape)) for name, tensor in form.tensors()] == form.shapes
 
 
 def test_parameters_that_are_stored_as_they_are_stay_what_they_are(folder: Path) -> None:
@@ -92,7 +86,7 @@ def test_parameters_that_are_stored_as_they_are_stay_what_they_are(folder: Path)
     model = load_policy(str(folder), kernels=("eager",), trust_remote_code=False)
     parameters = {id(parameter) for parameter in model.parameters()}
 
-    converted = [name for name, t in format_of(model).tensors(model.named_parameters()) if id(t) not in parameters]
+    converted = [name for name, t in CheckpointFormat(model).tensors(every_name=False) if id(t) not in parameters]
 
     assert all(".experts." in name for name in converted)
 
@@ -115,7 +109,7 @@ class Halves(nn.Module):
 def test_what_is_stored_together_is_put_together() -> None:
     model = Halves()
 
-    found = dict(format_of(model).tensors(model.named_parameters()))
+    found = dict(CheckpointFormat(model).tensors(every_name=False))
 
     assert list(found) == ["layernorm.weight", "layernorm.bias", "both.weight"]
     assert found["layernorm.weight"] is model.norm.weight
@@ -139,6 +133,6 @@ def test_an_operation_that_wants_all_at_once_gets_them() -> None:
     model = Halves()
     model._weight_conversions[0] = InStep("both.weight", ["gate.weight", "up.weight"], [Chunk(dim=0)])
 
-    found = dict(format_of(model).tensors(model.named_parameters()))
+    found = dict(CheckpointFormat(model).tensors(every_name=False))
 
     assert torch.equal(found["both.weight"], torch.cat([model.gate.weight, model.up.weight]))

@@ -147,10 +147,8 @@ def test_other_kinds_of_layers_are_merged_too(tmp_path: Path, kind: str) -> None
     for name, parameter in model.named_parameters():
         if ".lora_B." in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    shapes = {name: tuple(p.shape) for name, p in merged_parameters(model, every_name=False, merge=False)}
-    form = CheckpointFormat(model, shapes)
 
-    merged = dict(form.tensors(merged_parameters(model, every_name=False)))
+    merged = dict(CheckpointFormat(model).tensors(every_name=False))
     save_file({name: tensor.detach().contiguous() for name, tensor in merged.items()}, tmp_path / "model.safetensors")
 
     assert merged.keys() == stored.keys()

@@ -130,9 +130,7 @@ async def written(engine: RolloutEngine, model: Any) -> np.ndarray:
 
 def publication(model: Any, version: int) -> tuple[WeightManifest, list[list[ByteArray]]]:
     layouts, buckets = [], []
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    form = CheckpointFormat(model, {name: tuple(parameter.shape) for name, parameter in parameters.items()})
-    for layout, pieces in gather_buckets(form.tensors(parameters.items()), dtype=torch.float32, keep=True):
+    for layout, pieces in gather_buckets(CheckpointFormat(model).tensors(), dtype=torch.float32, keep=True):
         assert pieces is not None
         layouts.append(layout)
         buckets.append(pieces)
