@@ -18,6 +18,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -110,10 +111,10 @@ def main() -> None:
         learner, bare = learner_of(config()), BareLoop(model_path(), critic=name == "PPO")
         for steps in (1, 4):
             own, rank, minibatches = split(batch, num_minibatches=steps, max_tokens=MAX_TOKENS)
-            work[f"{name}, {steps} steps: learner"] = lambda a=learner, b=own, c=rank: a.update(b, c)
-            work[f"{name}, {steps} steps: bare loop"] = lambda a=bare, b=minibatches: a.planned(b)
+            work[f"{name}, {steps} steps: learner"] = partial(learner.update, own, rank)
+            work[f"{name}, {steps} steps: bare loop"] = partial(bare.planned, minibatches)
         if name == "GRPO":
-            work["padded, input order"] = lambda a=bare: a.in_input_order(batch, 16)
+            work["padded, input order"] = partial(bare.in_input_order, batch, 16)
     seconds = measure(work, repeats)
     tokens = int(batch.lengths.sum())
     for name, value in seconds.items():

@@ -49,7 +49,7 @@ class RunFile:
                 continue
             started = time.perf_counter()
             with tempfile.TemporaryDirectory() as folder:
-                run = {self._key: name, "seed": seed} | train(name, seed, Path(folder))
+                run: Run = {self._key: name, "seed": seed} | train(name, seed, Path(folder))
             order = {known: place for place, known in enumerate(names)}
             runs = sorted([*runs, run], key=lambda run: (order.get(run[self._key], len(order)), run["seed"]))
             self._path.write_text(json.dumps({"runs": runs}, indent=1) + "\n")

@@ -127,7 +127,7 @@ def plot(results: tune.ResultGrid, file: Path) -> None:
     plt.close(figure)
 
 
-def flat(result: tune.Result) -> dict[str, object]:
+def flat(result: tune.Result) -> dict[str, Any]:
     """The last result under the names of ``metrics.jsonl``."""
     from rlhf_ray.reporting.metrics import flatten
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+from ray._private.worker import _post_init_hooks
 from ray.tune import register_trainable
 from ray.tune.tune import _Config
 
@@ -51,7 +52,10 @@ def trainable(config_class: type[AlgorithmConfig]) -> type[Algorithm]:
     doc = f"The algorithm of :class:`{config_class.__name__}`; see there."
     contents = {"config_class": config_class, "__doc__": doc, "__module__": __name__}
     made = type(config_class.algorithm_name, (Algorithm,), contents)
-    register_trainable(config_class.algorithm_name, made)
+    register = functools.partial(register_trainable, config_class.algorithm_name, made)
+    register()
+    # Ray keeps the name with its first session, which ends with the first algorithm of a script or a notebook.
+    _post_init_hooks.append(register)
     return made
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray import cloudpickle
 from ray.tune import PlacementGroupFactory
 from ray.tune.registry import get_trainable_cls
@@ -113,6 +114,13 @@ def test_a_copy_of_a_function_is_the_function() -> None:
 
 
 def test_tune_knows_an_algorithm_by_its_name() -> None:
-
     assert get_trainable_cls("PPO") is PPO
     assert get_trainable_cls("GRPO") is GRPO
+
+
+def test_tune_still_knows_it_when_ray_was_started_again() -> None:
+    names = []
+    for _ in range(2):
+        with ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False):
+            names.append(get_trainable_cls("PPO").__name__)
+    assert names == ["PPO", "PPO"]
