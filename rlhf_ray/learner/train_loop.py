@@ -112,6 +112,7 @@ class _Worker:
         self._keeper: Any = None
         self.version = 0
         """Of the policy that this rank holds."""
+        self._updated: tuple[int, UpdateResult] | None = None
         self._sender: Any = None
         # The bridge names objects that this process owns; they live as long as these references.
         self._published: list[Any] = []
@@ -135,12 +136,16 @@ class _Worker:
 
     def _update(self, argument: tuple[Any, RankPlan, bool, bool, int]) -> UpdateResult:
         batch, plan, update_policy, with_advantages, version = argument
+        if self._updated is not None and self._updated[0] == version == self.version:
+            # Whoever asked did not wait for the answer (Ctrl-C in a notebook, a time limit), and asks again.
+            return self._updated[1]
         figures = self._learner.update(
             ray.get(batch), plan, update_policy=update_policy, keep_advantages=with_advantages
         )
         self.version = version
         self._keep_state()
-        return UpdateResult(figures=figures, advantages=self._learner.advantages)
+        self._updated = version, UpdateResult(figures=figures, advantages=self._learner.advantages)
+        return self._updated[1]
 
     def _publish(self, argument: None) -> tuple[WeightManifest, list[Any]] | None:
         layouts, refs = [], []

@@ -1,4 +1,8 @@
-"""Stage 6 in time: one publication after the other, beside the learners' next batch where rollouts may be stale."""
+"""Stage 6 in time: one publication after the other, beside the learners' next batch where rollouts may be stale.
+
+Replicas are called in a thread in any case: Serve's blocking calls refuse to work where an event loop runs, and in a
+notebook one does.
+"""
 
 from __future__ import annotations
 
@@ -50,23 +54,29 @@ class Publications:
         """
         started = time.perf_counter()
         self.version = None
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            self._last = pending.result()
+        last = self._finished()
         deliver = self._publisher.gather(version)
-        if not (beside and self._beside_training) or self._last is None:
-            self._last = self._deliver(deliver)
-        else:
-            self._pending = self._thread.submit(self._deliver, deliver)
+        self._pending = self._thread.submit(self._deliver, deliver)
+        if not (beside and self._beside_training) or last is None:
+            last = self._finished()
+        assert last is not None
         self.version = version
         self.held_up_s = time.perf_counter() - started
-        return self._last
+        return last
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Wait for a publication that is on its way and of no use any more, whatever becomes of it."""
         pending, self._pending = self._pending, None
         if pending is not None:
             wait([pending], timeout_s)
+
+    def _finished(self) -> Publication | None:
+        """The last publication, which is waited for; none: there was none."""
+        if self._pending is not None:
+            wait([self._pending])  # Not result(): where Ctrl-C ends this wait, settle() goes on with it.
+            pending, self._pending = self._pending, None
+            self._last = pending.result()
+        return self._last
 
     def _deliver(self, deliver: Callable[[], Publication]) -> Publication:
         publication = deliver()

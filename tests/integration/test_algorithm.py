@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -50,7 +51,10 @@ def test_iterations_are_exact_and_reported(algorithm: Algorithm) -> None:
 
 
 def test_every_replica_serves_the_published_version(algorithm: Algorithm) -> None:
-    algorithm.train()
+    async def notebook() -> None:  # Where an event loop runs.
+        algorithm.train()
+
+    asyncio.run(notebook())
     reports = replica_reports(algorithm)
     assert len({report.replica_id for report in reports}) == 2
     assert {report.version for report in reports} == {algorithm.policy_version}
@@ -124,6 +128,27 @@ def test_the_exported_policy_samples_what_the_replicas_sample(algorithm: Algorit
     with torch.no_grad():
         greedy = model(ids).logits[0, len(prompt.token_ids) - 1 : -1].argmax(-1)
     assert greedy.tolist() == completion.token_ids.tolist()
+
+
+def test_an_interrupted_update_is_not_made_twice(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C in a notebook or a shell, and on with the same algorithm."""
+    learners, version = algorithm._running().learners, algorithm.policy_version
+    wait_for = learners._await
+
+    def interrupt(ref: Any, purpose: str) -> Any:
+        answer = wait_for(ref, purpose)
+        if purpose == "to update":
+            raise KeyboardInterrupt
+        return answer
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(learners, "_await", interrupt)
+        algorithm.train()
+    assert algorithm.policy_version == version
+    for result in (algorithm.train(), algorithm.train()):
+        assert result["learner"]["sampling_logprob_diff_max"] < 1e-3
+        assert result["learner"]["first_ratio_deviation_max"] == 0.0
+    assert algorithm.policy_version == version + 2
 
 
 def test_a_killed_replica_is_survived_and_comes_back_with_the_newest_weights(algorithm: Algorithm) -> None:

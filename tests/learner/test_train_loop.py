@@ -91,6 +91,26 @@ def test_an_update_that_comes_again_after_a_publication_is_not_carried_out_again
     ]
 
 
+def test_an_update_that_is_asked_for_anew_is_made_once_a_version() -> None:
+    """After Ctrl-C in a notebook: another command, for the same batch."""
+
+    class Learner:
+        advantages = None
+        updates = 0
+
+        def update(self, batch: str, plan: str, **_: Any) -> dict[str, float]:
+            self.updates += 1
+            return {"loss": float(self.updates)}
+
+    worker = Worker(Bridge())
+    worker._learner, worker._keeps_state, worker._updated = Learner(), False, None
+    losses = [worker._update(("batch", "plan", True, False, version)).figures["loss"] for version in (1, 1, 2, 2)]
+    assert losses == [1.0, 1.0, 2.0, 2.0]
+
+    worker.version = 1  # Restored.
+    assert worker._update(("batch", "plan", True, False, 2)).figures["loss"] == 3.0
+
+
 def test_a_new_bridge_hears_again_what_a_rank_has_saved() -> None:
     save, other = order("save"), order("save")
     _, bridge = serve(other, save, save)

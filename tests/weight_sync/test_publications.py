@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from unittest.mock import Mock
 
 import pytest
 
 from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.weight_sync import publications as module
 from rlhf_ray.weight_sync.publications import Publications
 from rlhf_ray.weight_sync.publisher import Publication
 
@@ -29,6 +32,7 @@ class Publisher:
         self.gathered.append(version)
 
         def deliver() -> Publication:
+            assert asyncio._get_running_loop() is None
             if version in self.doors:
                 assert self.doors[version].wait(PATIENCE_S)
             if version in self.failing:
@@ -49,6 +53,31 @@ def publisher() -> Iterator[Publisher]:
 def make(publisher: Publisher, *, beside: bool = True) -> tuple[Publications, list[int]]:
     published: list[int] = []
     return Publications(publisher, published=published.append, beside_training=beside), published
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_replicas_are_called_where_no_event_loop_runs(publisher: Publisher, beside: bool) -> None:
+    publications, published = make(publisher, beside=beside)
+
+    async def notebook() -> None:
+        for version in (1, 2):
+            publications.publish(version)
+        publications.settle()
+
+    asyncio.run(notebook())
+    assert published == [1, 2]
+
+
+def test_an_interrupted_wait_is_taken_up_by_settling(publisher: Publisher, monkeypatch: pytest.MonkeyPatch) -> None:
+    publications, published = make(publisher, beside=False)
+    door = publisher.hold(1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "wait", Mock(side_effect=KeyboardInterrupt))
+        publications.publish(1)
+    assert publications.version is None
+    door.set()
+    publications.settle(PATIENCE_S)
+    assert published == [1]
 
 
 def test_where_nothing_may_be_stale_each_is_waited_for(publisher: Publisher) -> None:
