@@ -78,6 +78,10 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._newest_evaluation: dict[str, dict[str, Any]] | None = None
         self.policy_version = 0
         self._rewinds = 0
+        self._updating = False
+        """Whether the learners may be ahead of the rest: an update was begun, and was not published."""
+        self._trained: dict[str, Any] | None = None
+        """Result of a training step whose iteration has not ended."""
         self._spans = SpanLog()
         super().__init__(config=config, storage=storage)
 
@@ -116,10 +120,13 @@ class Algorithm(Trainable):  # type: ignore[misc]
         return self._directory.path
 
     def training_step(self) -> dict[str, Any]:
-        """One iteration; returns its result."""
+        """One iteration; returns its result.
+
+        Called again after an error or Ctrl-C, it goes on where it was: flow and learners have what they did.
+        """
         started = time.perf_counter()
         parts, version = self._running(), self.policy_version
-        if parts.publications.version != version:  # What followed the last update failed.
+        if parts.publications.version != version and not self._updating:  # What followed a restore failed.
             parts.publications.publish(version, beside=False)
         with self._phase("collect"):
             collected = parts.controller.collect(version)
@@ -134,6 +141,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         plan = self._plan(batch, version)
         # Not by version, which runs ahead of the iterations after a rewind.
         update_policy = self.iteration >= self.settings.training.critic_warmup_iterations
+        self._updating = True
         with self._phase("update"):
             update = parts.learners.update(
                 batch,
@@ -142,13 +150,12 @@ class Algorithm(Trainable):  # type: ignore[misc]
                 update_policy=update_policy,
                 with_advantages=self._completions_are_due,
             )
-        self.policy_version = version + 1
         with self._phase("publish"):
             publication = parts.publications.publish(version + 1)
         iteration_s = time.perf_counter() - started
         self._report_completions(collected.groups, update.advantages)
         self._spans.add(*collected.spans)
-        return iteration_result(
+        result = iteration_result(
             collected,
             batch,
             plan,
@@ -158,6 +165,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
             weight_sync_s=parts.publications.held_up_s,
             iteration_s=iteration_s,
         )
+        self.policy_version, self._updating = version + 1, False
+        return result
 
     def step(self) -> dict[str, Any]:
         """What ``train()`` runs: a training step, and evaluation and checkpoint where they are due."""
@@ -169,7 +178,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
                 if lost is not None:
                     self._rewind(lost)
                 self._evaluate_at_start()
-                result = self.training_step()
+                result = self._trained = self._trained or self.training_step()
                 number = self.iteration + 1
                 evaluation = self._evaluation_of(number)
                 break
@@ -190,6 +199,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         if self.settings.callbacks.on_train_result is not None:
             self.settings.callbacks.on_train_result(algorithm=self, result=result)
         self._report_timeline(number)
+        self._trained = None
         return result
 
     def evaluate(self) -> dict[str, dict[str, Any]]:
@@ -215,9 +225,10 @@ class Algorithm(Trainable):  # type: ignore[misc]
         Returns:
             The folder, absolute, or the URI.
         """
-        self._running()
+        self._finish_update()
         checkpoint = Checkpoint(Folder.at(path))
-        state = self._state(self.iteration, self._time_total, score=None)
+        iterations = self.iteration + (self._trained is not None)
+        state = self._state(iterations, self._time_total, score=None)
         self._writer.write(checkpoint, config=self._opened().resolved, state=state)
         self._call_on_checkpoint(checkpoint)
         return checkpoint.folder.location
@@ -235,6 +246,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
     def _continue_from(self, checkpoint: Checkpoint, version: int | None = None) -> None:
         """Take everything from a checked checkpoint, and call its policy ``version`` where that is given."""
         parts, state = self._running(), checkpoint.state()
+        self._updating, self._trained = False, None
         if version is None:
             self._counts.go_on_from(state.counts)
         version = state.policy_version if version is None else version
@@ -278,6 +290,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         """Write the policy, and the critic under ``critic/``, as folders that transformers and vLLM load."""
         from rlhf_ray.prompts.tokenizer import load_tokenizer
 
+        self._finish_update()
         folder = Path(path).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         self._running().learners.export(str(folder))
@@ -364,6 +377,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         logging.getLogger("rlhf_ray").setLevel(self.settings.debugging.log_level)
         self._reporters = ReporterSet.from_settings(self.settings)
         self.policy_version = 0
+        self._updating, self._trained = False, None
         self._evaluated_at_start = False
         self._newest_evaluation = None
 
@@ -422,6 +436,12 @@ class Algorithm(Trainable):  # type: ignore[misc]
             raise RuntimeError("this algorithm was stopped; build a new one")
         return self._parts
 
+    def _finish_update(self) -> None:
+        """Finish the training step that was interrupted in the middle of its update, if one was."""
+        self._running()
+        if self._updating:
+            self._trained = self.training_step()
+
     def _show_groups(self, groups: tuple[ScoredGroup, ...]) -> None:
         if self.settings.callbacks.on_rollout_group is not None:
             for group in groups:
@@ -442,6 +462,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         )
 
     def _sample_evaluation(self) -> dict[str, Outcomes]:
+        self._finish_update()
         return self._evaluator.sample(self._running().controller, self.policy_version)
 
     def _evaluation_of(self, number: int) -> dict[str, dict[str, Any]] | None:
@@ -522,7 +543,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._reporters.stop()
         self._directory.forget_after(checkpoint.state().iteration)
         self._report_again()
-        self._continue_from(checkpoint, version=self.policy_version + 1)
+        newest = self.policy_version + self._updating  # The newest that a replica can have.
+        self._continue_from(checkpoint, version=newest + 1)
         self._rewinds += 1
 
     def _counted_here(self) -> dict[str, int]:

@@ -49,7 +49,8 @@ class GroupLedger(Generic[Item]):
 
     With ``carries`` a straggler is not waited for: in its last version it counts as admitted at the newest one, and a
     batch is made as soon as enough groups are ready. It is then for whoever trains on such a group to leave out the
-    tokens that are too old (``SequenceBatch.from_groups``).
+    tokens that are too old (``SequenceBatch.from_groups``). One that is written, and only waits for its reward, is
+    waited for: it would get no newer token.
 
     Args:
         batch_size: Groups an update.
@@ -66,6 +67,7 @@ class GroupLedger(Generic[Item]):
         self._alive: Counter[int] = Counter()
         self._ready: defaultdict[int, list[tuple[int, Item]]] = defaultdict(list)
         self._in_flight: dict[int, int] = {}
+        self._written: set[int] = set()
         self._admitted = 0
         self._accepted = 0
         self.version = 0
@@ -78,6 +80,7 @@ class GroupLedger(Generic[Item]):
         self._alive.clear()
         self._ready.clear()
         self._in_flight.clear()
+        self._written.clear()
         self._accepted = version * self._batch_size
         self.version = version
 
@@ -113,14 +116,22 @@ class GroupLedger(Generic[Item]):
         self._alive[self.version] += 1
         return self._admitted
 
+    def written(self, ticket: int) -> None:
+        """All tokens of a group in flight are there."""
+        self._written.add(ticket)
+
     def reject(self, ticket: int) -> None:
         """End a group in flight that is not trained on; its capacity is free again."""
-        self._alive[self._in_flight.pop(ticket)] -= 1
+        self._alive[self._end(ticket)] -= 1
 
     def accept(self, ticket: int, item: Item) -> None:
         """End a group in flight that is to be trained on."""
-        self._ready[self._in_flight.pop(ticket)].append((ticket, item))
+        self._ready[self._end(ticket)].append((ticket, item))
         self._accepted += 1
+
+    def _end(self, ticket: int) -> int:
+        self._written.discard(ticket)
+        return self._in_flight.pop(ticket)
 
     def batch(self, version: int) -> list[Item] | None:
         """Take the batch that policy ``version`` is trained on next, in the order of admission.
@@ -132,7 +143,11 @@ class GroupLedger(Generic[Item]):
         if too_many := self._left_too_late(version):
             if not self._carries:
                 return None
-            self._carry(too_many)
+            # There are as many of the versions in question: the groups that are ready fit their batches.
+            oldest = sorted(self._in_flight, key=lambda ticket: (self._in_flight[ticket], ticket))[:too_many]
+            if not self._written.isdisjoint(oldest):
+                return None
+            self._carry(oldest)
         return self._take_oldest()
 
     def _left_too_late(self, version: int) -> int:
@@ -145,15 +160,13 @@ class GroupLedger(Generic[Item]):
             too_many = max(too_many, alive - min(ready, self._batch_size) - left_for_later)
         return too_many
 
-    def _carry(self, count: int) -> None:
-        """Let the oldest groups in flight count as admitted now."""
-        # There are as many of the versions in question: the groups that are ready fit their batches.
-        oldest = sorted(self._in_flight, key=lambda ticket: (self._in_flight[ticket], ticket))[:count]
-        for ticket in oldest:
+    def _carry(self, tickets: list[int]) -> None:
+        """Let groups in flight count as admitted now."""
+        for ticket in tickets:
             self._alive[self._in_flight[ticket]] -= 1
             self._in_flight[ticket] = self.version
             self._alive[self.version] += 1
-        self.carried += count
+        self.carried += len(tickets)
 
     def _take_oldest(self) -> list[Item]:
         batch: list[Item] = []

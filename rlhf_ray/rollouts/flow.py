@@ -149,6 +149,8 @@ class RolloutFlow:
         self._again: deque[Prompt] = deque()
         self._error: BaseException | None = None
         self._changed = asyncio.Event()
+        # One that is cancelled ends what it had in flight before the next begins, which would wait for that.
+        self._collecting = asyncio.Lock()
         self._failures: Counter[str] = Counter()
         self._equal = 0
         self._carried_before = 0
@@ -165,10 +167,11 @@ class RolloutFlow:
 
     async def restart(self, version: int) -> None:
         """Continue a restored run at ``version``: earlier versions have their groups, others are forgotten."""
-        self._last = None
-        await self._cancel_all()
-        self._again.clear()
-        self._ledger.restart(version)
+        async with self._collecting:
+            self._last = None
+            await self._cancel_all()
+            self._again.clear()
+            self._ledger.restart(version)
 
     async def collect(self, version: int) -> Collected:
         """Return the next batch of scored groups, sampled by policy ``version`` or within the staleness bound.
@@ -183,6 +186,10 @@ class RolloutFlow:
             RolloutError: A group failed ``max_retries`` times or took longer than ``timeout_s``, or no group got
                 further for ``stall_timeout_s``.
         """
+        async with self._collecting:
+            return await self._collect(version)
+
+    async def _collect(self, version: int) -> Collected:
         if self._last is not None and self._last[0] == version:
             return self._last[1]
         started = _now()
@@ -379,6 +386,8 @@ class RolloutFlow:
             written = await self._generate_with_retry(group.prompt, sampling, group.version)
         self._generated_tokens += sum(len(completion.token_ids) for completion in written.completions)
         group.unwritten -= 1
+        if sampling is self._sampling:
+            self._ledger.written(group.ticket)
         self._last_completion = _now()
         self._changed.set()
         return await self._score(written, group.prompt)

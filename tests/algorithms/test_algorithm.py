@@ -173,7 +173,10 @@ def test_a_trial_that_tune_starts_anew_goes_on_in_its_folder_from_where_it_is_re
     assert PPOConfig.from_yaml(again.run_dir / "config.yaml").settings.training.lr == 0.5
 
 
-def test_a_rewind_takes_the_checkpoint_that_is_still_being_written(running: Algorithm) -> None:
+@pytest.mark.parametrize(("updating", "version"), [(False, 8), (True, 9)])
+def test_a_rewind_takes_the_checkpoint_that_is_still_being_written(
+    running: Algorithm, updating: bool, version: int
+) -> None:
     calls: list[Any] = running._parts.calls  # type: ignore[union-attr]
     calls.clear()
     state = CheckpointState(policy_version=5, iteration=4, time_total_s=9.0, prompt_position=PromptPosition(row=32))
@@ -181,13 +184,18 @@ def test_a_rewind_takes_the_checkpoint_that_is_still_being_written(running: Algo
     running._writer = SimpleNamespace(settle=lambda: calls.append("settle"))  # type: ignore[assignment]
     running._store = SimpleNamespace(newest=lambda: checkpoint if "settle" in calls else None)  # type: ignore[assignment]
     running._parts.learners.load = running._parts.note("load")  # type: ignore[attr-defined, union-attr, method-assign]
-    running.policy_version = 7
+    running.policy_version, running._updating = 7, updating
 
     running._rewind(StateLostError("gone"))
 
     done = [call for call in calls if call != "settle"]
-    assert done == [("resume", 8), ("load", "learner", 8), ("prompts", state.prompt_position), ("publish", 8)]
-    assert (running.policy_version, running.iteration) == (8, 4)
+    assert done == [
+        ("resume", version),
+        ("load", "learner", version),
+        ("prompts", state.prompt_position),
+        ("publish", version),
+    ]
+    assert (running.policy_version, running.iteration) == (version, 4)
 
 
 def run_config(folder: Path, **checkpointing: Any) -> PPOConfig:

@@ -22,6 +22,8 @@ from ray.util.state import list_actors, list_placement_groups
 
 from rlhf_ray import PPOConfig, ReMaxConfig, RewardError, RolloutError, plugins, register_advantage, register_loss
 from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.checkpoints.checkpoint import Checkpoint
+from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.engine import LoadReport
 
@@ -130,9 +132,12 @@ def test_the_exported_policy_samples_what_the_replicas_sample(algorithm: Algorit
     assert greedy.tolist() == completion.token_ids.tolist()
 
 
-def test_an_interrupted_update_is_not_made_twice(algorithm: Algorithm, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_update_is_not_made_twice(
+    algorithm: Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C in a notebook or a shell, and on with the same algorithm."""
-    learners, version = algorithm._running().learners, algorithm.policy_version
+    learners = algorithm._running().learners
+    version, iteration = algorithm.policy_version, algorithm.iteration
     wait_for = learners._await
 
     def interrupt(ref: Any, purpose: str) -> Any:
@@ -144,11 +149,15 @@ def test_an_interrupted_update_is_not_made_twice(algorithm: Algorithm, monkeypat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(learners, "_await", interrupt)
         algorithm.train()
-    assert algorithm.policy_version == version
-    for result in (algorithm.train(), algorithm.train()):
+    algorithm.save_to_path(tmp_path / "checkpoint")
+    saved = Checkpoint(Folder.at(tmp_path / "checkpoint")).state()
+    assert (saved.policy_version, saved.iteration) == (version + 1, iteration + 1)
+
+    for number, result in enumerate((algorithm.train(), algorithm.train()), start=1):
+        assert result["training_iteration"] == iteration + number
+        assert result["learner"]["policy_version"] == version + number
         assert result["learner"]["sampling_logprob_diff_max"] < 1e-3
         assert result["learner"]["first_ratio_deviation_max"] == 0.0
-    assert algorithm.policy_version == version + 2
 
 
 def test_a_killed_replica_is_survived_and_comes_back_with_the_newest_weights(algorithm: Algorithm) -> None:

@@ -148,6 +148,24 @@ def test_a_straggler_is_carried_over_its_last_version_where_that_is_allowed() ->
     assert groups.batch(2) == [slow, sixth], "now of version 1, and sent before the other one"
 
 
+def test_one_that_only_waits_for_its_reward_is_waited_for() -> None:
+    """It gets no newer tokens: all that it has would be too old."""
+    groups = ledger(carries=True)
+    slow, *others = fill(groups)
+    for ticket in others:
+        groups.accept(ticket, ticket)
+    groups.batch(0)
+    groups.version = 1
+    for ticket in fill(groups):
+        groups.accept(ticket, ticket)
+    groups.written(slow)
+    assert groups.batch(1) is None
+
+    groups.accept(slow, slow)
+    assert groups.batch(1) == [slow, 4]
+    assert groups.carried == 0
+
+
 def test_a_group_that_is_carried_and_then_rejected_gives_its_room_back() -> None:
     groups = ledger(carries=True)
     slow, *others = fill(groups)
