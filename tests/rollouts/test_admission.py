@@ -148,9 +148,8 @@ def test_a_straggler_is_carried_over_its_last_version_where_that_is_allowed() ->
     assert groups.batch(2) == [slow, sixth], "now of version 1, and sent before the other one"
 
 
-def test_one_that_only_waits_for_its_reward_is_waited_for() -> None:
-    """It gets no newer tokens: all that it has would be too old."""
-    groups = ledger(carries=True)
+def straggler_of(groups: GroupLedger[int]) -> int:
+    """The one group of version 0 that is in flight in its last version, with enough others ready for a batch."""
     slow, *others = fill(groups)
     for ticket in others:
         groups.accept(ticket, ticket)
@@ -158,6 +157,13 @@ def test_one_that_only_waits_for_its_reward_is_waited_for() -> None:
     groups.version = 1
     for ticket in fill(groups):
         groups.accept(ticket, ticket)
+    return slow
+
+
+def test_one_that_only_waits_for_its_reward_is_waited_for() -> None:
+    """It gets no newer tokens: all that it has would be too old."""
+    groups = ledger(carries=True)
+    slow = straggler_of(groups)
     groups.written(slow)
     assert groups.batch(1) is None
 
@@ -168,13 +174,7 @@ def test_one_that_only_waits_for_its_reward_is_waited_for() -> None:
 
 def test_a_group_that_is_carried_and_then_rejected_gives_its_room_back() -> None:
     groups = ledger(carries=True)
-    slow, *others = fill(groups)
-    for ticket in others:
-        groups.accept(ticket, ticket)
-    groups.batch(0)
-    groups.version = 1
-    for ticket in fill(groups):
-        groups.accept(ticket, ticket)
+    slow = straggler_of(groups)
     groups.batch(1)
     assert (groups.carried, groups.capacity()) == (1, 0)
 
