@@ -50,6 +50,8 @@ STALENESS = 4
 """Bound of the asynchronous system: what it costs in accuracy is in results/staleness.md, next to nothing."""
 LR = 1e-9
 """The model stays as it is, and so do the lengths that it writes."""
+MICROBATCH_TOKENS = 4096
+"""Of our learner, and of raw PyTorch, which goes through the same microbatches."""
 MEASURING = "measuring"
 """File in the folder: the warm-up is over."""
 TOGETHER = "together"
@@ -126,7 +128,8 @@ def ours(regime: Regime, folder: Path, steps: int, *, staleness: int) -> Figures
         .rollouts(group_size=regime.group_size, max_new_tokens=regime.max_new_tokens, max_prompt_tokens=16)
         .rollouts(max_staleness=staleness)
         .rewards(reward)
-        .training(lr=LR, kl_coef=0.0, num_minibatches=1, iterations=1000)
+        .training(lr=LR, lr_schedule="linear", kl_coef=0.0, num_minibatches=1, iterations=1000)
+        .learners(max_tokens_per_microbatch=MICROBATCH_TOKENS, gradient_checkpointing=False)
         .reporting(run_dir=str(folder / "run"), progress="off", tensorboard=False, completions_interval=0)
     )
     algorithm = config.build()
@@ -303,10 +306,8 @@ def raw_training(regime: Regime, folder: Path, steps: int) -> Figures:
     import numpy as np
     from bare_loop import BareLoop, sequences_of, split
 
-    from rlhf_ray.settings import LearnerSettings
-
     batch = sequences_of(6, np.asarray(json.loads((folder / "lengths.json").read_text()), dtype=np.int32))
-    _, _, minibatches = split(batch, num_minibatches=1, max_tokens=LearnerSettings().max_tokens_per_microbatch)
+    _, _, minibatches = split(batch, num_minibatches=1, max_tokens=MICROBATCH_TOKENS)
     bare = BareLoop(str(folder / "model"), critic=False)
     for _ in range(WARM_UP):
         bare.planned(minibatches)

@@ -82,6 +82,8 @@ def main() -> None:
             .model(path=str(folder / "model"))
             .data(batch_size=16)
             .rollouts(num_replicas=2, group_size=4, max_new_tokens=1000, max_staleness=8)
+            .training(lr=2e-4, lr_schedule="linear")
+            .learners(max_tokens_per_microbatch=4096, gradient_checkpointing=False)
             .reporting(run_dir=str(folder / "run"), progress="off", tensorboard=False)
             .build()
         )

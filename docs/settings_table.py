@@ -25,6 +25,12 @@ this one.
 The same sections and names hold in Python (`PPOConfig().training(lr=1e-6)`), in YAML (`training: {lr: 1e-6}`) and on
 the command line (`training.lr=1e-6`). Defaults are written as in YAML; `null` is Python's `None`. A name that does not
 exist is an error that names the nearest one, and `rlhf-ray config` prints every setting of a run.
+
+Defaults are those of a language model, with their source where they are published ones. A run that names neither
+`model.path` nor `data.path` trains the built-in model on the built-in task, and takes the quickstart's preset: the
+values in parentheses, all of them. Naming either of the two ends the preset. What is given always wins, and an
+algorithm's own defaults ([algorithms](algorithms/README.md)) win over the preset. A run's `config.yaml` holds every
+value, wherever it came from, and so reruns the run.
 """
 
 
@@ -36,7 +42,8 @@ def settings_page() -> str:
 
 def section_text(name: str, section: Any) -> str:
     """Return a section's heading, its purpose and its table."""
-    lines = [f"## {name}", "", section.__doc__, "", "| setting | values | default | meaning |", "|---|---|---|---|"]
+    head = ["| setting | values | default | meaning | source of the default |", "|---|---|---|---|---|"]
+    lines = [f"## {name}", "", section.__doc__, "", *head]
     return "\n".join([*lines, *rows(section), ""])
 
 
@@ -44,7 +51,9 @@ def rows(section: Any) -> Iterator[str]:
     """Yield a table row a setting."""
     for item in fields(section):
         meaning = html.escape(item.metadata["meaning"], quote=False)
-        yield f"| `{item.name}` | {values(str(item.type))} | `{default(item)}` | {meaning} |"
+        source = item.metadata.get("source", "")
+        preset = f" (`{as_yaml(item.metadata['quickstart'])}`)" if "quickstart" in item.metadata else ""
+        yield f"| `{item.name}` | {values(str(item.type))} | `{default(item)}`{preset} | {meaning} | {source} |"
 
 
 def values(annotation: str) -> str:
@@ -57,7 +66,11 @@ def values(annotation: str) -> str:
 
 def default(item: Field[Any]) -> str:
     """Write a default as YAML."""
-    value = item.default if item.default_factory is MISSING else item.default_factory()
+    return as_yaml(item.default if item.default_factory is MISSING else item.default_factory())
+
+
+def as_yaml(value: Any) -> str:
+    """Write a value as YAML reads it."""
     return value if isinstance(value, str) else json.dumps(value)
 
 

@@ -65,6 +65,7 @@ def gsm8k() -> PPOConfig:
             iterations=200,
             lr=1e-6,
             critic_lr=1e-5,
+            lr_schedule="linear",
             num_minibatches=4,
             gamma=1.0,
             lambda_=1.0,
@@ -72,7 +73,7 @@ def gsm8k() -> PPOConfig:
             clip_high=0.2,
             kl_coef=0.0,
         )
-        .learners(num_learners=1, max_tokens_per_microbatch=4096)
+        .learners(num_learners=1, max_tokens_per_microbatch=4096, gradient_checkpointing=False)
         .checkpointing(interval=50)
     )
 

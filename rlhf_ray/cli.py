@@ -8,6 +8,7 @@ Exit codes: 0 done; 1 the run failed; 2 wrong command line, settings or data; 13
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -253,13 +254,24 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
+    from rlhf_ray.yaml_text import yaml_text
+
     config = load_config(args.conf, args.overrides)
-    rows = config.schedule().rows()
-    width = max(len(name) for name, _ in rows)
+    schedule, preset, values = config.schedule().rows(), config.quickstart_values, config.to_dict(plain=True)
+    for field in preset:  # Not as values: they would stay when a model is put into the file.
+        section, _, name = field.partition(".")
+        del values[section][name]
+    rows = [(field, json.dumps(value)) for field, value in preset.items()]
+    title = "From the quickstart's preset, which ends where model.path or data.path is given:"
+    shown = f"{_comments(title, rows)}\n\n" if preset else ""
     # As comments, so that `rlhf-ray config > conf.yaml` is a configuration.
-    schedule = "\n".join(f"#   {name:<{width}}  {value}" for name, value in rows)
-    sys.stdout.write(f"{config.to_yaml().rstrip()}\n\n# What follows from these settings:\n{schedule}\n")
+    sys.stdout.write(f"{yaml_text(values)}\n{shown}{_comments('What follows from these settings:', schedule)}\n")
     return 0
+
+
+def _comments(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join([f"# {title}", *(f"#   {name:<{width}}  {value}" for name, value in rows)])
 
 
 def _quickstart(args: argparse.Namespace) -> int:

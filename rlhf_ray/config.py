@@ -8,6 +8,13 @@
     overrides    --'          `--> config.yaml (reruns the run)
 
 All four accept the same sections and names, declared once in ``settings.py``, and check names and types at once.
+
+A setting has the value of the last of these layers that has one:
+
+1. the default in ``settings.py``, that of a language model;
+2. the quickstart's preset, where the layers below name neither ``model.path`` nor ``data.path``: all of it or nothing;
+3. ``defaults`` of the algorithm's class;
+4. what was given.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.plain_values import plain_value, restored_value, shown_value
 from rlhf_ray.schedule import Schedule
 from rlhf_ray.setting_names import setting_names, unknown_section, unknown_setting
-from rlhf_ray.settings import RewardSpec, Settings
+from rlhf_ray.settings import RewardSpec, Settings, quickstart_preset
 from rlhf_ray.validation import section_types, setting_types, typed_value, validate
 from rlhf_ray.yaml_text import parsed_override, parsed_sections, yaml_text
 
@@ -53,6 +60,7 @@ BUILT_IN_ALGORITHMS: Final[Mapping[str, str]] = {
 }
 """Name of an algorithm -> the module of its configuration class."""
 _registered: dict[str, type[AlgorithmConfig]] = {}
+_Sections = Mapping[str, Mapping[str, Any]]
 
 
 class AlgorithmConfig:
@@ -65,20 +73,19 @@ class AlgorithmConfig:
     to ``tune.Tuner`` and cannot be built by itself.
     """
 
-    __slots__ = ("_frozen", "_settings")
+    __slots__ = ("_frozen", "_given", "_settings")
 
     algorithm_name: ClassVar[str]
     """Name of the algorithm and of its Trainable; a subclass that sets it is registered under it."""
-    defaults: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    defaults: ClassVar[_Sections] = {}
     """Where the defaults differ from those of the parent class: section -> setting -> value."""
 
     def __init__(self) -> None:
         if not hasattr(self, "algorithm_name"):
             raise TypeError(f"{type(self).__name__} names no algorithm; use one that does, such as PPOConfig")
-        self._settings = Settings()
+        self._given: _Sections = {}
+        self._settings = self._resolved(self._given)
         self._frozen = False
-        for base in reversed(type(self).__mro__):
-            self._set(vars(base).get("defaults", {}))
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -146,13 +153,20 @@ class AlgorithmConfig:
 
     @property
     def settings(self) -> Settings:
-        """The frozen sections as they stand."""
+        """The frozen sections, every layer of values resolved."""
         return self._settings
+
+    @property
+    def quickstart_values(self) -> dict[str, Any]:
+        """What is taken from the quickstart's preset, by dotted name; empty where a model or data is named."""
+        chosen = {field for layer in (self._class_defaults(), self._given) for field, _ in _flat(layer)}
+        return {field: value for field, value in _flat(self._preset()) if field not in chosen}
 
     def copy(self) -> Self:
         """Return an unfrozen copy that shares no list or mapping with this config."""
         new = copy.copy(self)
-        new._settings = _copied(self._settings)
+        new._given = _copied_value(self._given)
+        new._settings = new._resolved(new._given)
         new._frozen = False
         return new
 
@@ -176,7 +190,7 @@ class AlgorithmConfig:
 
     def __repr__(self) -> str:
         """Show the calls that make this config: only what differs from the defaults."""
-        defaults, calls = type(self)()._settings, []
+        defaults, calls = self._resolved({}), []
         for section, names in setting_names().items():
             ours, theirs = getattr(self._settings, section), getattr(defaults, section)
             changed = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
@@ -298,29 +312,50 @@ class AlgorithmConfig:
             )
         return found
 
-    def _set(self, sections: Mapping[str, Mapping[str, Any]], *, from_text: bool = False) -> Self:
+    def _set(self, sections: _Sections, *, from_text: bool = False) -> Self:
         if self._frozen:
             field, value = next(_flat(sections), ("settings", None))
             raise ConfigError(field, value, "this config is frozen; change a copy(), which is not")
-        settings = self._settings
-        for section, values in sections.items():
-            settings = _with_values(settings, section, values, from_text)
-        self._settings = settings
+        self._given = _merged(self._given, _typed(sections, from_text))
+        self._settings = self._resolved(self._given)
         return self
+
+    def _resolved(self, given: _Sections) -> Settings:
+        plain, layers = Settings(), _merged(self._preset(), self._class_defaults(), given)
+        return replace(plain, **{section: replace(getattr(plain, section), **own) for section, own in layers.items()})
+
+    def _preset(self) -> _Sections:
+        named = _merged(self._class_defaults(), self._given)
+        paths = (named.get(section, {}).get("path") for section in ("model", "data"))
+        return quickstart_preset() if all(path is None for path in paths) else {}
+
+    @classmethod
+    def _class_defaults(cls) -> _Sections:
+        return _merged(*(_typed(vars(base).get("defaults", {}), False) for base in reversed(cls.__mro__)))
 
 
 # --- sections -------------------------------------------------------------------------------------------------------
 
 
-def _with_values(settings: Settings, section: str, values: Mapping[str, Any], from_text: bool) -> Settings:
-    names = setting_types(section)
-    typed = {}
-    for name, value in values.items():
-        field = f"{section}.{name}"
-        if name not in names:
-            raise unknown_setting(section, name, value)
-        typed[name] = typed_value(field, restored_value(field, value), from_text=from_text)
-    return replace(settings, **{section: replace(getattr(settings, section), **typed)})
+def _typed(sections: _Sections, from_text: bool) -> _Sections:
+    """Check names and types, and return the values as their settings hold them."""
+    typed: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for section, values in sections.items():
+        for name, value in values.items():
+            field = f"{section}.{name}"
+            if name not in setting_types(section):
+                raise unknown_setting(section, name, value)
+            typed[section][name] = typed_value(field, restored_value(field, value), from_text=from_text)
+    return typed
+
+
+def _merged(*layers: _Sections) -> dict[str, dict[str, Any]]:
+    """Join layers of sections; the later ones win."""
+    merged: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            merged.setdefault(section, {}).update(values)
+    return merged
 
 
 def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -337,7 +372,7 @@ def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def _flat(sections: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+def _flat(sections: _Sections) -> Iterator[tuple[str, Any]]:
     return ((f"{section}.{name}", value) for section, values in sections.items() for name, value in values.items())
 
 
@@ -349,14 +384,6 @@ def _algorithm_config(name: Any) -> type[Any]:
         known = sorted({*_registered, *BUILT_IN_ALGORITHMS})
         raise ConfigError("algorithm", name, f"no such algorithm; there is {', '.join(known)}")
     return _registered[name]
-
-
-def _copied(settings: Settings) -> Settings:
-    sections = {}
-    for section, names in setting_names().items():
-        old = getattr(settings, section)
-        sections[section] = replace(old, **{name: _copied_value(getattr(old, name)) for name in names})
-    return Settings(**sections)
 
 
 def _copied_value(value: Any) -> Any:
@@ -375,7 +402,7 @@ def _document_section(section: str) -> None:
     method: Any = vars(AlgorithmConfig)[section]
     section_type: Any = section_types()[section]
     settings: tuple[Field[Any], ...] = fields(section_type)
-    lines = [f"    {item.name}: {item.metadata['meaning']}. Default: {_default(item)!r}." for item in settings]
+    lines = [f"    {item.name}: {item.metadata['meaning']}. Default: {_default_text(item)}." for item in settings]
     raises = "Raises:\n    ConfigError: A name is unknown, a value has the wrong type, or this config is frozen."
     method.__doc__ = "\n".join([method.__doc__, "", "Args:", *lines, "", raises])
     written = [item for item in inspect.signature(method).parameters.values() if item.kind is not item.VAR_KEYWORD]
@@ -390,6 +417,11 @@ def _document_section(section: str) -> None:
 
 def _default(item: Field[Any]) -> Any:
     return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _default_text(item: Field[Any]) -> str:
+    quickstart = f", quickstart {item.metadata['quickstart']!r}" if "quickstart" in item.metadata else ""
+    return f"{_default(item)!r}{quickstart}"
 
 
 for _section in section_types():

@@ -2,13 +2,17 @@
 
 ``AlgorithmConfig`` (config.py) builds a :class:`Settings`; each component receives its own section of it. Nothing
 else in the package holds a default.
+
+Defaults are those of a language model. The quickstart's model, of 0.8 million parameters, needs other numbers: its
+preset, ``quickstart=`` at the settings that it changes, which applies as a whole to a run that names neither a model
+nor data.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field, fields
+from typing import Any, Final, Literal
 
 __all__ = [
     "CallbackSettings",
@@ -25,17 +29,30 @@ __all__ = [
     "RolloutSettings",
     "Settings",
     "TrainingSettings",
+    "quickstart_preset",
 ]
 
 RewardFunction = Callable[..., Any]
 RewardSpec = str | RewardFunction | Mapping[str, Any]
 
 
-def setting(default: Any, meaning: str) -> Any:
-    """Declare a setting: its default and one line of meaning with the unit."""
+_VERL: Final = "verl, ppo_trainer.yaml"
+_DEEPSEEKMATH: Final = "DeepSeekMath, arXiv:2402.03300"
+
+
+def setting(default: Any, meaning: str, **metadata: Any) -> Any:
+    """Declare a setting: its default and one line of meaning with the unit.
+
+    Args:
+        default: The default of a run that names a model or data.
+        meaning: One line, with the unit.
+        **metadata: ``quickstart``, the value of the quickstart's preset where that differs, and ``source``, where the
+            default was published.
+    """
+    metadata = {"meaning": meaning, **metadata}
     if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata={"meaning": meaning})
-    return field(default=default, metadata={"meaning": meaning})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +95,12 @@ class DataSettings:
     prompt_template: str | None = setting(None, "text around a string prompt, with {prompt} where it goes")
     system_prompt: str | None = setting(None, "system message put before a chat")
     as_chat: bool = setting(False, "wrap a string prompt as a user message and apply the chat template")
-    batch_size: int = setting(64, "prompts an iteration")
+    batch_size: int = setting(
+        128,
+        "prompts an iteration",
+        quickstart=64,
+        source=f"with group_size the 1,024 completions of {_DEEPSEEKMATH}, and of {_VERL}",
+    )
     shuffle: bool = setting(True, "shuffle every epoch, seeded by debugging.seed")
     overlong_prompts: Literal["drop", "error"] = setting(
         "drop", "what happens to a prompt longer than rollouts.max_prompt_tokens"
@@ -90,11 +112,11 @@ class RolloutSettings:
     """How completions are sampled, and on what."""
 
     num_replicas: int = setting(1, "vLLM replicas in the Serve pool")
-    group_size: int = setting(4, "completions a prompt")
+    group_size: int = setting(8, "completions a prompt", quickstart=4, source="TRL, GRPOConfig.num_generations")
     max_prompt_tokens: int | None = setting(
         None, "longest prompt in tokens; none: what the context leaves beside the longest completion"
     )
-    max_new_tokens: int = setting(8, "longest completion in tokens")
+    max_new_tokens: int = setting(1024, "longest completion in tokens", quickstart=8, source=_DEEPSEEKMATH)
     temperature: float = setting(1.0, "sampling temperature")
     top_p: float = setting(1.0, "nucleus mass; training needs 1.0")
     top_k: int = setting(0, "tokens kept at each step, 0 for all; training needs 0")
@@ -167,10 +189,15 @@ class TrainingSettings:
     """The algorithm's numbers."""
 
     iterations: int = setting(100, "iterations of a run")
-    lr: float = setting(2e-4, "policy learning rate")
-    critic_lr: float = setting(3e-4, "critic learning rate")
+    lr: float = setting(
+        1e-6, "policy learning rate", quickstart=2e-4, source=f"{_DEEPSEEKMATH}; DAPO, arXiv:2503.14476; {_VERL}"
+    )
+    critic_lr: float = setting(1e-5, "critic learning rate", quickstart=3e-4, source=_VERL)
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
-        "linear", "shape of both learning rates after warm-up, over training.iterations"
+        "constant",
+        "shape of both learning rates after warm-up, over training.iterations",
+        quickstart="linear",
+        source=f"DAPO, arXiv:2503.14476; {_VERL}",
     )
     lr_warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
     min_lr_ratio: float = setting(0.0, "learning rate at the end of the schedule, as a share of the peak")
@@ -180,7 +207,7 @@ class TrainingSettings:
     max_grad_norm: float | None = setting(1.0, "gradient norm clip of the policy; none: no clip")
     critic_max_grad_norm: float | None = setting(1.0, "gradient norm clip of the critic; none: no clip")
     num_epochs: int = setting(1, "passes over each batch")
-    num_minibatches: int = setting(4, "optimiser steps a pass")
+    num_minibatches: int = setting(4, "optimiser steps a pass", source=f"{_VERL}: 1,024 / 256")
     advantage: str = setting(
         "gae",
         "how rewards become advantages: gae, grpo, dr_grpo, rloo, opo, maxrl, reinforce_plus_plus, remax, a name given to register_advantage, 'module:function' or 'file.py:function'",
@@ -191,8 +218,13 @@ class TrainingSettings:
         "policy loss: ppo, gspo, cispo, sapo, gmpo, a name given to register_loss, 'module:function' or 'file.py:function'",
     )
     loss_args: dict[str, Any] = setting({}, "further arguments of the loss function")
-    gamma: float = setting(1.0, "discount a token")
-    lambda_: float = setting(0.95, "GAE lambda")
+    gamma: float = setting(1.0, "discount a token", source="Open-Reasoner-Zero, arXiv:2503.24290")
+    lambda_: float = setting(
+        1.0,
+        "GAE lambda",
+        quickstart=0.95,
+        source=f"Open-Reasoner-Zero, arXiv:2503.24290; VC-PPO, arXiv:2503.01491, for the critic; {_VERL}",
+    )
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
     clip_low: float = setting(0.2, "lower clip of the ratio: 1 - clip_low (gmpo: exp(-clip_low))")
     clip_high: float = setting(0.2, "upper clip of the ratio: 1 + clip_high (gmpo: exp(clip_high))")
@@ -243,8 +275,15 @@ class LearnerSettings:
 
     num_learners: int = setting(1, "FSDP2 workers")
     num_gpus_per_learner: float | None = setting(None, "GPUs a learner, 0 or 1; none: 1 on GPU clusters, 0 elsewhere")
-    max_tokens_per_microbatch: int = setting(4096, "tokens, padding included, in one forward and backward")
-    gradient_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    max_tokens_per_microbatch: int = setting(
+        16_384, "tokens, padding included, in one forward and backward", quickstart=4096, source=_VERL
+    )
+    gradient_checkpointing: bool = setting(
+        True,
+        "recompute activations in the backward pass, which makes room for long sequences",
+        quickstart=False,
+        source=_VERL,
+    )
     compile_backend: str | None = setting(
         None, "torch.compile backend of the decoder layers, inductor for one; none: they are not compiled"
     )
@@ -396,3 +435,15 @@ class Settings:
     debugging: DebuggingSettings = field(default_factory=DebuggingSettings)
     callbacks: CallbackSettings = field(default_factory=CallbackSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
+
+
+def quickstart_preset() -> dict[str, dict[str, Any]]:
+    """Return the values of a run that names neither a model nor data, where they are not the defaults, by section."""
+    return {
+        section.name: {
+            item.name: item.metadata["quickstart"]
+            for item in fields(section.default_factory)  # type: ignore[arg-type]
+            if "quickstart" in item.metadata
+        }
+        for section in fields(Settings)
+    }

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -318,10 +319,34 @@ def test_config_prints_yaml_that_makes_the_same_config(capsys: pytest.CaptureFix
     expected = PPOConfig().training(lr=1e-5).rollouts(group_size=8)
     assert PPOConfig.from_yaml(text) == expected
     assert yaml.safe_load(text)["training"]["lr"] == 1e-5
-    schedule = [line for line in text.splitlines() if line.startswith("#   ")]
+    schedule = [line for line in text.partition("# What follows")[2].splitlines() if line.startswith("#   ")]
     assert len(schedule) == len(expected.schedule().rows())
     assert all(value in text for _, value in expected.schedule().rows())
     assert max(len(line) for line in schedule) <= 80
+
+
+def test_config_shows_what_comes_from_the_preset_and_leaves_it_when_a_model_is_put_in(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main(["config", "training.lr=1e-5"]) == 0
+    text = capsys.readouterr().out
+    preset = text.partition("# From the quickstart's preset")[2].partition("\n\n")[0]
+    assert re.findall(r"^#   ([\w.]+) +(.+)$", preset, re.MULTILINE) == [
+        ("data.batch_size", "64"),
+        ("rollouts.group_size", "4"),
+        ("rollouts.max_new_tokens", "8"),
+        ("training.critic_lr", "0.0003"),
+        ("training.lr_schedule", '"linear"'),
+        ("training.lambda_", "0.95"),
+        ("learners.max_tokens_per_microbatch", "4096"),
+        ("learners.gradient_checkpointing", "false"),
+    ]
+    with_model = PPOConfig.from_yaml(text.replace("model:\n  path: null\n", "model:\n  path: owner/model\n"))
+    assert with_model == PPOConfig().model(path="owner/model").training(lr=1e-5)
+    assert cli.main(["config", "model.path=owner/model"]) == 0
+    text = capsys.readouterr().out
+    assert "preset" not in text
+    assert yaml.safe_load(text)["rollouts"]["max_new_tokens"] == 1024
 
 
 @pytest.fixture

@@ -48,7 +48,7 @@ FIELDS = [f"{section}.{name}" for section in section_types() for name in setting
 
 def default_of(field: str) -> Any:
     section, name = field.split(".")
-    return getattr(getattr(Settings(), section), name)
+    return getattr(getattr(PPOConfig().settings, section), name)
 
 
 def another_value(annotation: Any, default: Any) -> tuple[Any, Any]:
@@ -124,6 +124,94 @@ def test_to_yaml_writes_every_setting_in_order_and_plain_loaders_read_the_same()
     assert AlgorithmConfig.from_yaml(config.to_yaml()) == config
 
 
+# --- defaults and the quickstart's preset -----------------------------------------------------------------------------
+
+PRESET = {
+    "data.batch_size": 64,
+    "rollouts.group_size": 4,
+    "rollouts.max_new_tokens": 8,
+    "training.lr": 2e-4,
+    "training.critic_lr": 3e-4,
+    "training.lr_schedule": "linear",
+    "training.lambda_": 0.95,
+    "learners.max_tokens_per_microbatch": 4096,
+    "learners.gradient_checkpointing": False,
+}
+
+
+def value_of(config: AlgorithmConfig, field: str) -> Any:
+    section, name = field.split(".")
+    return getattr(getattr(config.settings, section), name)
+
+
+def test_a_run_that_names_nothing_has_the_preset_and_else_the_defaults() -> None:
+    config = PPOConfig()
+    assert config.quickstart_values == PRESET
+    for field in FIELDS:
+        section, name = field.split(".")
+        assert value_of(config, field) == PRESET.get(field, getattr(getattr(Settings(), section), name)), field
+
+
+@pytest.mark.parametrize("named", [{"model.path": "owner/model"}, {"data.path": "train.jsonl"}])
+def test_a_model_or_data_ends_the_whole_preset(named: dict[str, Any]) -> None:
+    config = PPOConfig.from_dict(named)
+    assert config.quickstart_values == {}
+    assert config.settings.training == Settings().training
+    assert config.settings.rollouts == Settings().rollouts
+    assert config.settings.learners == Settings().learners
+    assert config.settings.data.batch_size == Settings().data.batch_size
+    training, rollouts = config.settings.training, config.settings.rollouts
+    assert (training.lr, training.critic_lr, training.lambda_, training.lr_schedule) == (1e-6, 1e-5, 1.0, "constant")
+    assert rollouts.max_new_tokens >= 1024
+
+
+def test_what_is_given_wins_whenever_it_is_given() -> None:
+    before = PPOConfig().training(lr=2e-4).rollouts(max_new_tokens=8).model(path="owner/model")
+    after = PPOConfig().model(path="owner/model").rollouts(max_new_tokens=8).training(lr=2e-4)
+    assert before == after
+    assert (before.settings.training.lr, before.settings.training.critic_lr) == (2e-4, 1e-5)
+    assert PPOConfig().training(lr=1e-6).settings.training.lr == 1e-6
+    assert "training.lr" not in PPOConfig().training(lr=2e-4).quickstart_values
+    assert before.model(path=None).settings.training.critic_lr == 3e-4
+
+
+def test_defaults_of_an_algorithm_win_over_the_preset_and_may_end_it() -> None:
+    class LongConfig(PPOConfig):
+        defaults = {"rollouts": {"max_new_tokens": 16}}  # noqa: RUF012
+
+    class ModelConfig(LongConfig):
+        defaults = {"model": {"path": "owner/model"}}  # noqa: RUF012
+
+    assert LongConfig().settings.rollouts.max_new_tokens == 16
+    assert LongConfig().settings.training.lr == 2e-4
+    assert LongConfig().quickstart_values.keys() == PRESET.keys() - {"rollouts.max_new_tokens"}
+    assert ModelConfig().settings.training.lr == 1e-6
+    assert ModelConfig().model(path=None).settings.training.lr == 2e-4
+
+
+@pytest.mark.parametrize("config", [PPOConfig(), PPOConfig().model(path="owner/model").training(lr=2e-4)])
+def test_what_is_written_reruns_the_run_whatever_the_defaults_become(
+    config: PPOConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, values = config.to_yaml(), config.to_dict()
+    expected = config.settings
+    monkeypatch.setattr("rlhf_ray.config.quickstart_preset", lambda: {"training": {"lr": 7.0, "lambda_": 0.5}})
+    assert PPOConfig().settings.training.lr == 7.0
+    assert PPOConfig.from_yaml(text).settings == PPOConfig.from_dict(values).settings == expected
+
+
+def test_a_sweep_over_models_has_the_defaults_of_language_models() -> None:
+    from ray import tune
+
+    config = PPOConfig().model(path=tune.grid_search([None, "owner/model"]))
+    assert config.settings.training.lr == 1e-6
+    assert PPOConfig.from_dict({"training.gamma": tune.uniform(0.9, 1.0)}).settings.training.lr == 2e-4
+
+
+def test_help_names_both_defaults() -> None:
+    assert "lr: policy learning rate. Default: 1e-06, quickstart 0.0002." in (PPOConfig.training.__doc__ or "")
+
+
 # --- fluent calls ---------------------------------------------------------------------------------------------------
 
 
@@ -135,7 +223,7 @@ def test_calls_chain_on_one_config_and_touch_only_what_they_name() -> None:
     assert same is config
     assert config.settings.training.lr == 1e-5
     assert config.settings.training.gamma == 0.9
-    assert config.settings.training.critic_lr == Settings().training.critic_lr
+    assert config.settings.training.critic_lr == PPOConfig().settings.training.critic_lr
 
 
 def test_rewards_takes_functions_by_position() -> None:
@@ -173,7 +261,7 @@ def test_help_lists_the_settings_of_each_section(section: str) -> None:
     for name in setting_types(section):
         assert f"    {name}: " in method.__doc__
         if parameters[name].kind is inspect.Parameter.KEYWORD_ONLY:
-            assert parameters[name].default == default_of(f"{section}.{name}")
+            assert parameters[name].default == getattr(getattr(Settings(), section), name)
 
 
 # --- unknown names --------------------------------------------------------------------------------------------------

@@ -218,11 +218,15 @@ def test_the_page_has_every_setting_with_its_meaning_and_default(section: str) -
     rows = table_rows(sections_of_the_page()[section])
     declared: Any = section_types()[section]
     assert [row[0] for row in rows] == [f"`{item.name}`" for item in fields(declared)]
-    for (name, _, default, meaning), item in zip(rows, fields(declared), strict=True):
+    for (name, _, default, meaning, source), item in zip(rows, fields(declared), strict=True):
         assert html.unescape(meaning) == item.metadata["meaning"], name
-        # The default is read as the library reads a file, and changes nothing.
-        text = f"{section}:\n  {item.name}: {default.strip('`')}\n"
-        assert PPOConfig.from_yaml(text) == PPOConfig(), name
+        assert source == item.metadata.get("source", ""), name
+        # Default and preset are read as the library reads a file, and change nothing where they hold.
+        default, _, preset = default.partition(" (`")
+        named = "" if (section, item.name) == ("model", "path") else "model.path: owner/model\n"
+        for text, before in ((default, named), (preset.strip("`)") or default, "")):
+            changed = f"{before}{section}:\n  {item.name}: {text.strip('`')}\n"
+            assert PPOConfig.from_yaml(changed) == PPOConfig.from_yaml(before or "{}\n"), name
 
 
 def test_the_page_is_the_one_that_its_script_writes() -> None:
@@ -241,7 +245,7 @@ def test_the_short_table_says_what_the_page_says() -> None:
     page = {
         f"`{section}.{name.strip('`')}`": [default, meaning]
         for section, part in sections_of_the_page().items()
-        for name, _, default, meaning in table_rows(part)
+        for name, _, default, meaning, _ in table_rows(part)
     }
     for name, *rest in rows:
         assert rest == page[name], name

@@ -160,7 +160,7 @@ def test_a_range_error_reads_well(field: str, value: Any, message: str) -> None:
 
 # --- combinations ---------------------------------------------------------------------------------------------------
 
-GSM8K = {"data.path": "train.jsonl", "rewards.functions": ["gsm8k"]}
+GSM8K = {"model.path": "owner/model", "data.path": "train.jsonl", "rewards.functions": ["gsm8k"]}
 
 # Changes, field of the error, part of its remedy.
 IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
@@ -169,6 +169,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({**GSM8K, "data.eval_path": ["a.jsonl", 3]}, "data.eval_path", "a list of files"),
     ({"data.prompt_template": "Q: {question}"}, "data.prompt_template", "write {prompt}"),
     ({"data.path": "train.jsonl"}, "rewards.functions", "gsm8k"),
+    ({**GSM8K, "model.path": None}, "model.path", "no model to train on it; name a folder or a hub id"),
     ({"data.eval_path": "test.jsonl"}, "rewards.functions", ".rewards(my_reward)"),
     ({"rewards.functions": ["gsm8k", "exact_mach"]}, "rewards.functions[1]", "'exact_match'"),
     ({"rewards.functions": [{"name": "gsm9k", "last_number": True}]}, "rewards.functions[0]", "'gsm8k'"),
@@ -327,7 +328,7 @@ def test_a_dataset_object_is_a_data_source() -> None:
         def iter_batches(self) -> None: ...
         def schema(self) -> None: ...
 
-    validate(settings({"data.path": Rows(), "rewards.functions": ["gsm8k"]}))
+    validate(settings({**GSM8K, "data.path": Rows()}))
 
 
 def test_settings_made_by_hand_are_type_checked_too() -> None:

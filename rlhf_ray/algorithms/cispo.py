@@ -18,8 +18,7 @@ class CISPOConfig(AlgorithmConfig):
     "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention" (arXiv:2506.13585), without a lower
     bound. The paper tunes the upper one and does not print it; 0.28 is DAPO's.
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

@@ -20,8 +20,7 @@ class DAPOConfig(AlgorithmConfig):
     "overlong filtering" or, instead, a penalty that grows with the length: add the reward ``overlong`` and set
     ``training(mask_truncated=False)`` for that.
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

@@ -20,8 +20,7 @@ class DrGRPOConfig(AlgorithmConfig):
 
     "Understanding R1-Zero-Like Training: A Critical Perspective" (arXiv:2503.20783), which has no KL term.
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

@@ -17,8 +17,7 @@ class GMPOConfig(AlgorithmConfig):
 
     "Geometric-Mean Policy Optimization" (arXiv:2507.20673).
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

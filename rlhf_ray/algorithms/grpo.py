@@ -22,8 +22,7 @@ class GRPOConfig(AlgorithmConfig):
     "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models" (arXiv:2402.03300), with its
     coefficient of 0.04. ``training(kl_coef=0.0)`` starts no reference.
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

@@ -22,8 +22,7 @@ class GSPOConfig(AlgorithmConfig):
     thousands of tokens. A mean over few tokens moves more: where most tokens are clipped (``learner/clip_fraction``),
     widen them.
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

@@ -19,8 +19,7 @@ class MaxRLConfig(AlgorithmConfig):
 
     "Maximum Likelihood Reinforcement Learning" (arXiv:2602.02710).
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

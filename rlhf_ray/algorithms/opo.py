@@ -19,8 +19,7 @@ class OPOConfig(AlgorithmConfig):
 
     "On-Policy RL with Optimal Reward Baseline" (arXiv:2505.23585).
 
-    Batch, group size and learning rate are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size and learning rate are the library's defaults.
     """
 
     __slots__ = ()

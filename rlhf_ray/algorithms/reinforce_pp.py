@@ -21,8 +21,7 @@ class ReinforcePPConfig(AlgorithmConfig):
     "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization" (arXiv:2501.03262).
     The coefficient is that of the examples of OpenRLHF, its authors' code.
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()
@@ -50,8 +49,7 @@ class ReinforcePPBaselineConfig(AlgorithmConfig):
     "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization" (arXiv:2501.03262).
     The coefficient is that of the examples of OpenRLHF, its authors' code.
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

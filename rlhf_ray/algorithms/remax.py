@@ -19,8 +19,7 @@ class ReMaxConfig(AlgorithmConfig):
     "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models"
     (arXiv:2310.10505). The paper sums the tokens of a completion and takes one step a batch.
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

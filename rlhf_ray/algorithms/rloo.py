@@ -21,8 +21,7 @@ class RLOOConfig(AlgorithmConfig):
     (arXiv:2402.14740). The paper takes one step a batch, where PPO's clip never acts; with ``training.num_minibatches``
     above 1 it keeps the later steps near the policy that sampled. The coefficient is that of TRL's implementation.
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

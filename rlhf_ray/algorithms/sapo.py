@@ -17,8 +17,7 @@ class SAPOConfig(AlgorithmConfig):
 
     "Soft Adaptive Policy Optimization" (arXiv:2511.20347).
 
-    Batch, group size, learning rate and optimiser steps are the library's, since the published ones belong to models
-    a thousand times larger.
+    Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()

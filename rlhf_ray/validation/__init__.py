@@ -85,4 +85,5 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     devices_and_folders.check_tensor_parallel,
     devices_and_folders.check_weight_transfer,
     devices_and_folders.check_model_folders,
+    data_and_rewards.check_model_for_data,
 )

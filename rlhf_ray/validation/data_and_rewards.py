@@ -12,6 +12,7 @@ from rlhf_ray.validation.value_types import typed_value
 
 __all__ = [
     "check_data_source",
+    "check_model_for_data",
     "check_prompt_template",
     "check_reward_names",
     "check_reward_shaping",
@@ -60,6 +61,19 @@ def check_rewards_given(settings: Settings) -> None:
         f"built-in: {', '.join(built_in_names())}"
     )
     raise ConfigError("rewards.functions", settings.rewards.functions, remedy)
+
+
+def check_model_for_data(settings: Settings) -> None:
+    """Data of the user's needs a model: the embedded one adds numbers and has read nothing else."""
+    if settings.data.path is None or settings.model.path is not None:
+        return
+    from rlhf_ray.quickstart import model_path
+
+    remedy = (
+        "data is named and no model to train on it; name a folder or a hub id. To try the loop without a language "
+        f"model, give the quickstart's, which reads any text byte by byte: {model_path()}"
+    )
+    raise ConfigError("model.path", None, remedy)
 
 
 def check_reward_names(settings: Settings) -> None:

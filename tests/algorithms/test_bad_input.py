@@ -32,7 +32,7 @@ def reward(*, completions: list[str], **columns: Any) -> list[float]:
 def own_data(rows: list[dict[str, Any]], **data: Any) -> PPOConfig:
     path = Path("rows.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return PPOConfig().data(path=str(path), **data).rewards(reward)
+    return PPOConfig().model(path=model_path()).data(path=str(path), **data).rewards(reward)
 
 
 def folder_without_a_model() -> PPOConfig:
@@ -65,7 +65,7 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
     "not a model": (folder_without_a_model, ConfigError, r"model\.(tokenizer_)?path = '.*folder'"),
     "unknown kind of model": (config_of_no_model, ConfigError, r"model\.path = '.*folder': .*toaster"),
     "missing dataset": (
-        lambda: PPOConfig().data(path="no-such.jsonl").rewards(reward),
+        lambda: PPOConfig().model(path=model_path()).data(path="no-such.jsonl").rewards(reward),
         DataError,
         r"data\.path: no such file or folder: no-such\.jsonl \(looked at /",
     ),
@@ -88,7 +88,7 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
     "every prompt longer than the context": (
         lambda: own_data([{"prompt": "x" * 3000}]),
         DataError,
-        r"none of the first 1 rows fits rollouts\.max_prompt_tokens = 2040; the shortest prompt has 3000 tokens",
+        r"none of the first 1 rows fits rollouts\.max_prompt_tokens = 1024; the shortest prompt has 3000 tokens",
     ),
     "typo": (lambda: PPOConfig().training(learning_rate=1e-4), ConfigError, r"did you mean training\.lr\?"),
     "missing reward": (

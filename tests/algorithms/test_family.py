@@ -32,7 +32,7 @@ from rlhf_ray import (
     register_advantage,
 )
 from rlhf_ray.plugins import advantage_plugin, loss_plugin
-from rlhf_ray.settings import Settings
+from rlhf_ray.settings import ModelSettings, Settings
 from rlhf_ray.validation import section_types, setting_types
 
 Config = type[AlgorithmConfig]
@@ -58,9 +58,10 @@ COMPARE_GROUPS = sorted(set(FAMILY) - {"PPO", "ReMax", "ReinforcePP"})
 every_algorithm = pytest.mark.parametrize("name", list(FAMILY))
 
 
-def differences(settings: Settings) -> dict[str, Any]:
-    """What differs from the defaults of settings.py, by dotted name."""
-    found, plain = {}, Settings()
+def differences(config: AlgorithmConfig) -> dict[str, Any]:
+    """What differs from the defaults of settings.py where a model is named, by dotted name."""
+    found, plain = {}, Settings(model=ModelSettings(path="owner/model"))
+    settings = config.copy().model(path="owner/model").settings
     for section in section_types():
         ours, theirs = getattr(settings, section), getattr(plain, section)
         for name in setting_types(section):
@@ -170,7 +171,7 @@ def test_beyond_the_formula_the_defaults_are_the_librarys(name: str) -> None:
         "OPO": {"training.num_minibatches": 1},
         "SAPO": {"training.loss_args": {"temperature_positive": 1.0, "temperature_negative": 1.05}},
     }
-    found = differences(FAMILY[name]().settings)
+    found = differences(FAMILY[name]())
     of_formula = {f"training.{setting}" for setting in FORMULA}
     assert {field: value for field, value in found.items() if field not in of_formula} == others.get(name, {})
 
@@ -267,10 +268,10 @@ def test_configs_of_different_algorithms_are_never_equal() -> None:
 
 
 def test_defaults_do_not_leak_into_other_algorithms() -> None:
-    before = differences(PPOConfig().settings)
+    before = differences(PPOConfig())
     for config_class in FAMILY.values():
         config_class()
-    assert before == differences(PPOConfig().settings) == {}
+    assert before == differences(PPOConfig()) == {}
     assert AlgorithmConfig.from_dict({}) == PPOConfig()
 
 
@@ -329,11 +330,11 @@ def test_every_trainable_is_exported_and_no_two_are_the_same(trainables: ModuleT
 def test_a_users_algorithm_has_its_own_name_and_defaults() -> None:
     class MineConfig(AlgorithmConfig):
         algorithm_name = "Mine"
-        defaults = {"training": {"advantage": "rloo", "clip_high": 0.4}, "rollouts": {"group_size": 8}}  # noqa: RUF012
+        defaults = {"training": {"advantage": "rloo", "clip_high": 0.4}, "rollouts": {"group_size": 6}}  # noqa: RUF012
 
     mine = MineConfig().validate()
-    assert differences(mine.settings) == {
-        "rollouts.group_size": 8,
+    assert differences(mine) == {
+        "rollouts.group_size": 6,
         "training.advantage": "rloo",
         "training.clip_high": 0.4,
     }
@@ -342,7 +343,7 @@ def test_a_users_algorithm_has_its_own_name_and_defaults() -> None:
     assert type(read) is MineConfig
     assert read == MineConfig().rollouts(group_size=2)
     assert AlgorithmConfig.from_yaml(mine.to_yaml()) == mine
-    assert differences(PPOConfig().settings) == {}
+    assert differences(PPOConfig()) == {}
 
 
 @pytest.mark.usefixtures("own_names")

@@ -59,7 +59,7 @@ def settings(tmp_path: Path, model: Path, **rollouts: Any) -> Settings:
         model=ModelSettings(path=str(model)),
         data=DataSettings(path=str(data)),
         rewards=RewardSettings(functions=[lambda completions, **_: [0.0] * len(completions)]),
-        rollouts=RolloutSettings(**rollouts),
+        rollouts=RolloutSettings(**{"max_new_tokens": 8, **rollouts}),
     )
 
 

@@ -77,6 +77,6 @@ def test_when_a_run_measures_itself(given: dict[str, Any], due: list[int]) -> No
 
 def test_one_greedy_completion_by_default_and_sampled_ones_where_asked() -> None:
     greedy = evaluation_sampling(settings())
-    assert (greedy.group_size, greedy.temperature, greedy.top_p, greedy.max_new_tokens) == (1, 0.0, 1.0, 8)
+    assert (greedy.group_size, greedy.temperature, greedy.top_p, greedy.max_new_tokens) == (1, 0.0, 1.0, 1024)
     sampled = evaluation_sampling(settings(samples_per_prompt=8, temperature=0.6, top_p=0.95, max_new_tokens=4))
     assert (sampled.group_size, sampled.temperature, sampled.top_p, sampled.max_new_tokens) == (8, 0.6, 0.95, 4)

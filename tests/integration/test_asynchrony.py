@@ -48,8 +48,8 @@ def asynchronous(
         .data(batch_size=BATCH)
         # One completion a group: others overtake the longest.
         .rollouts(group_size=1, max_staleness=STALENESS, max_new_tokens=300, partial_rollouts=True)
-        .learners(num_learners=1, max_tokens_per_microbatch=1024)
-        .training(kl_coef=0.0)
+        .learners(num_learners=1, max_tokens_per_microbatch=1024, gradient_checkpointing=False)
+        .training(kl_coef=0.0, lr=2e-4, critic_lr=3e-4, lambda_=0.95, lr_schedule="linear")
         .evaluation(num_prompts=8)
         .reporting(timeline_interval=2)
         .build_algo()

@@ -183,6 +183,18 @@ def test_each_decoder_layer_is_a_shard_of_its_own_and_weights_stay_float32(
 
 
 @pytest.mark.usefixtures("one_rank")
+def test_a_model_that_cannot_recompute_activations_is_a_wrong_setting() -> None:
+    from transformers import OpenAIGPTConfig, OpenAIGPTLMHeadModel
+
+    model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
+    mesh = init_device_mesh("cpu", (1,))
+    with pytest.raises(
+        ConfigError, match=r"learners\.gradient_checkpointing = True: OpenAIGPTLMHeadModel .* use false"
+    ):
+        shard(model, mesh, compute_dtype=torch.float32, gradient_checkpointing=True)
+
+
+@pytest.mark.usefixtures("one_rank")
 def test_tiny_layers_share_a_shard(models: Path) -> None:
     policy = load_policy(str(models / "policy"), **OPTIONS)
     policy = shard(policy, init_device_mesh("cpu", (1,)), compute_dtype=torch.float32)
