@@ -152,7 +152,7 @@ class RolloutSettings:
         "auto", "how weights reach the engines; auto: nccl when learners and engines are on GPUs"
     )
     engine_args: dict[str, Any] = setting({}, "further vLLM AsyncEngineArgs, passed as they are")
-    timeout_s: float = setting(600.0, "longest wait for one group, in seconds")
+    timeout_s: float = setting(3600.0, "longest wait for one group, in seconds", quickstart=600.0)
     stall_timeout_s: float = setting(1800.0, "longest wait without any group getting further, in seconds")
     startup_timeout_s: float = setting(900.0, "longest wait for the replicas to start, in seconds")
 

@@ -335,6 +335,7 @@ def test_config_shows_what_comes_from_the_preset_and_leaves_it_when_a_model_is_p
         ("data.batch_size", "64"),
         ("rollouts.group_size", "4"),
         ("rollouts.max_new_tokens", "8"),
+        ("rollouts.timeout_s", "600.0"),
         ("training.critic_lr", "0.0003"),
         ("training.lr_schedule", '"linear"'),
         ("training.lambda_", "0.95"),

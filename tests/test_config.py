@@ -130,6 +130,7 @@ PRESET = {
     "data.batch_size": 64,
     "rollouts.group_size": 4,
     "rollouts.max_new_tokens": 8,
+    "rollouts.timeout_s": 600.0,
     "training.lr": 2e-4,
     "training.critic_lr": 3e-4,
     "training.lr_schedule": "linear",
