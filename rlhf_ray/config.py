@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plain_values import plain_value, restored_value, shown_value
 from rlhf_ray.schedule import Schedule
-from rlhf_ray.setting_names import setting_names, unknown_section, unknown_setting
+from rlhf_ray.setting_names import OTHER_NAMES, missing_attribute, setting_names, unknown_section, unknown_setting
 from rlhf_ray.settings import RewardSpec, Settings, quickstart_preset
 from rlhf_ray.validation import section_types, setting_types, typed_value, validate
 from rlhf_ray.yaml_text import parsed_override, parsed_sections, yaml_text
@@ -86,6 +86,15 @@ class AlgorithmConfig:
         self._given: _Sections = {}
         self._settings = self._resolved(self._given)
         self._frozen = False
+
+    def __getattr__(self, name: str) -> Any:
+        raise missing_attribute(type(self).__name__, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A subclass without slots takes any attribute; one that is named like a setting would change nothing.
+        if name in section_types() or name in OTHER_NAMES or any(name in names for names in setting_names().values()):
+            raise missing_attribute(type(self).__name__, name)
+        super().__setattr__(name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

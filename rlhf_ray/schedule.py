@@ -34,7 +34,7 @@ class Schedule:
     num_epochs: int
     """Passes over each batch."""
     num_minibatches: int
-    """Optimiser steps a pass."""
+    """Optimizer steps a pass."""
     critic_warmup_iterations: int
     """First iterations that update the critic alone."""
     evaluation_interval: int
@@ -97,19 +97,19 @@ class Schedule:
         return self.minibatch_sizes[0]
 
     @property
-    def optimiser_steps(self) -> int:
-        """Optimiser steps an iteration."""
+    def optimizer_steps(self) -> int:
+        """Optimizer steps an iteration."""
         return self.num_epochs * self.num_minibatches
 
     @property
-    def total_optimiser_steps(self) -> int:
-        """Optimiser steps of the run, those of the critic's warm-up included."""
-        return self.iterations * self.optimiser_steps
+    def total_optimizer_steps(self) -> int:
+        """Optimizer steps of the run, those of the critic's warm-up included."""
+        return self.iterations * self.optimizer_steps
 
     @property
-    def policy_optimiser_steps(self) -> int:
-        """Optimiser steps of the run that update the policy."""
-        return (self.iterations - self.critic_warmup_iterations) * self.optimiser_steps
+    def policy_optimizer_steps(self) -> int:
+        """Optimizer steps of the run that update the policy."""
+        return (self.iterations - self.critic_warmup_iterations) * self.optimizer_steps
 
     @property
     def total_completions(self) -> int:
@@ -133,16 +133,19 @@ class Schedule:
         """Return the schedule as lines of a label and a value, for printing."""
         return [
             ("iterations", f"{self.iterations:,}"),
-            ("prompts an iteration", f"{self.prompts:,}"),
-            ("completions an iteration", f"{self.completions:,} ({self.prompts:,} x {self.group_size:,})"),
-            ("sampled tokens an iteration", f"at most {self.max_completion_tokens:,}"),
+            ("prompts per iteration", f"{self.prompts:,}"),
+            ("completions per iteration", f"{self.completions:,} ({self.prompts:,} x {self.group_size:,})"),
+            ("sampled tokens per iteration", f"at most {self.max_completion_tokens:,}"),
             (
-                "tokens a learner pass",
+                "tokens per learner pass",
                 "as the model's context allows" if self.max_tokens is None else f"at most {self.max_tokens:,}",
             ),
             ("minibatch", self._minibatch_text()),
-            ("optimiser steps an iteration", f"{self.optimiser_steps:,} ({_count(self.num_epochs, 'pass', 'passes')})"),
-            ("optimiser steps of the run", self._steps_text()),
+            (
+                "optimizer steps per iteration",
+                f"{self.optimizer_steps:,} ({_count(self.num_epochs, 'pass', 'passes')})",
+            ),
+            ("optimizer steps of the run", self._steps_text()),
             ("completions of the run", f"{self.total_completions:,}"),
             ("evaluations", self._evaluations_text()),
             ("checkpoints", _every(self.checkpoints, self.checkpointing_interval)),
@@ -162,8 +165,8 @@ class Schedule:
 
     def _steps_text(self) -> str:
         if not self.critic_warmup_iterations:
-            return f"{self.total_optimiser_steps:,}"
-        return f"{self.total_optimiser_steps:,} (policy {self.policy_optimiser_steps:,})"
+            return f"{self.total_optimizer_steps:,}"
+        return f"{self.total_optimizer_steps:,} (policy {self.policy_optimizer_steps:,})"
 
 
 def _count(number: int, singular: str, plural: str) -> str:

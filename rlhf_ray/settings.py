@@ -59,11 +59,13 @@ def setting(default: Any, meaning: str, **metadata: Any) -> Any:
 class ModelSettings:
     """Which weights are trained."""
 
-    path: str | None = setting(None, "local folder or hub id of the policy; none: the embedded quickstart model")
-    critic_path: str | None = setting(
-        None, "local folder or hub id of the critic; none: the policy's weights with a value head"
+    path: str | None = setting(
+        None, "local folder or hub id of the policy; unset: the built-in quickstart model, unless data.path is given"
     )
-    tokenizer_path: str | None = setting(None, "local folder or hub id of the tokenizer; none: the policy's")
+    critic_path: str | None = setting(
+        None, "local folder or hub id of the critic; unset: the policy's weights with a value head"
+    )
+    tokenizer_path: str | None = setting(None, "local folder or hub id of the tokenizer; unset: the policy's")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute type; auto: bfloat16 on GPUs, float32 on CPUs; trained weights are kept in float32"
     )
@@ -74,7 +76,7 @@ class ModelSettings:
     trust_remote_code: bool = setting(False, "run code that ships with the model")
     lora_rank: int = setting(0, "rank of LoRA adapters, which alone are trained; 0: all weights of the policy are")
     lora_alpha: float = setting(32.0, "an adapter's product is multiplied by lora_alpha / lora_rank")
-    lora_targets: list[str] = setting([], "names of the linear layers with adapters; none: all but the output layer")
+    lora_targets: list[str] = setting([], "names of the linear layers with adapters; unset: all but the output layer")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +84,7 @@ class DataSettings:
     """Where prompts come from."""
 
     path: Any = setting(
-        None, "JSONL, Parquet or CSV file or folder, hub id, or a ray.data.Dataset; none: the quickstart task"
+        None, "JSONL, Parquet or CSV file or folder, hub id, or a ray.data.Dataset; unset: the quickstart task"
     )
     subset: str | None = setting(None, "configuration name of a hub dataset; files have none")
     split: str = setting("train", "split of a hub dataset")
@@ -97,7 +99,7 @@ class DataSettings:
     as_chat: bool = setting(False, "wrap a string prompt as a user message and apply the chat template")
     batch_size: int = setting(
         128,
-        "prompts an iteration",
+        "prompts per iteration",
         quickstart=64,
         source=f"with group_size the 1,024 completions of {_DEEPSEEKMATH}, and of {_VERL}",
     )
@@ -112,40 +114,41 @@ class RolloutSettings:
     """How completions are sampled, and on what."""
 
     num_replicas: int = setting(1, "vLLM replicas in the Serve pool")
-    group_size: int = setting(8, "completions a prompt", quickstart=4, source="TRL, GRPOConfig.num_generations")
+    group_size: int = setting(8, "completions per prompt", quickstart=4, source="TRL, GRPOConfig.num_generations")
     max_prompt_tokens: int | None = setting(
-        None, "longest prompt in tokens; none: what the context leaves beside the longest completion"
+        None, "longest prompt in tokens; unset: what the model's context leaves after the longest completion"
     )
     max_new_tokens: int = setting(1024, "longest completion in tokens", quickstart=8, source=_DEEPSEEKMATH)
     temperature: float = setting(1.0, "sampling temperature")
     top_p: float = setting(1.0, "nucleus mass; training needs 1.0")
     top_k: int = setting(0, "tokens kept at each step, 0 for all; training needs 0")
     stop: list[str] = setting([], "strings that end a completion")
-    stop_token_ids: list[int] = setting([], "token ids that end a completion, beside EOS")
+    stop_token_ids: list[int] = setting([], "token ids that end a completion, in addition to EOS")
     dynamic_sampling: bool = setting(
         False, "drop groups whose rewards, before shaping, are all equal and sample other prompts in their place (DAPO)"
     )
     max_dropped_groups: int | None = setting(
-        None, "groups dropped by dynamic_sampling in one iteration before the run stops; none: 10 x data.batch_size"
+        None, "groups dropped by dynamic_sampling in one iteration before the run stops; unset: 10 x data.batch_size"
     )
     max_staleness: int = setting(0, "versions a rollout may lag behind the policy; 0 is synchronous PPO")
     partial_rollouts: bool = setting(
         False,
-        "do not wait for a group in the last version of its bound: it goes on, and of its tokens those that have become staler than max_staleness are context and not trained on",
+        "do not wait for a group in the last version of its bound: it continues, and its tokens that are staler than max_staleness become context that is not trained on",
     )
     max_concurrent_groups: int | None = setting(
-        None, "groups in flight at once; none: data.batch_size x (max_staleness + 1)"
+        None, "groups in flight at once; unset: data.batch_size x (max_staleness + 1)"
     )
     max_paused_replicas: int | None = setting(
-        None, "replicas that stand still for new weights at the same time; none: all. Not with nccl, which sends to all"
+        None,
+        "replicas paused at the same time to receive weights; unset: all; must be unset with nccl, which sends to all",
     )
-    tensor_parallel_size: int = setting(1, "GPUs a replica")
-    gpu_memory_utilization: float = setting(0.85, "share of a GPU's memory that an engine may take")
+    tensor_parallel_size: int = setting(1, "GPUs per replica")
+    gpu_memory_utilization: float = setting(0.85, "fraction of a GPU's memory that an engine may use")
     kv_cache_bytes: int | None = setting(
-        None, "key-value cache of a CPU engine in bytes; none: sized for max_concurrent_groups"
+        None, "key-value cache of a CPU engine in bytes; unset: sized for max_concurrent_groups"
     )
     num_threads: int | None = setting(
-        None, "threads of a CPU engine; none: its share of all cores but one, of half of them if max_staleness > 0"
+        None, "threads of a CPU engine; unset: its share of all cores but one, or of half of them if max_staleness > 0"
     )
     enforce_eager: bool = setting(False, "skip CUDA graph capture")
     weight_transfer: Literal["auto", "shared_memory", "nccl"] = setting(
@@ -153,7 +156,7 @@ class RolloutSettings:
     )
     engine_args: dict[str, Any] = setting({}, "further vLLM AsyncEngineArgs, passed as they are")
     timeout_s: float = setting(3600.0, "longest wait for one group, in seconds", quickstart=600.0)
-    stall_timeout_s: float = setting(1800.0, "longest wait without any group getting further, in seconds")
+    stall_timeout_s: float = setting(1800.0, "longest time without progress of any group, in seconds")
     startup_timeout_s: float = setting(900.0, "longest wait for the replicas to start, in seconds")
 
 
@@ -163,25 +166,25 @@ class RewardSettings:
 
     functions: list[RewardSpec] = setting(
         [],
-        "callables, names of built-in rewards, 'module:function', 'file.py:function', or {name: ..., arguments}, such as {name: reward_model, path: ...}; none: the quickstart task's checker",
+        "callables, names of built-in rewards, 'module:function', 'file.py:function', or {name: ..., arguments}, such as {name: reward_model, path: ...}; unset: the checker of the quickstart task",
     )
-    weights: list[float] | None = setting(None, "one weight a function; none: 1 each")
+    weights: list[float] | None = setting(None, "one weight per function; unset: 1 each")
     num_workers: int = setting(1, "reward actors")
     timeout_s: float = setting(30.0, "time limit of one group's reward, in seconds; the actor is killed and replaced")
     max_failures: int | None = setting(
-        None, "failed groups in one iteration before the run stops; none: data.batch_size"
+        None, "failed groups in one iteration before the run stops; unset: data.batch_size"
     )
     truncated_reward: float | None = setting(
-        None, "reward of a truncated completion in place of its own; none: its own"
+        None, "reward of a truncated completion in place of its own; unset: its own"
     )
     bias: float = setting(0.0, "added to every reward before it is scaled")
     scale: float = setting(1.0, "factor of reward plus bias")
-    clip: float | None = setting(None, "largest size of a scaled reward; none: no bound")
-    normalise: Literal["none", "group", "batch"] = setting(
+    clip: float | None = setting(None, "largest size of a scaled reward; unset: no bound")
+    normalize: Literal["none", "group", "batch"] = setting(
         "none", "subtract the mean reward of the group or of the batch, after the clip"
     )
-    normalise_std: bool = setting(True, "with normalise: also divide by the standard deviation")
-    leave_one_out: bool = setting(False, "with normalise: subtract the mean of the other completions' rewards")
+    normalize_std: bool = setting(True, "with normalize: also divide by the standard deviation")
+    leave_one_out: bool = setting(False, "with normalize: subtract the mean of the other completions' rewards")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,15 +202,15 @@ class TrainingSettings:
         quickstart="linear",
         source=f"DAPO, arXiv:2503.14476; {_VERL}",
     )
-    lr_warmup_steps: int = setting(0, "optimiser steps of linear warm-up")
-    min_lr_ratio: float = setting(0.0, "learning rate at the end of the schedule, as a share of the peak")
+    lr_warmup_steps: int = setting(0, "optimizer steps of linear warm-up")
+    min_lr_ratio: float = setting(0.0, "learning rate at the end of the schedule, as a fraction of the peak")
     weight_decay: float = setting(0.0, "AdamW weight decay of matrices (not of norms and biases)")
     adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
     adam_eps: float = setting(1e-8, "AdamW epsilon")
-    max_grad_norm: float | None = setting(1.0, "gradient norm clip of the policy; none: no clip")
-    critic_max_grad_norm: float | None = setting(1.0, "gradient norm clip of the critic; none: no clip")
+    max_grad_norm: float | None = setting(1.0, "gradient norm clip of the policy; null: no clip")
+    critic_max_grad_norm: float | None = setting(1.0, "gradient norm clip of the critic; null: no clip")
     num_epochs: int = setting(1, "passes over each batch")
-    num_minibatches: int = setting(4, "optimiser steps a pass", source=f"{_VERL}: 1,024 / 256")
+    num_minibatches: int = setting(4, "optimizer steps per pass", source=f"{_VERL}: 1,024 / 256")
     advantage: str = setting(
         "gae",
         "how rewards become advantages: gae, grpo, dr_grpo, rloo, opo, maxrl, reinforce_plus_plus, remax, a name given to register_advantage, 'module:function' or 'file.py:function'",
@@ -218,7 +221,7 @@ class TrainingSettings:
         "policy loss: ppo, gspo, cispo, sapo, gmpo, a name given to register_loss, 'module:function' or 'file.py:function'",
     )
     loss_args: dict[str, Any] = setting({}, "further arguments of the loss function")
-    gamma: float = setting(1.0, "discount a token", source="Open-Reasoner-Zero, arXiv:2503.24290")
+    gamma: float = setting(1.0, "discount per token", source="Open-Reasoner-Zero, arXiv:2503.24290")
     lambda_: float = setting(
         1.0,
         "GAE lambda",
@@ -228,10 +231,10 @@ class TrainingSettings:
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
     clip_low: float = setting(0.2, "lower clip of the ratio: 1 - clip_low (gmpo: exp(-clip_low))")
     clip_high: float = setting(0.2, "upper clip of the ratio: 1 + clip_high (gmpo: exp(clip_high))")
-    dual_clip: float | None = setting(None, "bound of the loss at negative advantages (greater than 1); none: off")
-    value_clip: float | None = setting(0.2, "clip of the value around the old value; none: off")
+    dual_clip: float | None = setting(None, "bound of the loss at negative advantages (greater than 1); unset: off")
+    value_clip: float | None = setting(0.2, "clip of the value around the old value; null: off")
     value_huber: float | None = setting(
-        None, "error of the value beyond which its loss is linear, in reward; none: squared everywhere"
+        None, "error of the value beyond which its loss is linear, in reward; unset: squared everywhere"
     )
     value_init: Literal["zero", "reward_mean"] = setting(
         "zero", "first values of a critic whose head is new: 0, or the mean reward of the first batch"
@@ -245,18 +248,18 @@ class TrainingSettings:
         "token", "weight of stale data, p(proximal) / p(sampling): of each token, of the whole completion, or none"
     )
     behavior_mode: Literal["truncate", "mask"] = setting(
-        "truncate", "what becomes of a weight outside behavior_floor and behavior_cap: the bound, or 0"
+        "truncate", "what happens to a weight outside behavior_floor and behavior_cap: the bound, or 0"
     )
     behavior_cap: float = setting(5.0, "largest weight of stale data")
-    behavior_floor: float | None = setting(None, "smallest weight of stale data; none: 0")
+    behavior_floor: float | None = setting(None, "smallest weight of stale data; unset: 0")
     m2po_threshold: float | None = setting(
         None,
-        "mean squared log-ratio, proximal against sampling policy, that the tokens of a minibatch may have; those furthest off are left out of the policy loss until it holds (M2PO; 0.04 in its paper); none: off",
+        "mean squared log-ratio, proximal against sampling policy, that the tokens of a minibatch may have; the furthest are left out of the policy loss until it holds (M2PO; 0.04 in its paper); unset: off",
     )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus")
     kl_coef: float = setting(0.0, "weight of the KL to the frozen reference; 0 starts no reference")
     kl_target: float | None = setting(
-        None, "KL to the reference, in nats a token, that kl_coef is adapted to keep; none: kl_coef is fixed"
+        None, "KL to the reference, in nats per token, that kl_coef is adapted to keep; unset: kl_coef is fixed"
     )
     kl_horizon: int = setting(10_000, "completions over which the adapted kl_coef changes by a fifth at most")
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = setting(
@@ -274,7 +277,9 @@ class LearnerSettings:
     """Where and how updates run."""
 
     num_learners: int = setting(1, "FSDP2 workers")
-    num_gpus_per_learner: float | None = setting(None, "GPUs a learner, 0 or 1; none: 1 on GPU clusters, 0 elsewhere")
+    num_gpus_per_learner: float | None = setting(
+        None, "GPUs per learner, 0 or 1; unset: 1 on GPU clusters, 0 elsewhere"
+    )
     max_tokens_per_microbatch: int = setting(
         16_384, "tokens, padding included, in one forward and backward", quickstart=4096, source=_VERL
     )
@@ -285,15 +290,16 @@ class LearnerSettings:
         source=_VERL,
     )
     compile_backend: str | None = setting(
-        None, "torch.compile backend of the decoder layers, inductor for one; none: they are not compiled"
+        None, "torch.compile backend of the decoder layers, inductor for one; unset: not compiled"
     )
-    offload_reference: bool = setting(False, "keep the reference in CPU memory; a layer at a time is on the GPU")
+    offload_reference: bool = setting(False, "keep the reference in CPU memory; one layer at a time is on the GPU")
     offload_optimizer: bool = setting(
         False,
-        "keep weights, gradients and optimiser state in CPU memory and step there; a layer at a time is on the GPU",
+        "keep weights, gradients and optimizer state in CPU memory and step there; a layer at a time is on the GPU",
     )
     num_threads: int | None = setting(
-        None, "threads of a CPU learner; none: its share of the machine's cores, of half of them if max_staleness > 0"
+        None,
+        "threads of a CPU learner; unset: its share of the machine's cores, or of half of them if max_staleness > 0",
     )
     startup_timeout_s: float = setting(900.0, "longest wait for the learners to start, in seconds")
     update_timeout_s: float = setting(3600.0, "longest wait for one update, in seconds")
@@ -306,11 +312,11 @@ class EvaluationSettings:
     interval: int = setting(0, "iterations between evaluations; 0: only when evaluate() is called")
     at_start: bool = setting(False, "evaluate before the first iteration; reported as iteration 0")
     at_end: bool = setting(False, "evaluate after the last iteration, whether interval falls on it or not")
-    num_prompts: int | None = setting(None, "held-out prompts used, from the start of each set; none: all")
-    samples_per_prompt: int = setting(1, "completions a prompt: the n of pass@k, and the k of avg@k")
+    num_prompts: int | None = setting(None, "held-out prompts used, from the start of each set; unset: all")
+    samples_per_prompt: int = setting(1, "completions per prompt: the n of pass@k, and the k of avg@k")
     temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
-    top_p: float = setting(1.0, "nucleus mass; held-out completions are not trained on, so any will do")
-    max_new_tokens: int | None = setting(None, "longest completion in tokens; none: rollouts.max_new_tokens")
+    top_p: float = setting(1.0, "nucleus mass; need not be 1.0, since held-out completions are not trained on")
+    max_new_tokens: int | None = setting(None, "longest completion in tokens; unset: rollouts.max_new_tokens")
     pass_threshold: float = setting(1.0, "a completion passes, for pass@k, with a reward of at least this")
 
 
@@ -319,42 +325,43 @@ class CheckpointingSettings:
     """When state is written."""
 
     interval: int = setting(
-        0, "iterations between checkpoints, beside that of the last iteration; 0: only when save_to_path() is called"
+        0,
+        "iterations between checkpoints, in addition to one after the last iteration; 0: only when save_to_path() is called",
     )
     keep: int = setting(2, "newest checkpoints kept")
     path: str | None = setting(
         None,
         "folder or URI (s3://, gs://, hdfs://) in which a folder named like the run directory holds its checkpoints; "
-        "none: checkpoints/ of the run directory",
+        "unset: checkpoints/ of the run directory",
     )
     best_metric: str | None = setting(
         None, "key of the result, such as evaluation/quickstart/reward_mean, whose best checkpoints are kept too"
     )
     best_mode: Literal["max", "min"] = setting("max", "whether the highest or the lowest best_metric is the best")
-    keep_best: int = setting(1, "best checkpoints kept beside the newest, where best_metric is given")
+    keep_best: int = setting(1, "best checkpoints kept in addition to the newest, where best_metric is given")
     resume: Literal["never", "same", "any"] = setting(
         "never",
-        "where reporting.run_dir holds a run: never is an error, same goes on from its newest checkpoint if the "
-        "settings are the same, any goes on with these settings",
+        "where reporting.run_dir holds a run: never is an error, same resumes from its newest checkpoint if the "
+        "settings are the same, any resumes with these settings",
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportingSettings:
-    """Where a run is seen."""
+    """Where a run is reported."""
 
-    run_dir: str | None = setting(None, "folder of the run; none: runs/<algorithm>-<date>-<time>")
+    run_dir: str | None = setting(None, "folder of the run; unset: runs/<algorithm>-<date>-<time>")
     progress: Literal["auto", "live", "plain", "off"] = setting(
         "auto", "console display; auto: live on a terminal, off in scripts, plain lines under the command line"
     )
     tensorboard: bool = setting(True, "write TensorBoard events")
-    wandb_project: str | None = setting(None, "Weights & Biases project; none: off")
+    wandb_project: str | None = setting(None, "Weights & Biases project; unset: off")
     wandb_mode: Literal["online", "offline"] = setting(
         "offline", "offline writes to the run directory; sync it later with wandb sync"
     )
-    mlflow_experiment: str | None = setting(None, "MLflow experiment; none: off")
+    mlflow_experiment: str | None = setting(None, "MLflow experiment; unset: off")
     mlflow_uri: str | None = setting(
-        None, "MLflow tracking server or database; none: MLFLOW_TRACKING_URI, else mlflow.db in the run directory"
+        None, "MLflow tracking server or database; unset: MLFLOW_TRACKING_URI, else mlflow.db in the run directory"
     )
     completions_interval: int = setting(1, "iterations between completion tables; 0: none")
     timeline_interval: int = setting(0, "iterations between timelines for Perfetto; 0: none")
@@ -368,7 +375,7 @@ class FaultToleranceSettings:
     max_learner_restarts: int = setting(3, "times the learner group is started again after a worker died")
     keep_learner_state: bool = setting(
         True,
-        "copy the learners' state to the object store after every update, from where a restarted group goes on; "
+        "copy the learners' state to the object store after every update, from which a restarted group continues; "
         "without it, or with the node, the run goes back to its newest checkpoint",
     )
 
@@ -403,18 +410,18 @@ class CallbackSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceSettings:
-    """What a run takes of the cluster."""
+    """What a run uses of the cluster."""
 
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda when the Ray cluster has GPUs")
-    ray_address: str | None = setting(None, "Ray cluster to join; none: RAY_ADDRESS, else a Ray on this machine")
+    ray_address: str | None = setting(None, "Ray cluster to join; unset: RAY_ADDRESS, else a Ray on this machine")
     cpus_per_replica: float | None = setting(
-        None, "CPUs reserved a replica; none: 1, or a fair share where the cluster is small"
+        None, "CPUs reserved per replica; unset: 1, or a fair share where the cluster is small"
     )
     cpus_per_learner: float | None = setting(
-        None, "CPUs reserved a learner; none: 1, or a fair share where the cluster is small"
+        None, "CPUs reserved per learner; unset: 1, or a fair share where the cluster is small"
     )
     cpus_per_reward_worker: float | None = setting(
-        None, "CPUs reserved a reward actor; none: 1, or a fair share where the cluster is small"
+        None, "CPUs reserved per reward actor; unset: 1, or a fair share where the cluster is small"
     )
 
 

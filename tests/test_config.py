@@ -4,6 +4,7 @@ import copy
 import inspect
 import json
 import pickle
+import re
 import shlex
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from rlhf_ray import AlgorithmConfig, ConfigError, PPOConfig
-from rlhf_ray.setting_names import SYNONYMS
+from rlhf_ray.setting_names import OTHER_NAMES
 from rlhf_ray.settings import Settings
 from rlhf_ray.validation import section_types, setting_types
 
@@ -271,11 +272,22 @@ UNKNOWN: list[tuple[str, str, str]] = [
     ("training", "learning_rate", "did you mean training.lr?"),
     ("training", "actor_lr", "did you mean training.lr?"),
     ("training", "kl_coeff", "did you mean training.kl_coef?"),
-    ("training", "clip_param", "did you mean training.clip_low?"),
+    ("training", "clip_param", "did you mean training.clip_low and training.clip_high?"),
     ("training", "gae_lambda", "did you mean training.lambda_?"),
     ("training", "lambda", "did you mean training.lambda_?"),
     ("training", "num_epoch", "did you mean training.num_epochs?"),
-    ("training", "train_batch_size", "did you mean data.batch_size?"),
+    (
+        "training",
+        "train_batch_size",
+        "did you mean data.batch_size (prompts of an iteration; each has rollouts.group_size completions)?",
+    ),
+    ("training", "minibatch_size", "did you mean training.num_minibatches (their number in a pass, not their size)?"),
+    ("rewards", "normalise", "did you mean rewards.normalize?"),
+    ("rewards", "normalise_std", "did you mean rewards.normalize_std?"),
+    ("rollouts", "group_sise", "did you mean rollouts.group_size?"),
+    # Nothing but the letters in common.
+    ("reporting", "path", "did you mean model.path or data.path or checkpointing.path?"),
+    ("resources", "num_gpus", "did you mean learners.num_learners or rollouts.num_replicas (GPUs follow from them)?"),
     ("training", "batch_size", "did you mean data.batch_size?"),
     ("training", "num_generations", "did you mean rollouts.group_size?"),
     ("rollouts", "max_tokens", "did you mean rollouts.max_new_tokens?"),
@@ -307,11 +319,17 @@ def test_an_unknown_setting_names_the_nearest_by_every_way_in(section: str, name
     [
         ("trainning", "did you mean training?"),
         ("rollout", "did you mean rollouts?"),
-        ("learner.lr", "did you mean learners.lr?"),
+        ("learner.lr", "did you mean training.lr?"),
+        ("rollout.temperature", "did you mean rollouts.temperature?"),
+        ("algorithm.gamma", "did you mean training.gamma?"),
+        ("critic.optim", "did you mean training.critic_lr and model.critic_path?"),
+        ("env_runners.num_envs", "did you mean rollouts (vLLM replicas sample completions)?"),
+        ("environment", "did you mean data and rewards"),
         ("lr", "did you mean training.lr?"),
         ("learning_rate", "did you mean training.lr?"),
         ("xyzzy", "there are model, data, rollouts"),
-        ("xyzzy.path", "there are model, data, rollouts"),
+        ("xyzzy.path", "did you mean model.path or data.path or checkpointing.path?"),
+        ("xyzzy.xyzzy", "there are model, data, rollouts"),
     ],
 )
 def test_an_unknown_section_names_the_nearest(key: str, remedy: str) -> None:
@@ -322,10 +340,115 @@ def test_an_unknown_section_names_the_nearest(key: str, remedy: str) -> None:
     assert remedy in error.remedy
 
 
-def test_synonyms_lead_to_settings_and_hide_none() -> None:
-    assert set(SYNONYMS.values()) <= set(FIELDS)
-    for other, field in SYNONYMS.items():
-        assert other not in setting_types(field.split(".")[0])
+def test_other_names_lead_to_settings_and_hide_none() -> None:
+    ours = {name for section in section_types() for name in setting_types(section)}
+    for other, text in OTHER_NAMES.items():
+        assert other not in ours | section_types().keys()
+        fields = re.findall(r"\w+\.\w+", text)
+        assert set(fields) <= set(FIELDS), other
+        assert fields or re.match(r"\w+", text)[0] in {*section_types(), "nothing"}, other  # type: ignore[index]
+
+
+FOREIGN = {
+    "RLlib": {
+        "lr": "training.lr",
+        "vf_loss_coeff": "training.critic_lr",
+        "vf_clip_param": "training.value_clip",
+        "clip_param": "training.clip_low",
+        "num_sgd_iter": "training.num_epochs",
+        "minibatch_size": "training.num_minibatches",
+        "train_batch_size": "data.batch_size",
+        "entropy_coeff": "training.entropy_coef",
+        "kl_coeff": "training.kl_coef",
+        "kl_target": "training.kl_target",
+        "lambda_": "training.lambda_",
+        "grad_clip": "training.max_grad_norm",
+        "num_env_runners": "rollouts.num_replicas",
+        "num_gpus_per_learner": "learners.num_gpus_per_learner",
+    },
+    "TRL": {
+        "learning_rate": "training.lr",
+        "num_generations": "rollouts.group_size",
+        "max_completion_length": "rollouts.max_new_tokens",
+        "beta": "training.kl_coef",
+        "epsilon": "training.clip_low",
+        "num_iterations": "training.num_epochs",
+        "per_device_train_batch_size": "data.batch_size",
+        "gradient_accumulation_steps": "data.batch_size",
+        "steps_per_generation": "training.num_minibatches",
+        "max_steps": "training.iterations",
+        "vf_coef": "training.critic_lr",
+        "scale_rewards": "training.advantage",
+    },
+    "verl": {
+        "train_batch_size": "data.batch_size",
+        "ppo_mini_batch_size": "training.num_minibatches",
+        "ppo_epochs": "training.num_epochs",
+        "max_response_length": "rollouts.max_new_tokens",
+        "clip_ratio": "training.clip_low",
+        "kl_loss_coef": "training.kl_coef",
+        "adv_estimator": "training.advantage",
+        "lam": "training.lambda_",
+        "total_epochs": "training.iterations",
+        "test_freq": "evaluation.interval",
+        "save_freq": "checkpointing.interval",
+    },
+}
+
+
+@pytest.mark.parametrize(
+    "name, ours", [pair for names in FOREIGN.values() for pair in names.items()], ids=lambda text: str(text)
+)
+@pytest.mark.parametrize("section", section_types())
+def test_the_hint_for_another_librarys_name_is_the_same_in_every_section(section: str, name: str, ours: str) -> None:
+    if name in setting_types(section):
+        return
+    error = error_of(lambda: PPOConfig.from_dict({f"{section}.{name}": 1}))
+    assert error.remedy.startswith(f"no such setting; did you mean {ours}")
+
+
+@pytest.mark.parametrize("section", section_types())
+@pytest.mark.parametrize("name", ["vf_share_layers", "sequence_length", "num_heads", "observation_filter"])
+def test_what_only_looks_alike_is_not_suggested(section: str, name: str) -> None:
+    error = error_of(lambda: PPOConfig.from_dict({f"{section}.{name}": 1}))
+    assert error.remedy.startswith(f"no such setting; {section} has ")
+
+
+@pytest.mark.parametrize(
+    "name, hint",
+    [
+        ("lr", "read config.settings.training.lr, set config.training(lr=...)"),
+        ("interval", "set config.evaluation(interval=...) or config.checkpointing(interval=...)"),
+        ("num_sgd_iter", "did you mean training.num_epochs?"),
+        ("env_runners", "did you mean rollouts (vLLM replicas sample completions)?"),
+        ("environment", "did you mean data and rewards"),
+        ("multi_agent", "there is nothing in its place: there is one policy"),
+        ("framework", "there is nothing in its place: it is PyTorch"),
+        ("trainning", "did you mean training?"),
+        ("xyzzy", "its sections are model, data, rollouts"),
+    ],
+)
+def test_an_attribute_that_a_config_does_not_have_is_answered_with_the_right_name(name: str, hint: str) -> None:
+    with pytest.raises(AttributeError, match=rf"PPOConfig has no {name}; .*{re.escape(hint)}"):
+        getattr(PPOConfig(), name)
+    assert not hasattr(PPOConfig(), name)
+
+
+def test_a_subclass_without_slots_takes_no_setting_as_an_attribute() -> None:
+    class OpenConfig(PPOConfig):
+        pass
+
+    config: Any = OpenConfig()
+    with pytest.raises(AttributeError, match=r"set config.training\(lr=...\)"):
+        config.lr = 1e-5
+    with pytest.raises(
+        AttributeError, match=r"OpenConfig.training is a section; set its settings with config.training"
+    ):
+        config.training = {"lr": 1e-5}
+    with pytest.raises(AttributeError, match=r"did you mean training.lr\?"):
+        config.learning_rate = 1e-5
+    config.note = "kept"
+    assert config.copy().note == "kept"
 
 
 def test_a_section_needs_names() -> None:

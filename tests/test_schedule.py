@@ -32,9 +32,9 @@ def test_counts_of_an_uneven_run() -> None:
     assert plan.max_tokens == 1_800  # 15 x (20 + 100)
     assert plan.minibatch_sizes == (4, 4, 4, 3)
     assert plan.minibatch_size == 4
-    assert plan.optimiser_steps == 8
-    assert plan.total_optimiser_steps == 88
-    assert plan.policy_optimiser_steps == 64  # 8 iterations after the warm-up
+    assert plan.optimizer_steps == 8
+    assert plan.total_optimizer_steps == 88
+    assert plan.policy_optimizer_steps == 64  # 8 iterations after the warm-up
     assert plan.total_completions == 165
     assert plan.evaluations == 2  # after iterations 4 and 8
     assert plan.checkpoints == 2  # after iterations 10 and 11, the last
@@ -77,10 +77,10 @@ def test_rows_print_the_derived_numbers() -> None:
         ).rows()
     )
 
-    assert rows["completions an iteration"] == "1,500 (500 x 3)"
+    assert rows["completions per iteration"] == "1,500 (500 x 3)"
     assert rows["minibatch"] == "375 completions"
-    assert rows["optimiser steps an iteration"] == "8 (2 passes)"
-    assert rows["optimiser steps of the run"] == "160 (policy 120)"
+    assert rows["optimizer steps per iteration"] == "8 (2 passes)"
+    assert rows["optimizer steps of the run"] == "160 (policy 120)"
     assert rows["evaluations"] == "2 (every 10 iterations)"
     assert rows["checkpoints"] == "20 (every 1 iteration)"
 
@@ -89,8 +89,8 @@ def test_rows_say_when_minibatches_are_uneven_and_when_nothing_is_scheduled() ->
     rows = dict(schedule(data__batch_size=5, rollouts__group_size=1, training__num_minibatches=2).rows())
 
     assert rows["minibatch"] == "2 or 3 completions"
-    assert rows["optimiser steps an iteration"] == "2 (1 pass)"
-    assert rows["tokens a learner pass"] == "as the model's context allows"
+    assert rows["optimizer steps per iteration"] == "2 (1 pass)"
+    assert rows["tokens per learner pass"] == "as the model's context allows"
     assert rows["evaluations"] == "on request"
     assert rows["checkpoints"] == "on request"
 

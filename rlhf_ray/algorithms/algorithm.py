@@ -68,7 +68,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         LearnerError: A learner cannot start.
     """
 
-    config_class: ClassVar[type[AlgorithmConfig]]
+    config_class: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
 
     def __init__(self, config: AlgorithmConfig | dict[str, Any] | None = None, storage: Any = None) -> None:
         if isinstance(config, AlgorithmConfig):
@@ -267,18 +267,21 @@ class Algorithm(Trainable):  # type: ignore[misc]
     def from_checkpoint(cls, path: str | os.PathLike[str], config: AlgorithmConfig | None = None) -> Algorithm:
         """Build an algorithm from a checkpoint folder, in a new run directory.
 
+        ``Algorithm.from_checkpoint`` builds the one that wrote it, ``GRPO.from_checkpoint`` refuses all but GRPO's.
+
         Args:
             path: What ``save_to_path`` wrote.
             config: Settings to use instead of the checkpoint's own; needed where those hold a closure.
 
         Raises:
+            ConfigError: It is another algorithm's.
             DataError: It holds no complete checkpoint.
         """
         checkpoint = Checkpoint(Folder.at(path))
         checkpoint.read()
         if config is None:
             config = cls.config_class.from_yaml(checkpoint.config())
-        algorithm = cls(config=config)
+        algorithm = (config.algorithm_class if cls is Algorithm else cls)(config=config)
         try:
             algorithm._continue_from(checkpoint)
         except BaseException:
@@ -397,7 +400,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         open_directory = open_run if self._trial is None else open_trial_run
         if self._run is not None:  # That of the trial before, or of the same one.
             self._run.lock.release()
-        run = open_directory(self.algorithm_config, algorithm=self.config_class.algorithm_name.lower())
+        run = open_directory(self.algorithm_config, algorithm=self.algorithm_config.algorithm_name.lower())
         self._run, self._directory, self._store = run, run.directory, run.store
         if self._trial is None:
             self._logdir = str(run.directory.path)

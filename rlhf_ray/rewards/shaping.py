@@ -18,7 +18,7 @@ __all__ = ["shaped"]
 def shaped(batch: SequenceBatch, settings: RewardSettings, *, mask_truncated: bool) -> SequenceBatch:
     """Return the batch with its rewards replaced, shifted, scaled, clipped and normalised as the settings say.
 
-    In that order: ``truncated_reward``, ``bias``, ``scale``, ``clip``, ``normalise``. The rewards of greedy completions
+    In that order: ``truncated_reward``, ``bias``, ``scale``, ``clip``, ``normalize``. The rewards of greedy completions
     go through ``bias``, ``scale`` and ``clip`` too, so that they stay on the same scale.
 
     Args:
@@ -37,13 +37,13 @@ def shaped(batch: SequenceBatch, settings: RewardSettings, *, mask_truncated: bo
         shape_rewards(torch.tensor(values), bias=settings.bias, scale=settings.scale, clip=settings.clip)
         for values in (rewards, batch.greedy_rewards)
     )
-    if settings.normalise != "none":
+    if settings.normalize != "none":
         own = normalise_rewards(
             own,
             torch.tensor(batch.group_ids),
-            level=settings.normalise,
+            level=settings.normalize,
             mean=True,
-            std=settings.normalise_std,
+            std=settings.normalize_std,
             leave_one_out=settings.leave_one_out,
         )
     starts = np.where(mask_truncated & batch.truncated, batch.completion_lengths, batch.loss_starts)

@@ -101,10 +101,10 @@ def check_reward_weights(settings: Settings) -> None:
 
 
 def check_reward_shaping(settings: Settings) -> None:
-    """Rewards are normalised over more than one."""
+    """Rewards are normalized over more than one."""
     rewards = settings.rewards
-    if rewards.leave_one_out and rewards.normalise == "none":
-        raise ConfigError("rewards.leave_one_out", True, "set rewards.normalise to group or batch, whose mean it is")
-    if rewards.normalise == "group" and settings.rollouts.group_size < 2:
-        remedy = "rewards.normalise = group compares the completions of a prompt; use at least 2"
+    if rewards.leave_one_out and rewards.normalize == "none":
+        raise ConfigError("rewards.leave_one_out", True, "set rewards.normalize to group or batch, whose mean it is")
+    if rewards.normalize == "group" and settings.rollouts.group_size < 2:
+        remedy = "rewards.normalize = group compares the completions of a prompt; use at least 2"
         raise ConfigError("rollouts.group_size", settings.rollouts.group_size, remedy)

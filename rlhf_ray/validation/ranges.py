@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final
@@ -140,8 +141,8 @@ def check_range(field: str, value: Any) -> None:
 def _what_none_means(field: str) -> str:
     section, _, name = field.partition(".")
     meaning = next(item.metadata["meaning"] for item in fields(section_types()[section]) if item.name == name)
-    none_means = meaning.partition("none: ")[2]
-    return f", or None ({none_means})" if none_means else ""
+    of_none = re.search(r"(?:unset|null): (.+)", meaning)
+    return f", or None ({of_none[1]})" if of_none else ""
 
 
 def check_not_empty(field: str, value: Any) -> None:

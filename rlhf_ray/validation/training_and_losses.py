@@ -72,13 +72,13 @@ def check_advantage(plugin: Plugin, settings: Settings) -> None:
             setting of the critic is given to a run that has none.
     """
     training, size = settings.training, settings.rollouts.group_size
-    normalise = settings.rewards.normalise
-    if normalise != "none" and plugin.needs_greedy_rewards:
-        remedy = f"{plugin.name} compares with the reward of a greedy completion, which is not normalised; use none"
-        raise ConfigError("rewards.normalise", normalise, remedy)
-    if plugin.name == "maxrl" and normalise != "none":
-        remedy = "maxrl takes rewards of 0 or more, which normalised ones are not; use none"
-        raise ConfigError("rewards.normalise", normalise, remedy)
+    normalize = settings.rewards.normalize
+    if normalize != "none" and plugin.needs_greedy_rewards:
+        remedy = f"{plugin.name} compares with the reward of a greedy completion, which is not normalized; use none"
+        raise ConfigError("rewards.normalize", normalize, remedy)
+    if plugin.name == "maxrl" and normalize != "none":
+        remedy = "maxrl takes rewards of 0 or more, which normalized ones are not; use none"
+        raise ConfigError("rewards.normalize", normalize, remedy)
     if plugin.name == "maxrl" and training.kl_coef > 0 and training.kl_in == "reward":
         remedy = "maxrl takes rewards of 0 or more, which a KL taken off them may break; use loss"
         raise ConfigError("training.kl_in", training.kl_in, remedy)
@@ -118,7 +118,7 @@ def check_critic_warmup(settings: Settings) -> None:
 
 def check_lr_warmup(settings: Settings) -> None:
     """The learning rate is reached before the run ends."""
-    warmup, steps = settings.training.lr_warmup_steps, Schedule.of(settings).policy_optimiser_steps
+    warmup, steps = settings.training.lr_warmup_steps, Schedule.of(settings).policy_optimizer_steps
     if warmup > steps:
         remedy = f"use at most {steps}, all the optimiser steps of the policy"
         raise ConfigError("training.lr_warmup_steps", warmup, remedy)

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray import PPO, Algorithm, PPOConfig
+from rlhf_ray import GRPO, PPO, Algorithm, GRPOConfig, PPOConfig
 from rlhf_ray.algorithms import algorithm as module
 from rlhf_ray.algorithms.run_counts import RunCounts
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
@@ -114,7 +114,7 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> FakeParts:
             settle=lambda: None, stop=lambda: None, take_written=list, begin=write
         )
 
-    monkeypatch.setattr(PPO, "_start", start)
+    monkeypatch.setattr(Algorithm, "_start", start)
     monkeypatch.setattr(FakeParts, "stop", lambda self: self.calls.append("stop"), raising=False)
     return parts
 
@@ -317,3 +317,27 @@ def test_a_checkpoint_goes_on_in_a_new_run_that_leaves_the_others_place_alone(pa
     newest = second._store.newest()
     assert newest is not None
     assert newest.folder.local == tmp_path / "all" / "first" / "second" / "iteration_000003"
+
+
+def test_the_base_class_builds_the_algorithm_that_wrote_the_checkpoint(parts: FakeParts, tmp_path: Path) -> None:
+    written = run_config(tmp_path / "first", interval=1).settings
+    config = GRPOConfig().reporting(run_dir=written.reporting.run_dir, tensorboard=False).checkpointing(interval=1)
+    first = GRPO(config=config)
+    iterate(first, 2)
+    first.stop()
+    place = tmp_path / "first" / "checkpoints" / "iteration_000002"
+
+    again = Algorithm.from_checkpoint(place)
+    again.stop()
+
+    assert (type(again), again.iteration) == (GRPO, 2)
+    assert again.settings.training.advantage == "grpo"
+    with pytest.raises(ConfigError, match="read them with GRPOConfig"):
+        PPO.from_checkpoint(place)
+
+
+def test_the_base_class_is_the_algorithm_of_the_config_that_it_is_given(parts: FakeParts, tmp_path: Path) -> None:
+    algorithm = Algorithm(config=GRPOConfig().reporting(run_dir=str(tmp_path / "run"), tensorboard=False))
+    algorithm.stop()
+    assert algorithm.settings.training.advantage == "grpo"
+    assert (tmp_path / "run" / "config.yaml").read_text().startswith("algorithm: GRPO")

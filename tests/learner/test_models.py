@@ -188,9 +188,7 @@ def test_a_model_that_cannot_recompute_activations_is_a_wrong_setting() -> None:
 
     model = OpenAIGPTLMHeadModel(OpenAIGPTConfig(n_embd=8, n_layer=1, n_head=2, vocab_size=10))
     mesh = init_device_mesh("cpu", (1,))
-    with pytest.raises(
-        ConfigError, match=r"learners\.gradient_checkpointing = True: OpenAIGPT.* use false"
-    ):
+    with pytest.raises(ConfigError, match=r"learners\.gradient_checkpointing = True: OpenAIGPT.* use false"):
         shard(model, mesh, compute_dtype=torch.float32, gradient_checkpointing=True)
 
 

@@ -70,13 +70,13 @@ def test_the_defaults_change_nothing() -> None:
         ({"scale": -2.0}, [-8, -2, 0, -4], [-2, -2, 18, 18]),
         ({"clip": 1.5}, [1.5, 1, 0, 1.5], [1, 1, -1.5, -1.5]),
         # Means 2.5 and 1.
-        ({"normalise": "group", "normalise_std": False}, [1.5, -1.5, -1, 1], GREEDY),
+        ({"normalize": "group", "normalize_std": False}, [1.5, -1.5, -1, 1], GREEDY),
         # Mean 7 / 4.
-        ({"normalise": "batch", "normalise_std": False}, [2.25, -0.75, -1.75, 0.25], GREEDY),
+        ({"normalize": "batch", "normalize_std": False}, [2.25, -0.75, -1.75, 0.25], GREEDY),
         # Of the other: 1, 4, 2, 0.
-        ({"normalise": "group", "normalise_std": False, "leave_one_out": True}, [3, -3, -2, 2], GREEDY),
+        ({"normalize": "group", "normalize_std": False, "leave_one_out": True}, [3, -3, -2, 2], GREEDY),
         # Deviations times 4 / 3.
-        ({"normalise": "batch", "normalise_std": False, "leave_one_out": True}, [3, -1, -7 / 3, 1 / 3], GREEDY),
+        ({"normalize": "batch", "normalize_std": False, "leave_one_out": True}, [3, -1, -7 / 3, 1 / 3], GREEDY),
     ],
 )
 def test_each_setting_by_hand(settings: dict[str, Any], rewards: list[float], greedy: list[float]) -> None:
@@ -88,33 +88,33 @@ def test_each_setting_by_hand(settings: dict[str, Any], rewards: list[float], gr
 def test_normalising_divides_by_the_standard_deviation_unless_told_not_to() -> None:
     # Of two values it is their distance over the square root of 2, so both are as far from the mean as 1 / sqrt(2).
     half = 0.5**0.5
-    np.testing.assert_allclose(shape({"normalise": "group"}).rewards, [half, -half, -half, half], rtol=1e-5)
+    np.testing.assert_allclose(shape({"normalize": "group"}).rewards, [half, -half, -half, half], rtol=1e-5)
     # Squared deviations 5.0625 + 0.5625 + 3.0625 + 0.0625 = 8.75, divided by 3.
     expected = np.asarray([2.25, -0.75, -1.75, 0.25]) / (8.75 / 3) ** 0.5
-    np.testing.assert_allclose(shape({"normalise": "batch"}).rewards, expected, rtol=1e-5)
+    np.testing.assert_allclose(shape({"normalize": "batch"}).rewards, expected, rtol=1e-5)
 
 
-def test_the_order_is_truncated_bias_scale_clip_normalise() -> None:
+def test_the_order_is_truncated_bias_scale_clip_normalize() -> None:
     # -3 for the truncated: 4, -3, 0, -3; plus 1: 5, -2, 1, -2; twice: 10, -4, 2, -4; clipped at 5: 5, -4, 2, -4.
     before = {"truncated_reward": -3.0, "bias": 1.0, "scale": 2.0, "clip": 5.0}
     assert shape(before).rewards.tolist() == [5, -4, 2, -4]
     # Means 0.5 and -1.
-    by_group = shape(before | {"normalise": "group", "normalise_std": False})
+    by_group = shape(before | {"normalize": "group", "normalize_std": False})
     assert by_group.rewards.tolist() == [4.5, -4.5, 3, -3]
     # Mean -0.25.
-    by_batch = shape(before | {"normalise": "batch", "normalise_std": False})
+    by_batch = shape(before | {"normalize": "batch", "normalize_std": False})
     assert by_batch.rewards.tolist() == [5.25, -3.75, 2.25, -3.75]
 
 
-@pytest.mark.parametrize("normalise", ["none", "group", "batch"])
-def test_greedy_rewards_keep_the_scale_of_the_others_but_not_their_mean(normalise: str) -> None:
-    settings = {"truncated_reward": -3.0, "bias": 1.0, "scale": 2.0, "clip": 5.0, "normalise": normalise}
+@pytest.mark.parametrize("normalize", ["none", "group", "batch"])
+def test_greedy_rewards_keep_the_scale_of_the_others_but_not_their_mean(normalize: str) -> None:
+    settings = {"truncated_reward": -3.0, "bias": 1.0, "scale": 2.0, "clip": 5.0, "normalize": normalize}
     # (1 + 1) * 2 = 4 and (-9 + 1) * 2 = -16, clipped. Whether they were truncated is not known.
     assert shape(settings).greedy_rewards.tolist() == [4, 4, -5, -5]
 
 
 def test_groups_are_told_apart_by_id_wherever_they_lie() -> None:
-    result = shape({"normalise": "group", "normalise_std": False}, group_ids=[8, 3, 8, 3])
+    result = shape({"normalize": "group", "normalize_std": False}, group_ids=[8, 3, 8, 3])
     # Groups 4, 0 and 1, 2.
     assert result.rewards.tolist() == [2, -0.5, -2, 0.5]
 
@@ -130,12 +130,12 @@ def test_truncated_completions_leave_the_losses_where_asked(mask_truncated: bool
 
 
 def test_completions_left_out_of_the_losses_still_count_in_the_mean() -> None:
-    settings = {"normalise": "group", "normalise_std": False}
+    settings = {"normalize": "group", "normalize_std": False}
     assert shape(settings, mask_truncated=True).rewards.tolist() == [1.5, -1.5, -1, 1]
 
 
 def test_only_rewards_and_the_losses_mask_change() -> None:
-    settings = {"truncated_reward": -3.0, "bias": 1.0, "scale": 2.0, "clip": 5.0, "normalise": "group"}
+    settings = {"truncated_reward": -3.0, "bias": 1.0, "scale": 2.0, "clip": 5.0, "normalize": "group"}
     old, new = arrays(batch()), arrays(shape(settings, mask_truncated=True))
     assert {name for name in old if old[name] != new[name]} == {"rewards", "greedy_rewards", "loss_starts"}
 
@@ -145,18 +145,18 @@ def test_the_given_batch_is_untouched_where_it_could_be_written() -> None:
     before = arrays(given)
     for item in fields(given):
         getattr(given, item.name).setflags(write=True)
-    settings = RewardSettings(truncated_reward=-3.0, bias=1.0, scale=2.0, clip=5.0, normalise="group")
+    settings = RewardSettings(truncated_reward=-3.0, bias=1.0, scale=2.0, clip=5.0, normalize="group")
     shaped(given, settings, mask_truncated=True)
     assert arrays(given) == before
 
 
 @pytest.mark.filterwarnings("error")
 def test_rewards_stay_float32_and_read_only_arrays_are_read_without_complaint() -> None:
-    for settings in ({}, {"truncated_reward": 0.1}, {"bias": 0.1, "clip": 0.3}, {"normalise": "batch"}):
+    for settings in ({}, {"truncated_reward": 0.1}, {"bias": 0.1, "clip": 0.3}, {"normalize": "batch"}):
         result = shape(settings)
         assert result.rewards.dtype == result.greedy_rewards.dtype == np.float32
 
 
 def test_a_group_without_spread_gives_zero() -> None:
-    result = shape({"normalise": "group"}, rewards=[0.1, 0.1, 0.0, 2.0])
+    result = shape({"normalize": "group"}, rewards=[0.1, 0.1, 0.0, 2.0])
     np.testing.assert_allclose(result.rewards, [0, 0, -(0.5**0.5), 0.5**0.5], rtol=1e-5)
