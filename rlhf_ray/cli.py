@@ -38,6 +38,7 @@ __all__ = ["load_config", "main"]
 
 _FAILED, _WRONG_INPUT, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+_ALGORITHM = "algorithm="
 _QUICKSTART_EVALUATION_INTERVAL = 10
 
 _EXAMPLES = """\
@@ -46,6 +47,7 @@ examples:
   rlhf-ray config training.lr=1e-6 > conf.yaml
   rlhf-ray doctor conf.yaml
   rlhf-ray train conf.yaml training.lr=2e-6 rollouts.group_size=8
+  rlhf-ray train conf.yaml algorithm=GRPO
   rlhf-ray train training.iterations=10 --run-dir runs/first
   rlhf-ray train --resume runs/first
   rlhf-ray evaluate runs/first --data gsm8k/test.jsonl --data hard=hard.jsonl
@@ -93,15 +95,16 @@ def load_config(path: str | None, overrides: Sequence[str]) -> AlgorithmConfig:
 
     Args:
         path: YAML file; none: the defaults, which are the quickstart task.
-        overrides: ``section.field=value``, applied in order.
+        overrides: ``section.field=value``, applied in order, and ``algorithm=NAME`` in place of the file's.
 
     Raises:
         ConfigError: There is no such file, or a setting in it or in ``overrides`` is wrong.
     """
-    from rlhf_ray.algorithms.ppo import PPOConfig
     from rlhf_ray.config import AlgorithmConfig
+    from rlhf_ray.yaml_text import parsed_override
 
-    config = PPOConfig() if path is None else AlgorithmConfig.from_yaml(Path(path))
+    named = [parsed_override(override)[1] for override in overrides if override.startswith(_ALGORITHM)]
+    config = AlgorithmConfig.from_yaml("{}\n" if path is None else Path(path), algorithm=named[-1] if named else None)
     return config.apply_overrides(overrides)
 
 
@@ -231,7 +234,8 @@ def _train(args: argparse.Namespace) -> int:
 
 def _evaluate(args: argparse.Namespace) -> int:
     measured = measured_model(args.conf, args.checkpoint)
-    config = _with_display(load_config(measured.conf, []))
+    algorithm = [override for override in args.overrides if override.startswith(_ALGORITHM)]
+    config = _with_display(load_config(measured.conf, algorithm))
     if measured.model_path is not None:
         config.model(path=measured.model_path)
     config.apply_overrides(args.overrides)

@@ -276,13 +276,22 @@ class AlgorithmConfig:
         return cls._from(values, from_text=False)
 
     @classmethod
-    def from_yaml(cls, source: str | os.PathLike[str]) -> Self:
+    def from_yaml(cls, source: str | os.PathLike[str], *, algorithm: str | None = None) -> Self:
         """Make a config from a YAML file, or from YAML text: a string with a line break, or a colon and a space.
 
+        Args:
+            source: The file or the text.
+            algorithm: Name of the algorithm, in place of the one that the source names.
+
         Raises:
-            ConfigError: The file is missing, is not YAML, or holds an unknown name or a wrong value.
+            ConfigError: The file is missing, is not YAML, or holds an unknown name or a wrong value; or it holds all
+                that makes up another algorithm than the one that is asked for.
         """
-        return cls._from(parsed_sections(source), from_text=True)
+        sections = parsed_sections(source)
+        config = cls._from({**sections, "algorithm": algorithm or sections.get("algorithm")}, from_text=True)
+        if algorithm is not None:
+            config._check_is_not(_algorithm_config(sections.get("algorithm") or _DEFAULT_ALGORITHM))
+        return config
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return every setting as YAML that reruns the run, and write it to a file where one is named.
@@ -299,9 +308,15 @@ class AlgorithmConfig:
         """Set ``section.name=value`` pairs, values in YAML, and return this config; all of them or none.
 
         Raises:
-            ConfigError: A pair is malformed, a name is unknown, or a value has the wrong type.
+            ConfigError: A pair is malformed, a name is unknown, or a value has the wrong type; or ``algorithm=NAME``
+                names another algorithm than this config's.
         """
-        return self._set(_nested(dict(parsed_override(override) for override in overrides)), from_text=True)
+        values = dict(parsed_override(override) for override in overrides)
+        name = values.pop("algorithm", self.algorithm_name)
+        if name != self.algorithm_name:
+            remedy = f"this is a config of {self.algorithm_name}; start from {_algorithm_config(name).__name__}()"
+            raise ConfigError("algorithm", name, remedy)
+        return self._set(_nested(values), from_text=True)
 
     @classmethod
     def _from(cls, values: Mapping[str, Any], *, from_text: bool) -> Self:
@@ -337,6 +352,23 @@ class AlgorithmConfig:
         named = _merged(self._class_defaults(), self._given)
         paths = (named.get(section, {}).get("path") for section in ("model", "data"))
         return quickstart_preset() if all(path is None for path in paths) else {}
+
+    def _check_is_not(self, other: type[AlgorithmConfig]) -> None:
+        """Refuse settings that are another algorithm's in all but name, as a run's config.yaml holds them."""
+        defaults, given = self._resolved({}), dict(_flat(self._given))
+        made_of = (
+            dict(_flat(_merged(other._class_defaults(), self._class_defaults()))) if other is not type(self) else {}
+        )
+        if not made_of.keys() <= given.keys():
+            return
+        for field in made_of:
+            section, _, name = field.partition(".")
+            if given[field] != getattr(getattr(defaults, section), name):
+                remedy = (
+                    f"the file sets {field} to {given[field]!r} and all else that makes up {other.algorithm_name}; "
+                    f"leave out its lines of {', '.join(made_of)}"
+                )
+                raise ConfigError("algorithm", self.algorithm_name, remedy)
 
     @classmethod
     def _class_defaults(cls) -> _Sections:
@@ -391,7 +423,8 @@ def _algorithm_config(name: Any) -> type[Any]:
         importlib.import_module(BUILT_IN_ALGORITHMS[name])
     if not known_name:
         known = sorted({*_registered, *BUILT_IN_ALGORITHMS})
-        raise ConfigError("algorithm", name, f"no such algorithm; there is {', '.join(known)}")
+        meant = next((f"did you mean {one}? " for one in known if one.lower() == str(name).lower()), "")
+        raise ConfigError("algorithm", name, f"no such algorithm; {meant}there is {', '.join(known)}")
     return _registered[name]
 
 

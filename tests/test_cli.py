@@ -16,6 +16,7 @@ import yaml
 
 from rlhf_ray import cli
 from rlhf_ray.algorithms.ppo import PPOConfig
+from rlhf_ray.config import AlgorithmConfig
 from rlhf_ray.errors import ConfigError, DataError, LearnerError, RewardError
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.completions import CompletionsReporter
@@ -323,6 +324,21 @@ def test_config_prints_yaml_that_makes_the_same_config(capsys: pytest.CaptureFix
     assert len(schedule) == len(expected.schedule().rows())
     assert all(value in text for _, value in expected.schedule().rows())
     assert max(len(line) for line in schedule) <= 80
+
+
+@pytest.mark.parametrize("where", ["config", "doctor", "train", "evaluate", "launch local"])
+def test_the_algorithm_is_named_on_the_command_line_as_in_a_file(
+    where: str, algorithm: type[FakeAlgorithm], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("conf.yaml").write_text("training: {iterations: 1}\n")
+    read: list[str] = []
+    # Each command ends where it checks the settings that it has read.
+    monkeypatch.setattr(AlgorithmConfig, "validate", lambda self: read.append(self.algorithm_name) or sys.exit(0))
+    monkeypatch.setattr(AlgorithmConfig, "build_algo", lambda self: self.validate())
+    cli.main([*where.split(), "conf.yaml", "algorithm=GRPO"])
+    assert read == ["GRPO"]
+    assert cli.main([*where.split(), "conf.yaml", "algorithm=GRPPO"]) == 2
+    assert "error: algorithm = 'GRPPO': no such algorithm; there is CISPO" in capsys.readouterr().err
 
 
 def test_config_shows_what_comes_from_the_preset_and_leaves_it_when_a_model_is_put_in(

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 import yaml
 
-from rlhf_ray import AlgorithmConfig, ConfigError, PPOConfig
+from rlhf_ray import AlgorithmConfig, ConfigError, GRPOConfig, PPOConfig
 from rlhf_ray.setting_names import OTHER_NAMES
 from rlhf_ray.settings import Settings
 from rlhf_ray.validation import section_types, setting_types
@@ -408,7 +408,7 @@ def test_the_hint_for_another_librarys_name_is_the_same_in_every_section(section
 
 
 @pytest.mark.parametrize("section", section_types())
-@pytest.mark.parametrize("name", ["vf_share_layers", "sequence_length", "num_heads", "observation_filter"])
+@pytest.mark.parametrize("name", ["vf_share_layers", "sequence_length", "attention_heads", "observation_filter"])
 def test_what_only_looks_alike_is_not_suggested(section: str, name: str) -> None:
     error = error_of(lambda: PPOConfig.from_dict({f"{section}.{name}": 1}))
     assert error.remedy.startswith(f"no such setting; {section} has ")
@@ -507,7 +507,7 @@ def test_yaml_with_empty_sections_or_nothing_is_the_defaults(tmp_path: Path) -> 
         ("training: {}\ndata: {}\ntraining: {lr: 1}\n", "config", "line 3, column 1: training is given twice"),
         ("data: {split: 2024-13-45}\n", "config", "not valid YAML"),
         ("model: {path: None}\n", "model.path", "or null"),
-        ("data: {prompt_column: yes}\n", "data.prompt_column", "in quotes"),
+        ("data: {prompt_column: true}\n", "data.prompt_column", "in quotes"),
         ("algorithm: GRPOO\n", "algorithm", "no such algorithm"),
         ("algorithm: [PPO]\n", "algorithm", "no such algorithm"),
     ],
@@ -606,6 +606,38 @@ def test_a_hash_that_begins_no_comment_is_text(written: str, template: str) -> N
     settings = PPOConfig().apply_overrides([f"data.prompt_template={written}"]).settings
 
     assert settings.data.prompt_template == template
+
+
+def test_an_override_may_name_the_algorithm_that_the_config_is_of() -> None:
+    config = GRPOConfig().apply_overrides(["algorithm=GRPO", "training.lr=1e-5"])
+    assert config == GRPOConfig().training(lr=1e-5)
+    error = error_of(lambda: GRPOConfig().apply_overrides(["algorithm=PPO"]))
+    assert (error.field, error.value) == ("algorithm", "PPO")
+    assert error.remedy == "this is a config of GRPO; start from PPOConfig()"
+
+
+def test_an_algorithm_takes_the_place_of_the_files() -> None:
+    text = "algorithm: PPO\ntraining: {lr: 1e-5, kl_coef: 0.0}\n"
+    assert AlgorithmConfig.from_yaml(text, algorithm="GRPO") == GRPOConfig().training(lr=1e-5, kl_coef=0.0)
+    changed = GRPOConfig().training(kl_coef=0.5)
+    assert AlgorithmConfig.from_yaml(changed.to_yaml(), algorithm="GRPO") == changed
+
+
+@pytest.mark.parametrize("pair", [("PPO", "GRPO"), ("GRPO", "PPO"), ("GRPO", "DAPO"), ("PPO", "ReMax")])
+def test_a_file_that_holds_all_of_another_algorithm_is_not_renamed(pair: tuple[str, str]) -> None:
+    text = AlgorithmConfig.from_dict({"algorithm": pair[0]}).to_yaml()
+    error = error_of(lambda: AlgorithmConfig.from_yaml(text, algorithm=pair[1]))
+    assert (error.field, error.value) == ("algorithm", pair[1])
+    assert f"all else that makes up {pair[0]}; leave out its lines of " in error.remedy
+    assert "training.advantage" in error.remedy
+
+
+@pytest.mark.parametrize("name", ["grpo", "GRPPO", "7"])
+def test_an_algorithm_that_does_not_exist_is_answered_with_those_there_are(name: str) -> None:
+    error = error_of(lambda: AlgorithmConfig.from_yaml("{}\n", algorithm=name))
+    assert (error.field, error.value) == ("algorithm", name)
+    assert ("did you mean GRPO?" in error.remedy) == (name == "grpo")
+    assert "there is CISPO, DAPO" in error.remedy
 
 
 def test_the_last_override_of_a_setting_wins() -> None:

@@ -493,9 +493,3 @@ def test_a_search_domain_of_ray_tune_passes_the_type_check_only() -> None:
 
     assert typed_value("training.lr", space) is space
     assert "tune.Tuner" in error_of({"training.lr": space}).remedy
-
-
-def test_a_bare_off_in_yaml_is_the_word() -> None:
-    assert typed_value("reporting.progress", False, from_text=True) == "off"
-    with pytest.raises(ConfigError, match=r"reporting\.progress"):
-        typed_value("reporting.progress", False)

@@ -93,9 +93,7 @@ def _convert(annotation: Any, value: Any, from_text: bool) -> Any:
     if origin in (Union, types.UnionType):
         return _convert_union(args, value, from_text)
     if origin is Literal:
-        # YAML 1.1 reads a bare `off` as false.
-        word = "off" if from_text and value is False else value
-        return _require(isinstance(word, str) and word in args, word)
+        return _require(isinstance(value, str) and value in args, value)
     if origin is list:
         items = _require(isinstance(value, (list, tuple)), value)
         return [_convert(args[0], item, from_text) for item in items]
