@@ -17,6 +17,7 @@ from rlhf_ray.algorithms.ray_session import RaySession
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.evaluation.evaluator import Evaluator
 from rlhf_ray.evaluation.held_out_sets import HeldOutSet, held_out_sets
+from rlhf_ray.hub import hub_lookup
 from rlhf_ray.learner.group import LearnerGroup
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
@@ -382,7 +383,8 @@ def _model_config(field: str, path: str, trust_remote_code: bool) -> PretrainedC
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with hub_lookup(path):
+            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(field, path, f"is no model folder or reachable hub id: {reason}") from error

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.doctor.check import Check, failed, passed
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.hub import hub_lookup
 from rlhf_ray.model_path import absolute_if_local, looks_local
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def check_model(
     try:
         # As the run itself names it: transformers takes ~ for the name of a folder.
         read_from = absolute_if_local(path)
-        config = AutoConfig.from_pretrained(read_from, trust_remote_code=trust_remote_code)
+        with hub_lookup(read_from):
+            config = AutoConfig.from_pretrained(read_from, trust_remote_code=trust_remote_code)
         num_parameters = count_parameters(read_from, config, trust_remote_code=trust_remote_code)
         if tokenizer_path is not None:
             load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)

@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.hub import hub_lookup
 from rlhf_ray.weight_sync.buckets import full_tensor
 
 if TYPE_CHECKING:
@@ -183,16 +184,17 @@ def _load(
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     kernel, *others = kernels
     try:
-        model, info = auto_class.from_pretrained(
-            path,
-            dtype=torch.float32,
-            attn_implementation=kernel,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            # Not to load them: the error that follows here names them, transformers' own points to its log.
-            ignore_mismatched_sizes=True,
-            **kwargs,
-        )
+        with hub_lookup(path):
+            model, info = auto_class.from_pretrained(
+                path,
+                dtype=torch.float32,
+                attn_implementation=kernel,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                # Not to load them: the error that follows here names them, transformers' own points to its log.
+                ignore_mismatched_sizes=True,
+                **kwargs,
+            )
     except (OSError, ValueError) as error:
         if others and isinstance(error, ValueError):  # Not every architecture has every kernel.
             return _load(auto_class, field, path, tuple(others), trust_remote_code, **kwargs)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.hub import hub_lookup
 from rlhf_ray.prompts.row_codec import Row, encode_rows
 from rlhf_ray.prompts.row_store import RowStore
 
@@ -67,7 +68,8 @@ class HubSource:
         import datasets
 
         try:
-            return datasets.load_dataset(self._path, self._subset, split=self._split)
+            with hub_lookup(self._path):
+                return datasets.load_dataset(self._path, self._subset, split=self._split)
         # No network, no such id, no access, no such subset or split, a broken file: each has a type of its own.
         except Exception as failure:
             call = f"datasets.load_dataset({self._path!r}, {self._subset!r}, split={self._split!r})"

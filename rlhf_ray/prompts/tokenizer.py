@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.hub import hub_lookup
 from rlhf_ray.model_path import looks_local
 
 if TYPE_CHECKING:
@@ -57,7 +58,10 @@ def _load(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with hub_lookup(path):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                path, trust_remote_code=trust_remote_code
+            )
     # A damaged file, an unknown class, a missing package and an unreachable hub each have a type of their own.
     except Exception as failure:
         remedy = f"no tokenizer could be loaded ({type(failure).__name__}: {_first_line(failure)}); {_REMEDY}"

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.hub import hub_environment, hub_lookup
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 
@@ -62,7 +63,8 @@ def eos_token_ids(model_path: str, config: PretrainedConfig) -> tuple[int, ...]:
     from transformers import GenerationConfig
 
     try:
-        eos = GenerationConfig.from_pretrained(model_path).eos_token_id
+        with hub_lookup(model_path):
+            eos = GenerationConfig.from_pretrained(model_path).eos_token_id
     except OSError:  # no generation_config.json: older or hand-made checkpoints
         eos = None
     if eos is None:
@@ -135,7 +137,7 @@ def engine_spec(
     arguments |= rollouts.engine_args
     return EngineSpec(
         engine_args=arguments,
-        env=_environment(rollouts, on_gpu=on_gpu),
+        env={**_environment(rollouts, on_gpu=on_gpu), **hub_environment(model_path, tokenizer_path)},
         eos_token_ids=eos_token_ids(model_path, config),
         weight_transfer=transfer,
         tensor_parallel_size=rollouts.tensor_parallel_size,

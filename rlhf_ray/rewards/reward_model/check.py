@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.hub import hub_lookup
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ def _config(reward: RewardModelReward, field: str) -> PretrainedConfig:
         reason = "is a file" if local.exists() else "no such folder"
         raise ConfigError(field, reward.path, f"{reason}; give the reward model's folder or a hub id")
     try:
-        return AutoConfig.from_pretrained(reward.path, trust_remote_code=reward.trust_remote_code)
+        with hub_lookup(reward.path):
+            return AutoConfig.from_pretrained(reward.path, trust_remote_code=reward.trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ConfigError(field, reward.path, f"is no model folder or reachable hub id: {reason}") from error

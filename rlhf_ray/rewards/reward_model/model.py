@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.hub import hub_lookup
 from rlhf_ray.rewards.reward_model.check import context_length, label_index, reward_tokenizer
 from rlhf_ray.rewards.reward_model.padding import batches, unused_token_id
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
@@ -133,12 +134,13 @@ def _load(reward: RewardModelReward, device: str) -> PreTrainedModel:
     if dtype == "auto":
         dtype = "float32" if device == "cpu" else "bfloat16"
     try:
-        model, loading = AutoModelForSequenceClassification.from_pretrained(
-            reward.path,
-            dtype=getattr(torch, dtype),
-            trust_remote_code=reward.trust_remote_code,
-            output_loading_info=True,
-        )
+        with hub_lookup(reward.path):
+            model, loading = AutoModelForSequenceClassification.from_pretrained(
+                reward.path,
+                dtype=getattr(torch, dtype),
+                trust_remote_code=reward.trust_remote_code,
+                output_loading_info=True,
+            )
     # A damaged file, an unknown class and an unreachable hub each have a type of their own.
     except Exception as error:
         reason = next(iter(str(error).strip().splitlines()), "")
