@@ -24,7 +24,7 @@ _OF_THIS: Final[Mapping[str, tuple[str, ...]]] = {
     "training.lr_warmup_steps (in optimizer steps, not a share of the run)": ("lr_warmup_steps_ratio", "warmup_ratio"),
     "training.adam_betas": ("betas",),
     "training.max_grad_norm": ("grad_clip",),
-    "training.iterations (of the run: prompts x epochs / data.batch_size)": ("num_train_epochs", "total_epochs"),
+    "training.iterations (of the run: epochs x rows / data.batch_size)": ("num_train_epochs", "total_epochs"),
     "training.iterations (each makes training.num_epochs x training.num_minibatches optimizer steps)": (
         "max_steps",
         "total_training_steps",
@@ -74,7 +74,7 @@ _OF_THIS: Final[Mapping[str, tuple[str, ...]]] = {
     "data.split": ("dataset_split", "dataset_train_split"),
     "data.subset": ("dataset_config",),
     "data.batch_size": ("rollout_batch_size",),
-    "data.batch_size (prompts of an iteration; each has rollouts.group_size completions)": (
+    "data.batch_size (prompts per iteration; each has rollouts.group_size completions)": (
         "generation_batch_size",
         "train_batch_size",
         "train_batch_size_per_learner",
@@ -186,5 +186,6 @@ def _near(name: str, names: Iterable[str]) -> list[str]:
 
 def _called(name: str) -> list[str]:
     """The settings of any section with this very name, or what another library's name stands for."""
+    name = name.rpartition(".")[2]  # Theirs are nested deeper.
     same = [f"{section}.{name}" for section, names in setting_names().items() if name in names]
     return same or ([OTHER_NAMES[name]] if name in OTHER_NAMES else [])

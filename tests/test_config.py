@@ -279,7 +279,7 @@ UNKNOWN: list[tuple[str, str, str]] = [
     (
         "training",
         "train_batch_size",
-        "did you mean data.batch_size (prompts of an iteration; each has rollouts.group_size completions)?",
+        "did you mean data.batch_size (prompts per iteration; each has rollouts.group_size completions)?",
     ),
     ("training", "minibatch_size", "did you mean training.num_minibatches (their number in a pass, not their size)?"),
     ("rewards", "normalise", "did you mean rewards.normalize?"),
@@ -322,6 +322,7 @@ def test_an_unknown_setting_names_the_nearest_by_every_way_in(section: str, name
         ("learner.lr", "did you mean training.lr?"),
         ("rollout.temperature", "did you mean rollouts.temperature?"),
         ("algorithm.gamma", "did you mean training.gamma?"),
+        ("actor_rollout_ref.actor.optim.lr", "did you mean training.lr?"),
         ("critic.optim", "did you mean training.critic_lr and model.critic_path?"),
         ("env_runners.num_envs", "did you mean rollouts (vLLM replicas sample completions)?"),
         ("environment", "did you mean data and rewards"),
