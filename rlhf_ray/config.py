@@ -87,14 +87,16 @@ class AlgorithmConfig:
         self._settings = self._resolved(self._given)
         self._frozen = False
 
-    def __getattr__(self, name: str) -> Any:
-        raise missing_attribute(type(self).__name__, name)
+    if not TYPE_CHECKING:  # A type checker would take every attribute for one that exists.
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # A subclass without slots takes any attribute; one that is named like a setting would change nothing.
-        if name in section_types() or name in OTHER_NAMES or any(name in names for names in setting_names().values()):
+        def __getattr__(self, name: str) -> Any:
             raise missing_attribute(type(self).__name__, name)
-        super().__setattr__(name, value)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # A subclass without slots takes any attribute; one that is named like a setting would change nothing.
+            if name in {*section_types(), *OTHER_NAMES}.union(*setting_names().values()):
+                raise missing_attribute(type(self).__name__, name)
+            super().__setattr__(name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -35,7 +35,7 @@ def test_defaults_are_valid_and_are_the_quickstart() -> None:
 
 def test_a_setting_that_does_not_exist_cannot_be_assigned() -> None:
     with pytest.raises(AttributeError):
-        PPOConfig().lr = 1e-5
+        PPOConfig().lr = 1e-5  # type: ignore[attr-defined]
     with pytest.raises(AttributeError):
         PPOConfig().training = {"lr": 1e-5}  # type: ignore[assignment,method-assign]
 
