@@ -21,4 +21,7 @@ def complete_export(folder: Path, settings: Settings, inputs: Inputs) -> None:
     written = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     # A stop token of the run, such as the end of a turn, ends a completion when the model is served, too.
     ends = [*dict.fromkeys([*inputs.eos_token_ids, *settings.rollouts.stop_token_ids])]
-    file.write_text(json.dumps(written | {"eos_token_id": ends[0] if len(ends) == 1 else ends}, indent=2) + "\n")
+    if written.get("eos_token_id") not in (ends, ends[0] if len(ends) == 1 else None):
+        # transformers replaces a file that says it was made from the model's config by what that config says.
+        changed = written | {"eos_token_id": ends, "_from_model_config": False}
+        file.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")
