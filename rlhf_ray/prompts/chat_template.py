@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ def read_chat_template(given: str | None, field: str = "data.chat_template") -> 
     return text
 
 
+@functools.lru_cache(maxsize=8)
 def template_variables(template: str) -> frozenset[str]:
     """Names that a template reads and does not set itself."""
     import jinja2.meta

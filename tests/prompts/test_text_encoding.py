@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.prompts.text_encoding import special_tokens_around, text_flaw, with_special_tokens
@@ -36,6 +36,13 @@ def test_what_is_added_around_a_text(single: str, around: tuple[list[int], list[
     assert special_tokens_around(tokenizer_) == around
     bare = tokenizer_(text, add_special_tokens=False)["input_ids"]
     assert with_special_tokens(bare, *around) == tokenizer_(text)["input_ids"]
+
+
+def test_tokenizers_of_other_kinds() -> None:
+    assert special_tokens_around(ByT5Tokenizer()) == ([], [1])  # Written in Python.
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "\u2581a": 3, "\u2581": 4, "a": 5}
+    llama = LlamaTokenizer(vocab=vocabulary, merges=[("\u2581", "a")], add_bos_token=True, add_eos_token=True)
+    assert special_tokens_around(llama) == ([1], [2])
 
 
 def test_special_tokens_come_once() -> None:
