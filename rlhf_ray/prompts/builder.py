@@ -315,11 +315,12 @@ class PromptBuilder:
     def _no_template(self, row: NumberedRow) -> Problem:
         missing = f"the tokenizer at {self.tokenizer_name} has no chat template"
         if isinstance(row.row[self.column], str):
-            remedy = f"{missing}; leave data.as_chat out, or name a model with a chat template in model.path"
+            remedy = f"{missing}; leave data.as_chat out, or give data.chat_template"
             return ConfigError("data.as_chat", True, remedy)
         return DataError(
             f"{self._where(row)}: column {self.column!r} holds chats, but {missing}; name a column of strings in "
-            "data.prompt_column, or a model with a chat template (most instruct models have one) in model.path"
+            "data.prompt_column, a model with a chat template (most instruct models have one) in model.path, or a "
+            "template in data.chat_template"
         )
 
     def _where(self, row: NumberedRow) -> str:
