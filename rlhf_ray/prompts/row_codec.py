@@ -44,8 +44,9 @@ def arrow_rows(table: pa.Table | pa.RecordBatch) -> list[Row]:
     """Return an Arrow table's rows in plain Python, as a JSON file would have given them.
 
     Arrow gives every record of a nested column the keys of all of them, null where a record has none, and cannot tell
-    such a null from one that was written. All of them are left out, at every depth below the columns; the null of a
-    whole column, and of a list's item, is kept. Values that Arrow holds as JSON text are parsed.
+    such a null from one that was written. All of them are left out, at every depth below the columns. Kept are the null
+    of a whole column, of a list's item, and of a key without a value in any record, which no padding explains, unless
+    it is in a chat message. Values that Arrow holds as JSON text are parsed.
     """
     import pyarrow as pa
 
@@ -56,7 +57,7 @@ def arrow_rows(table: pa.Table | pa.RecordBatch) -> list[Row]:
     return rows
 
 
-def _value(value: Any, kind: pa.DataType) -> Any:
+def _value(value: Any, kind: pa.DataType, *, in_message: bool = False) -> Any:
     import pyarrow as pa
 
     if value is None:
@@ -64,12 +65,16 @@ def _value(value: Any, kind: pa.DataType) -> Any:
     if isinstance(kind, pa.BaseExtensionType):
         return json.loads(value) if kind.extension_name == "arrow.json" else _without_arrays(value)
     if pa.types.is_struct(kind):
-        items = ((field.name, _value(value[field.name], field.type)) for field in kind)
-        return {name: item for name, item in items if item is not None}
+        in_message = in_message or kind.get_field_index("role") >= 0
+        return {
+            field.name: _value(value[field.name], field.type, in_message=in_message)
+            for field in kind
+            if value[field.name] is not None or (pa.types.is_null(field.type) and not in_message)
+        }
     if pa.types.is_map(kind):
-        return {key: _value(item, kind.item_type) for key, item in value}
+        return {key: _value(item, kind.item_type, in_message=in_message) for key, item in value}
     if isinstance(value, list):
-        return [_value(item, kind.value_type) for item in value]
+        return [_value(item, kind.value_type, in_message=in_message) for item in value]
     return value
 
 

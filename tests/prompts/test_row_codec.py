@@ -34,6 +34,14 @@ def test_arrow_pads_nested_values_alone() -> None:
     assert [row for batch in table.to_batches(max_chunksize=1) for row in arrow_rows(batch)] == rows
 
 
+def test_a_key_without_any_value_is_no_padding_unless_it_is_in_a_message() -> None:
+    call = {"function": {"name": "f", "arguments": {"a": 1, "b": None}}}
+    chat = [{"role": "assistant", "content": "", "tool_calls": [call]}]
+    [row] = arrow_rows(pa.Table.from_pylist([{"prompt": chat, "meta": {"a": [{"s": None}]}}]))
+    assert row["meta"] == {"a": [{"s": None}]}
+    assert row["prompt"][0]["tool_calls"] == [{"function": {"name": "f", "arguments": {"a": 1}}}]
+
+
 def test_what_arrow_holds_as_text_or_pairs_is_what_it_stands_for() -> None:
     written = [{"a": 1, "b": None}, "x", None]
     as_json = pa.array([json.dumps(value) for value in written[:2]] + [None], pa.json_())
