@@ -178,12 +178,12 @@ class PromptBuilder:
         if self.as_chat:
             return [*self._system_messages(), {"role": "user", "content": text}]
         for name in ("system_prompt", "chat_template", "chat_template_kwargs"):
-            if value := getattr(self, name):
+            if given := getattr(self, name):
                 remedy = (
                     f"it is for chats alone, and column {self.column!r} of {self.source_name} holds strings; set "
                     "data.as_chat to wrap them, or leave it out (data.prompt_template goes around strings)"
                 )
-                raise ConfigError(f"data.{name}", value, remedy)
+                raise ConfigError(f"data.{name}", given, remedy)
         if row.row.get(_ARGUMENTS_COLUMN) is not None:
             raise DataError(
                 f"{self._where(row)}: column {_ARGUMENTS_COLUMN!r} holds arguments of a chat template, and the prompt "

@@ -16,7 +16,7 @@ from rlhf_ray.types import Prompt
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_source", "tell_choices"]
+__all__ = ["check_source", "log_choices"]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def check_source(source: PromptSource, builder: PromptBuilder, tokenizer: PreTra
     return [outcome for outcome in outcomes if isinstance(outcome, Prompt)]
 
 
-def tell_choices(
+def log_choices(
     prompts: Sequence[Prompt],
     builder: PromptBuilder,
     tokenizer: PreTrainedTokenizerBase,
@@ -65,7 +65,7 @@ def tell_choices(
     """
     texts = [prompt.text for prompt in prompts if isinstance(prompt.text, str)]
     if texts:
-        _tell_special_tokens(texts, builder.source_name, tokenizer)
+        _log_special_tokens(texts, builder.source_name, tokenizer)
     chats = [prompt.text for prompt in prompts if isinstance(prompt.text, list)]
     unfinished = sum(chat[-1]["role"] == "assistant" for chat in chats)
     if unfinished and builder.final_assistant is None:
@@ -88,7 +88,7 @@ def tell_choices(
             )
 
 
-def _tell_special_tokens(texts: Sequence[str], source_name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def _log_special_tokens(texts: Sequence[str], source_name: str, tokenizer: PreTrainedTokenizerBase) -> None:
     before, after = special_tokens_around(tokenizer)
     own = sum(text.startswith(tokenizer.decode(before[:1])) for text in texts) if before else 0
     if not (own or after):

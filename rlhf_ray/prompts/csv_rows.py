@@ -84,6 +84,6 @@ def typed_rows(rows: Iterable[Row], name: str, csv_types: Mapping[str, str]) -> 
             except (ValueError, KeyError):
                 raise DataError(
                     f"{name}, row {index} (from 0): column {column!r} holds {text!r:.80}, which is no {type_name}; "
-                    "mend it, or leave the column out of data.csv_types"
+                    "fix it, or leave the column out of data.csv_types"
                 ) from None
         yield row

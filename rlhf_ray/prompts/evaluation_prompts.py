@@ -6,7 +6,7 @@ import logging
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Overlong, PromptBuilder
-from rlhf_ray.prompts.check import check_source, tell_choices
+from rlhf_ray.prompts.check import check_source, log_choices
 from rlhf_ray.prompts.order import PromptOrder
 from rlhf_ray.prompts.reader import PromptReader
 from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
@@ -36,7 +36,7 @@ def check_prompts(
     """
     source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
-    tell_choices(check_source(source, builder, tokenizer), builder, tokenizer)
+    log_choices(check_source(source, builder, tokenizer), builder, tokenizer)
 
 
 def load_prompts(

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
-from rlhf_ray.prompts.check import check_source, tell_choices
+from rlhf_ray.prompts.check import check_source, log_choices
 from rlhf_ray.prompts.order import PromptOrder, PromptPosition
 from rlhf_ray.prompts.reader import PromptReader
 from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
@@ -89,7 +89,7 @@ class PromptStream(Iterator[Prompt]):
         """
         tokenizer = load_tokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code)
         prompts = check_source(self._source, self._builder, tokenizer)
-        tell_choices(prompts, self._builder, tokenizer, stop_token_ids=stop_token_ids)
+        log_choices(prompts, self._builder, tokenizer, stop_token_ids=stop_token_ids)
 
     def open(self) -> None:
         """Read the dataset into Ray's object store; the first prompt does it where this was not called.

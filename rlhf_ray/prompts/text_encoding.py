@@ -53,5 +53,5 @@ def text_flaw(text: str) -> str | None:
         text.encode("utf-8")
     except UnicodeEncodeError as failure:
         half = text[failure.start]
-        return f"holds a lone surrogate, {half!r}, half of a character that was cut in two; mend the text"
+        return f"holds a lone surrogate, {half!r}, half of a character that was cut in two; fix the text"
     return None

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import PromptBuilder
-from rlhf_ray.prompts.check import check_source, tell_choices
+from rlhf_ray.prompts.check import check_source, log_choices
 from rlhf_ray.prompts.row_codec import Row
 from rlhf_ray.prompts.row_store import RowStore
 from rlhf_ray.prompts.tokenizer import load_tokenizer
@@ -41,7 +41,7 @@ def told(tokenizer_path: str, *rows: Row, stop_token_ids: set[int] | None = None
     builder = PromptBuilder.from_settings(
         DataSettings(**settings), source_name="data.jsonl", max_prompt_tokens=99, tokenizer_name=tokenizer_path
     )
-    tell_choices(check_source(Rows(*rows), builder, tokenizer), builder, tokenizer, stop_token_ids=stop_token_ids)
+    log_choices(check_source(Rows(*rows), builder, tokenizer), builder, tokenizer, stop_token_ids=stop_token_ids)
 
 
 def test_good_rows_pass(tokenizer_path: str) -> None:
