@@ -101,6 +101,7 @@ def raw_generation(folder: Path) -> None:
         model_path=str(folder / "policy"),
         tokenizer_path=str(folder / "policy"),
         config=inputs.model_config,
+        eos_token_ids=inputs.eos_token_ids,
         prompt_tokens=inputs.max_prompt_tokens,
         groups_in_flight=settings.data.batch_size,
         seed=0,

@@ -90,13 +90,27 @@ class DataSettings:
     split: str = setting("train", "split of a hub dataset")
     eval_path: Any = setting(
         None,
-        "held-out dataset, as path; or several by name: {name: path}, or {name: {path: ..., split: ..., subset: ..., prompt_column: ..., prompt_template: ..., system_prompt: ..., as_chat: ...}} where they differ from this section",
+        "held-out dataset, as path; or several by name: {name: path}, or {name: {path: ..., split: ..., ...}} where they differ from this section in split, subset, csv_types, prompt_column, prompt_template, system_prompt, as_chat, chat_template, chat_template_kwargs or final_assistant",
     )
     eval_split: str = setting("test", "split of a hub dataset used as eval_path")
+    csv_types: dict[str, Any] = setting(
+        {}, "columns of CSV files that are not text: {column: int, float or bool}; an empty cell of theirs is None"
+    )
     prompt_column: str = setting("prompt", "column with the prompt: a string or a chat list of role and content")
     prompt_template: str | None = setting(None, "text around a string prompt, with {prompt} where it goes")
     system_prompt: str | None = setting(None, "system message put before a chat")
     as_chat: bool = setting(False, "wrap a string prompt as a user message and apply the chat template")
+    chat_template: str | None = setting(
+        None, "Jinja template of chats, as a file or as text; it goes into exported models; unset: the tokenizer's"
+    )
+    chat_template_kwargs: dict[str, Any] = setting(
+        {},
+        "arguments of the chat template, such as {enable_thinking: false}; a column of this name replaces single ones for its row",
+    )
+    final_assistant: Literal["continue", "drop"] | None = setting(
+        None,
+        "a chat that ends in an assistant message: continue lets the completion continue that message, drop takes it for the dataset's answer and leaves it out; unset: continue, with a warning",
+    )
     batch_size: int = setting(
         128,
         "prompts per iteration",

@@ -31,7 +31,8 @@ __all__ = [
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
-ChatMessage: TypeAlias = dict[str, str]
+ChatMessage: TypeAlias = dict[str, Any]
+"""``role`` and ``content``, both strings, and what else the chat template reads, such as ``tool_calls``."""
 PromptText: TypeAlias = str | list[ChatMessage]
 
 
@@ -44,7 +45,8 @@ class Prompt:
     token_ids: Int32Array
     """``[P]``, as the engine reads them."""
     text: PromptText
-    """The row's prompt as given to the reward: a string or a chat list."""
+    """The row's prompt as given to the reward: a string or a chat list. A chat whose last message is the assistant's is
+    continued by the completion, which holds only what was sampled."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
 

@@ -185,6 +185,18 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({**GSM8K, "data.eval_path": {"a": 3}}, "data.eval_path.a", "a hub id"),
     ({**GSM8K, "data.eval_path": {"a": {"path": "a.jsonl", "as_chat": "y"}}}, "data.eval_path.a.as_chat", "True or Fa"),
     ({**GSM8K, "data.eval_path": {"a b": "a.jsonl"}}, "data.eval_path", "letters, digits"),
+    ({**GSM8K, "data.csv_types": {"n": "number"}}, "data.csv_types.n", "one of int, float, bool"),
+    ({**GSM8K, "data.csv_types": {"n": ["int"]}}, "data.csv_types.n", "one of int, float, bool"),
+    (
+        {**GSM8K, "data.eval_path": {"a": {"path": "a.csv", "csv_types": {"n": "text"}}}},
+        "data.eval_path.a.csv_types.n",
+        "the others are text",
+    ),
+    (
+        {**GSM8K, "data.eval_path": {"a": {"path": "a.csv", "final_assistant": "keep"}}},
+        "data.eval_path.a.final_assistant",
+        "'continue', 'drop'",
+    ),
     (
         {
             **GSM8K,
@@ -298,6 +310,7 @@ POSSIBLE: list[dict[str, Any]] = [
     {**GSM8K, "data.eval_path": "test.jsonl", "evaluation.interval": 5},
     {**GSM8K, "data.path": ["a.jsonl", Path("b.jsonl")]},
     {**GSM8K, "data.prompt_template": "Q: {prompt}\nA:"},
+    {**GSM8K, "data.csv_types": {"n": "int", "x": "float", "flag": "bool"}},
     {"evaluation.interval": 10},
     {"evaluation.samples_per_prompt": 8, "evaluation.temperature": 0.6, "evaluation.top_p": 0.95},
     {"evaluation.at_start": True, "evaluation.at_end": True},

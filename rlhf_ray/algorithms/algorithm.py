@@ -291,14 +291,13 @@ class Algorithm(Trainable):  # type: ignore[misc]
 
     def export_hf(self, path: str | os.PathLike[str]) -> Path:
         """Write the policy, and the critic under ``critic/``, as folders that transformers and vLLM load."""
-        from rlhf_ray.prompts.tokenizer import load_tokenizer
+        from rlhf_ray.algorithms.exported_folder import complete_export
 
         self._finish_update()
         folder = Path(path).expanduser().absolute()
         folder.mkdir(parents=True, exist_ok=True)
         self._running().learners.export(str(folder))
-        trust = self.settings.model.trust_remote_code
-        load_tokenizer(self._inputs.tokenizer_path, trust_remote_code=trust).save_pretrained(folder)
+        complete_export(folder, self.settings, self._inputs)
         return folder
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:

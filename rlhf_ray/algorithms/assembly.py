@@ -37,7 +37,7 @@ from rlhf_ray.rewards.stage import RewardStage, reward_stage
 from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
-from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
+from rlhf_ray.rollouts.engine_spec import engine_spec, eos_token_ids, max_prompt_tokens
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
@@ -66,6 +66,8 @@ class Inputs:
     loss: Plugin
     tokenizer_path: str
     model_config: PretrainedConfig
+    eos_token_ids: tuple[int, ...]
+    """What ends a completion, besides ``rollouts.stop_token_ids``."""
     max_prompt_tokens: int
     prompts: PromptStream
 
@@ -115,10 +117,12 @@ def check_inputs(settings: Settings) -> Inputs:
     check_loss(loss, settings)
     if settings.learners.compile_backend is not None:
         check_compile_backend(settings.learners.compile_backend)
-    load_tokenizer(tokenizer_path, trust_remote_code=trust)
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust)
     config = _model_config("model.path", policy_path, trust)
     if critic_path is not None:
         _model_config("model.critic_path", critic_path, trust)
+    stops = settings.rollouts.stop_token_ids
+    eos = eos_token_ids(policy_path, config, tokenizer, stop_token_ids=stops)
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
 
     prompts = PromptStream(
@@ -128,7 +132,8 @@ def check_inputs(settings: Settings) -> Inputs:
         seed=settings.debugging.seed,
         trust_remote_code=trust,
     )
-    prompts.check()
+    # A stop string may be the end of a turn; only token ids can be compared.
+    prompts.check(stop_token_ids=None if settings.rollouts.stop else {*eos, *stops})
     for held_out in held_out_sets(settings.data):
         check_prompts(
             held_out.data,
@@ -144,6 +149,7 @@ def check_inputs(settings: Settings) -> Inputs:
         loss=loss,
         tokenizer_path=tokenizer_path,
         model_config=config,
+        eos_token_ids=eos,
         max_prompt_tokens=prompt_tokens,
         prompts=prompts,
     )
@@ -344,6 +350,7 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
         model_path=inputs.policy_path,
         tokenizer_path=inputs.tokenizer_path,
         config=inputs.model_config,
+        eos_token_ids=inputs.eos_token_ids,
         prompt_tokens=inputs.max_prompt_tokens,
         groups_in_flight=max_concurrent_groups(settings),
         seed=settings.debugging.seed,

@@ -172,6 +172,7 @@ def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tup
         model_path=policy.path,
         tokenizer_path=absolute_if_local(settings.model.tokenizer_path or policy.path),
         config=policy.config,
+        eos_token_ids=(),  # The engine is asked for a fixed number of tokens.
         prompt_tokens=prompt_tokens,
         groups_in_flight=max_concurrent_groups(settings),
         seed=settings.debugging.seed,

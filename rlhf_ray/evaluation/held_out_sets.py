@@ -13,7 +13,18 @@ from rlhf_ray.settings import DataSettings
 
 __all__ = ["SET_SETTINGS", "HeldOutSet", "held_out_sets"]
 
-SET_SETTINGS: Final = ("split", "subset", "prompt_column", "prompt_template", "system_prompt", "as_chat")
+SET_SETTINGS: Final = (
+    "split",
+    "subset",
+    "csv_types",
+    "prompt_column",
+    "prompt_template",
+    "system_prompt",
+    "as_chat",
+    "chat_template",
+    "chat_template_kwargs",
+    "final_assistant",
+)
 """What a set may have otherwise than the ``data`` section, beside its path."""
 
 _FIELD: Final = "data.eval_path"

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.prompts.chat_template import read_chat_template, template_variables
 from rlhf_ray.prompts.row_codec import Row
+from rlhf_ray.prompts.text_encoding import special_tokens_around, text_flaw, with_special_tokens
 from rlhf_ray.settings import DataSettings
 from rlhf_ray.types import ChatMessage, Prompt, PromptText
 
@@ -21,6 +23,10 @@ __all__ = ["NumberedRow", "Outcome", "Overlong", "PromptBuilder"]
 
 # Names by which a reward function already receives the prompts and completions.
 _REWARD_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
+
+# The column with a row's own arguments of the chat template, and the arguments that are not for the user to set.
+_ARGUMENTS_COLUMN = "chat_template_kwargs"
+_OWN_ARGUMENTS = frozenset({"messages", "add_generation_prompt"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +61,10 @@ class PromptBuilder:
     template: str | None
     system_prompt: str | None
     as_chat: bool
+    chat_template: str | None
+    """The text of a template in place of the tokenizer's."""
+    chat_template_kwargs: Mapping[str, Any]
+    final_assistant: Literal["continue", "drop"] | None
     overlong_prompts: Literal["drop", "error"]
     max_prompt_tokens: int
     tokenizer_name: str
@@ -72,7 +82,7 @@ class PromptBuilder:
         """Take what concerns a single row from the settings.
 
         Raises:
-            ConfigError: ``data.prompt_template`` has no place for the prompt.
+            ConfigError: ``data.prompt_template`` has no place for the prompt, or ``data.chat_template`` is none.
         """
         template = settings.prompt_template
         if template is not None and "{prompt}" not in template:
@@ -83,13 +93,16 @@ class PromptBuilder:
             template=template,
             system_prompt=settings.system_prompt,
             as_chat=settings.as_chat,
+            chat_template=read_chat_template(settings.chat_template),
+            chat_template_kwargs=settings.chat_template_kwargs,
+            final_assistant=settings.final_assistant,
             overlong_prompts=settings.overlong_prompts,
             max_prompt_tokens=max_prompt_tokens,
             tokenizer_name=tokenizer_name,
         )
 
     def build(self, rows: Sequence[NumberedRow], tokenizer: PreTrainedTokenizerBase) -> list[Outcome]:
-        """Turn rows into prompts, tokenised a batch at a time.
+        """Turn rows into prompts, tokenized a batch at a time.
 
         Args:
             rows: ``[N]``.
@@ -99,7 +112,8 @@ class PromptBuilder:
             ``[N]``, in the same order: a prompt, or the error that says what is wrong with the row.
         """
         texts = [self._text(row) for row in rows]
-        encoded = self._encode(tokenizer, rows, texts)
+        rendered = [self._rendered(tokenizer, row, text) for row, text in zip(rows, texts, strict=True)]
+        encoded = self._encode(tokenizer, rows, texts, rendered)
         return [self._outcome(row, text, ids) for row, text, ids in zip(rows, texts, encoded, strict=True)]
 
     def _outcome(self, row: NumberedRow, text: PromptText | Problem, token_ids: list[int] | Problem) -> Outcome:
@@ -140,7 +154,7 @@ class PromptBuilder:
             self._check_columns(row)
             value = row.row[self.column]
             if isinstance(value, str):
-                return self._from_string(value)
+                return self._from_string(row, value)
             return self._from_chat(row, value)
         except (DataError, ConfigError) as problem:
             return problem
@@ -158,17 +172,23 @@ class PromptBuilder:
                 f"{clashes[0]!r}, so no column can be called that; rename it"
             )
 
-    def _from_string(self, value: str) -> PromptText:
+    def _from_string(self, row: NumberedRow, value: str) -> PromptText:
         # replace() and not format(): a template may hold other braces, as in \boxed{}.
         text = value if self.template is None else self.template.replace("{prompt}", value)
         if self.as_chat:
             return [*self._system_messages(), {"role": "user", "content": text}]
-        if self.system_prompt is not None:
-            remedy = (
-                f"only a chat takes a system prompt, and column {self.column!r} of {self.source_name} holds strings; "
-                "set data.as_chat to wrap them, or put the text into data.prompt_template"
+        for name in ("system_prompt", "chat_template", "chat_template_kwargs"):
+            if given := getattr(self, name):
+                remedy = (
+                    f"it is for chats alone, and column {self.column!r} of {self.source_name} holds strings; set "
+                    "data.as_chat to wrap them, or leave it out (data.prompt_template goes around strings)"
+                )
+                raise ConfigError(f"data.{name}", given, remedy)
+        if row.row.get(_ARGUMENTS_COLUMN) is not None:
+            raise DataError(
+                f"{self._where(row)}: column {_ARGUMENTS_COLUMN!r} holds arguments of a chat template, and the prompt "
+                "is a string; set data.as_chat to wrap it, or rename the column"
             )
-            raise ConfigError("data.system_prompt", self.system_prompt, remedy)
         return text
 
     def _from_chat(self, row: NumberedRow, value: Any) -> PromptText:
@@ -182,6 +202,13 @@ class PromptBuilder:
             remedy = f"a template goes around strings, and column {self.column!r} of {self.source_name} holds chats"
             raise ConfigError("data.prompt_template", self.template, f"{remedy}; leave it out")
         messages = [self._message(row, message) for message in value]
+        if self.final_assistant == "drop":
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            if len(value) and not messages:
+                raise DataError(
+                    f"{self._where(row)}: the chat holds assistant messages alone, so none is left to answer"
+                )
         if self.system_prompt is not None and messages and messages[0]["role"] == "system":
             remedy = f"{self._where(row)} begins with a system message of its own; leave data.system_prompt out"
             raise ConfigError("data.system_prompt", self.system_prompt, remedy)
@@ -190,53 +217,110 @@ class PromptBuilder:
     def _message(self, row: NumberedRow, message: Any) -> ChatMessage:
         if not isinstance(message, Mapping):
             raise DataError(f"{self._where(row)}: a chat message is {message!r}; it must hold 'role' and 'content'")
+        # As OpenAI writes the calls of tools; templates take a null for something that is there.
+        content = {"content": ""} if message.get("tool_calls") and message.get("content") is None else {}
+        given = {key: value for key, value in message.items() if value is not None} | content
         for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                raise DataError(f"{self._where(row)}: {key!r} of a chat message is {message.get(key)!r}, not a string")
-        # Arrow gives every message the keys of all messages and fills them with null, which templates take for there.
-        return {key: value for key, value in message.items() if value is not None}
+            if not isinstance(given.get(key), str):
+                raise DataError(f"{self._where(row)}: {key!r} of a chat message is {given.get(key)!r}, not a string")
+        return given
 
     def _system_messages(self) -> list[ChatMessage]:
         return [] if self.system_prompt is None else [{"role": "system", "content": self.system_prompt}]
 
     # --- text -> token ids -----------------------------------------------------------------------------------------
 
-    def _encode(
-        self, tokenizer: PreTrainedTokenizerBase, rows: Sequence[NumberedRow], texts: Sequence[PromptText | Problem]
-    ) -> list[list[int] | Problem]:
-        strings = [text for text in texts if isinstance(text, str)]
-        # verbose=False: a prompt beyond the model's length is dropped or refused by the stream, which says so.
-        encoded = iter(tokenizer(strings, add_special_tokens=True, verbose=False)["input_ids"] if strings else ())
-        return [
-            next(encoded) if isinstance(text, str) else self._encode_chat(tokenizer, row, text)
-            for row, text in zip(rows, texts, strict=True)
-        ]
-
-    def _encode_chat(
-        self, tokenizer: PreTrainedTokenizerBase, row: NumberedRow, chat: list[ChatMessage] | Problem
-    ) -> list[int] | Problem:
-        if isinstance(chat, (DataError, ConfigError)):
-            return chat
-        if tokenizer.chat_template is None:
-            return self._no_template(row)
+    def _rendered(
+        self, tokenizer: PreTrainedTokenizerBase, row: NumberedRow, text: PromptText | Problem
+    ) -> str | Problem:
+        """What is tokenized: a string itself, or a chat as its template writes it."""
         try:
-            # One chat a call: a template refuses by raising, and its error must fall on the row that it is about.
-            token_ids: list[int] = tokenizer.apply_chat_template(
-                chat, add_generation_prompt=True, tokenize=True, return_dict=False, tokenizer_kwargs={"verbose": False}
+            rendered = self._render(tokenizer, row, text) if isinstance(text, list) else text
+        except (DataError, ConfigError) as problem:
+            return problem
+        if isinstance(rendered, str) and (flaw := text_flaw(rendered)):
+            return DataError(f"{self._where(row)}: the prompt in column {self.column!r} {flaw}")
+        return rendered
+
+    def _render(self, tokenizer: PreTrainedTokenizerBase, row: NumberedRow, chat: list[ChatMessage]) -> str:
+        arguments = self._template_arguments(tokenizer, row)
+        continued = bool(chat) and chat[-1]["role"] == "assistant"
+        if continued and chat[-1].get("tool_calls"):
+            raise DataError(
+                f"{self._where(row)}: the chat ends in calls of tools, which a completion cannot continue; set "
+                "data.final_assistant to 'drop'"
+            )
+        try:
+            rendered: str = tokenizer.apply_chat_template(
+                chat,
+                chat_template=self.chat_template,
+                add_generation_prompt=not continued,
+                continue_final_message=continued,
+                tokenize=False,
+                **arguments,
             )
         # A template is a program that came with the model: it may raise anything.
         except Exception as failure:
-            return DataError(f"{self._where(row)}: the tokenizer's chat template refused the prompt: {failure}")
-        return token_ids
+            whose = "the tokenizer's chat template" if self.chat_template is None else "data.chat_template"
+            raise DataError(f"{self._where(row)}: {whose} refused the prompt: {failure}") from failure
+        return rendered
+
+    def _template_arguments(self, tokenizer: PreTrainedTokenizerBase, row: NumberedRow) -> Mapping[str, Any]:
+        if tokenizer.chat_template is None and self.chat_template is None:
+            raise self._no_template(row)
+        own = row.row.get(_ARGUMENTS_COLUMN) if self.column != _ARGUMENTS_COLUMN else None
+        if own is not None and not isinstance(own, Mapping):
+            raise DataError(f"{self._where(row)}: {_ARGUMENTS_COLUMN!r} is {own!r:.80}, not a mapping of arguments")
+        arguments = {**self.chat_template_kwargs, **(own or {})}
+        if arguments:
+            template = tokenizer.get_chat_template(self.chat_template, tools=arguments.get("tools"))
+            known = template_variables(template) - _OWN_ARGUMENTS
+            for name in arguments.keys() - known:
+                remedy = f"the chat template does not read {name!r}; it reads {', '.join(sorted(known))}"
+                if own and name in own:
+                    raise DataError(f"{self._where(row)}: in column {_ARGUMENTS_COLUMN!r}, {remedy}")
+                raise ConfigError("data.chat_template_kwargs", dict(self.chat_template_kwargs), remedy)
+        return arguments
+
+    def _encode(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: Sequence[NumberedRow],
+        texts: Sequence[PromptText | Problem],
+        rendered: Sequence[str | Problem],
+    ) -> list[list[int] | Problem]:
+        bare = iter(self._tokenize(tokenizer, [text for text in rendered if isinstance(text, str)]))
+        # A template writes the special tokens of a chat itself.
+        before = special_tokens_around(tokenizer)[0] if any(isinstance(text, str) for text in texts) else []
+        encoded: list[list[int] | Problem] = []
+        for row, text, tokenized in zip(rows, texts, rendered, strict=True):
+            ids = next(bare) if isinstance(tokenized, str) else tokenized
+            if isinstance(ids, Exception) and not isinstance(ids, (DataError, ConfigError)):
+                ids = DataError(f"{self._where(row)}: the tokenizer refused the prompt: {ids}")
+            encoded.append(with_special_tokens(ids, before) if isinstance(ids, list) and isinstance(text, str) else ids)
+        return encoded
+
+    @staticmethod
+    def _tokenize(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int] | Exception]:
+        """Token ids without special tokens; where the tokenizer refuses a text, its error in their place."""
+        try:
+            # verbose=False: a prompt beyond the model's length is dropped or refused by the stream, which says so.
+            return list(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]) if texts else []
+        # What a tokenizer raises is its own affair; it must fall on the text that it is about, not on the batch.
+        except Exception as failure:
+            if len(texts) == 1:
+                return [failure]
+            return [ids for text in texts for ids in PromptBuilder._tokenize(tokenizer, [text])]
 
     def _no_template(self, row: NumberedRow) -> Problem:
         missing = f"the tokenizer at {self.tokenizer_name} has no chat template"
         if isinstance(row.row[self.column], str):
-            remedy = f"{missing}; leave data.as_chat out, or name a model with a chat template in model.path"
+            remedy = f"{missing}; leave data.as_chat out, or give data.chat_template"
             return ConfigError("data.as_chat", True, remedy)
         return DataError(
             f"{self._where(row)}: column {self.column!r} holds chats, but {missing}; name a column of strings in "
-            "data.prompt_column, or a model with a chat template (most instruct models have one) in model.path"
+            "data.prompt_column, a model with a chat template (most instruct models have one) in model.path, or a "
+            "template in data.chat_template"
         )
 
     def _where(self, row: NumberedRow) -> str:

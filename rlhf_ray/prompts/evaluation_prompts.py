@@ -6,7 +6,7 @@ import logging
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Overlong, PromptBuilder
-from rlhf_ray.prompts.check import check_source
+from rlhf_ray.prompts.check import check_source, log_choices
 from rlhf_ray.prompts.order import PromptOrder
 from rlhf_ray.prompts.reader import PromptReader
 from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
@@ -35,7 +35,8 @@ def check_prompts(
         DataError: The same, as far as the first rows show it.
     """
     source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens)
-    check_source(source, builder, load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code))
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
+    log_choices(check_source(source, builder, tokenizer), builder, tokenizer)
 
 
 def load_prompts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ray.data.datasource import FileBasedDatasource
@@ -28,13 +28,13 @@ class FileDatasource(FileBasedDatasource):  # type: ignore[misc] # Ray ships no 
     Args:
         paths: The files.
         file_format: Their format.
-        prompt_column: See :func:`file_rows`.
+        csv_types: See :func:`file_rows`.
     """
 
-    def __init__(self, paths: Sequence[str], *, file_format: FileFormat, prompt_column: str) -> None:
+    def __init__(self, paths: Sequence[str], *, file_format: FileFormat, csv_types: Mapping[str, str]) -> None:
         super().__init__(list(paths))
         self._file_format = file_format
-        self._prompt_column = prompt_column
+        self._csv_types = csv_types
 
     def _open_input_source(self, filesystem: Any, path: str, **open_args: Any) -> pa.NativeFile:
         if self._file_format == "parquet":
@@ -42,6 +42,6 @@ class FileDatasource(FileBasedDatasource):  # type: ignore[misc] # Ray ships no 
         return super()._open_input_source(filesystem, path, **open_args)
 
     def _read_stream(self, f: pa.NativeFile, path: str) -> Iterator[pa.Table]:
-        rows = file_rows(f, path, file_format=self._file_format, prompt_column=self._prompt_column)
+        rows = file_rows(f, path, file_format=self._file_format, csv_types=self._csv_types)
         while block := list(itertools.islice(rows, _ROWS_A_BLOCK)):
             yield encode_rows(block)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.prompts.csv_rows import csv_rows
 from rlhf_ray.prompts.json_rows import json_rows
-from rlhf_ray.prompts.row_codec import Row
+from rlhf_ray.prompts.row_codec import Row, arrow_rows
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -18,14 +19,16 @@ __all__ = ["FileFormat", "file_rows"]
 FileFormat: TypeAlias = Literal["json", "parquet", "csv"]
 
 
-def file_rows(stream: pa.NativeFile, name: str, *, file_format: FileFormat, prompt_column: str) -> Iterator[Row]:
+def file_rows(
+    stream: pa.NativeFile, name: str, *, file_format: FileFormat, csv_types: Mapping[str, str]
+) -> Iterator[Row]:
     """Read a file.
 
     Args:
         stream: The file, decompressed; one of Parquet must be seekable.
         name: What to call it in an error.
         file_format: Its format.
-        prompt_column: The column that stays a string in a CSV file, be it all digits.
+        csv_types: ``data.csv_types``: the columns of a CSV file that are not text.
 
     Yields:
         Its rows in order.
@@ -36,10 +39,11 @@ def file_rows(stream: pa.NativeFile, name: str, *, file_format: FileFormat, prom
     try:
         if file_format == "json":
             yield from json_rows(io.BufferedReader(stream), name)
-            return
-        batches = _parquet_batches(stream) if file_format == "parquet" else _csv_batches(stream, prompt_column)
-        for batch in batches:
-            yield from batch.to_pylist()
+        elif file_format == "csv":
+            yield from csv_rows(io.BufferedReader(stream), name, csv_types)
+        else:
+            for batch in _parquet_batches(stream):
+                yield from arrow_rows(batch)
     except (OSError, ValueError) as failure:  # Arrow's own errors are ValueErrors
         raise DataError(f"{name}: cannot be read: {failure}") from failure
 
@@ -48,14 +52,3 @@ def _parquet_batches(stream: pa.NativeFile) -> Iterator[pa.RecordBatch]:
     from pyarrow import parquet
 
     yield from parquet.ParquetFile(stream).iter_batches(batch_size=1024)
-
-
-def _csv_batches(stream: pa.NativeFile, prompt_column: str) -> Iterator[pa.RecordBatch]:
-    import pyarrow as pa
-    from pyarrow import csv
-
-    yield from csv.open_csv(
-        stream,
-        parse_options=csv.ParseOptions(newlines_in_values=True),
-        convert_options=csv.ConvertOptions(column_types={prompt_column: pa.string()}),
-    )

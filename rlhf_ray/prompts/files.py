@@ -5,8 +5,8 @@ from __future__ import annotations
 import collections
 import itertools
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf_ray.errors import DataError
@@ -61,10 +61,10 @@ class FileSource:
     name: str
     files: tuple[Path, ...]
     file_format: FileFormat
-    prompt_column: str
+    csv_types: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def from_paths(cls, files: Sequence[Path], prompt_column: str, *, name: str | None = None) -> FileSource:
+    def from_paths(cls, files: Sequence[Path], csv_types: Mapping[str, str], *, name: str | None = None) -> FileSource:
         """Take files in the given order.
 
         Raises:
@@ -81,10 +81,10 @@ class FileSource:
                 f"{name or files[0].parent} holds files of several formats ({', '.join(formats)}); name one"
             )
         name = name or (files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more")
-        return cls(name=name, files=tuple(files), file_format=formats[0], prompt_column=prompt_column)
+        return cls(name=name, files=tuple(files), file_format=formats[0], csv_types=csv_types)
 
     @classmethod
-    def from_folder(cls, folder: Path, prompt_column: str, *, split: str) -> FileSource:
+    def from_folder(cls, folder: Path, csv_types: Mapping[str, str], *, split: str) -> FileSource:
         """Take the data files in and below a folder, sorted by path; those of one split where the names tell splits.
 
         Raises:
@@ -93,7 +93,7 @@ class FileSource:
         found = sorted(path for path in folder.rglob("*") if _is_visible_data(path.relative_to(folder), path))
         if not found:
             raise DataError(f"{folder} holds no data file; a name must end in {', '.join(_FORMATS)}")
-        return cls.from_paths(_of_split(folder, found, split), prompt_column, name=str(folder))
+        return cls.from_paths(_of_split(folder, found, split), csv_types, name=str(folder))
 
     def sample(self, limit: int) -> list[Row]:
         """Return the first rows; of files of text, parse some way beyond them.
@@ -121,7 +121,7 @@ class FileSource:
         few_tasks = ray.data.TaskPoolStrategy(size=min(_READ_TASKS, len(paths)))
         with data_errors(f"reading {self.name}"):
             with prompt_context():
-                files = FileDatasource(paths, file_format=self.file_format, prompt_column=self.prompt_column)
+                files = FileDatasource(paths, file_format=self.file_format, csv_types=self.csv_types)
                 dataset = ray.data.read_datasource(files, num_cpus=NUM_CPUS, compute=few_tasks)
             return RowStore.from_dataset(dataset)
 
@@ -131,7 +131,7 @@ class FileSource:
         compression = None if self.file_format == "parquet" else "detect"
         try:
             with pa.input_stream(str(file), compression=compression) as stream:
-                yield from file_rows(stream, file.name, file_format=self.file_format, prompt_column=self.prompt_column)
+                yield from file_rows(stream, file.name, file_format=self.file_format, csv_types=self.csv_types)
         except OSError as failure:
             raise DataError(f"{file}: cannot be opened: {failure}") from failure
 

@@ -52,7 +52,7 @@ def _array_rows(text: bytes, name: str) -> Iterator[Row]:
 def _parse(text: bytes, where: str) -> Any:
     try:
         return json.loads(text.decode("utf-8"))
-    except ValueError as failure:  # both a JSON error and a Unicode error
+    except (ValueError, RecursionError) as failure:  # ValueError: both a JSON error and a Unicode error
         raise DataError(f"{where}: not JSON: {failure}") from failure
 
 

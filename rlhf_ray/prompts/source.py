@@ -68,7 +68,7 @@ def _source(path: Any, settings: DataSettings, *, split: str, field: str) -> Pro
     if isinstance(path, (str, os.PathLike)):
         source = _from_path(os.fspath(path), settings, split=split, field=field)
     elif isinstance(path, Sequence) and path and all(isinstance(part, (str, os.PathLike)) for part in path):
-        source = FileSource.from_paths([_local(os.fspath(part), field) for part in path], settings.prompt_column)
+        source = FileSource.from_paths([_local(os.fspath(part), field) for part in path], settings.csv_types)
     elif _is_ray_dataset(path):
         source = RayDatasetSource(path, name=f"the ray.data.Dataset in {field}")
     else:
@@ -80,16 +80,19 @@ def _source(path: Any, settings: DataSettings, *, split: str, field: str) -> Pro
 def _from_path(path: str, settings: DataSettings, *, split: str, field: str) -> PromptSource:
     if "://" in path:
         remedy = f"{field} takes local paths and hub ids; build the config in Python and pass ray.data.read_json(...)"
-        raise DataError(f"{path} is a remote address: {remedy}, read_parquet or read_csv of it instead")
+        raise DataError(
+            f"{path} is a remote address: {remedy}, read_parquet or read_csv of it instead (read_csv guesses the types "
+            "of columns unless convert_options names them)"
+        )
     local = Path(path).expanduser()
     if not (local.exists() or is_data_file(local) or looks_local(path)):
-        return HubSource(path, subset=settings.subset, split=split, field=field)
+        return HubSource(path, subset=settings.subset, split=split, field=field, csv_types=settings.csv_types)
     local = _local(path, field)
     if local.is_dir() and is_saved_dataset(local):
         return SavedDatasetSource(local, split=split)
     if local.is_dir():
-        return FileSource.from_folder(local, settings.prompt_column, split=split)
-    return FileSource.from_paths([local], settings.prompt_column)
+        return FileSource.from_folder(local, settings.csv_types, split=split)
+    return FileSource.from_paths([local], settings.csv_types)
 
 
 def _local(path: str, field: str) -> Path:

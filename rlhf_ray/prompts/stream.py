@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from dataclasses import replace
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
-from rlhf_ray.prompts.check import check_source
+from rlhf_ray.prompts.check import check_source, log_choices
 from rlhf_ray.prompts.order import PromptOrder, PromptPosition
 from rlhf_ray.prompts.reader import PromptReader
 from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
@@ -77,15 +77,19 @@ class PromptStream(Iterator[Prompt]):
         self._read_next = 0
         weakref.finalize(self, _close_all, self._readings)
 
-    def check(self) -> None:
+    def check(self, *, stop_token_ids: Collection[int] | None = None) -> None:
         """Find what is wrong with the data before any engine starts: in this process, in about a second for files.
+
+        Args:
+            stop_token_ids: What ends a completion, to be compared with the chat template; ``None``: not compared.
 
         Raises:
             ConfigError: The tokenizer cannot be loaded, or a setting does not go with the rows.
             DataError: The source cannot be read or is empty, one of its first rows makes no prompt, or none fits.
         """
         tokenizer = load_tokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code)
-        check_source(self._source, self._builder, tokenizer)
+        prompts = check_source(self._source, self._builder, tokenizer)
+        log_choices(prompts, self._builder, tokenizer, stop_token_ids=stop_token_ids)
 
     def open(self) -> None:
         """Read the dataset into Ray's object store; the first prompt does it where this was not called.

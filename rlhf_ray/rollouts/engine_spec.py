@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError
@@ -12,9 +14,11 @@ from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 __all__ = ["engine_spec", "eos_token_ids", "longest_completion", "max_prompt_tokens", "weight_transfer"]
+
+logger = logging.getLogger(__name__)
 
 # The engine reserves the cache at start-up, so a CPU engine must not take what the learners need.
 _MAX_CPU_CACHE_BYTES = 4 * 1024**3
@@ -58,8 +62,20 @@ def max_prompt_tokens(rollouts: RolloutSettings, evaluation: EvaluationSettings,
     return rollouts.max_prompt_tokens
 
 
-def eos_token_ids(model_path: str, config: PretrainedConfig) -> tuple[int, ...]:
-    """Token ids that end a completion: the model's generation config, else its config."""
+def eos_token_ids(
+    model_path: str, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, *, stop_token_ids: Sequence[int] = ()
+) -> tuple[int, ...]:
+    """Token ids that end a completion: those of the model's generation config, else its config; and the tokenizer's.
+
+    Args:
+        model_path: Folder or hub id of the model.
+        config: Its Hugging Face config.
+        tokenizer: The run's, whose EOS may be another one, as with a chat format that was added to a base model.
+        stop_token_ids: ``rollouts.stop_token_ids``, which are checked too.
+
+    Raises:
+        ConfigError: The model's configs name none, or an id is none of the model's tokens.
+    """
     from transformers import GenerationConfig
 
     try:
@@ -67,13 +83,34 @@ def eos_token_ids(model_path: str, config: PretrainedConfig) -> tuple[int, ...]:
             eos = GenerationConfig.from_pretrained(model_path).eos_token_id
     except OSError:  # no generation_config.json: older or hand-made checkpoints
         eos = None
-    if eos is None:
+    if eos in (None, []):
         eos = config.get_text_config().eos_token_id
-    if eos is None:
-        raise ConfigError(
-            "model.path", model_path, "its config.json names no eos_token_id; add one, completions could never end"
+    of_model = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
+    of_tokenizer = tokenizer.eos_token_id
+    if not of_model:
+        hint = "" if of_tokenizer is None else f" (the tokenizer's is {of_tokenizer}, {tokenizer.eos_token})"
+        remedy = f"its config.json names no eos_token_id{hint}; add one, completions could never end"
+        raise ConfigError("model.path", model_path, remedy)
+    ids = tuple(dict.fromkeys(of_model if of_tokenizer is None else (*of_model, of_tokenizer)))
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    for field, given in (("model.path", ids), ("rollouts.stop_token_ids", stop_token_ids)):
+        for token_id in given:
+            if not isinstance(token_id, int) or token_id < 0 or (vocabulary is not None and token_id >= vocabulary):
+                remedy = (
+                    f"token id {token_id!r} ends a completion, and the model's vocabulary of {vocabulary} has no such"
+                )
+                if field == "model.path":
+                    raise ConfigError(
+                        field, model_path, f"{remedy}; correct its eos_token_id, or name its own tokenizer"
+                    )
+                raise ConfigError(field, list(given), remedy)
+    if of_tokenizer is not None and of_tokenizer not in of_model:
+        logger.warning(
+            "completions end with %s, as the model's configs say, and with %s, the tokenizer's own eos_token",
+            " or ".join(f"{tokenizer.convert_ids_to_tokens(token_id)} ({token_id})" for token_id in of_model),
+            f"{tokenizer.eos_token} ({of_tokenizer})",
         )
-    return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
+    return ids
 
 
 def engine_spec(
@@ -84,6 +121,7 @@ def engine_spec(
     model_path: str,
     tokenizer_path: str,
     config: PretrainedConfig,
+    eos_token_ids: tuple[int, ...],
     prompt_tokens: int,
     groups_in_flight: int,
     seed: int,
@@ -100,6 +138,7 @@ def engine_spec(
         model_path: Folder or hub id the replicas load.
         tokenizer_path: Folder or hub id of the tokenizer.
         config: The model's Hugging Face config.
+        eos_token_ids: What ends a completion, from :func:`eos_token_ids`.
         prompt_tokens: Longest prompt in tokens.
         groups_in_flight: Groups that may run at once over all replicas.
         seed: Seed of whatever the engine draws beside the seeded requests.
@@ -138,7 +177,7 @@ def engine_spec(
     return EngineSpec(
         engine_args=arguments,
         env={**_environment(rollouts, on_gpu=on_gpu), **hub_environment(model_path, tokenizer_path)},
-        eos_token_ids=eos_token_ids(model_path, config),
+        eos_token_ids=eos_token_ids,
         weight_transfer=transfer,
         tensor_parallel_size=rollouts.tensor_parallel_size,
         on_gpu=on_gpu,

@@ -61,6 +61,7 @@ def _each(settings: Settings) -> Iterator[tuple[str, Any]]:
 
 _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     data_and_rewards.check_data_source,
+    data_and_rewards.check_csv_types,
     data_and_rewards.check_prompt_template,
     data_and_rewards.check_rewards_given,
     data_and_rewards.check_reward_names,

@@ -11,6 +11,7 @@ from rlhf_ray.settings import Settings
 from rlhf_ray.validation.value_types import typed_value
 
 __all__ = [
+    "check_csv_types",
     "check_data_source",
     "check_model_for_data",
     "check_prompt_template",
@@ -40,6 +41,18 @@ def _check_source(field: str, source: Any) -> None:
     if source is not None and not is_dataset and not all(isinstance(path, str) for path in paths):
         remedy = "give a file or folder, a list of files, a hub id, or a ray.data.Dataset"
         raise ConfigError(field, source, remedy)
+
+
+def check_csv_types(settings: Settings) -> None:
+    """Columns of CSV files are made what can be made of a text."""
+    sections = {"data": settings.data, **{each.field: each.data for each in held_out_sets(settings.data)}}
+    for section, data in sections.items():
+        for column, given in data.csv_types.items():
+            from rlhf_ray.prompts.csv_rows import CSV_TYPES  # prompts/ imports NumPy: not unless it is needed.
+
+            if not isinstance(given, str) or given not in CSV_TYPES:
+                remedy = f"a column is made one of {', '.join(CSV_TYPES)}; the others are text"
+                raise ConfigError(f"{section}.csv_types.{column}", given, remedy)
 
 
 def check_prompt_template(settings: Settings) -> None:

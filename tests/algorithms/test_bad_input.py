@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,14 @@ def config_of_no_model() -> PPOConfig:
     Path("folder").mkdir()
     Path("folder/config.json").write_text('{"model_type": "toaster"}')
     return PPOConfig().model(path="folder", tokenizer_path=model_path())
+
+
+def quickstart_that_ends_with(eos: Any) -> PPOConfig:
+    shutil.copytree(model_path(), "model", dirs_exist_ok=True)
+    for name in ("config.json", "generation_config.json"):
+        file = Path("model", name)
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": eos}))
+    return PPOConfig().model(path="model")
 
 
 MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
@@ -89,6 +98,41 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
         lambda: own_data([{"prompt": "x" * 3000}]),
         DataError,
         r"none of the first 1 rows fits rollouts\.max_prompt_tokens = 1024; the shortest prompt has 3000 tokens",
+    ),
+    "no end of a completion": (lambda: quickstart_that_ends_with([]), ConfigError, r"model\.path = .*no eos_token_id"),
+    "an end beyond the vocabulary": (
+        lambda: quickstart_that_ends_with([257, 258]),
+        ConfigError,
+        r"model\.path = .*token id 258 ends a completion, and the model's vocabulary of 258 has no such",
+    ),
+    "a stop token beyond the vocabulary": (
+        lambda: PPOConfig().rollouts(stop_token_ids=[300]),
+        ConfigError,
+        r"rollouts\.stop_token_ids = \[300\]: token id 300 ends a completion",
+    ),
+    "half of a character": (
+        lambda: own_data([{"prompt": "a"}, {"prompt": "b\ud83d"}]),
+        DataError,
+        r"rows\.jsonl, row 1 \(from 0\): the prompt in column 'prompt' holds a lone surrogate",
+    ),
+    "missing chat template": (
+        lambda: own_data([{"prompt": "a"}], as_chat=True, chat_template="chat.jinja"),
+        ConfigError,
+        r"data\.chat_template = 'chat\.jinja': there is no such file",
+    ),
+    "an argument that the chat template does not read": (
+        lambda: own_data([{"prompt": "a"}], as_chat=True, chat_template_kwargs={"enable_thinking": False}),
+        ConfigError,
+        r"data\.chat_template_kwargs = .*does not read 'enable_thinking'",
+    ),
+    "an argument of a held-out set": (
+        lambda: own_data(
+            [{"prompt": "a"}],
+            as_chat=True,
+            eval_path={"test": {"path": "rows.jsonl", "chat_template_kwargs": {"enable_thinking": False}}},
+        ),
+        ConfigError,
+        r"data\.chat_template_kwargs = .*does not read 'enable_thinking'",
     ),
     "typo": (lambda: PPOConfig().training(learning_rate=1e-4), ConfigError, r"did you mean training\.lr\?"),
     "missing reward": (

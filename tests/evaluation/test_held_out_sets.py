@@ -35,6 +35,19 @@ def test_several_by_name_each_with_what_it_has_otherwise() -> None:
     assert (easy.data.split, math.data.split) == ("validation", "validation")
 
 
+def test_how_chats_are_written_and_columns_read_may_differ() -> None:
+    own = {
+        "csv_types": {"n": "int"},
+        "chat_template": "{{ messages }}",
+        "chat_template_kwargs": {"enable_thinking": False},
+        "final_assistant": "drop",
+    }
+    data = DataSettings(path="train.csv", csv_types={"m": "float"}, eval_path={"a": {"path": "a.csv", **own}, "b": "b"})
+    a, b = held_out_sets(data)
+    assert {name: getattr(a.data, name) for name in own} == own
+    assert (b.data.csv_types, b.data.chat_template_kwargs, b.data.final_assistant) == ({"m": "float"}, {}, None)
+
+
 def test_no_data_at_all_is_the_quickstart_and_own_data_alone_is_no_set() -> None:
     (quickstart,) = held_out_sets(DataSettings())
     assert (quickstart.name, quickstart.data.path) == ("quickstart", None)

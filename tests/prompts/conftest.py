@@ -28,14 +28,17 @@ def make_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    def make(*, chat_template: str | None = CHAT_TEMPLATE, begin: bool = False) -> str:
+    def make(*, chat_template: str | None = CHAT_TEMPLATE, begin: bool = False, end: bool = False) -> str:
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         vocabulary = {token: number for number, token in enumerate(["<s>", "</s>", *alphabet])}
         tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        if begin:
-            tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        if begin or end:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=("<s> " if begin else "") + "$A" + (" </s>" if end else ""),
+                special_tokens=[("<s>", 0), ("</s>", 1)],
+            )
         fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
         fast.chat_template = chat_template
         folder = tmp_path_factory.mktemp("tokenizer")

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from rlhf_ray.settings import DataSettings
 from rlhf_ray.types import Prompt
 
 USER = {"role": "user", "content": "1+1?"}
+CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant>"
 
 
 def build(tokenizer_path: str, *rows: dict[str, Any], max_prompt_tokens: int = 1000, **settings: Any) -> list[Outcome]:
@@ -174,3 +176,185 @@ def test_a_tokenizer_without_a_chat_template(make_tokenizer: Any) -> None:
     wrapped = problem(path, {"prompt": "a"}, as_chat=True)
     assert isinstance(wrapped, ConfigError)
     assert wrapped.field == "data.as_chat"
+
+
+# Special tokens around string prompts.
+
+
+@pytest.mark.parametrize("begin", [False, True])
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize("own_begin", ["", "<s>"])
+@pytest.mark.parametrize("settings", [{}, {"prompt_template": "{own}Q: {prompt} A:"}])
+def test_a_string_prompt_begins_with_one_bos_and_ends_open(
+    make_tokenizer: Any, begin: bool, end: bool, own_begin: str, settings: dict[str, str]
+) -> None:
+    path = make_tokenizer(begin=begin, end=end)
+    settings = {name: template.replace("{own}", own_begin) for name, template in settings.items()}
+    prompt = build_one(path, {"prompt": "ab" if settings else f"{own_begin}ab"}, **settings)
+    begins = "<s>" if begin or own_begin else ""
+    assert decode(path, prompt) == begins + ("Q: ab A:" if settings else "ab")
+
+
+def test_a_rendered_chat_in_a_string_gets_no_second_bos(make_tokenizer: Any) -> None:
+    path = make_tokenizer(begin=True, end=True)
+    tokenizer = load_tokenizer(path)
+    rendered = "<s>" + tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert decode(path, build_one(path, {"prompt": rendered})) == rendered
+
+
+def test_an_eos_of_the_texts_own_stays(make_tokenizer: Any) -> None:
+    path = make_tokenizer(end=True)
+    assert decode(path, build_one(path, {"prompt": "ab</s>"})) == "ab</s>"
+
+
+def test_chats_have_only_the_special_tokens_of_their_template(make_tokenizer: Any) -> None:
+    path = make_tokenizer(begin=True, end=True, chat_template="<s>" + CHAT_TEMPLATE)
+    assert decode(path, build_one(path, {"prompt": [USER]})) == "<s><user>1+1?</s><assistant>"
+
+
+# Chats that end in an assistant message.
+
+BEGUN = [USER, {"role": "assistant", "content": "It is"}]
+
+
+@pytest.mark.parametrize("settings", [{}, {"final_assistant": "continue"}])
+def test_a_completion_continues_the_final_assistant_message(tokenizer_path: str, settings: dict[str, str]) -> None:
+    prompt = build_one(tokenizer_path, {"prompt": BEGUN}, **settings)
+    assert prompt.text == BEGUN
+    assert decode(tokenizer_path, prompt) == "<user>1+1?</s><assistant>It is"
+    # Chats that end in a user message are asked for an answer as ever.
+    assert decode(tokenizer_path, build_one(tokenizer_path, {"prompt": [USER]}, **settings)).endswith("</s><assistant>")
+
+
+def test_the_answer_of_the_dataset_is_dropped(tokenizer_path: str) -> None:
+    chat = [*BEGUN, {"role": "user", "content": "sure?"}, {"role": "assistant", "content": "yes"}]
+    prompt = build_one(tokenizer_path, {"prompt": chat}, final_assistant="drop")
+    assert prompt.text == chat[:3]
+    assert decode(tokenizer_path, prompt) == "<user>1+1?</s><assistant>It is</s><user>sure?</s><assistant>"
+    several = build_one(tokenizer_path, {"prompt": [*BEGUN, BEGUN[1]]}, final_assistant="drop")
+    assert several.text == [USER]
+    error = problem(tokenizer_path, {"prompt": BEGUN[1:]}, final_assistant="drop")
+    assert "row 0 (from 0): the chat holds assistant messages alone" in str(error)
+
+
+def test_calls_of_tools_cannot_be_continued(tokenizer_path: str) -> None:
+    chat = [USER, {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}]
+    assert "set data.final_assistant to 'drop'" in str(problem(tokenizer_path, {"prompt": chat}))
+    assert build_one(tokenizer_path, {"prompt": chat}, final_assistant="drop").text == [USER]
+
+
+# Texts that no tokenizer takes.
+
+
+def test_a_lone_surrogate_is_named_and_spoils_no_other_row(tokenizer_path: str) -> None:
+    half = "\ud83d"
+    rows = [{"prompt": "a"}, {"prompt": f"b{half}"}, {"prompt": [USER]}, {"prompt": [{**USER, "content": half}]}]
+    outcomes = build(tokenizer_path, *rows, {"prompt": "c"})
+    assert [type(outcome) for outcome in outcomes] == [Prompt, DataError, Prompt, DataError, Prompt]
+    for index in (1, 3):
+        message = f"data.jsonl, row {index} (from 0): the prompt in column 'prompt' holds a lone surrogate, '\\ud83d'"
+        assert str(outcomes[index]).startswith(message)
+
+
+def test_what_a_tokenizer_refuses_falls_on_its_row(tokenizer_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+
+    class Picky:
+        chat_template = None
+
+        def __call__(self, texts: str | list[str], **options: Any) -> Any:
+            if "b" in texts:
+                raise ValueError("no b here")
+            return tokenizer(texts, **options)
+
+    builder = PromptBuilder.from_settings(
+        DataSettings(), source_name="data.jsonl", max_prompt_tokens=9, tokenizer_name="picky"
+    )
+    rows = [NumberedRow(prompt_id=i, dataset_row=i, row={"prompt": text}) for i, text in enumerate("abc")]
+    outcomes = builder.build(rows, Picky())  # type: ignore[arg-type]
+    assert [type(outcome) for outcome in outcomes] == [Prompt, DataError, Prompt]
+    assert str(outcomes[1]) == "data.jsonl, row 1 (from 0): the tokenizer refused the prompt: no b here"
+
+
+@pytest.mark.parametrize("value", [float("nan"), b"bytes", {"role": "user"}, True, np.float32(1)])
+def test_prompts_of_other_types(tokenizer_path: str, value: Any) -> None:
+    good, bad = build(tokenizer_path, {"prompt": "a"}, {"prompt": value})
+    assert isinstance(good, Prompt)
+    assert f"row 1 (from 0): the prompt in column 'prompt' is of type {type(value).__name__}" in str(bad)
+
+
+# The chat template and its arguments.
+
+THINKING = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>"
+    "{% if enable_thinking is defined and enable_thinking is false %}<think></think>{% endif %}"
+    "{% if budget is defined %}[{{ budget }}]{% endif %}{% endif %}"
+)
+"""As Qwen3's."""
+
+
+@pytest.mark.parametrize(
+    ("of_run", "of_row", "expected"),
+    [
+        ({}, None, "<assistant>"),
+        ({"enable_thinking": False}, None, "<assistant><think></think>"),
+        ({"enable_thinking": False}, {"enable_thinking": True}, "<assistant>"),
+        ({"enable_thinking": False}, {"budget": 5}, "<assistant><think></think>[5]"),
+        ({}, {"enable_thinking": False}, "<assistant><think></think>"),
+    ],
+)
+def test_arguments_of_the_template(
+    make_tokenizer: Any, of_run: dict[str, Any], of_row: dict[str, Any] | None, expected: str
+) -> None:
+    path = make_tokenizer(chat_template=THINKING)
+    row = {"prompt": [USER], "chat_template_kwargs": of_row}
+    assert decode(path, build_one(path, row, chat_template_kwargs=of_run)) == f"<user>1+1?</s>{expected}"
+    as_chat = build_one(path, row | {"prompt": "1+1?"}, chat_template_kwargs=of_run, as_chat=True)
+    assert decode(path, as_chat) == f"<user>1+1?</s>{expected}"
+
+
+@pytest.mark.parametrize("name", ["enable_thinkin", "messages", "tokenize", "add_generation_prompt"])
+def test_arguments_that_the_template_does_not_read(make_tokenizer: Any, name: str) -> None:
+    path = make_tokenizer(chat_template=THINKING)
+    error = problem(path, {"prompt": [USER]}, chat_template_kwargs={name: False})
+    assert isinstance(error, ConfigError)
+    assert error.field == "data.chat_template_kwargs"
+    assert f"does not read {name!r}; it reads budget, enable_thinking" in error.remedy
+    error = problem(path, {"prompt": [USER], "chat_template_kwargs": {name: False}})
+    assert isinstance(error, DataError)
+    assert str(error).startswith("data.jsonl, row 0 (from 0): in column 'chat_template_kwargs', the chat template")
+
+
+def test_arguments_of_a_row_are_a_mapping_and_for_chats(tokenizer_path: str) -> None:
+    error = problem(tokenizer_path, {"prompt": [USER], "chat_template_kwargs": "enable_thinking"})
+    assert "'chat_template_kwargs' is 'enable_thinking', not a mapping" in str(error)
+    error = problem(tokenizer_path, {"prompt": "a", "chat_template_kwargs": {"budget": 1}})
+    assert "the prompt is a string; set data.as_chat" in str(error)
+
+
+def test_a_template_of_the_run(make_tokenizer: Any, tmp_path: Path) -> None:
+    path = make_tokenizer(chat_template=None)
+    (tmp_path / "chat.jinja").write_text(THINKING)
+    for given in (THINKING, str(tmp_path / "chat.jinja")):
+        prompt = build_one(path, {"prompt": [USER]}, chat_template=given, chat_template_kwargs={"budget": 2})
+        assert decode(path, prompt) == "<user>1+1?</s><assistant>[2]"
+    refuses = "{{ messages }}{{ raise_exception('no') }}"
+    assert "data.chat_template refused the prompt: no" in str(problem(path, {"prompt": [USER]}, chat_template=refuses))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"chat_template": THINKING}, {"chat_template_kwargs": {"budget": 1}}, {"system_prompt": "Be brief."}]
+)
+def test_settings_of_chats_and_string_prompts(tokenizer_path: str, settings: dict[str, Any]) -> None:
+    error = problem(tokenizer_path, {"prompt": "a"}, **settings)
+    assert isinstance(error, ConfigError)
+    assert error.field == f"data.{next(iter(settings))}"
+    assert "set data.as_chat" in error.remedy
+
+
+def test_calls_of_tools_may_have_no_content(make_tokenizer: Any) -> None:
+    path = make_tokenizer(chat_template="{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson }}{% endfor %}")
+    call = {"function": {"name": "f", "arguments": {"a": None}}}
+    prompt = build_one(path, {"prompt": [{"role": "tool", "content": None, "tool_calls": [call]}]})
+    assert decode(path, prompt) == '[{"function": {"name": "f", "arguments": {"a": null}}}]'

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import PromptBuilder
-from rlhf_ray.prompts.check import check_source
+from rlhf_ray.prompts.check import check_source, log_choices
 from rlhf_ray.prompts.row_codec import Row
 from rlhf_ray.prompts.row_store import RowStore
 from rlhf_ray.prompts.tokenizer import load_tokenizer
@@ -34,6 +34,14 @@ def check(tokenizer_path: str, *rows: Row, max_prompt_tokens: int = 10, **settin
         tokenizer_name=tokenizer_path,
     )
     check_source(Rows(*rows), builder, load_tokenizer(tokenizer_path))
+
+
+def told(tokenizer_path: str, *rows: Row, stop_token_ids: set[int] | None = None, **settings: Any) -> None:
+    tokenizer = load_tokenizer(tokenizer_path)
+    builder = PromptBuilder.from_settings(
+        DataSettings(**settings), source_name="data.jsonl", max_prompt_tokens=99, tokenizer_name=tokenizer_path
+    )
+    log_choices(check_source(Rows(*rows), builder, tokenizer), builder, tokenizer, stop_token_ids=stop_token_ids)
 
 
 def test_good_rows_pass(tokenizer_path: str) -> None:
@@ -70,3 +78,43 @@ def test_rows_that_are_all_too_long(tokenizer_path: str) -> None:
 def test_one_that_is_too_long_where_that_is_an_error(tokenizer_path: str) -> None:
     with pytest.raises(DataError, match=r"row 1 \(from 0\): the prompt has 3 tokens"):
         check(tokenizer_path, {"prompt": "a"}, {"prompt": "abc"}, max_prompt_tokens=2, overlong_prompts="error")
+
+
+def test_what_was_done_about_special_tokens_is_told(make_tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    for options, text in (({}, "<s>a"), ({"begin": True}, "a")):  # Nothing but what a tokenizer does by itself.
+        told(make_tokenizer(**options), {"prompt": text})
+    assert not caplog.messages
+    told(make_tokenizer(begin=True, end=True), {"prompt": "a"}, {"prompt": "<s>b"})
+    assert caplog.messages == [
+        "data.jsonl: string prompts begin with <s>, which 1 of the first 2 have in their text and are not given again; "
+        "at the end the tokenizer would append </s>, which is left out"
+    ]
+
+
+def test_final_assistant_messages_are_told_of_unless_the_setting_says_what_they_are(
+    tokenizer_path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    user, assistant = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    rows = [{"prompt": [user]}, {"prompt": [user, assistant]}]
+    for choice in ("continue", "drop"):
+        told(tokenizer_path, *rows, final_assistant=choice)
+    told(tokenizer_path, rows[0])
+    assert not caplog.messages
+    told(tokenizer_path, *rows)
+    (message,) = caplog.messages
+    assert message.startswith(
+        "data.jsonl: 1 of the first 2 chats end in an assistant message, and completions continue"
+    )
+    assert "data.final_assistant" in message
+
+
+def test_an_end_of_turn_that_ends_no_completion_is_told(tokenizer_path: str, caplog: pytest.LogCaptureFixture) -> None:
+    chat = {"prompt": [{"role": "user", "content": "a"}]}
+    told(tokenizer_path, chat, stop_token_ids={1})
+    told(tokenizer_path, chat, stop_token_ids=None)
+    told(tokenizer_path, {"prompt": "a"}, stop_token_ids={0})
+    assert not caplog.messages
+    told(tokenizer_path, chat, stop_token_ids={0})
+    (message,) = caplog.messages
+    assert "ends an assistant's turn with </s> (1)" in message
+    assert "add 1 to rollouts.stop_token_ids" in message

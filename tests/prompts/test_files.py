@@ -1,6 +1,7 @@
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -32,7 +33,7 @@ def test_known_names(name: str, expected: bool) -> None:
 
 
 def source(*paths: Path) -> FileSource:
-    return FileSource.from_paths(list(paths), "prompt")
+    return FileSource.from_paths(list(paths), {})
 
 
 def test_a_sample_is_the_start_of_the_files_in_order(tmp_path: Path) -> None:
@@ -64,12 +65,12 @@ def test_compressed_json(tmp_path: Path) -> None:
     assert source(path).sample(5) == [{"prompt": "a"}]
 
 
-def test_csv_prompts_stay_strings_and_may_span_lines(tmp_path: Path) -> None:
+def test_csv_cells_may_span_lines(tmp_path: Path) -> None:
     path = tmp_path / "data.csv"
     path.write_text('prompt,answer\n007,1\n"two\nlines, one ""prompt""",2\n')
     assert source(path).sample(5) == [
-        {"prompt": "007", "answer": 1},
-        {"prompt": 'two\nlines, one "prompt"', "answer": 2},
+        {"prompt": "007", "answer": "1"},
+        {"prompt": 'two\nlines, one "prompt"', "answer": "2"},
     ]
 
 
@@ -77,6 +78,20 @@ def test_parquet_keeps_nested_columns(tmp_path: Path) -> None:
     rows = [{"prompt": [{"role": "user", "content": "a"}], "meta": {"tags": ["x", "y"]}}]
     parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
     assert source(tmp_path / "data.parquet").sample(5) == rows
+
+
+def tool_call(**arguments: Any) -> dict[str, Any]:
+    call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [call]}]}
+
+
+def test_parquet_pads_no_nested_value_and_json_keeps_its_nulls(tmp_path: Path) -> None:
+    rows = [tool_call(a=1), tool_call(b=[{"c": 1}, {"d": "x"}]), tool_call(b=[{"c": 2}, None])]
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "data.parquet")
+    assert source(tmp_path / "data.parquet").sample(5) == rows
+    written = [tool_call(a=1, b=None)]
+    (tmp_path / "data.jsonl").write_text(json.dumps(written[0]))
+    assert source(tmp_path / "data.jsonl").sample(5) == written
 
 
 @pytest.mark.parametrize(
@@ -101,7 +116,7 @@ def write(folder: Path, *names: str) -> None:
 
 
 def chosen(folder: Path, split: str = "train") -> list[str]:
-    found = FileSource.from_folder(folder, "prompt", split=split)
+    found = FileSource.from_folder(folder, {}, split=split)
     return [str(file.relative_to(folder)) for file in found.files]
 
 

@@ -62,6 +62,45 @@ def test_a_split_that_is_not_there(tmp_path: Path, write_jsonl: Any) -> None:
         hub.sample(1)
 
 
+@pytest.mark.usefixtures("cache")
+def test_csv_files_of_a_repository_are_text(tmp_path: Path) -> None:
+    cells = ["007", "1.50", "true", "NA", "2024-01-01", "1e5", "' '", "null", ""]
+    (tmp_path / "repository").mkdir()
+    text = "".join(f"{index},{cell.strip(chr(39))}\n" for index, cell in enumerate(cells))
+    (tmp_path / "repository" / "train.csv").write_text("prompt,answer\n" + text)
+    expected = [{"prompt": str(index), "answer": cell.strip("'")} for index, cell in enumerate(cells)]
+    hub = HubSource(str(tmp_path / "repository"), subset=None, split="train", field="data.path", csv_types={})
+    assert hub.sample(99) == expected
+    typed = HubSource(
+        str(tmp_path / "repository"), subset=None, split="train[:2]", field="data.path", csv_types={"answer": "float"}
+    )
+    assert [row["answer"] for row in typed.sample(99)] == [7.0, 1.5]
+
+
+@pytest.mark.usefixtures("cache")
+def test_json_files_of_a_repository_keep_strings_that_look_like_times(tmp_path: Path, write_jsonl: Any) -> None:
+    rows = [{"prompt": f"p{i}", "answer": f"2024-01-0{i}", "meta": {"at": ["2024-01-01T00:00:00Z"]}} for i in (1, 2)]
+    write_jsonl(rows, "repository/train.jsonl")
+    assert HubSource(str(tmp_path / "repository"), subset=None, split="train", field="data.path").sample(9) == rows
+
+
+@pytest.mark.usefixtures("cache")
+def test_json_files_whose_chats_differ_in_their_keys(tmp_path: Path, write_jsonl: Any) -> None:
+    call = {"function": {"name": "f", "arguments": {"a": [1, "x"]}}}
+    rows = [
+        {"prompt": [{"role": "user", "content": "a"}]},
+        {"prompt": [{"role": "assistant", "content": "b", "tool_calls": [call]}]},
+    ]
+    write_jsonl(rows, "repository/train.jsonl")
+    assert HubSource(str(tmp_path / "repository"), subset=None, split="train", field="data.path").sample(9) == rows
+
+
+def test_a_saved_dataset_pads_no_nested_value(tmp_path: Path) -> None:
+    rows = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": "tool", "content": "b", "name": "f"}]}]
+    datasets.Dataset.from_list(rows).save_to_disk(str(tmp_path))
+    assert SavedDatasetSource(tmp_path, split="train").sample(9) == rows
+
+
 def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub.constants
 

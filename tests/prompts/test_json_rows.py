@@ -36,6 +36,7 @@ def test_nothing_in_the_file_is_no_rows(text: str) -> None:
         (b'{"a": 1}\n{"a": "\xff"}\n', r"data\.jsonl, line 2: not JSON: 'utf-8' codec"),
         (b'{"a": 1}\n"text"\n', r"data\.jsonl, line 2: a row must be an object like \{\.\.\.\}, not a str"),
         (b'[{"a": 1}, 5]', r"data\.jsonl, element 1: a row must be an object like \{\.\.\.\}, not a int"),
+        (b'{"a": ' + b"[" * 100_000 + b"\n", r"data\.jsonl, line 1: not JSON: "),
         (b'[{"a": 1}', r"data\.jsonl: not JSON: "),
     ],
 )

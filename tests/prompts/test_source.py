@@ -101,7 +101,10 @@ def test_every_format_gives_the_same_rows(tmp_path: Path, save: Any) -> None:
 def test_csv(tmp_path: Path) -> None:
     (tmp_path / "data.csv.gz").write_bytes(gzip.compress(b'prompt,answer\n007,1\n"two\nlines",2\n'))
     source = find_source(DataSettings(path=str(tmp_path / "data.csv.gz")))
-    assert load(source) == source.sample(9) == [{"prompt": "007", "answer": 1}, {"prompt": "two\nlines", "answer": 2}]
+    rows = [{"prompt": "007", "answer": "1"}, {"prompt": "two\nlines", "answer": "2"}]
+    assert load(source) == source.sample(9) == rows
+    typed = find_source(DataSettings(path=str(tmp_path / "data.csv.gz"), csv_types={"answer": "int"}))
+    assert load(typed) == typed.sample(9) == [row | {"answer": int(row["answer"])} for row in rows]
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -122,6 +125,15 @@ def test_a_ray_dataset_is_read_in_order_and_its_context_left_alone() -> None:
     for context in (dataset.context, ray.data.DataContext.get_current()):
         assert not context.execution_options.preserve_order
         assert context.print_on_execution_start
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_ray_dataset_pads_no_nested_value() -> None:
+    import ray.data
+
+    rows = [{"prompt": [{"role": "user", "content": "a"}]}, {"prompt": [{"role": "tool", "content": "b", "name": "f"}]}]
+    source = find_source(DataSettings(path=ray.data.from_items(rows, override_num_blocks=1)))
+    assert load(source) == source.sample(9) == rows
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import Qwen2Config
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast, Qwen2Config
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rollouts.engine import EngineSpec
@@ -41,6 +42,7 @@ def spec_of(
     arguments: dict[str, Any] = {
         "model_path": MODEL,
         "tokenizer_path": "tokenizer",
+        "eos_token_ids": (7,),
         "prompt_tokens": 20,
         "groups_in_flight": 8,
         "seed": 3,
@@ -105,26 +107,64 @@ def test_evaluation_that_does_not_fit_the_context_is_refused(
 # What ends a completion.
 
 
-@pytest.mark.parametrize(("eos", "wanted"), [(3, (3,)), ([3, 4], (3, 4))])
+def tokenizer(eos_token: str | None = "<eos>") -> PreTrainedTokenizerFast:
+    """One whose EOS is token 7, unless it has none; ``<|im_end|>`` is token 9."""
+    named = {7: "<eos>", 9: "<|im_end|>"}
+    words = Tokenizer(models.WordLevel({named.get(index, f"<{index}>"): index for index in range(64)}, "<0>"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos_token)
+
+
+@pytest.mark.parametrize(("eos", "wanted"), [(3, (3,)), ([3, 4], (3, 4)), ([3, 3], (3,))])
 def test_generation_config_says_what_ends_a_completion(eos: Any, wanted: tuple[int, ...], tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
 
-    assert eos_token_ids(str(tmp_path), CONFIG) == wanted
+    assert eos_token_ids(str(tmp_path), CONFIG, tokenizer(None)) == wanted
 
 
-@pytest.mark.parametrize("written", [None, {"temperature": 0.7}], ids=["no file", "no eos in it"])
+@pytest.mark.parametrize(
+    "written", [None, {"temperature": 0.7}, {"eos_token_id": []}], ids=["no file", "no eos in it", "empty"]
+)
 def test_config_is_the_fallback(written: dict[str, Any] | None, tmp_path: Path) -> None:
     if written is not None:
         (tmp_path / "generation_config.json").write_text(json.dumps(written))
 
-    assert eos_token_ids(str(tmp_path), CONFIG) == (7,)
-    assert eos_token_ids(str(tmp_path), Qwen2Config(eos_token_id=[5, 6])) == (5, 6)
+    assert eos_token_ids(str(tmp_path), CONFIG, tokenizer(None)) == (7,)
+    config = Qwen2Config(vocab_size=64, eos_token_id=[5, 6])
+    assert eos_token_ids(str(tmp_path), config, tokenizer(None)) == (5, 6)
 
 
-def test_a_model_that_names_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="eos_token_id") as caught:
-        eos_token_ids(str(tmp_path), Qwen2Config(eos_token_id=None))
+@pytest.mark.parametrize("eos", [None, []])
+@pytest.mark.parametrize("eos_token", [None, "<eos>"])
+def test_a_model_that_names_none_is_refused(eos: Any, eos_token: str | None, tmp_path: Path) -> None:
+    if eos is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ConfigError, match="names no eos_token_id") as caught:
+        eos_token_ids(str(tmp_path), Qwen2Config(eos_token_id=eos), tokenizer(eos_token))
     assert (caught.value.field, caught.value.value) == ("model.path", str(tmp_path))
+
+
+def test_the_tokenizers_own_eos_ends_a_completion_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert eos_token_ids(str(tmp_path), CONFIG, tokenizer("<eos>")) == (7,)
+    assert not caplog.messages
+    assert eos_token_ids(str(tmp_path), CONFIG, tokenizer("<|im_end|>")) == (7, 9)
+    (message,) = caplog.messages
+    assert "<eos> (7)" in message
+    assert "<|im_end|> (9)" in message
+
+
+@pytest.mark.parametrize("eos", [64, [7, 64], -1, "</s>", [None]])
+def test_an_eos_that_is_no_token_of_the_model_is_refused(eos: Any, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ConfigError, match="vocabulary of 64 has no such") as caught:
+        eos_token_ids(str(tmp_path), CONFIG, tokenizer(None))
+    assert caught.value.field == "model.path"
+
+
+def test_a_tokenizers_eos_and_stop_tokens_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.path.*token id 9 .*vocabulary of 8 "):
+        eos_token_ids(str(tmp_path), Qwen2Config(vocab_size=8, eos_token_id=7), tokenizer("<|im_end|>"))
+    with pytest.raises(ConfigError, match=r"rollouts\.stop_token_ids.*token id 64 "):
+        eos_token_ids(str(tmp_path), CONFIG, tokenizer(), stop_token_ids=[5, 64])
 
 
 # Engine arguments.

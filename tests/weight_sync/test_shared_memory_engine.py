@@ -62,6 +62,7 @@ def test_an_engine_is_given_weights(kind: str, transfer: str, tmp_path: Path, mo
         RolloutSettings(max_new_tokens=8, weight_transfer=transfer),
         EvaluationSettings(),
         config=AutoConfig.from_pretrained(path),
+        eos_token_ids=(AutoConfig.from_pretrained(path).eos_token_id,),
         on_gpu=False,
         learners_on_gpu=False,
         model_path=path,

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.hub import hub_lookup
+from rlhf_ray.prompts.text_encoding import special_tokens_around, with_special_tokens
 from rlhf_ray.rewards.reward_model.check import context_length, label_index, reward_tokenizer
 from rlhf_ray.rewards.reward_model.padding import batches, unused_token_id
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
@@ -44,6 +45,7 @@ class RewardModel:
         self._device = device
         self._tokenizer = reward_tokenizer(reward, "reward_model")
         self._chat = writes_chats(self._tokenizer, reward.as_chat)
+        self._special_tokens = special_tokens_around(self._tokenizer)
         self._model = _load(reward, device).to(device).eval()
         self._label = label_index(self._model.config, reward, "reward_model")
         self._max_length = reward.max_length or context_length(self._model.config)
@@ -59,7 +61,10 @@ class RewardModel:
             conversation(prompt, completion, self._tokenizer, chat=self._chat)
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
-        return [self._fitting(ids) for ids in self._tokenizer(texts, add_special_tokens=not self._chat)["input_ids"]]
+        # A template writes the special tokens of a chat itself.
+        before, after = ([], []) if self._chat else self._special_tokens
+        bare = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return [self._fitting(with_special_tokens(ids, before, after)) for ids in bare]
 
     def scores(self, sequences: Sequence[Sequence[int]]) -> Float32Array:
         """``[N]`` logits of the label, for ``[N]`` sequences of token ids."""

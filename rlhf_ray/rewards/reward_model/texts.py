@@ -23,7 +23,7 @@ def conversation(prompt: PromptText, completion: str, tokenizer: PreTrainedToken
 
     Args:
         prompt: A string, which is a user's message where chats are written, or a chat list.
-        completion: The assistant's answer.
+        completion: The assistant's answer, or the rest of it where the prompt ends in its beginning.
         tokenizer: The reward model's.
         chat: Write it with the tokenizer's template, which then adds special tokens itself.
 
@@ -38,7 +38,9 @@ def conversation(prompt: PromptText, completion: str, tokenizer: PreTrainedToken
             "that has it in tokenizer_path, or give string prompts"
         )
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    text: str = tokenizer.apply_chat_template(
-        [*messages, {"role": "assistant", "content": completion}], tokenize=False, add_generation_prompt=False
-    )
+    answer = {"role": "assistant", "content": completion}
+    if messages and messages[-1]["role"] == "assistant":  # The completion continues it: one message, not two.
+        *messages, begun = messages
+        answer = {**begun, "content": begun["content"] + completion}
+    text: str = tokenizer.apply_chat_template([*messages, answer], tokenize=False, add_generation_prompt=False)
     return text

@@ -87,6 +87,21 @@ def test_texts_are_encoded_as_the_reward_model_has_them(make: Callable[..., str]
     assert tokenizer.decode(plain) == "1+1=2"
 
 
+def test_texts_get_the_special_tokens_that_the_reward_model_knows_once(make: Callable[..., str]) -> None:
+    from tokenizers import processors
+
+    path = make(chat_template=False)
+    tokenizer = build_tokenizer(max_length=64)
+    eos, bos = tokenizer.eos_token, tokenizer.pad_token
+    ids = [(token, tokenizer.convert_tokens_to_ids(token)) for token in (bos, eos)]
+    around = processors.TemplateProcessing(single=f"{bos} $A {eos}", special_tokens=ids)
+    tokenizer.backend_tokenizer.post_processor = around
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(path)
+    sequences = load(path).encoded(["1+1=", f"{bos}1+1="], ["2", f"2{eos}"])
+    assert [tokenizer.decode(sequence) for sequence in sequences] == [f"{bos}1+1=2{eos}"] * 2
+
+
 def test_what_is_too_long_is_an_error_or_loses_its_start(model_path: str) -> None:
     with pytest.raises(DataError, match=r"a sequence of 5 tokens is longer than the reward model takes \(4\)"):
         load(model_path, as_chat=False, max_length=4).encoded(["abc"], ["de"])

@@ -15,6 +15,14 @@ def test_chats_go_through_the_template_of_the_reward_model() -> None:
     assert conversation("1+1=", "2", tokenizer, chat=True) == "user: 1+1=\nassistant: 2<eos>\n"
 
 
+def test_a_completion_continues_the_message_that_the_prompt_ends_in() -> None:
+    tokenizer = build_tokenizer(max_length=64)
+    begun = [*CHAT, {"role": "assistant", "content": "It is "}]
+    text = "system: Be brief.\nuser: 1+1=\nassistant: It is 2<eos>\n"
+    assert conversation(begun, "2", tokenizer, chat=True) == text
+    assert begun[-1]["content"] == "It is "
+
+
 def test_without_a_template_texts_follow_each_other() -> None:
     tokenizer = build_tokenizer(max_length=64)
     assert conversation("1+1=", "2", tokenizer, chat=False) == "1+1=2"
