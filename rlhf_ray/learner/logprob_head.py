@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.learner.layout import Microbatch
 from rlhf_ray.learner.lora import adapters_off
+from rlhf_ray.learner.models import reshard
 from rlhf_ray.losses import (
     chunked_logprobs_and_entropy,
     token_entropy,
@@ -109,9 +110,7 @@ class LogprobHead(nn.Linear):  # type: ignore[misc]
         except (RuntimeError, ValueError, TypeError, IndexError):  # The model reshapes its logits.
             return False
         finally:
-            reshard = getattr(model, "reshard", None)  # FSDP's: a forward pass alone leaves weights gathered.
-            if reshard is not None:
-                reshard()
+            reshard(model)
         if logits.ndim != 3 or answer.shape != (7, 2):
             return False
         expected = token_logprobs_and_entropy(logits[0, :-1], ids[0, 1:])

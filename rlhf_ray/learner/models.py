@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.weight_sync.buckets import full_tensor
@@ -23,6 +23,7 @@ __all__ = [
     "head_is_new",
     "load_critic",
     "load_policy",
+    "reshard",
     "set_head_bias",
     "shard",
 ]
@@ -165,6 +166,13 @@ def shard(
             fully_shard(layer, **kwargs)
     fully_shard(model, **kwargs)
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward one leaves gathered: all parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

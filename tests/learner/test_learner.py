@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.packing import plan_update
+from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.learner.update_result import UpdateResult, merged_results
 from rlhf_ray.reporting.metrics import metric_for
 from rlhf_ray.weight_sync.buckets import ByteArray
@@ -165,6 +168,34 @@ def test_small_microbatches_change_nothing_on_one_rank(
     assert_same(runs.run(runs.in_small_microbatches(SCENARIOS[name]), models), on_one_rank(name))
 
 
+def test_packed_rows_learn_the_same_as_padded_ones(
+    on_one_rank: Callable[[str], Outcome], two_ranks: tuple[Path, RankResult, RankResult], models: Path
+) -> None:
+    padded = runs.run(replace(SCENARIOS["packed"], packed=False), models)
+
+    for packed in (on_one_rank("packed"), two_ranks[1].outcomes["packed"]):
+        assert_same_weights(packed.policy, padded.policy, 1e-6)
+        assert_same_weights(packed.critic, padded.critic, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["token_mean", "packed", "kl_in_loss", "grpo", "stale", "lora", "small_critic"])
+def test_every_trainable_parameter_moves(name: str, models: Path) -> None:
+    scenario = SCENARIOS[name]
+    learner = runs.build(models, scenario)
+    before = {model: trainable(model) for model in learner._models().values()}
+
+    runs.update(learner, scenario, 0)
+
+    for model, weights in before.items():
+        after = trainable(model)
+        assert [each for each in weights if torch.equal(weights[each], after[each])] == []
+
+
+def trainable(trained: TrainedModel) -> dict[str, torch.Tensor]:
+    named = trained.model.named_parameters()
+    return {name: one.detach().full_tensor().clone() for name, one in named if one.requires_grad}
+
+
 def test_recomputed_activations_change_nothing(on_one_rank: Callable[[str], Outcome], models: Path) -> None:
     scenario = replace(SCENARIOS["token_mean"], spec={"gradient_checkpointing": True})
 
@@ -232,6 +263,17 @@ def test_updates_move_both_models(on_one_rank: Callable[[str], Outcome], make_le
 def test_every_figure_is_declared(name: str, on_one_rank: Callable[[str], Outcome]) -> None:
     for figure in on_one_rank(name).figures[0]:
         assert metric_for(f"{'timers' if figure in runs.WALL_TIMES else 'learner'}/{figure}") is not None, figure
+
+
+def test_both_ranks_refuse_what_one_of_them_cannot_use(
+    models: Path, two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    group = runs.batch_of(runs.REFUSED, 1).group_ids[3]
+
+    refusals = {runs.refusal(models), *(rank.refusal for rank in two_ranks[1:])}
+
+    assert len(refusals) == 1
+    assert refusals.pop().startswith(f"rewards not finite, first in sequence 3 of the batch, of group {group}; ")
 
 
 # The first ratio is exactly 1, and no forward pass is wasted on knowing it.
@@ -769,6 +811,19 @@ def test_loading_brings_the_weights_back(tmp_path: Path, make_learner: Callable[
     learner.load(str(tmp_path))
 
     assert all(torch.equal(saved[name], now) for name, now in runs.full_weights(learner.policy).items())
+
+
+def test_a_closed_learner_leaves_nothing_behind(tmp_path: Path, make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner(kl_coef=0.1)
+    runs.update(learner, Scenario(), 0)
+    learner.save(str(tmp_path)).result()
+    left = [weakref.ref(model) for model in (learner.policy.model, learner.critic.model, learner._reference.model)]
+
+    learner.close()
+    del learner
+    gc.collect()
+
+    assert [model() for model in left] == [None, None, None]
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["saved", "saved and loaded"])
