@@ -164,8 +164,10 @@ class Learner:
                 add_adapters(model, spec.lora)
             if not trained:
                 freeze(model, compute_dtype)
+            head = LogprobHead.adopt(model)
             model = sharded(model, trained=trained)
-            head = LogprobHead.adopt(model, device=device, compute_dtype=compute_dtype)
+            if head is not None and not head.can_answer(model, device, compute_dtype):
+                head = None
             return TokenScorer(model, head, temperature=spec.temperature)
 
         training = self._training

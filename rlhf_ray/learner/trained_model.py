@@ -17,6 +17,7 @@ from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.learner.models import reshard
+from rlhf_ray.model_weights import first_nonfinite
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.weight_sync.buckets import full_tensor
 
@@ -129,15 +130,7 @@ class TrainedModel:
         tensors = merged_parameters(self.model, every_name=False)
         if dtype is None:
             tensors = itertools.chain(self.model.named_parameters(), self._moments())
-        names, finite = [], []
-        for name, tensor in tensors:
-            local = _local(tensor)
-            if local.numel():
-                low, high = torch.aminmax(local)  # One pass, and no copy of the tensor; NaN where one is in it.
-                limit = torch.finfo(dtype or local.dtype).max
-                names.append(name)
-                finite.append((low >= -limit) & (high <= limit))
-        return next((name for name, one in zip(names, torch.stack(finite).tolist(), strict=True) if not one), None)
+        return first_nonfinite(((name, _local(tensor)) for name, tensor in tensors), dtype)
 
     def checkpoint_parameters(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under every name, or once.

@@ -276,6 +276,88 @@ def test_both_ranks_refuse_what_one_of_them_cannot_use(
     assert refusals.pop().startswith(f"rewards not finite, first in sequence 3 of the batch, of group {group}; ")
 
 
+# Heads compute in float32, whatever the layers below them do.
+
+
+def on_bfloat16_grid(tensor: torch.Tensor) -> bool:
+    return torch.equal(tensor, tensor.bfloat16().float())
+
+
+def states_below_the_head(model: torch.nn.Module, seen: list[torch.Tensor]) -> None:
+    """Collect the last hidden states of each forward pass."""
+    backbone = getattr(model, model.base_model_prefix)
+    backbone.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state))
+
+
+def test_values_and_their_gradient_are_those_of_a_float32_head(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner(runs.IN_BFLOAT16)
+    head, seen = learner.critic.model.score, []
+    weight, bias = head.weight.full_tensor().detach(), head.bias.full_tensor().detach()
+    states_below_the_head(learner.critic.model, seen)
+
+    values = learner._values(one_microbatch(runs.make_batch(5, seed=1)))
+    values.sum().backward()
+
+    assert seen[0].dtype == torch.bfloat16
+    states = seen[0].detach().float().flatten(0, 1)
+    assert not on_bfloat16_grid(values)
+    torch.testing.assert_close(values, states @ weight[0] + bias, rtol=1e-6, atol=1e-6)
+    gradient = head.weight.grad.full_tensor()[0]
+    assert not on_bfloat16_grid(gradient)
+    torch.testing.assert_close(gradient, states.sum(dim=0), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adopted", [True, False])
+def test_logprobs_are_those_of_a_float32_head(
+    tied: bool, adopted: bool, models: Path, tmp_path: Path, make_learner: Callable[..., Learner]
+) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    policy = Qwen2ForCausalLM.from_pretrained(models / "policy")
+    policy.config.tie_word_embeddings = tied
+    if not tied:
+        policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach().flip(0) * 1.0001)
+    policy.save_pretrained(tmp_path)
+    scenario = replace(runs.IN_BFLOAT16, spec=runs.IN_BFLOAT16.spec | {"policy_path": str(tmp_path)})
+    learner = make_learner(scenario, kl_in="loss")
+    if not adopted:
+        learner._score._head = None
+    head, seen = learner.policy.model.lm_head, []
+    weight = head.weight.full_tensor().detach()
+    weight = weight.bfloat16().float() if tied else weight  # The embedding is gathered in bfloat16, for both.
+    states_below_the_head(learner.policy.model, seen)
+    micro = one_microbatch(runs.make_batch(5, seed=1))
+
+    logprobs, entropies = learner._score(micro)
+    (logprobs - entropies).sum().backward()
+
+    assert seen[0].dtype == torch.bfloat16
+    wanted = torch.log_softmax(seen[0].detach().float()[:, micro.kept] @ weight.T / 0.8, dim=-1)
+    wanted = wanted.gather(-1, micro.targets[..., None]).flatten()[micro.completion_index] * micro.mask
+    assert not on_bfloat16_grid(logprobs)
+    torch.testing.assert_close(logprobs, wanted, rtol=1e-6, atol=2e-6)
+    if not tied:
+        assert not on_bfloat16_grid(head.weight.grad.full_tensor())
+    # The reference rounds what the policy rounds, and nothing else.
+    assert runs.update(learner, replace(scenario, num_minibatches=1), 0)["kl_to_reference"] == 0.0
+
+
+def test_two_ranks_learn_in_bfloat16_what_one_rank_does(
+    models: Path, two_ranks: tuple[Path, RankResult, RankResult], make_learner: Callable[..., Learner]
+) -> None:
+    start, mine, theirs = make_learner(), runs.run(runs.IN_BFLOAT16, models), two_ranks[1].outcomes["in_bfloat16"]
+
+    for before, one, other in (
+        (runs.full_weights(start.policy), mine.policy, theirs.policy),
+        (runs.full_weights(start.critic), mine.critic, theirs.critic),
+    ):
+        moved = {name: (one[name] - before[name]).norm() for name in one}
+        assert all(moved.values())
+        # Not by elements: where a gradient is about as large as its rounding, Adam's step is too.
+        assert [name for name in one if (other[name] - one[name]).norm() > 0.2 * moved[name]] == []
+
+
 # The first ratio is exactly 1, and no forward pass is wasted on knowing it.
 
 

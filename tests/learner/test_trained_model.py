@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.trained_model import TrainedModel, learning_rate_factor
 from rlhf_ray.settings import TrainingSettings
 
@@ -200,3 +203,13 @@ def test_a_run_that_goes_on_with_other_settings_uses_them() -> None:
     (group,) = after._optimizer.param_groups
     wanted = {"lr": 0.2, "weight_decay": 0.25, "betas": (0.5, 0.75), "eps": 1e-4}
     assert {name: group[name] for name in wanted} == wanted
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_parameter_that_fsdp_does_not_own_is_no_parameter_to_train() -> None:
+    """It would never get a gradient from FSDP, in silence."""
+    model = TwoLayers()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params={model.norm.weight})
+
+    with pytest.raises(LearnerError, match="1 parameters of a sharded model are not sharded, norm"):
+        trained(model)
