@@ -213,6 +213,10 @@ class Learner:
             plan: Minibatches, microbatches and epochs over them.
             update_policy: False in the critic's warm-up.
             keep_advantages: Whether to leave them in :attr:`advantages`.
+
+        Raises:
+            LearnerError: A number is not finite, and ``training.nonfinite_updates`` ends the run by it; on every rank,
+                with weights, moments and schedules as they were before the step that would have read it.
         """
         started = time.perf_counter()
         metrics = MetricSums()
@@ -221,26 +225,30 @@ class Learner:
             for minibatch in plan.minibatches
             for rows in minibatch.microbatches
         }
-        if self._training.value_init == "reward_mean":
-            self._start_values_at_mean(batch)
-        estimates = self._estimate(batch, microbatches, plan, update_policy=update_policy)
-        kl_coef = self._credit.kl_coef
-        figures = self._credit.assign(batch, estimates, metrics)
-        assert estimates.advantages is not None
-        self.advantages = unpad_completions(estimates.advantages, batch.loss_mask()) if keep_advantages else None
-        if self._training.m2po_threshold is not None and update_policy:
-            self._mask_far_tokens(plan, estimates, self._training.m2po_threshold)
-        guard = FiniteGuard(batch, estimates, plan.sequences)
-        if self._training.nonfinite_updates == "error" and (refusal := guard.refusal({})):
-            raise LearnerError(f"{refusal}; {_REMEDY}")
-        estimated = time.perf_counter()
-        first, skipped = True, 0
-        for index in itertools.chain.from_iterable(plan.epochs):
-            minibatch = plan.minibatches[index]
-            skipped += not self._step(minibatch, microbatches, estimates, metrics, guard, update_policy, first=first)
-            first = False
-        for model in self._all_models():
-            reshard(model)
+        try:
+            if self._training.value_init == "reward_mean":
+                self._start_values_at_mean(batch)
+            estimates = self._estimate(batch, microbatches, plan, update_policy=update_policy)
+            kl_coef = self._credit.kl_coef
+            figures = self._credit.assign(batch, estimates, metrics)
+            assert estimates.advantages is not None
+            self.advantages = unpad_completions(estimates.advantages, batch.loss_mask()) if keep_advantages else None
+            if self._training.m2po_threshold is not None and update_policy:
+                self._mask_far_tokens(plan, estimates, self._training.m2po_threshold)
+            guard = FiniteGuard(batch, estimates, plan.sequences)
+            if self._training.nonfinite_updates == "error" and (refusal := guard.refusal({})):
+                raise LearnerError(f"{refusal}; {_REMEDY}")
+            estimated = time.perf_counter()
+            first, skipped = True, 0
+            for index in itertools.chain.from_iterable(plan.epochs):
+                minibatch = plan.minibatches[index]
+                skipped += not self._step(
+                    minibatch, microbatches, estimates, metrics, guard, update_policy, first=first
+                )
+                first = False
+        finally:
+            for model in self._all_models():
+                reshard(model)
         self._check_finite("kept after an update, whose learning rate may be too high")
         figures |= effective_sample_size(metrics.merge(len(plan.minibatches) * len(plan.epochs)))
         if self._reference is not None:

@@ -255,6 +255,8 @@ class _Worker:
         """Build the models anew, when nothing of those before is left: both at once may not fit."""
         self._published.clear()
         self._updated = None
+        if self._keeps_state:
+            self._reach_keeper("drop_states", self._rank)
         if self._sender is not None:  # It reads the weights of the learner before.
             self._sender.close()
             self._sender = None

@@ -17,6 +17,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
@@ -338,6 +339,7 @@ def refusal(folder: Path) -> str:
         update(learner, REFUSED, 1)
     except LearnerError as error:
         assert same_state(before, learner.state())
+        assert all(isinstance(one, DTensor) for model in learner._all_models() for one in model.parameters())
         return str(error)
     return "no refusal"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import torch.distributed as dist
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner import train_loop as module
 from rlhf_ray.learner.bridge import Command, RankFailure, Refusal
+from rlhf_ray.learner.state_keeper import StateKeeper
 from rlhf_ray.types import Span
 
 GROUP = "first"
@@ -158,8 +160,11 @@ class Sender:
 
 def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "Learner", CyclicLearner)
-    spec = SimpleNamespace(keeps_state=False, on_gpu=False)
+    spec = SimpleNamespace(keeps_state=True, on_gpu=False)
     worker = module._Worker(spec, Bridge(), 0)
+    states = StateKeeper()
+    asyncio.run(states.keep_state(0, 3, "weights"))
+    worker._keeper = SimpleNamespace(drop_states=Call(lambda rank: asyncio.run(states.drop_states(rank))))
     closed: list[bool] = []
     worker._sender = Sender(worker._learner, closed)
     worker.version = 3
@@ -168,6 +173,7 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(monke
 
     assert CyclicLearner.found == [0, 0]
     assert closed == [False]
+    assert asyncio.run(states.kept_state(0, 3)) is None
     assert (worker._sender, worker.version) == (None, 0)
 
 
