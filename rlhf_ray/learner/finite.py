@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -73,7 +72,7 @@ class FiniteGuard:
             for tensor in tensors:
                 self._seen.append((stage, micro.rows, _finite_rows(tensor.detach(), micro.mask)))
 
-    def refusal(self, grad_norms: Mapping[str, float]) -> str | None:
+    def refusal(self, grad_norms: Mapping[str, torch.Tensor]) -> str | None:
         """Why the step must not be made, the same on every rank; ``None``: all is finite. A collective.
 
         Args:
@@ -81,14 +80,16 @@ class FiniteGuard:
         """
         is_refused = (~torch.stack([flags.all() for _, _, flags in self._seen]).all()).int()
         dist.all_reduce(is_refused, dist.ReduceOp.MAX)
-        endless = [name for name, norm in grad_norms.items() if not math.isfinite(norm)]
-        if not is_refused and not endless:
+        norms = [norm.to(is_refused.device) for norm in grad_norms.values()]
+        bad, *endless = torch.stack([is_refused.bool(), *(~torch.isfinite(norm) for norm in norms)]).tolist()
+        if not bad and not any(endless):
             return None
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, self._first())
         first = min((one for one in found if one is not None), default=None)
         if first is None:
-            return f"gradient of the {endless[0]} not finite, although all that it was computed from is"
+            model = next(name for name, is_endless in zip(grad_norms, endless, strict=True) if is_endless)
+            return f"gradient of the {model} not finite, although all that it was computed from is"
         stage, sequence, group = first
         return f"{_STAGES[stage]} not finite, first in sequence {sequence} of the batch, of group {group}"
 

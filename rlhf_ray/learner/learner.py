@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 __all__ = ["Learner", "LearnerSpec"]
 
 _GRAD_NORMS = {"policy": "grad_norm", "critic": "critic_grad_norm"}
-_REMEDY = "the weights are those before this step (training.nonfinite_updates = skip goes on with the next)"
+_REMEDY = "the weights are those before this step, which training.nonfinite_updates = skip leaves out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -452,8 +452,8 @@ class Learner:
                 self._backward_policy(micro, estimates, normalizer, metrics, guard, first=first)
         stepped = {name: model for name, model in self._models().items() if update_policy or name != "policy"}
         norms = {name: model.grad_norm() for name, model in stepped.items()}
-        metrics.add({_GRAD_NORMS[name]: norm for name, norm in norms.items()}, 1.0)
         refusal = guard.refusal(norms)
+        metrics.add({_GRAD_NORMS[name]: norm for name, norm in norms.items()}, 1.0)
         for name, model in stepped.items():
             if refusal is None:
                 model.step(norms[name])

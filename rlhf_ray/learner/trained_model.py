@@ -100,16 +100,15 @@ class TrainedModel:
         """Reduce gradients over ranks in the coming backward passes, or only add them up."""
         self.model.set_requires_gradient_sync(enabled)
 
-    def grad_norm(self) -> float:
+    def grad_norm(self) -> torch.Tensor:
         """Norm of the gradient over all ranks; a collective."""
         gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
-        return float(full_tensor(nn.utils.get_total_norm(gradients)))
+        return full_tensor(nn.utils.get_total_norm(gradients))
 
-    def step(self, grad_norm: float) -> None:
+    def step(self, grad_norm: torch.Tensor) -> None:
         """Clip by the gradient's norm, update the weights, clear the gradients."""
         if self._max_grad_norm is not None:
-            norm = torch.tensor(grad_norm)
-            nn.utils.clip_grads_with_norm_(self._trained(), self._max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(self._trained(), self._max_grad_norm, grad_norm)
         self._optimizer.step()
         self._schedule.step()
         self.drop_gradients()

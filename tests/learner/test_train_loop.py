@@ -134,6 +134,19 @@ def test_a_refused_command_is_answered_and_the_next_one_is_carried_out() -> None
     assert [span.name for span in bridge.spans] == ["publish"]
 
 
+def test_an_update_that_is_refused_makes_no_version_and_no_state_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise LearnerError("advantages not finite")
+
+    worker = Worker(Bridge())
+    worker._learner, worker._updated = SimpleNamespace(update=refuse), None
+    monkeypatch.setattr(worker, "_keep_state", lambda: pytest.fail("kept"))
+
+    with pytest.raises(LearnerError, match="^policy version 1: advantages not finite"):
+        worker._update(("batch", "plan", True, False, 1))
+    assert worker.version == 0
+
+
 class CyclicLearner:
     """Holds what refers back to it, as FSDP's hooks do, and knows which learners there are when one is built."""
 

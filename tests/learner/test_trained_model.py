@@ -34,7 +34,7 @@ def trained(model: Any, *, lr: float = 0.1, max_grad_norm: float | None = None, 
 def step(one: TrainedModel) -> float:
     norm = one.grad_norm()
     one.step(norm)
-    return norm
+    return float(norm)
 
 
 def line(weights: list[float]) -> nn.Linear:
