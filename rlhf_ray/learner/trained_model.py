@@ -117,6 +117,7 @@ class TrainedModel:
         """Clear the gradients and leave the weights as they are."""
         self._optimizer.zero_grad(set_to_none=True)
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def nonfinite(self, dtype: torch.dtype | None = None) -> str | None:
         """Name a tensor of this rank's share that is not finite, ``None`` where all are.
 
@@ -218,8 +219,7 @@ class TrainedModel:
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _filled(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:

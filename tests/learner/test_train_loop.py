@@ -142,7 +142,7 @@ def test_an_update_that_is_refused_makes_no_version_and_no_state_to_keep(monkeyp
     worker._learner, worker._updated = SimpleNamespace(update=refuse), None
     monkeypatch.setattr(worker, "_keep_state", lambda: pytest.fail("kept"))
 
-    with pytest.raises(LearnerError, match="^policy version 1: advantages not finite"):
+    with pytest.raises(LearnerError, match=r"^policy version 1: advantages not finite"):
         worker._update(("batch", "plan", True, False, 1))
     assert worker.version == 0
 
