@@ -462,7 +462,7 @@ class Learner:
         self._skipped_in_a_row = 0 if refusal is None else self._skipped_in_a_row + 1
         if refusal is not None and self._training.nonfinite_updates == "error":
             raise LearnerError(f"{refusal}; {_REMEDY}")
-        if self._skipped_in_a_row == MOST_SKIPPED:
+        if self._skipped_in_a_row >= MOST_SKIPPED:
             raise LearnerError(f"{MOST_SKIPPED} optimizer steps in a row were skipped, the last one for: {refusal}")
         return refusal is None
 
