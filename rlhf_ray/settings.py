@@ -253,6 +253,10 @@ class TrainingSettings:
     value_init: Literal["zero", "reward_mean"] = setting(
         "zero", "first values of a critic whose head is new: 0, or the mean reward of the first batch"
     )
+    nonfinite_updates: Literal["error", "skip"] = setting(
+        "error",
+        "when rewards, advantages, losses or a gradient are not finite: end the run, or leave that optimizer step out (20 in a row end the run)",
+    )
     mask_truncated: bool = setting(False, "leave truncated completions out of the losses")
     proximal: Literal["recompute", "loglinear"] = setting(
         "recompute",

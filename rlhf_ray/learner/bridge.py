@@ -29,7 +29,7 @@ _SNAPSHOT_TIMEOUT_S = 7200.0
 # Nobody takes them where the Algorithm is stuck.
 _MOST_SPANS = 100_000
 
-__all__ = ["Bridge", "Command", "GroupLost", "RankFailure", "bridge_actor"]
+__all__ = ["Bridge", "Command", "GroupLost", "RankFailure", "Refusal", "bridge_actor"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,13 @@ class RankFailure:
     rank: int
     message: str
     """Traceback text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A rank's answer to a command that must not be carried out; all ranks agree, and can take the next one."""
+
+    message: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -51,8 +53,8 @@ class CreditAssignment:
         return self._training.kl_coef if self._controller is None else self._controller.coef
 
     def adapt(self, kl_to_reference: float | None, num_completions: int) -> None:
-        """Move the weight after an update; ``None``: no token of the batch was measured."""
-        if self._controller is not None and kl_to_reference is not None:
+        """Move the weight after an update; ``None``, or not finite: the batch gives nothing to go by."""
+        if self._controller is not None and kl_to_reference is not None and math.isfinite(kl_to_reference):
             self._controller.update(kl_to_reference, num_completions)
 
     def state_dict(self) -> dict[str, torch.Tensor]:

@@ -18,7 +18,7 @@ import ray
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.bridge import Command, GroupLost, RankFailure, bridge_actor
+from rlhf_ray.learner.bridge import Command, GroupLost, RankFailure, Refusal, bridge_actor
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.learner.update_result import UpdateResult, merged_results
@@ -256,6 +256,9 @@ class LearnerGroup:
             if isinstance(answers, GroupLost):
                 self._recover(recalls=recalls)
                 return None
+            for answer in answers:
+                if isinstance(answer, Refusal):
+                    raise LearnerError(f"the learners refuse to {verb}: {answer.message}")
             return list(answers)
 
     def _check_state(self) -> None:

@@ -7,6 +7,8 @@ ranks call the same methods in step.
 
 from __future__ import annotations
 
+import itertools
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -22,9 +24,11 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_ray.advantages import kl
+from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.credit import CreditAssignment, merged_moments
 from rlhf_ray.learner.estimates import Estimates, put, take
+from rlhf_ray.learner.finite import MOST_SKIPPED, FiniteGuard
 from rlhf_ray.learner.layout import Microbatch, lay_out, unpad_completions
 from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
@@ -35,6 +39,7 @@ from rlhf_ray.learner.models import (
     head_is_new,
     load_critic,
     load_policy,
+    reshard,
     set_head_bias,
     shard,
 )
@@ -46,7 +51,7 @@ from rlhf_ray.learner.off_policy import (
     stale_weights,
     staleness_metrics,
 )
-from rlhf_ray.learner.packed_rows import keeps_sequences_apart
+from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequences
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
@@ -62,6 +67,9 @@ if TYPE_CHECKING:
     from rlhf_ray.weight_sync.nccl import ShardedSource
 
 __all__ = ["Learner", "LearnerSpec"]
+
+_GRAD_NORMS = {"policy": "grad_norm", "critic": "critic_grad_norm"}
+_REMEDY = "the weights are those before this step, which training.nonfinite_updates = skip leaves out"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +164,10 @@ class Learner:
                 add_adapters(model, spec.lora)
             if not trained:
                 freeze(model, compute_dtype)
+            head = LogprobHead.adopt(model)
             model = sharded(model, trained=trained)
-            head = LogprobHead.adopt(model, device=device, compute_dtype=compute_dtype)
+            if head is not None and not head.can_answer(model, device, compute_dtype):
+                head = None
             return TokenScorer(model, head, temperature=spec.temperature)
 
         training = self._training
@@ -191,6 +201,7 @@ class Learner:
         self._kl_in_reward = self._reference is not None and training.kl_in == "reward"
         self._proximal_is_recomputed = training.proximal == "recompute"
         self._proximal_comes_first = self._kl_in_reward or training.m2po_threshold is not None
+        self._skipped_in_a_row = 0
 
     def update(
         self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True, keep_advantages: bool = False
@@ -202,6 +213,10 @@ class Learner:
             plan: Minibatches, microbatches and epochs over them.
             update_policy: False in the critic's warm-up.
             keep_advantages: Whether to leave them in :attr:`advantages`.
+
+        Raises:
+            LearnerError: A number is not finite, and ``training.nonfinite_updates`` ends the run by it; on every rank,
+                with weights, moments and schedules as they were before the step that would have read it.
         """
         started = time.perf_counter()
         metrics = MetricSums()
@@ -210,26 +225,37 @@ class Learner:
             for minibatch in plan.minibatches
             for rows in minibatch.microbatches
         }
-        if self._training.value_init == "reward_mean":
-            self._start_values_at_mean(batch)
-        estimates = self._estimate(batch, microbatches, plan, update_policy=update_policy)
-        kl_coef = self._credit.kl_coef
-        figures = self._credit.assign(batch, estimates, metrics)
-        assert estimates.advantages is not None
-        self.advantages = unpad_completions(estimates.advantages, batch.loss_mask()) if keep_advantages else None
-        if self._training.m2po_threshold is not None and update_policy:
-            self._mask_far_tokens(plan, estimates, self._training.m2po_threshold)
-        estimated = time.perf_counter()
-        first = True
-        for epoch in plan.epochs:
-            for index in epoch:
-                self._step(plan.minibatches[index], microbatches, estimates, metrics, update_policy, first=first)
+        try:
+            if self._training.value_init == "reward_mean":
+                self._start_values_at_mean(batch)
+            estimates = self._estimate(batch, microbatches, plan, update_policy=update_policy)
+            kl_coef = self._credit.kl_coef
+            figures = self._credit.assign(batch, estimates, metrics)
+            assert estimates.advantages is not None
+            self.advantages = unpad_completions(estimates.advantages, batch.loss_mask()) if keep_advantages else None
+            if self._training.m2po_threshold is not None and update_policy:
+                self._mask_far_tokens(plan, estimates, self._training.m2po_threshold)
+            guard = FiniteGuard(batch, estimates, plan.sequences)
+            if self._training.nonfinite_updates == "error" and (refusal := guard.refusal({})):
+                raise LearnerError(f"{refusal}; {_REMEDY}")
+            estimated = time.perf_counter()
+            first, skipped = True, 0
+            for index in itertools.chain.from_iterable(plan.epochs):
+                minibatch = plan.minibatches[index]
+                skipped += not self._step(
+                    minibatch, microbatches, estimates, metrics, guard, update_policy, first=first
+                )
                 first = False
-        self._reshard()
+        finally:
+            for model in self._all_models():
+                reshard(model)
+        self._check_finite("kept after an update, whose learning rate may be too high")
         figures |= effective_sample_size(metrics.merge(len(plan.minibatches) * len(plan.epochs)))
         if self._reference is not None:
             figures["kl_coef"] = kl_coef
             self._credit.adapt(figures.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
+        if self._training.nonfinite_updates == "skip":
+            figures["skipped_updates"] = float(skipped)
         figures["lr"] = self.policy.lr
         if self.critic is not None:
             figures["critic_lr"] = self.critic.lr
@@ -239,6 +265,7 @@ class Learner:
     def weight_buckets(self) -> Iterator[tuple[BucketLayout, list[ByteArray] | None]]:
         """Gather the policy for publication; rank 0 gets the bytes, every rank must iterate to the end."""
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
+        self._check_finite("published", dtype)
         return gather_buckets(self.policy.checkpoint_parameters(), dtype=dtype, keep=dist.get_rank() == 0)
 
     def weight_source(self) -> ShardedSource:
@@ -247,6 +274,7 @@ class Learner:
 
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
         policy = self.policy
+        self._check_finite("published", dtype)
         return ShardedSource(policy.checkpoint_parameters, policy.checkpoint_shapes(), dtype, device=self._device)
 
     def save(self, folder: str) -> Future[Any]:
@@ -255,6 +283,7 @@ class Learner:
         Returns:
             Done when every rank has written its files, ``shard-<rank + 1>-*.safetensors``.
         """
+        self._check_finite("saved")
         if self._saving is None:
             # Its collectives run in a thread of their own, so not in the group that training uses.
             self._saving = dist.new_group(backend="gloo")
@@ -270,6 +299,7 @@ class Learner:
         for name, model in self._models().items():
             model.load_state_dict(state[name])
         self._credit.load_state_dict(state["credit"])
+        self._check_finite(f"taken from {folder}")
 
     def state(self) -> dict[str, Any]:
         """This rank's share of all that an update changes, as arrays that may be the models' own memory."""
@@ -284,6 +314,7 @@ class Learner:
 
     def export(self, folder: str) -> None:
         """Write the policy and the critic, if there is one, as Hugging Face folders: ``folder``, ``folder/critic``."""
+        self._check_finite("exported")
         is_writer = dist.get_rank() == 0
         for name, trained in self._models().items():
             path = Path(folder) if name == "policy" else Path(folder) / name
@@ -297,10 +328,16 @@ class Learner:
                 _write_pretrained(trained.model, weights, path)
             dist.barrier()
 
+    def close(self) -> None:
+        """Give back what the process would keep, when nothing is being saved any more."""
+        if self._saving is not None:
+            dist.destroy_process_group(self._saving)
+            self._saving = None
+
     def _can_pack(self) -> bool:
-        """Whether rows are packed, on all ranks or none: only flash attention keeps packed sequences apart for free."""
+        """Whether rows are packed, on all ranks or none."""
         model, dtype = self._score.model, getattr(torch, self._spec.dtype)
-        apart = model.config._attn_implementation == "flash_attention_2" and keeps_sequences_apart(
+        apart = skips_other_sequences(model.config._attn_implementation) and keeps_sequences_apart(
             self._score,
             vocabulary_size=model.get_input_embeddings().num_embeddings,
             device=self._device,
@@ -310,11 +347,23 @@ class Learner:
         dist.all_gather_object(answers, apart)
         return all(answers)
 
-    def _reshard(self) -> None:
-        """A forward pass without a backward one leaves a model's outermost weights gathered on every rank."""
-        for scorer in (self._score, self._reference):
-            if scorer is not None:
-                scorer.model.reshard()
+    def _check_finite(self, purpose: str, dtype: torch.dtype | None = None) -> None:
+        """Check weights and moments, or the policy's weights as they are in a type; a collective.
+
+        Raises:
+            LearnerError: One is not finite; on every rank.
+        """
+        models = self._models() if dtype is None else {"policy": self.policy}
+        bad = [f"{tensor} of the {name}" for name, model in models.items() if (tensor := model.nonfinite(dtype))]
+        found: list[list[str]] = [bad] * self._world_size
+        dist.all_gather_object(found, bad)
+        for tensor in itertools.chain.from_iterable(found):
+            in_type = "" if dtype is None else f" in {dtype}".replace("torch.", "")
+            raise LearnerError(f"{tensor} is not finite{in_type}: it must not be {purpose}")
+
+    def _all_models(self) -> list[PreTrainedModel]:
+        reference = [] if self._reference is None else [self._reference.model]
+        return [*(trained.model for trained in self._models().values()), *reference]
 
     def _models(self) -> dict[str, TrainedModel]:
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
@@ -329,7 +378,8 @@ class Learner:
         if critic is not None and critic.steps_taken == 0 and head_is_new(critic.model):
             rewards = torch.tensor(batch.rewards, device=self._device)
             (of_rewards,) = merged_moments(torch.ones_like(rewards, dtype=torch.bool), rewards)
-            set_head_bias(critic.model, of_rewards.mean)
+            if math.isfinite(of_rewards.mean):  # Else no step is made either.
+                set_head_bias(critic.model, of_rewards.mean)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _estimate(
@@ -379,11 +429,13 @@ class Learner:
         microbatches: dict[tuple[int, ...], Microbatch],
         estimates: Estimates,
         metrics: MetricSums,
+        guard: FiniteGuard,
         update_policy: bool,
         *,
         first: bool,
-    ) -> None:
-        """One optimiser step of critic and policy over a minibatch."""
+    ) -> bool:
+        """One optimizer step of critic and policy over a minibatch; false where it was skipped."""
+        guard.begin(row for rows in minibatch.microbatches for row in rows)
         normalizer = global_normalizer(
             minibatch.completion_lengths, self._training.loss_aggregation, max_length=self._spec.max_new_tokens
         )
@@ -395,15 +447,28 @@ class Learner:
                 # Unreduced, the gradients of a whole model would stay on every GPU; on CPUs each reduction costs more.
                 model.sync_gradients(position == last or self._device.type == "cuda")
             if self.critic is not None:
-                self._backward_critic(micro, estimates, normalizer, metrics)
+                self._backward_critic(micro, estimates, normalizer, metrics, guard)
             if update_policy:
-                self._backward_policy(micro, estimates, normalizer, metrics, first=first)
-        if self.critic is not None:
-            metrics.add({"critic_grad_norm": self.critic.step()}, 1.0)
-        if update_policy:
-            metrics.add({"grad_norm": self.policy.step()}, 1.0)
+                self._backward_policy(micro, estimates, normalizer, metrics, guard, first=first)
+        stepped = {name: model for name, model in self._models().items() if update_policy or name != "policy"}
+        norms = {name: model.grad_norm() for name, model in stepped.items()}
+        refusal = guard.refusal(norms)
+        metrics.add({_GRAD_NORMS[name]: norm for name, norm in norms.items()}, 1.0)
+        for name, model in stepped.items():
+            if refusal is None:
+                model.step(norms[name])
+            else:
+                model.drop_gradients()
+        self._skipped_in_a_row = 0 if refusal is None else self._skipped_in_a_row + 1
+        if refusal is not None and self._training.nonfinite_updates == "error":
+            raise LearnerError(f"{refusal}; {_REMEDY}")
+        if self._skipped_in_a_row >= MOST_SKIPPED:
+            raise LearnerError(f"{MOST_SKIPPED} optimizer steps in a row were skipped, the last one for: {refusal}")
+        return refusal is None
 
-    def _backward_critic(self, micro: Microbatch, estimates: Estimates, normalizer: float, metrics: MetricSums) -> None:
+    def _backward_critic(
+        self, micro: Microbatch, estimates: Estimates, normalizer: float, metrics: MetricSums, guard: FiniteGuard
+    ) -> None:
         assert estimates.values is not None
         assert estimates.returns is not None
         values = self._values(micro)[micro.value_index]
@@ -417,13 +482,22 @@ class Learner:
             aggregation=self._training.loss_aggregation,
             normalizer=normalizer,
         )
+        guard.look("values", micro, values)
+        guard.look("value loss", micro, loss)
         # FSDP averages gradients over ranks; the global denominator wants their sum.
         (loss * self._world_size).backward()
         metrics.add_loss("value_loss", loss)
         metrics.add(means, float(micro.mask.sum()))
 
     def _backward_policy(
-        self, micro: Microbatch, estimates: Estimates, normalizer: float, metrics: MetricSums, *, first: bool
+        self,
+        micro: Microbatch,
+        estimates: Estimates,
+        normalizer: float,
+        metrics: MetricSums,
+        guard: FiniteGuard,
+        *,
+        first: bool,
     ) -> None:
         assert estimates.advantages is not None
         logprobs, entropies = self._score(micro, entropy_gradient=self._training.entropy_coef != 0.0)
@@ -450,6 +524,8 @@ class Learner:
             mask=micro.mask,
         )
         total, loss, means = self._objective(terms, normalizer=normalizer, kl_coef=self._credit.kl_coef)
+        guard.look("log-probabilities", micro, logprobs, proximal)
+        guard.look("policy loss", micro, loss, total)
         (total * self._world_size).backward()
         metrics.add_loss("policy_loss", loss)
         means = means | of_weights | {"entropy": aggregate(entropies.detach(), micro.mask, "token_mean")}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rlhf_ray.learner.layout import Microbatch
 from rlhf_ray.learner.lora import adapters_off
+from rlhf_ray.learner.models import reshard
 from rlhf_ray.losses import (
     chunked_logprobs_and_entropy,
     token_entropy,
@@ -42,24 +43,20 @@ class Question:
 
 
 class LogprobHead(nn.Linear):  # type: ignore[misc]
-    """A linear layer that, while asked, returns ``[N, 2]``: log-probability and entropy of each token asked for."""
+    """A linear layer that, while asked, returns ``[N, 2]``: log-probability and entropy of each token asked for.
+
+    It computes in float32 whatever reaches it: logits in bfloat16 would be rounded to 8 bits. A weight that is tied to
+    the embedding is the one that :func:`rlhf_ray.learner.models.shard` gathers, in the type of the other layers.
+    """
 
     _question: Question | None
 
     @classmethod
-    def adopt(
-        cls, model: PreTrainedModel, *, device: torch.device, compute_dtype: torch.dtype = torch.float32
-    ) -> LogprobHead | None:
-        """Turn the (sharded) model's output layer into one, with the same weights under the same names.
-
-        Args:
-            model: The model; all ranks call this in step.
-            device: Where it computes.
-            compute_dtype: And in what.
+    def adopt(cls, model: PreTrainedModel) -> LogprobHead | None:
+        """Turn a model's output layer into one before it is sharded, with the same weights under the same names.
 
         Returns:
-            The layer; ``None``, and the model as it was, where its logits are more than a linear function of the last
-            hidden states (soft caps, scales): there the plain way remains.
+            The layer, which answers where :meth:`can_answer`; ``None`` where it is not a plain linear one.
         """
         layer = model.get_output_embeddings()
         if type(layer) is not nn.Linear:
@@ -67,21 +64,19 @@ class LogprobHead(nn.Linear):  # type: ignore[misc]
         layer._question = None
         layer.__class__ = cls
         assert isinstance(layer, cls)
-        if not layer._gives_what_logits_give(model, device, tolerance=1e-4 if compute_dtype == torch.float32 else 2e-2):
-            layer.__class__ = nn.Linear
-            return None
         return layer
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Answer the question that is open, or give logits."""
+        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
         question = self._question
         if question is None:
-            return super().forward(hidden)
+            return nn.functional.linear(hidden.float(), weight, bias)
         answers = chunked_logprobs_and_entropy(
-            hidden.flatten(0, -2)[question.rows],
-            self.weight,
+            hidden.flatten(0, -2)[question.rows].float(),
+            weight,
             question.targets,
-            bias=self.bias,
+            bias=bias,
             temperature=question.temperature,
             entropy_gradient=question.entropy_gradient,
         )
@@ -97,8 +92,20 @@ class LogprobHead(nn.Linear):  # type: ignore[misc]
             self._question = None
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
-    def _gives_what_logits_give(self, model: PreTrainedModel, device: torch.device, *, tolerance: float) -> bool:
-        """Compare both ways on a few tokens: nothing in a configuration tells what a model does with its logits."""
+    def can_answer(
+        self, model: PreTrainedModel, device: torch.device, compute_dtype: torch.dtype = torch.float32
+    ) -> bool:
+        """Whether the (sharded) model's logits are a linear function of its last hidden states; a collective.
+
+        Where they are not (soft caps, scales) the plain way remains. Nothing in a configuration tells: both ways are
+        compared on a few tokens.
+
+        Args:
+            model: The layer's model; all ranks call this in step.
+            device: Where it computes.
+            compute_dtype: And in what.
+        """
+        tolerance = 1e-4 if compute_dtype == torch.float32 else 2e-2
         ids = (torch.arange(8, device=device) % self.out_features)[None, :]
         rows = torch.arange(7, device=device)
         question = Question(rows=rows, targets=ids[0, 1:], temperature=1.0, entropy_gradient=False)
@@ -109,9 +116,7 @@ class LogprobHead(nn.Linear):  # type: ignore[misc]
         except (RuntimeError, ValueError, TypeError, IndexError):  # The model reshapes its logits.
             return False
         finally:
-            reshard = getattr(model, "reshard", None)  # FSDP's: a forward pass alone leaves weights gathered.
-            if reshard is not None:
-                reshard()
+            reshard(model)
         if logits.ndim != 3 or answer.shape != (7, 2):
             return False
         expected = token_logprobs_and_entropy(logits[0, :-1], ids[0, 1:])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -34,7 +35,7 @@ class MetricSums:
             return
         for name, value in means.items():
             if name.endswith("_max"):
-                self._maxima[name] = max(self._maxima.get(name, float("-inf")), float(value))
+                self._maxima[name] = _largest(self._maxima.get(name, float("-inf")), float(value))
             else:
                 self._sums[name] += float(value) * weight
                 self._weights[name] += weight
@@ -45,9 +46,14 @@ class MetricSums:
         dist.all_gather_object(parts, self)
         merged: dict[str, float] = {}
         for name in {name for part in parts for name in part._maxima}:
-            merged[name] = max(part._maxima[name] for part in parts if name in part._maxima)
+            merged[name] = _largest(*(part._maxima[name] for part in parts if name in part._maxima))
         for name in {name for part in parts for name in part._losses}:
             merged[name] = sum(part._losses[name] for part in parts) / num_steps
         for name in {name for part in parts for name in part._sums}:
             merged[name] = sum(part._sums[name] for part in parts) / sum(part._weights[name] for part in parts)
         return merged
+
+
+def _largest(*values: float) -> float:
+    """The maximum, NaN where one of them is: Python's own depends on their order."""
+    return float(np.max(values))

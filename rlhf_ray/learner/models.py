@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.hub import hub_lookup
+from rlhf_ray.model_weights import first_nonfinite, heads
 from rlhf_ray.weight_sync.buckets import full_tensor
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = [
     "head_is_new",
     "load_critic",
     "load_policy",
+    "reshard",
     "set_head_bias",
     "shard",
 ]
@@ -67,7 +69,8 @@ def load_policy(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool)
         trust_remote_code: Run code that ships with the model.
 
     Raises:
-        ConfigError: The folder or hub id cannot be loaded as a causal language model, or lacks some of its weights.
+        ConfigError: The folder or hub id cannot be loaded as a causal language model, lacks some of its weights, or has
+            some that are not finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -128,10 +131,12 @@ def _head(critic: PreTrainedModel) -> list[tuple[str, torch.Tensor]]:
 
 
 def freeze(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Take a model that is not trained out of autograd, its weights in the type that it computes in."""
+    """Take a model that is not trained out of autograd, its weights in the types that :func:`shard` computes in."""
     model.requires_grad_(False)
+    kept = {id(parameter) for head in heads(model) for parameter in head.parameters()}
     for parameter in model.parameters():  # Buffers, such as rotary frequencies, keep theirs.
-        parameter.data = parameter.data.to(dtype)
+        if id(parameter) not in kept:
+            parameter.data = parameter.data.to(dtype)
 
 
 def shard(
@@ -148,7 +153,8 @@ def shard(
     The model may be on the CPU: FSDP moves it to the mesh's device unit by unit, so that no GPU ever holds all of it.
 
     Trained weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced
-    in float32. With ``offload`` weights and gradients, and so the optimiser's state, stay in CPU memory.
+    in float32. Heads compute in float32 whatever the rest does: bfloat16 would round their answers to 8 bits. With
+    ``offload`` weights and gradients, and so the optimiser's state, stay in CPU memory.
     """
     kwargs: dict[str, Any] = {"mesh": mesh}
     if offload:
@@ -162,6 +168,9 @@ def shard(
         _checkpoint_in_evaluation_mode(model)
     if compute_dtype != torch.float32:
         kwargs["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+        in_float32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        for head in heads(model):  # Gathered until the backward pass, which begins there.
+            fully_shard(head, **kwargs | {"mp_policy": in_float32, "reshard_after_forward": False})
     for layer in _decoder_layers(model):
         if compile_backend is not None:
             # Before it is sharded: FSDP's hooks stay outside of the graph. Lengths differ in every microbatch.
@@ -170,6 +179,13 @@ def shard(
             fully_shard(layer, **kwargs)
     fully_shard(model, **kwargs)
     return model
+
+
+def reshard(model: nn.Module) -> None:
+    """Free what a forward pass without a backward one leaves gathered: all parameters are shards again."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
@@ -204,6 +220,8 @@ def _load(
         raise ConfigError(
             field, path, f"its {name} is {list(found)} where {type(model).__name__} needs {list(wanted)}; use another"
         )
+    if damaged := first_nonfinite(model.named_parameters()):
+        raise ConfigError(field, path, f"its {damaged} holds numbers that are not finite; use another")
     # For an export: a critic that began as a policy still calls itself one.
     model.config.architectures = [type(model).__name__]
     # Sampling has no dropout, so log-probabilities may have none either.

@@ -17,12 +17,17 @@ from rlhf_ray.learner.layout import lay_out
 if TYPE_CHECKING:
     from rlhf_ray.learner.logprob_head import TokenScorer
 
-__all__ = ["keeps_sequences_apart"]
+__all__ = ["keeps_sequences_apart", "skips_other_sequences"]
 
 _LENGTH = 16
 # Routers of experts and tiles of half-precision products see other neighbours; a leak changes far more.
 _TOLERANCE = {torch.float32: 1e-4}
 _TOLERANCE_IN_HALF_PRECISION = 3e-2
+
+
+def skips_other_sequences(kernel: str) -> bool:
+    """Whether attention over a packed row costs no more than over its sequences; others compute the whole square."""
+    return kernel == "flash_attention_2"
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

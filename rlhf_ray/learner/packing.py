@@ -36,6 +36,8 @@ class Minibatch:
 class RankPlan:
     """One rank's share."""
 
+    sequences: Indices
+    """Which sequences of the batch it holds, in its local order."""
     minibatches: tuple[Minibatch, ...]
     epochs: tuple[Indices, ...]
     """Order of the minibatches in each epoch."""
@@ -45,11 +47,14 @@ class RankPlan:
 class UpdatePlan:
     """The whole update."""
 
-    sequences: tuple[Indices, ...]
-    """Per rank: which sequences of the batch it holds, in its local order."""
     ranks: tuple[RankPlan, ...]
     padding_fraction: float
     """Share of the planned tokens that is padding."""
+
+    @property
+    def sequences(self) -> tuple[Indices, ...]:
+        """Per rank: which sequences of the batch it holds, in its local order."""
+        return tuple(rank.sequences for rank in self.ranks)
 
 
 def attention_length(hidden_size: int) -> float:
@@ -114,8 +119,10 @@ def plan_update(
             renumbered += [()] * (count - len(renumbered))
             minibatches[rank].append(Minibatch(microbatches=tuple(renumbered), completion_lengths=totals))
     return UpdatePlan(
-        sequences=tuple(tuple(indices) for indices in local),
-        ranks=tuple(RankPlan(minibatches=tuple(m), epochs=epochs) for m in minibatches),
+        ranks=tuple(
+            RankPlan(sequences=tuple(indices), minibatches=tuple(m), epochs=epochs)
+            for indices, m in zip(local, minibatches, strict=True)
+        ),
         padding_fraction=1.0 - sum(lengths) / planned if planned else 0.0,
     )
 

@@ -26,6 +26,10 @@ class StateKeeper:
         """Keep a rank's state after the update that made policy ``version``; large arrays stay in the object store."""
         self._states[rank].append((version, state))
 
+    async def drop_states(self, rank: int) -> None:
+        """Let go of a rank's states: it begins another run, whose versions are counted anew."""
+        self._states.pop(rank, None)
+
     async def kept_state(self, rank: int, version: int) -> Any:
         """The rank's state at ``version``, ``None`` where it is not kept."""
         return next((state for kept, state in reversed(self._states[rank]) if kept == version), None)

@@ -7,6 +7,7 @@ too slow for a step and is not used.
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import tempfile
@@ -19,10 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import torch
 import torch.distributed as dist
 
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
-from rlhf_ray.learner.bridge import Command, RankFailure
+from rlhf_ray.errors import LearnerError
+from rlhf_ray.learner.bridge import Command, RankFailure, Refusal
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.packing import RankPlan
 from rlhf_ray.learner.update_result import UpdateResult
@@ -69,10 +72,13 @@ def _serve(worker: _Worker, bridge: Any, rank: int, *, timeline: bool) -> None:
         if repeated:
             worker.repeat(command)
         else:
-            result = worker.execute(command)
+            try:
+                result = worker.execute(command)
+            except LearnerError as error:  # Every rank raises it alike; only what is unforeseen ends them.
+                result = Refusal(str(error))
             answered[command.verb] = command.command_id, result
         bridge.answer.remote(command.command_id, rank, result)
-        if timeline and not repeated:
+        if timeline and not repeated and not isinstance(result, Refusal):
             bridge.add_spans.remote(_spans(rank, command.verb, time.perf_counter() - started, result))
 
 
@@ -139,9 +145,12 @@ class _Worker:
         if self._updated is not None and self._updated[0] == version == self.version:
             # Whoever asked did not wait for the answer (Ctrl-C in a notebook, a time limit), and asks again.
             return self._updated[1]
-        figures = self._learner.update(
-            ray.get(batch), plan, update_policy=update_policy, keep_advantages=with_advantages
-        )
+        try:
+            figures = self._learner.update(
+                ray.get(batch), plan, update_policy=update_policy, keep_advantages=with_advantages
+            )
+        except LearnerError as error:
+            raise LearnerError(f"policy version {version}: {error}") from error
         self.version = version
         self._keep_state()
         self._updated = version, UpdateResult(figures=figures, advantages=self._learner.advantages)
@@ -243,10 +252,20 @@ class _Worker:
         return None
 
     def _renew(self, spec: LearnerSpec) -> None:
+        """Build the models anew, when nothing of those before is left: both at once may not fit."""
         self._published.clear()
-        del self._learner  # Both at once may not fit.
+        self._updated = None
+        if self._keeps_state:
+            self._reach_keeper("drop_states", self._rank)
+        if self._sender is not None:  # It reads the weights of the learner before.
+            self._sender.close()
+            self._sender = None
+        self._learner.close()
+        del self._learner
+        gc.collect()  # Hooks of FSDP and the model that they are on refer to each other.
+        if spec.on_gpu:
+            torch.cuda.empty_cache()
         self._learner = Learner(spec)
-        self._sender = None  # It reads the weights of the learner before.
         self.version = 0
 
     def _export(self, folder: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -9,9 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
+from rlhf_ray.learner.lora import merged_parameters
+from rlhf_ray.learner.models import reshard
+from rlhf_ray.model_weights import first_nonfinite
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.weight_sync.buckets import full_tensor
 
@@ -56,6 +62,7 @@ class TrainedModel:
         max_grad_norm: float | None,
         total_steps: int,
     ) -> None:
+        reshard(model)
         self.model = model
         self._format = CheckpointFormat(model)
         self._max_grad_norm = max_grad_norm
@@ -93,15 +100,37 @@ class TrainedModel:
         """Reduce gradients over ranks in the coming backward passes, or only add them up."""
         self.model.set_requires_gradient_sync(enabled)
 
-    def step(self) -> float:
-        """Clip, update the weights, clear the gradients; returns the norm before the clip."""
-        limit = math.inf if self._max_grad_norm is None else self._max_grad_norm
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        norm = full_tensor(norm)
+    def grad_norm(self) -> torch.Tensor:
+        """Norm of the gradient over all ranks; a collective."""
+        gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        return full_tensor(nn.utils.get_total_norm(gradients))
+
+    def step(self, grad_norm: torch.Tensor) -> None:
+        """Clip by the gradient's norm, update the weights, clear the gradients."""
+        if self._max_grad_norm is not None:
+            nn.utils.clip_grads_with_norm_(self._trained(), self._max_grad_norm, grad_norm)
         self._optimizer.step()
         self._schedule.step()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Clear the gradients and leave the weights as they are."""
         self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def nonfinite(self, dtype: torch.dtype | None = None) -> str | None:
+        """Name a tensor of this rank's share that is not finite, ``None`` where all are.
+
+        A collective where adapters are merged, for which every rank gathers.
+
+        Args:
+            dtype: Look at the weights that are published, as they are in this type; ``None``: at what a checkpoint
+                holds, weights and moments.
+        """
+        tensors = merged_parameters(self.model, every_name=False)
+        if dtype is None:
+            tensors = itertools.chain(self.model.named_parameters(), self._moments())
+        return first_nonfinite(((name, _local(tensor)) for name, tensor in tensors), dtype)
 
     def checkpoint_parameters(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under every name, or once.
@@ -178,14 +207,19 @@ class TrainedModel:
         self._schedule.last_epoch = state["steps"] - 1
         self._schedule.step()
 
+    def _moments(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.model.named_parameters():
+            for key, value in self._optimizer.state.get(parameter, {}).items():
+                if value.ndim:
+                    yield f"{key} of {name}", value
+
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _filled(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
@@ -198,8 +232,16 @@ def _filled(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; norms and biases do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
+    """Matrices decay; norms and biases do not.
+
+    Raises:
+        LearnerError: The model is sharded and a parameter is not: FSDP would never give it a gradient.
+    """
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    strays = [name for name, p in named.items() if isinstance(model, FSDPModule) and not isinstance(p, DTensor)]
+    if strays:
+        raise LearnerError(f"{len(strays)} parameters of a sharded model are not sharded, {strays[0]} first")
+    trained = list(named.values())
     matrices = [p for p in trained if p.ndim >= 2]
     vectors = [p for p in trained if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]

@@ -112,6 +112,11 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "learner/critic_grad_norm", "norm", "gradient norm of the critic before the clip, mean over optimiser steps"
     ),
+    Metric(
+        "learner/skipped_updates",
+        "steps",
+        "optimizer steps left out because a number was not finite (training.nonfinite_updates = skip)",
+    ),
     Metric("learner/value_clip_fraction", "fraction", "tokens whose value the value clip holds / tokens"),
     Metric("learner/explained_variance", "fraction", "1 - var(return - value) / var(return); 1 is a perfect critic"),
     Metric("learner/value_mean", "reward", "token mean of the critic's values during the update"),

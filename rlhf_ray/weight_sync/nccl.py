@@ -176,13 +176,18 @@ class NcclSender:
         self._engine.client.version = version
         self._engine.send_weights()
 
+    def close(self) -> None:
+        """Leave the group, if there is one."""
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
+
     def _connect(self, replica_ids: tuple[str, ...]) -> None:
         """Join a new group: at the first publication, and after a replica was replaced."""
         import ray
         from ray import serve
 
-        if self._engine is not None:
-            self._engine.shutdown()
+        self.close()
         handle = serve.get_deployment_handle(self._deployment_name, self._app_name)
         self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
             NCCLTrainerInitInfo(

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
-from rlhf_ray import PPOConfig
+from rlhf_ray import GRPOConfig, LearnerError, PPOConfig
 from rlhf_ray.algorithms.algorithm import Algorithm
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -107,3 +108,36 @@ def test_a_killed_engine_ends_its_replica_and_another_one_is_started(run: Algori
     assert second["fault_tolerance"]["replica_restarts"] == restarts + 1
     assert second["learner"]["policy_version"] == first["learner"]["policy_version"] + 1
     assert second["learner"]["sampling_logprob_diff_max"] < 1e-3
+
+
+def always_one(*, completions: list[str], **_: Any) -> list[float]:
+    return [1.0] * len(completions)
+
+
+def test_an_update_that_is_not_finite_ends_the_run_before_anything_is_published_or_saved(
+    cluster: None, tmp_path: Path
+) -> None:
+    advantage = tmp_path / "advantage.py"
+    advantage.write_text("def zscore(rewards, group_ids):\n    return (rewards - rewards.mean()) / rewards.std()\n")
+    config = (
+        GRPOConfig()
+        .data(batch_size=8)
+        .rewards(always_one)
+        .rollouts(num_replicas=1, group_size=4, num_threads=1)
+        .learners(num_learners=2, num_threads=1)
+        .training(iterations=3, advantage=f"{advantage}:zscore", whiten_advantages=False)
+        .evaluation(num_prompts=8)
+        .checkpointing(interval=1)
+        .reporting(run_dir=str(tmp_path / "run"))
+    )
+    algorithm = config.build_algo()
+    try:
+        for _ in range(2):  # A second try changes nothing.
+            with pytest.raises(LearnerError, match="policy version 1: advantages not finite, first in sequence 0 "):
+                algorithm.train()
+        learners = algorithm._running().learners
+        assert (algorithm.policy_version, learners.restarts) == (0, 0)
+        assert ray.get(learners.bridge.newest_version.remote()) == 0
+        assert list((algorithm.run_dir / "checkpoints").glob("*")) == []
+    finally:
+        algorithm.stop()

@@ -6,16 +6,20 @@ leaves a ``RankResult`` in ``FOLDER/rank<RANK>.pt``.
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
+from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
@@ -55,6 +59,10 @@ class Scenario:
     """Whether truncated completions are left out of the losses."""
     stale: bool = False
     """Whether earlier policies sampled some of the tokens."""
+    spoiled: int | None = None
+    """A sequence with a number that is not finite, which changes nothing else: the reward of its greedy completion."""
+    packed: bool = False
+    """Whether microbatches are packed rows, which SDPA reads too, in more time than flash attention."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +75,8 @@ class RankResult:
     """Of ``token_mean``."""
     buckets: list[tuple[BucketLayout, list[ByteArray] | None]]
     """What this rank was given of the weights before any update."""
+    refusal: str
+    """What this rank said of ``REFUSED``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +138,8 @@ SCENARIOS: dict[str, Scenario] = {
         training={"advantage": "grpo", "m2po_threshold": 4.0}, spec={"max_staleness": 3}, stale=True, num_epochs=2
     ),
     "stale_loglinear": Scenario(training={"proximal": "loglinear"}, spec={"max_staleness": 3}, stale=True),
+    "packed": Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2, packed=True),
+    "skipped": Scenario(training={"nonfinite_updates": "skip"}, spoiled=3),
     "small_critic": Scenario(critic="small_critic"),
     # Two sequences in two minibatches: the second of two ranks holds no sequence at all.
     "idle_rank": Scenario(num_sequences=2),
@@ -254,14 +266,18 @@ def plan_of(batch: SequenceBatch, scenario: Scenario, seed: int) -> UpdatePlan:
         num_ranks=dist.get_world_size(),
         max_tokens=scenario.max_tokens,
         attention_length=1536.0,
-        packed=False,
+        packed=scenario.packed,
         seed=seed,
     )
 
 
 def batch_of(scenario: Scenario, number: int) -> SequenceBatch:
     """All sequences of the run's update ``number``, from 0."""
-    return make_batch(scenario.num_sequences, seed=100 + number, masked=scenario.masked, stale=scenario.stale)
+    batch = make_batch(scenario.num_sequences, seed=100 + number, masked=scenario.masked, stale=scenario.stale)
+    if scenario.spoiled is not None:
+        indices = np.arange(scenario.num_sequences)
+        batch = replace(batch, greedy_rewards=np.where(indices == scenario.spoiled, np.nan, batch.greedy_rewards))
+    return batch
 
 
 def update(learner: Learner, scenario: Scenario, number: int, *, keep_advantages: bool = False) -> Figures:
@@ -270,9 +286,17 @@ def update(learner: Learner, scenario: Scenario, number: int, *, keep_advantages
     return learner.update(batch, plan, update_policy=scenario.update_policy[number], keep_advantages=keep_advantages)
 
 
+def build(folder: Path, scenario: Scenario) -> Learner:
+    """A learner that packs rows where the scenario does, if its model keeps packed sequences apart."""
+    with patch("rlhf_ray.learner.learner.skips_other_sequences", return_value=scenario.packed):
+        learner = Learner(make_spec(folder, scenario))
+    assert learner.packed == scenario.packed
+    return learner
+
+
 def run(scenario: Scenario, folder: Path) -> Outcome:
     """Build a learner and make all its updates."""
-    learner = Learner(make_spec(folder, scenario))
+    learner = build(folder, scenario)
     count = len(scenario.update_policy)
     figures = [update(learner, scenario, number, keep_advantages=number == count - 1) for number in range(count)]
     return outcome_of(learner, scenario, figures)
@@ -299,6 +323,36 @@ def full_weights(trained: TrainedModel) -> Weights:
 RESUMED = Scenario(num_epochs=2, update_policy=(True, True, True))
 
 
+# Not among the others: products in bfloat16 depend on what else is in the microbatch.
+IN_BFLOAT16 = Scenario(training={"kl_coef": 0.3}, spec={"dtype": "bfloat16"})
+
+# One sequence, which one rank has, spoils the batch of both.
+REFUSED = Scenario(spoiled=3)
+
+
+def refusal(folder: Path) -> str:
+    """What the learner says of ``REFUSED``, whose state it must leave as it was."""
+    learner = Learner(make_spec(folder, REFUSED))
+    update(learner, Scenario(), 0)
+    before = copy.deepcopy(learner.state())
+    try:
+        update(learner, REFUSED, 1)
+    except LearnerError as error:
+        assert same_state(before, learner.state())
+        assert all(isinstance(one, DTensor) for model in learner._all_models() for one in model.parameters())
+        return str(error)
+    return "no refusal"
+
+
+def same_state(first: Any, second: Any) -> bool:
+    """Whether two of :meth:`Learner.state` are equal bit for bit."""
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same_state(first[key], second[key]) for key in first)
+    if isinstance(first, list):
+        return len(first) == len(second) and all(map(same_state, first, second))
+    return np.asarray(first).tobytes() == np.asarray(second).tobytes()
+
+
 def save_after_one_update(folder: Path, checkpoint: Path) -> None:
     """The first part of ``RESUMED``."""
     learner = Learner(make_spec(folder, RESUMED))
@@ -311,12 +365,13 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     outcomes = {name: run(in_small_microbatches(scenario), folder) for name, scenario in SCENARIOS.items()}
+    outcomes["in_bfloat16"] = run(IN_BFLOAT16, folder)
     large = run(SCENARIOS["token_mean"], folder)
     save_after_one_update(folder, folder / "checkpoint")
     learner = Learner(make_spec(folder, Scenario()))
     buckets = list(learner.weight_buckets())
     learner.export(str(folder / "export"))
-    result = RankResult(outcomes=outcomes, in_large_microbatches=large, buckets=buckets)
+    result = RankResult(outcomes=outcomes, in_large_microbatches=large, buckets=buckets, refusal=refusal(folder))
     torch.save(result, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

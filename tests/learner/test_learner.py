@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +29,7 @@ from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.packing import plan_update
+from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.learner.update_result import UpdateResult, merged_results
 from rlhf_ray.reporting.metrics import metric_for
 from rlhf_ray.weight_sync.buckets import ByteArray
@@ -165,6 +168,34 @@ def test_small_microbatches_change_nothing_on_one_rank(
     assert_same(runs.run(runs.in_small_microbatches(SCENARIOS[name]), models), on_one_rank(name))
 
 
+def test_packed_rows_learn_the_same_as_padded_ones(
+    on_one_rank: Callable[[str], Outcome], two_ranks: tuple[Path, RankResult, RankResult], models: Path
+) -> None:
+    padded = runs.run(replace(SCENARIOS["packed"], packed=False), models)
+
+    for packed in (on_one_rank("packed"), two_ranks[1].outcomes["packed"]):
+        assert_same_weights(packed.policy, padded.policy, 1e-6)
+        assert_same_weights(packed.critic, padded.critic, 1e-6)
+
+
+@pytest.mark.parametrize("name", ["token_mean", "packed", "kl_in_loss", "grpo", "stale", "lora", "small_critic"])
+def test_every_trainable_parameter_moves(name: str, models: Path) -> None:
+    scenario = SCENARIOS[name]
+    learner = runs.build(models, scenario)
+    before = {model: trainable(model) for model in learner._models().values()}
+
+    runs.update(learner, scenario, 0)
+
+    for model, weights in before.items():
+        after = trainable(model)
+        assert [each for each in weights if torch.equal(weights[each], after[each])] == []
+
+
+def trainable(trained: TrainedModel) -> dict[str, torch.Tensor]:
+    named = trained.model.named_parameters()
+    return {name: one.detach().full_tensor().clone() for name, one in named if one.requires_grad}
+
+
 def test_recomputed_activations_change_nothing(on_one_rank: Callable[[str], Outcome], models: Path) -> None:
     scenario = replace(SCENARIOS["token_mean"], spec={"gradient_checkpointing": True})
 
@@ -232,6 +263,99 @@ def test_updates_move_both_models(on_one_rank: Callable[[str], Outcome], make_le
 def test_every_figure_is_declared(name: str, on_one_rank: Callable[[str], Outcome]) -> None:
     for figure in on_one_rank(name).figures[0]:
         assert metric_for(f"{'timers' if figure in runs.WALL_TIMES else 'learner'}/{figure}") is not None, figure
+
+
+def test_both_ranks_refuse_what_one_of_them_cannot_use(
+    models: Path, two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    group = runs.batch_of(runs.REFUSED, 1).group_ids[3]
+
+    refusals = {runs.refusal(models), *(rank.refusal for rank in two_ranks[1:])}
+
+    assert len(refusals) == 1
+    assert refusals.pop().startswith(f"rewards not finite, first in sequence 3 of the batch, of group {group}; ")
+
+
+# Heads compute in float32, whatever the layers below them do.
+
+
+def on_bfloat16_grid(tensor: torch.Tensor) -> bool:
+    return torch.equal(tensor, tensor.bfloat16().float())
+
+
+def states_below_the_head(model: torch.nn.Module, seen: list[torch.Tensor]) -> None:
+    """Collect the last hidden states of each forward pass."""
+    backbone = getattr(model, model.base_model_prefix)
+    backbone.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state))
+
+
+def test_values_and_their_gradient_are_those_of_a_float32_head(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner(runs.IN_BFLOAT16)
+    head, seen = learner.critic.model.score, []
+    weight, bias = head.weight.full_tensor().detach(), head.bias.full_tensor().detach()
+    states_below_the_head(learner.critic.model, seen)
+
+    values = learner._values(one_microbatch(runs.make_batch(5, seed=1)))
+    values.sum().backward()
+
+    assert seen[0].dtype == torch.bfloat16
+    states = seen[0].detach().float().flatten(0, 1)
+    assert not on_bfloat16_grid(values)
+    torch.testing.assert_close(values, states @ weight[0] + bias, rtol=1e-6, atol=1e-6)
+    gradient = head.weight.grad.full_tensor()[0]
+    assert not on_bfloat16_grid(gradient)
+    torch.testing.assert_close(gradient, states.sum(dim=0), rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adopted", [True, False])
+def test_logprobs_are_those_of_a_float32_head(
+    tied: bool, adopted: bool, models: Path, tmp_path: Path, make_learner: Callable[..., Learner]
+) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    policy = Qwen2ForCausalLM.from_pretrained(models / "policy")
+    policy.config.tie_word_embeddings = tied
+    if not tied:
+        policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach().flip(0) * 1.0001)
+    policy.save_pretrained(tmp_path)
+    scenario = replace(runs.IN_BFLOAT16, spec=runs.IN_BFLOAT16.spec | {"policy_path": str(tmp_path)})
+    learner = make_learner(scenario, kl_in="loss")
+    if not adopted:
+        learner._score._head = None
+    head, seen = learner.policy.model.lm_head, []
+    weight = head.weight.full_tensor().detach()
+    weight = weight.bfloat16().float() if tied else weight  # The embedding is gathered in bfloat16, for both.
+    states_below_the_head(learner.policy.model, seen)
+    micro = one_microbatch(runs.make_batch(5, seed=1))
+
+    logprobs, entropies = learner._score(micro)
+    (logprobs - entropies).sum().backward()
+
+    assert seen[0].dtype == torch.bfloat16
+    wanted = torch.log_softmax(seen[0].detach().float()[:, micro.kept] @ weight.T / 0.8, dim=-1)
+    wanted = wanted.gather(-1, micro.targets[..., None]).flatten()[micro.completion_index] * micro.mask
+    assert not on_bfloat16_grid(logprobs)
+    torch.testing.assert_close(logprobs, wanted, rtol=1e-6, atol=2e-6)
+    if not tied:
+        assert not on_bfloat16_grid(head.weight.grad.full_tensor())
+    # The reference rounds what the policy rounds, and nothing else.
+    assert runs.update(learner, replace(scenario, num_minibatches=1), 0)["kl_to_reference"] == 0.0
+
+
+def test_two_ranks_learn_in_bfloat16_what_one_rank_does(
+    models: Path, two_ranks: tuple[Path, RankResult, RankResult], make_learner: Callable[..., Learner]
+) -> None:
+    start, mine, theirs = make_learner(), runs.run(runs.IN_BFLOAT16, models), two_ranks[1].outcomes["in_bfloat16"]
+
+    for before, one, other in (
+        (runs.full_weights(start.policy), mine.policy, theirs.policy),
+        (runs.full_weights(start.critic), mine.critic, theirs.critic),
+    ):
+        moved = {name: (one[name] - before[name]).norm() for name in one}
+        assert all(moved.values())
+        # Not by elements: where a gradient is about as large as its rounding, Adam's step is too.
+        assert [name for name in one if (other[name] - one[name]).norm() > 0.2 * moved[name]] == []
 
 
 # The first ratio is exactly 1, and no forward pass is wasted on knowing it.
@@ -769,6 +893,19 @@ def test_loading_brings_the_weights_back(tmp_path: Path, make_learner: Callable[
     learner.load(str(tmp_path))
 
     assert all(torch.equal(saved[name], now) for name, now in runs.full_weights(learner.policy).items())
+
+
+def test_a_closed_learner_leaves_nothing_behind(tmp_path: Path, make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner(kl_coef=0.1)
+    runs.update(learner, Scenario(), 0)
+    learner.save(str(tmp_path)).result()
+    left = [weakref.ref(model) for model in (learner.policy.model, learner.critic.model, learner._reference.model)]
+
+    learner.close()
+    del learner
+    gc.collect()
+
+    assert [model() for model in left] == [None, None, None]
 
 
 @pytest.mark.parametrize("loaded", [False, True], ids=["saved", "saved and loaded"])

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
+import itertools
+import math
+import operator
+
 import pytest
 import torch
+import torch.distributed as dist
 
 from rlhf_ray.learner.metrics import MetricSums
 
@@ -23,6 +28,22 @@ def test_names_that_end_in_max_are_maxima() -> None:
     sums.add({"ratio_max": 0.5}, 7.0)
 
     assert sums.merge(1) == {"ratio_max": 2.5}
+
+
+@pytest.mark.parametrize("values", [*itertools.permutations([1.5, math.nan, 2.5])])
+def test_a_maximum_with_nan_is_nan_on_one_rank_and_over_ranks(
+    values: tuple[float, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = MetricSums()
+    apart = [MetricSums() for _ in values]
+    for one, value in zip(apart, values, strict=True):
+        together.add({"ratio_max": value}, 1.0)
+        one.add({"ratio_max": value}, 1.0)
+    assert math.isnan(together.merge(1)["ratio_max"])
+
+    monkeypatch.setattr(dist, "get_world_size", lambda: len(apart))
+    monkeypatch.setattr(dist, "all_gather_object", lambda parts, _: operator.setitem(parts, slice(None), apart))
+    assert math.isnan(apart[0].merge(1)["ratio_max"])
 
 
 def test_a_maximum_may_be_negative() -> None:

@@ -157,6 +157,22 @@ def test_a_checkpoint_that_lacks_weights_is_refused(load: Any, field: str, model
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize(
+    ("load", "field"), [(load_policy, "model.path"), (load_critic, "model.critic_path")], ids=["policy", "critic"]
+)
+def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(
+    load: Any, field: str, value: float, models: Path, tmp_path: Path
+) -> None:
+    norm = torch.ones(32)
+    norm[5] = value
+    path = changed_copy(models / "policy", tmp_path / "damaged", model__norm__weight=norm)
+
+    with pytest.raises(ConfigError, match=r"its model\.norm\.weight holds numbers that are not") as caught:
+        load(path, **OPTIONS)
+    assert (caught.value.field, caught.value.value) == (field, path)
+
+
 @pytest.mark.parametrize(
     ("load", "field"), [(load_policy, "model.path"), (load_critic, "model.critic_path")], ids=["policy", "critic"]
 )

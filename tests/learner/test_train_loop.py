@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import torch.distributed as dist
 
+from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner import train_loop as module
-from rlhf_ray.learner.bridge import Command, RankFailure
+from rlhf_ray.learner.bridge import Command, RankFailure, Refusal
+from rlhf_ray.learner.state_keeper import StateKeeper
+from rlhf_ray.types import Span
 
 GROUP = "first"
 
@@ -34,6 +40,8 @@ class Bridge:
         self.answer = Call(lambda command_id, rank, result: self.answers.append((command_id, result)))
         self.saved = Call(lambda *arguments: self.saves.append(arguments))
         self.fail = Call(self.failures.append)
+        self.spans: list[Span] = []
+        self.add_spans = Call(self.spans.extend)
 
 
 class Worker(module._Worker):
@@ -109,6 +117,77 @@ def test_an_update_that_is_asked_for_anew_is_made_once_a_version() -> None:
 
     worker.version = 1  # Restored.
     assert worker._update(("batch", "plan", True, False, 2)).figures["loss"] == 3.0
+
+
+def test_a_refused_command_is_answered_and_the_next_one_is_carried_out() -> None:
+    class Refusing(Worker):
+        def execute(self, command: Command) -> str:
+            if command.verb == "update":
+                raise LearnerError("advantages not finite")
+            return super().execute(command)
+
+    bridge = Bridge(update := order("update"), update, order("publish"))
+    module._serve(Refusing(bridge), bridge, 1, timeline=True)
+
+    refusal = Refusal("advantages not finite")
+    assert [result for _, result in bridge.answers] == [refusal, refusal, "publish 1", None]
+    assert [span.name for span in bridge.spans] == ["publish"]
+
+
+def test_an_update_that_is_refused_makes_no_version_and_no_state_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise LearnerError("advantages not finite")
+
+    worker = Worker(Bridge())
+    worker._learner, worker._updated = SimpleNamespace(update=refuse), None
+    monkeypatch.setattr(worker, "_keep_state", lambda: pytest.fail("kept"))
+
+    with pytest.raises(LearnerError, match=r"^policy version 1: advantages not finite"):
+        worker._update(("batch", "plan", True, False, 1))
+    assert worker.version == 0
+
+
+class CyclicLearner:
+    """Holds what refers back to it, as FSDP's hooks do, and knows which learners there are when one is built."""
+
+    alive: ClassVar[weakref.WeakSet[CyclicLearner]] = weakref.WeakSet()
+    found: ClassVar[list[int]] = []
+
+    def __init__(self, spec: Any) -> None:
+        self.found.append(len(self.alive))
+        self.alive.add(self)
+        self.closed = False
+        self.itself = self
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Sender:
+    def __init__(self, learner: CyclicLearner, closed: list[bool]) -> None:
+        self._learner, self._closed = learner, closed
+
+    def close(self) -> None:
+        self._closed.append(self._learner.closed)
+
+
+def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "Learner", CyclicLearner)
+    spec = SimpleNamespace(keeps_state=True, on_gpu=False)
+    worker = module._Worker(spec, Bridge(), 0)
+    states = StateKeeper()
+    asyncio.run(states.keep_state(0, 3, "weights"))
+    worker._keeper = SimpleNamespace(drop_states=Call(lambda rank: asyncio.run(states.drop_states(rank))))
+    closed: list[bool] = []
+    worker._sender = Sender(worker._learner, closed)
+    worker.version = 3
+
+    worker.execute(Command(verb="renew", arguments=(spec,), group=GROUP))
+
+    assert CyclicLearner.found == [0, 0]
+    assert closed == [False]
+    assert asyncio.run(states.kept_state(0, 3)) is None
+    assert (worker._sender, worker.version) == (None, 0)
 
 
 def test_a_new_bridge_hears_again_what_a_rank_has_saved() -> None:

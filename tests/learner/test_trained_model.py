@@ -6,7 +6,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.trained_model import TrainedModel, learning_rate_factor
 from rlhf_ray.settings import TrainingSettings
 
@@ -26,6 +29,12 @@ def trained(model: Any, *, lr: float = 0.1, max_grad_norm: float | None = None, 
     simple: dict[str, Any] = {"adam_betas": (0.0, 0.0), "adam_eps": 1.0}
     settings = TrainingSettings(**simple | training)
     return TrainedModel(model, settings, lr=lr, max_grad_norm=max_grad_norm, total_steps=10)
+
+
+def step(one: TrainedModel) -> float:
+    norm = one.grad_norm()
+    one.step(norm)
+    return float(norm)
 
 
 def line(weights: list[float]) -> nn.Linear:
@@ -72,7 +81,7 @@ def test_gradient_is_clipped_to_the_norm_and_the_norm_before_is_returned() -> No
     model = line([1.0, 2.0])
     model.weight.grad = torch.tensor([[3.0, 4.0]])
 
-    norm = trained(model, max_grad_norm=1.0).step()
+    norm = step(trained(model, max_grad_norm=1.0))
 
     assert norm == pytest.approx(5.0)
     # The gradient becomes (0.6, 0.8); Adam without memory divides it by |g| + 1.
@@ -85,7 +94,7 @@ def test_gradient_below_the_limit_is_not_scaled(limit: float | None) -> None:
     model = line([1.0, 2.0])
     model.weight.grad = torch.tensor([[3.0, 4.0]])
 
-    norm = trained(model, max_grad_norm=limit).step()
+    norm = step(trained(model, max_grad_norm=limit))
 
     assert norm == pytest.approx(5.0)
     wanted = torch.tensor([[1.0 - 0.1 * 3.0 / 4.0, 2.0 - 0.1 * 4.0 / 5.0]])
@@ -96,7 +105,7 @@ def test_a_step_clears_the_gradients() -> None:
     model = line([1.0])
     model.weight.grad = torch.ones(1, 1)
 
-    trained(model).step()
+    step(trained(model))
 
     assert model.weight.grad is None
 
@@ -107,7 +116,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_norms_and_biases() -> None:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
-    trained(model, weight_decay=0.5).step()
+    step(trained(model, weight_decay=0.5))
 
     torch.testing.assert_close(model.embed.weight.data, before["embed.weight"] * (1 - 0.1 * 0.5))
     for name in ("embed.bias", "norm.weight", "norm.bias"):
@@ -120,7 +129,7 @@ def test_lr_is_that_of_the_last_step() -> None:
     seen = [one.lr]
     for _ in range(4):
         model.weight.grad = torch.ones(1, 1)
-        one.step()
+        step(one)
         seen.append(one.lr)
 
     # Two warm-up steps, then 8 steps down to 0 from the peak.
@@ -133,7 +142,7 @@ def test_lr_reported_is_the_one_that_was_used() -> None:
     for _ in range(6):
         before = float(model.weight)
         model.weight.grad = torch.ones(1, 1)
-        one.step()
+        step(one)
         # A gradient of 1 moves the weight by lr * 1 / (1 + eps).
         assert before - float(model.weight) == pytest.approx(one.lr / 2)
 
@@ -160,7 +169,7 @@ def test_state_brings_back_weights_moments_and_schedule() -> None:
     def stepped(one: TrainedModel, model: nn.Linear, gradients: list[float]) -> float:
         for gradient in gradients:
             model.weight.grad = torch.full((1, 1), gradient)
-            one.step()
+            step(one)
         return float(model.weight)
 
     settings: dict[str, Any] = {"adam_betas": (0.9, 0.99), "adam_eps": 1e-8, "lr_schedule": "cosine"}
@@ -184,7 +193,7 @@ def test_a_run_that_goes_on_with_other_settings_uses_them() -> None:
     model = line([1.0])
     before = trained(model, weight_decay=0.5, lr_schedule="constant")
     model.weight.grad = torch.ones(1, 1)
-    before.step()
+    step(before)
 
     after = trained(
         line([7.0]), lr=0.2, weight_decay=0.25, adam_betas=(0.5, 0.75), adam_eps=1e-4, lr_schedule="constant"
@@ -194,3 +203,13 @@ def test_a_run_that_goes_on_with_other_settings_uses_them() -> None:
     (group,) = after._optimizer.param_groups
     wanted = {"lr": 0.2, "weight_decay": 0.25, "betas": (0.5, 0.75), "eps": 1e-4}
     assert {name: group[name] for name in wanted} == wanted
+
+
+@pytest.mark.usefixtures("one_rank")
+def test_a_parameter_that_fsdp_does_not_own_is_no_parameter_to_train() -> None:
+    """It would never get a gradient from FSDP, in silence."""
+    model = TwoLayers()
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params={model.norm.weight})
+
+    with pytest.raises(LearnerError, match="1 parameters of a sharded model are not sharded, norm"):
+        trained(model)

@@ -11,6 +11,7 @@ import torch
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.hub import hub_lookup
+from rlhf_ray.model_weights import compute_heads_in_float32, first_nonfinite
 from rlhf_ray.prompts.text_encoding import special_tokens_around, with_special_tokens
 from rlhf_ray.rewards.reward_model.check import context_length, label_index, reward_tokenizer
 from rlhf_ray.rewards.reward_model.padding import batches, unused_token_id
@@ -155,4 +156,8 @@ def _load(reward: RewardModelReward, device: str) -> PreTrainedModel:
     if absent := sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}):
         remedy = f"the folder lacks weights of a trained reward model ({', '.join(absent[:3])}); name one that has them"
         raise ConfigError("reward_model.path", reward.path, remedy)
+    if damaged := first_nonfinite(model.named_parameters()):
+        remedy = f"its {damaged} is not finite: the file is damaged, or dtype is too narrow for it"
+        raise ConfigError("reward_model.path", reward.path, remedy)
+    compute_heads_in_float32(model)
     return model

@@ -124,14 +124,43 @@ def test_a_head_that_is_not_in_the_files_is_an_error(make: Callable[..., str]) -
         load(path)
 
 
-def test_weights_that_are_not_finite_are_found_at_the_start(make: Callable[..., str]) -> None:
+@pytest.mark.parametrize("name", ["score.weight", "model.embed_tokens.weight"])
+def test_weights_that_are_not_finite_are_found_at_the_start(name: str, make: Callable[..., str]) -> None:
+    """The embedding of a token that few texts hold too."""
     path = make()
     model = AutoModelForSequenceClassification.from_pretrained(path)
     with torch.no_grad():
-        model.score.weight.fill_(float("nan"))
+        model.get_parameter(name)[-1, -1] = float("nan")
     model.save_pretrained(path)
-    with pytest.raises(ConfigError, match="as nan: its weights are damaged"):
+    with pytest.raises(ConfigError, match=f"its {name} is not finite: the file is damaged"):
         load(path)
+
+
+def test_weights_that_the_type_cannot_hold_are_found_at_the_start(make: Callable[..., str]) -> None:
+    path = make()
+    model = AutoModelForSequenceClassification.from_pretrained(path)
+    with torch.no_grad():
+        model.model.layers[0].mlp.up_proj.weight[0, 0] = 3.4e38
+    model.save_pretrained(path)
+    with pytest.raises(
+        ConfigError, match=r"layers\.0\.mlp\.up_proj\.weight is not finite.* dtype is too narrow for it"
+    ):
+        RewardModel(RewardModelReward(path, dtype="bfloat16"))
+
+
+def test_scores_of_a_half_precision_model_are_those_of_a_float32_head(make: Callable[..., str]) -> None:
+    model = RewardModel(RewardModelReward(make(), dtype="bfloat16"))
+    seen: list[torch.Tensor] = []
+    model._model.model.register_forward_hook(lambda _, __, output: seen.append(output.last_hidden_state[0, -1]))
+    given = [list(range(3, 40)), [7, 8, 9]]
+
+    scores = [model.scores([ids])[0] for ids in given]
+
+    whole = AutoModelForSequenceClassification.from_pretrained(model._reward.path)
+    weight = whole.score.weight[0].bfloat16().float()  # As it was loaded.
+    assert {state.dtype for state in seen} == {torch.bfloat16}
+    assert scores == pytest.approx([float(state.float() @ weight) for state in seen], rel=1e-6)
+    assert all(float(torch.tensor(score).bfloat16()) != score for score in scores)
 
 
 def test_files_that_cannot_be_read(make: Callable[..., str]) -> None:
