@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlhf_ray.advantages.padding import widened
 from rlhf_ray.advantages.ratio import MAX_LOG_RATIO
 
 __all__ = ["kl"]
@@ -40,7 +41,8 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:
         estimator: ``k1``, ``k2``, ``k3`` or ``abs``.
 
     Returns:
-        One estimate a token, in nats, the same shape. Nothing is masked: what lies under padding stays there.
+        One estimate a token, in nats, the same shape, float32 (float64 if an input is). Nothing is masked: what lies
+        under padding stays there.
 
     Raises:
         ValueError: The shapes differ, or the estimator is unknown.
@@ -48,7 +50,7 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:
     if logprobs.shape != ref_logprobs.shape:
         shapes = f"logprobs {tuple(logprobs.shape)}, ref_logprobs {tuple(ref_logprobs.shape)}"
         raise ValueError(f"shapes differ: {shapes}")
-    difference = logprobs - ref_logprobs
+    difference = widened(logprobs) - widened(ref_logprobs)
     match estimator:
         case "k1":
             return difference

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["MAX_LOG_RATIO", "log_ratio", "probability_ratio"]
+__all__ = ["MAX_LOG_RATIO", "log_difference", "log_ratio", "probability_ratio"]
 
 MAX_LOG_RATIO = 20.0
 """Largest log-ratio, in nats, that is exponentiated.
@@ -14,9 +14,27 @@ far inside float32, so that products and sums over a batch stay finite (``exp(89
 is no lower bound, since ``exp`` goes to 0 by itself and its gradient with it. Beyond the bound the gradient is 0.
 """
 
+_FINITE = 1e30
+"""Far beyond every log-ratio, and small enough that a sum over a sequence stays finite."""
+
+
+def log_difference(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """Return ``logprobs - old_logprobs`` for formulas that sum it over a sequence and bound the sum.
+
+    A bound on each token would change the sum: of +30 and -30 the sum is 0, of +20 and -30 it is -10.
+
+    Args:
+        logprobs: Log-probabilities in nats, any shape.
+        old_logprobs: Log-probabilities of the denominator's policy, the same shape.
+
+    Returns:
+        The log-ratio in nats, the same shape, at most 1e30, so that infinities of both signs do not sum to NaN.
+    """
+    return (logprobs - old_logprobs).clamp(max=_FINITE)
+
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Return ``min(logprobs - old_logprobs, MAX_LOG_RATIO)``, for formulas that add or clip before they exponentiate.
+    """Return ``min(logprobs - old_logprobs, MAX_LOG_RATIO)``, for formulas that clip before they exponentiate.
 
     Args:
         logprobs: Log-probabilities in nats, any shape.
