@@ -231,6 +231,10 @@ class TrainingSettings:
         "k1", "estimator of the KL to the reference; in the loss the gradient is that of k2 whichever it is"
     )
     kl_in: Literal["reward", "loss"] = setting("reward", "where the KL to the reference enters")
+    kl_clip: float | None = setting(
+        None,
+        "largest size of a token's KL estimate in the reward, in nats: one token of k3 may reach thousands; none: no cap",
+    )
     loss_aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
         setting("token_mean", "how token losses become one number")
     )

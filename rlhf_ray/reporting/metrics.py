@@ -118,7 +118,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/return_mean", "reward", "token mean of advantage + value"),
     Metric("learner/advantage_mean", "reward", "token mean of the advantage (training.advantage), before whitening"),
     Metric("learner/advantage_std", "reward", "standard deviation over tokens of the same advantage"),
-    Metric("learner/kl_to_reference", "nats", "token mean of kl_estimator, policy against the frozen reference"),
+    Metric(
+        "learner/kl_to_reference",
+        "nats",
+        "token mean of kl_estimator, policy against the frozen reference, before training.kl_clip",
+    ),
+    Metric("learner/kl_clip_fraction", "fraction", "tokens whose KL estimate is beyond training.kl_clip / tokens"),
     Metric("learner/kl_coef", "reward/nat", "weight of the KL to the reference in this update (fixed or adapted)"),
     Metric(
         "learner/behavior_weight_mean",
