@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 __all__ = [
+    "REWARD_ARGUMENTS",
     "CallbackSettings",
     "CheckpointingSettings",
     "DataSettings",
@@ -29,6 +30,19 @@ __all__ = [
 
 RewardFunction = Callable[..., Any]
 RewardSpec = str | RewardFunction | Mapping[str, Any]
+
+REWARD_ARGUMENTS: Final = frozenset(
+    {
+        "prompts",
+        "completions",
+        "completion_ids",
+        "completions_with_special_tokens",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+    }
+)
+"""Names by which every run passes something to reward functions, so that no dataset column can have them."""
 
 
 def setting(default: Any, meaning: str) -> Any:
@@ -357,7 +371,7 @@ class CallbackSettings:
     """User functions called on the driver."""
 
     on_rollout_group: Callable[..., None] | None = setting(
-        None, "f(algorithm=, group=) for each scored group of a batch, before the update; group is a ScoredGroup"
+        None, "f(algorithm=, group=) for each scored group of a batch, before the update; group is a copy of the ScoredGroup"
     )
     on_train_result: Callable[..., None] | None = setting(
         None, "f(algorithm=, result=) after each iteration; may change the result"

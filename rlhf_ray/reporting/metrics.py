@@ -89,6 +89,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/failures/<kind>", "groups", "groups dropped and replaced in this iteration because of this failure"
     ),
+    Metric("rewards/<function>/<metric>", "any", "mean over its calls of what the function gave to log_metric"),
     # The update; token means are over completion tokens of all optimiser steps of the iteration.
     Metric("learner/policy_loss", "loss", "policy loss (training.loss) over its global denominator"),
     Metric(
@@ -191,6 +192,11 @@ METRICS: tuple[Metric, ...] = (
         "fraction",
         "mean over prompts of 1 - C(n - c, k) / C(n, k), c of the n completions passing (arXiv:2107.03374); a reward "
         "of at least evaluation.pass_threshold passes",
+    ),
+    Metric(
+        "evaluation/<dataset>/rewards/<function>/<metric>",
+        "any",
+        "mean over its calls of what the function gave to log_metric",
     ),
     Metric("evaluation/<dataset>/num_prompts", "prompts", "held-out prompts that were sampled"),
     Metric("evaluation/<dataset>/failures", "prompts", "held-out prompts whose reward failed; left out of the others"),
