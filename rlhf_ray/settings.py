@@ -371,7 +371,8 @@ class CallbackSettings:
     """User functions called on the driver."""
 
     on_rollout_group: Callable[..., None] | None = setting(
-        None, "f(algorithm=, group=) for each scored group of a batch, before the update; group is a copy of the ScoredGroup"
+        None,
+        "f(algorithm=, group=) for each scored group of a batch, before the update; group is a copy of the ScoredGroup",
     )
     on_train_result: Callable[..., None] | None = setting(
         None, "f(algorithm=, result=) after each iteration; may change the result"

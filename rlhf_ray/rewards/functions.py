@@ -123,6 +123,8 @@ def _check_signature(function: object, field: str, value: object) -> None:
     if is_factory(function):
         name = getattr(function, "__name__", "it")
         raise ConfigError(field, value, f"{name} makes reward functions and is none: write {name}() or {name!r}")
+    if any(base.__module__.startswith("torch.nn.") for base in type(function).__mro__):
+        raise ConfigError(field, value, "a model is named, so that it has actors of its own: RewardModelReward(path)")
     parameters = Parameters.of(function)
     if needed := parameters.positional_only:
         raise ConfigError(field, value, f"rewards are called with keywords, but {', '.join(needed)} is positional only")

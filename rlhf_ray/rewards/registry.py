@@ -84,7 +84,8 @@ def build_reward(name: str, arguments: Mapping[str, Any], *, field: str, value: 
             field,
             value,
             f"no built-in reward is called {name!r}; nearest: {nearest(name, _FACTORIES)!r} "
-            f"(all: {', '.join(built_in_names())}; your own: 'module:function' or 'file.py:function')",
+            f"(all: {', '.join(built_in_names())}; your own: 'module:function' or 'file.py:function'; "
+            f"a model: {{name: reward_model, path: {name}}})",
         )
     factory = _FACTORIES[name]
     _check_arguments(name, factory, arguments, field=field, value=value)

@@ -163,6 +163,7 @@ def test_the_field_has_the_index() -> None:
     ("source", "remedy"),
     [
         ("gsm9k", "nearest: 'gsm8k'"),
+        ("org/reward-model", "a model: {name: reward_model, path: org/reward-model}"),
         ("no_such_package_x.rewards:f", "no module 'no_such_package_x'"),
         ("json.nothing:f", "no module 'json.nothing'"),
         ("json:lods", "json has no 'lods'; nearest: 'loads'"),
@@ -208,6 +209,11 @@ def test_signatures_that_do_not_fit() -> None:
     assert "text is positional only" in refusal(lambda text, /, **columns: [1.0]).remedy
     assert "needs environments" in refusal(lambda environments, **columns: [1.0]).remedy
     assert resolve(lambda environments=None, **columns: [1.0])
+
+
+def test_a_model_itself_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    assert "RewardModelReward(path)" in refusal(torch.nn.Linear(1, 1)).remedy
 
 
 @pytest.mark.parametrize("name", sorted(REWARD_ARGUMENTS))
