@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlhf_ray.advantages.padding import widened
+
 __all__ = ["MAX_LOG_RATIO", "log_difference", "log_ratio", "probability_ratio"]
 
 MAX_LOG_RATIO = 20.0
@@ -28,9 +30,10 @@ def log_difference(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
         old_logprobs: Log-probabilities of the denominator's policy, the same shape.
 
     Returns:
-        The log-ratio in nats, the same shape, at most 1e30, so that infinities of both signs do not sum to NaN.
+        The log-ratio in nats, the same shape, float32 (float64 if an input is); at most 1e30, so that infinities of
+        both signs do not sum to NaN.
     """
-    return (logprobs - old_logprobs).clamp(max=_FINITE)
+    return (widened(logprobs) - widened(old_logprobs)).clamp(max=_FINITE)
 
 
 def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -41,9 +44,9 @@ def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
         old_logprobs: Log-probabilities of the denominator's policy, the same shape.
 
     Returns:
-        The log-ratio in nats, the same shape; exactly 0 where both are equal.
+        The log-ratio in nats, the same shape, float32 (float64 if an input is); exactly 0 where both are equal.
     """
-    return (logprobs - old_logprobs).clamp(max=MAX_LOG_RATIO)
+    return log_difference(logprobs, old_logprobs).clamp(max=MAX_LOG_RATIO)
 
 
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
@@ -54,6 +57,6 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
         old_logprobs: Log-probabilities of the denominator's policy, the same shape.
 
     Returns:
-        The ratio, the same shape; exactly 1 where both are equal, and never infinite.
+        The ratio, the same shape, float32 (float64 if an input is); exactly 1 where both are equal, never infinite.
     """
     return log_ratio(logprobs, old_logprobs).exp()
