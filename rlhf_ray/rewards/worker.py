@@ -46,7 +46,9 @@ class SequentialRewardWorker:
     def ready(self) -> None:
         """Answer once the worker stands."""
 
-    def score(self, groups: Sequence[RolloutGroup], progress: TrainingProgress) -> list[Scores | RewardFailure]:
+    def score(
+        self, groups: Sequence[RolloutGroup], progress: TrainingProgress | None = None
+    ) -> list[Scores | RewardFailure]:
         """Score the first of ``groups``, those that ``LONG_CALL_S`` allows; a failure is an answer, no exception."""
         started = time.perf_counter()
         outcomes: list[Scores | RewardFailure] = []
@@ -69,12 +71,16 @@ class ConcurrentRewardWorker:
     async def ready(self) -> None:
         """Answer once the worker stands."""
 
-    async def score(self, groups: Sequence[RolloutGroup], progress: TrainingProgress) -> list[Scores | RewardFailure]:
+    async def score(
+        self, groups: Sequence[RolloutGroup], progress: TrainingProgress | None = None
+    ) -> list[Scores | RewardFailure]:
         """Score ``groups`` at once; a failure is an answer, not an exception."""
         return list(await asyncio.gather(*(_score(self._scorer, group, progress) for group in groups)))
 
 
-async def _score(scorer: RewardScorer, group: RolloutGroup, progress: TrainingProgress) -> Scores | RewardFailure:
+async def _score(
+    scorer: RewardScorer, group: RolloutGroup, progress: TrainingProgress | None
+) -> Scores | RewardFailure:
     try:
         return await scorer.scores(group, progress)
     except ScoringError as error:
