@@ -98,7 +98,7 @@ class Plugin:
     def call(self, available: Mapping[str, Any]) -> Any:
         """Call the function, once :meth:`loaded`, with those of ``available`` that it asks for.
 
-        Tensors and further arguments are copies: what the function edits in place is not what the learner goes on with.
+        Tensors and further arguments are copies: what the function edits in place does not reach the learner.
         """
         assert callable(self.function), "call loaded() first"
         inputs = {name: available[name] for name in self.asks_for}
