@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from types import MappingProxyType
 from typing import Any, Final, TypeVar, cast
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.user_code import load_reference
+from rlhf_ray.user_code import bound_arguments, load_reference
 
 __all__ = ["Plugin", "advantage_plugin", "loss_plugin", "register_advantage", "register_loss"]
 
@@ -95,9 +96,14 @@ class Plugin:
         return replace(self, function=function)
 
     def call(self, available: Mapping[str, Any]) -> Any:
-        """Call the function, once :meth:`loaded`, with those of ``available`` that it asks for."""
+        """Call the function, once :meth:`loaded`, with those of ``available`` that it asks for.
+
+        Tensors and further arguments are copies: what the function edits in place does not reach the learner.
+        """
         assert callable(self.function), "call loaded() first"
-        return self.function(**{name: available[name] for name in self.asks_for}, **self.arguments)
+        inputs = {name: available[name] for name in self.asks_for}
+        own = {name: value.clone() if hasattr(value, "clone") else value for name, value in inputs.items()}
+        return self.function(**own, **deepcopy(dict(self.arguments)))
 
 
 def _built_in(name: str, reference: str, asks_for: str, *, required: tuple[str, ...] = (), **arguments: Any) -> Plugin:
@@ -230,6 +236,8 @@ def _of_function(setting: str, name: str, function: Callable[..., Any], inputs: 
     first, *others = inputs(parameters)
     if first not in asks_for:
         raise ConfigError(setting, name, f"the function must take {first}; it may take {', '.join(others)}")
+    if taken := sorted(bound_arguments(function) & {*asks_for}):
+        raise ConfigError(setting, name, f"the function binds {taken[0]!r}, which every run passes: leave it free")
     required = tuple(
         item.name
         for item in signature.values()
@@ -253,6 +261,9 @@ def _found(
         )
     if arguments:
         _check_known(f"{setting}_args", plugin, arguments)
+    if taken := sorted(bound_arguments(plugin.function) & arguments.keys()):
+        remedy = f"{plugin.name} has a value for {taken[0]!r} already: leave it out"
+        raise ConfigError(f"{setting}_args", dict(arguments), remedy)
     if missing := [argument for argument in plugin.required if argument not in arguments]:
         raise ConfigError(f"{setting}_args", dict(arguments), f"{plugin.name} needs {', '.join(missing)}")
     return replace(plugin, arguments={**plugin.arguments, **arguments})

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Final, Literal
 
 __all__ = [
+    "REWARD_ARGUMENTS",
     "CallbackSettings",
     "CheckpointingSettings",
     "DataSettings",
@@ -34,6 +35,19 @@ __all__ = [
 
 RewardFunction = Callable[..., Any]
 RewardSpec = str | RewardFunction | Mapping[str, Any]
+
+REWARD_ARGUMENTS: Final = frozenset(
+    {
+        "prompts",
+        "completions",
+        "completion_ids",
+        "completions_with_special_tokens",
+        "trainer_state",
+        "log_extra",
+        "log_metric",
+    }
+)
+"""Names by which every run passes something to reward functions, so that no dataset column can have them."""
 
 
 _VERL: Final = "verl, ppo_trainer.yaml"
@@ -284,6 +298,10 @@ class TrainingSettings:
         "k1", "estimator of the KL to the reference; in the loss the gradient is that of k2 whichever it is"
     )
     kl_in: Literal["reward", "loss"] = setting("reward", "where the KL to the reference enters")
+    kl_clip: float | None = setting(
+        None,
+        "largest size of a token's KL estimate in the reward, in nats: one token of k3 may reach thousands; none: no cap",
+    )
     loss_aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
         setting("token_mean", "how token losses become one number")
     )
@@ -417,7 +435,8 @@ class CallbackSettings:
     """User functions called on the driver."""
 
     on_rollout_group: Callable[..., None] | None = setting(
-        None, "f(algorithm=, group=) for each scored group of a batch, before the update; group is a ScoredGroup"
+        None,
+        "f(algorithm=, group=) for each scored group of a batch, before the update; group is a copy of the ScoredGroup",
     )
     on_train_result: Callable[..., None] | None = setting(
         None, "f(algorithm=, result=) after each iteration; may change the result"

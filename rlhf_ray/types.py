@@ -7,7 +7,7 @@ arrays are variable-length numpy arrays, never padded batches.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -119,6 +119,10 @@ class ScoredGroup:
     """``[G]``, the decoded completions (special tokens left out), for reports."""
     reward_s: float
     """Seconds the reward functions took."""
+    logged: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    """Reward function -> metric -> the values that it logged."""
+    extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    """``<function>/<column>`` -> ``[G]``, what reward functions logged of each completion: plain values."""
     greedy_reward: float | None = None
     """Reward of a greedy completion of the prompt, where the advantage asks for one."""
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -14,7 +16,7 @@ from typing import Any
 
 from rlhf_ray.errors import ConfigError
 
-__all__ = ["load_reference"]
+__all__ = ["bound_arguments", "load_reference"]
 
 
 def load_reference(reference: str, *, field: str, value: object) -> Callable[..., Any]:
@@ -38,6 +40,15 @@ def load_reference(reference: str, *, field: str, value: object) -> Callable[...
     if not callable(function):
         raise ConfigError(field, value, f"{attribute} is no function but {type(function).__name__}")
     return function
+
+
+def bound_arguments(function: object) -> set[str]:
+    """Names of the arguments that ``functools.partial`` already gives a value; a second one would replace it."""
+    names: set[str] = set()
+    while isinstance(function, functools.partial):
+        names.update(function.keywords, list(inspect.signature(function.func).parameters)[: len(function.args)])
+        function = function.func
+    return names
 
 
 def _load_module(name: str, field: str, value: object) -> ModuleType:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import inspect
 import pickle
 import subprocess
@@ -531,3 +532,43 @@ def test_a_function_of_a_file_works_where_the_file_is_not(reference: str) -> Non
 def test_loading_twice_changes_nothing() -> None:
     plugin = built_in("grpo")
     assert plugin.loaded() == plugin
+
+
+def test_what_a_function_edits_in_place_changes_nothing_else() -> None:
+    torch = pytest.importorskip("torch")
+
+    @register_advantage("spoiling")
+    def spoiling(rewards: Any, values: Any, mask: Any, steps: Any = ()) -> Any:
+        rewards.zero_(), values.zero_(), mask.zero_(), steps.append(1)
+        return rewards, values
+
+    @register_loss("spoiling")
+    def loss(logprobs: Any, advantages: Any) -> Any:
+        logprobs *= 2.0
+        advantages.zero_()
+        return logprobs.sum(), {}
+
+    steps: list[int] = []
+    given = {name: torch.ones(2, 3) for name in ("rewards", "values", "mask", "advantages")}
+    for _ in range(2):
+        advantage_plugin("spoiling", {"steps": steps}).call(given)
+    logprobs = torch.ones(2, 3, requires_grad=True)
+    total, _ = loss_plugin("spoiling", {}).call({**given, "logprobs": logprobs})
+    total.backward()
+    assert steps == []
+    assert all(bool((tensor == 1.0).all()) for tensor in (*given.values(), logprobs))
+    assert bool((logprobs.grad == 2.0).all())
+
+
+def test_an_argument_has_one_value() -> None:
+    def mine(logprobs: Any, advantages: Any, clip_low: float, sharpness: float = 1.0) -> Any:
+        return logprobs.sum(), {}
+
+    bound = functools.partial(mine, clip_low=0.1)
+    error = error_of(lambda: register_loss("mine")(bound))
+    assert "binds 'clip_low', which every run passes" in str(error)
+    register_loss("sharp")(functools.partial(mine, sharpness=2.0))
+    assert loss_plugin("sharp", {}).required == ()
+    error = error_of(lambda: loss_plugin("sharp", {"sharpness": 3.0}))
+    assert error.field == "training.loss_args"
+    assert "has a value for 'sharpness' already" in str(error)

@@ -74,6 +74,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "model.lora_alpha": ([0.5], [0.0]),
     "training.kl_target": ([None], [0.0]),
     "training.kl_horizon": ([1], [0]),
+    "training.kl_clip": ([None], [0.0]),
     "training.value_huber": ([0.1, None], [0.0]),
     "rewards.truncated_reward": ([-1.0, 0.0, None], [math.inf]),
     "rewards.bias": ([-1.0], [math.nan]),
@@ -219,6 +220,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"rollouts.top_p": 0.9}, "rollouts.top_p", "training needs 1.0"),
     ({"rollouts.top_k": 50}, "rollouts.top_k", "training needs 0"),
     ({"training.proximal": "loglinear", "training.kl_coef": 0.1}, "training.proximal", "kl_in='loss'"),
+    ({"training.kl_clip": 10.0}, "training.kl_clip", "give training.kl_coef"),
+    ({"training.kl_clip": 10.0, "training.kl_coef": 0.1, "training.kl_in": "loss"}, "training.kl_clip", "kl_in=reward"),
     ({"rollouts.partial_rollouts": True}, "rollouts.partial_rollouts", "set it to 1 or more"),
     ({"training.m2po_threshold": 0.04}, "training.m2po_threshold", "with rollouts.max_staleness=0 there is none"),
     (
@@ -328,6 +331,7 @@ POSSIBLE: list[dict[str, Any]] = [
     {"rollouts.weight_transfer": "nccl", "resources.device": "cuda", "learners.num_gpus_per_learner": 1},
     {"rollouts.engine_args": {"max_num_seqs": 64}},
     {"training.kl_coef": 0.01, "training.kl_in": "loss", "training.kl_estimator": "abs"},
+    {"training.kl_coef": 0.01, "training.kl_clip": 10.0},
 ]
 
 

@@ -1,4 +1,8 @@
-"""Stage 4 of the loop: rewards (and the critic's values) become per-token advantages and returns. Pure tensors."""
+"""Stage 4 of the loop: rewards (and the critic's values) become per-token advantages and returns. Pure tensors.
+
+Half precision may be given anywhere and is computed in float32 or better. Results a token are float32, or float64 where
+an input is; results a completion, and :func:`whiten`'s, have the dtype of the rewards that they replace.
+"""
 
 from rlhf_ray.advantages.adaptive_kl import AdaptiveKLController
 from rlhf_ray.advantages.explained_variance import explained_variance

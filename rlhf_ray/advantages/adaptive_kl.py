@@ -62,7 +62,8 @@ class AdaptiveKLController:
         _check_positive(num_samples=num_samples)
         if not math.isfinite(kl):
             raise ValueError(f"kl = {kl}: must be finite")
-        gain = num_samples / self._horizon
+        # Python floats: a half-precision scalar would make the coefficient one too, for good.
+        kl, gain = float(kl), float(num_samples) / self._horizon
         if MAX_ERROR * gain >= 1.0:
             raise ValueError(f"num_samples = {num_samples}: must be below 5 * horizon = {5 * self._horizon}")
         error = min(max(kl / self._target - 1.0, -MAX_ERROR), MAX_ERROR)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.padding import blank, checked_mask
+from rlhf_ray.advantages.padding import blank, checked_mask, widened
 
 __all__ = ["gae"]
 
@@ -51,7 +51,7 @@ def gae(
             was truncated, 0 where it finished. None: 0 everywhere.
 
     Returns:
-        Advantages and returns, ``[B, T]`` each, 0 at masked positions.
+        Advantages and returns, ``[B, T]`` each, float32 (float64 if an input is), 0 at masked positions.
 
     Raises:
         ValueError: A shape does not fit, or ``gamma`` or ``lam`` lies outside [0, 1].
@@ -82,4 +82,4 @@ def _bootstrap_values(bootstrap: Tensor | None, values: Tensor) -> Tensor:
         return values.new_zeros(values.shape[0])
     if bootstrap.shape != values.shape[:1]:
         raise ValueError(f"bootstrap {tuple(bootstrap.shape)} does not fit values {tuple(values.shape)}; expected [B]")
-    return bootstrap.detach().to(values)
+    return widened(bootstrap.detach()).to(values.device)

@@ -87,6 +87,10 @@ def quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
 
 
 def narrow(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return double-precision ``x`` in ``dtype``; what is too large for it becomes its largest number, not infinity."""
+    """Return double-precision ``x`` in ``dtype``; what is too large for it becomes its largest number, not infinity.
+
+    float32 where ``dtype`` is not a floating-point type.
+    """
+    dtype = dtype if dtype.is_floating_point else torch.float32
     limits = torch.finfo(dtype)
     return x.clamp(min=limits.min, max=limits.max).to(dtype)

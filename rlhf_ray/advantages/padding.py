@@ -1,15 +1,19 @@
-"""Used by every formula of stages 4 and 5: shape checks, and keeping what lies under the padding out.
+"""Used by every formula of stages 4 and 5: shape checks, precision, and keeping what lies under the padding out.
 
 Padding may hold anything, NaN and infinity included. Multiplying by a 0/1 mask is not enough, because
 ``0 * nan`` is NaN, forward and backward. So masked positions are overwritten *before* the first operation:
 the backward pass of ``masked_fill`` then writes an exact 0 there, whatever lies behind it.
+
+Half precision is widened at the same place: bfloat16 has 3 digits, and float16 ends at 65,504, which a sum over the
+tokens of a batch exceeds.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-__all__ = ["blank", "checked_mask"]
+__all__ = ["blank", "checked_mask", "widened"]
 
 
 def checked_mask(mask: Tensor, *, ndim: int | None = None, **tensors: Tensor) -> Tensor:
@@ -35,5 +39,10 @@ def checked_mask(mask: Tensor, *, ndim: int | None = None, **tensors: Tensor) ->
 
 
 def blank(x: Tensor, mask: Tensor) -> Tensor:
-    """Put 0 where ``mask`` (bool) is False; no value and no gradient passes there."""
-    return x.masked_fill(~mask, 0.0)
+    """Return ``x``, :func:`widened`, with 0 where ``mask`` (bool) is False; no value and no gradient passes there."""
+    return widened(x).masked_fill(~mask, 0.0)
+
+
+def widened(x: Tensor) -> Tensor:
+    """Return float64 as it is and everything else as float32; its gradient has the dtype of ``x``."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

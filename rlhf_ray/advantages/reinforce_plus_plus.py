@@ -36,7 +36,7 @@ def reinforce_plus_plus(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tenso
         gamma: Discount a token, in [0, 1].
 
     Returns:
-        ``[B, T]``, 0 at masked positions; carries no gradient.
+        ``[B, T]`` float32 (float64 if ``rewards`` are), 0 at masked positions; carries no gradient.
 
     Raises:
         ValueError: The shapes do not fit, or ``gamma`` lies outside [0, 1].

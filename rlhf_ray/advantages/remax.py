@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlhf_ray.advantages.groups import narrow
+
 __all__ = ["remax"]
 
 
@@ -22,7 +24,7 @@ def remax(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
         greedy_rewards: ``[B]``, reward of the greedy completion of its prompt, on the same scale.
 
     Returns:
-        ``[B]``; carries no gradient.
+        ``[B]``, in the dtype of ``rewards``; carries no gradient.
 
     Raises:
         ValueError: The shapes differ, or are not ``[B]``.
@@ -30,4 +32,4 @@ def remax(rewards: Tensor, greedy_rewards: Tensor) -> Tensor:
     if rewards.ndim != 1 or rewards.shape != greedy_rewards.shape:
         shapes = f"rewards {tuple(rewards.shape)}, greedy_rewards {tuple(greedy_rewards.shape)}"
         raise ValueError(f"shapes do not fit: {shapes}; expected [B] and [B]")
-    return rewards.detach() - greedy_rewards.detach()
+    return narrow(rewards.detach().double() - greedy_rewards.detach().double(), rewards.dtype)

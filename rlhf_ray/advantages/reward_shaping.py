@@ -26,7 +26,7 @@ def shape_rewards(rewards: Tensor, *, bias: float = 0.0, scale: float = 1.0, cli
         clip: Largest size of a result; none: no bound.
 
     Returns:
-        ``[B]``; carries no gradient.
+        ``[B]``, in the dtype of ``rewards``, computed in double precision; carries no gradient.
 
     Raises:
         ValueError: ``rewards`` is not ``[B]``, or ``clip`` is not positive.
@@ -35,8 +35,8 @@ def shape_rewards(rewards: Tensor, *, bias: float = 0.0, scale: float = 1.0, cli
         raise ValueError(f"rewards {tuple(rewards.shape)} do not fit; expected [B]")
     if clip is not None and not clip > 0.0:
         raise ValueError(f"clip = {clip}: must be positive, or None for no bound")
-    shaped = (rewards.detach() + bias) * scale
-    return shaped if clip is None else shaped.clamp(min=-clip, max=clip)
+    shaped = (rewards.detach().double() + bias) * scale
+    return narrow(shaped if clip is None else shaped.clamp(min=-clip, max=clip), rewards.dtype)
 
 
 def normalise_rewards(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.padding import blank, checked_mask
+from rlhf_ray.advantages.padding import blank, checked_mask, widened
 
 __all__ = ["kl_penalised_rewards"]
 
@@ -29,7 +29,7 @@ def kl_penalised_rewards(rewards: Tensor, mask: Tensor, *, kl: Tensor | None = N
         coef: Weight of the penalty, in reward a nat.
 
     Returns:
-        ``[B, T]``, 0 at masked positions; carries no gradient.
+        ``[B, T]`` float32 (float64 if an input is), 0 at masked positions; carries no gradient.
 
     Raises:
         ValueError: The shapes do not fit, or ``coef`` is not 0 and ``kl`` is missing.
@@ -39,7 +39,7 @@ def kl_penalised_rewards(rewards: Tensor, mask: Tensor, *, kl: Tensor | None = N
         raise ValueError(f"rewards {tuple(rewards.shape)} do not fit mask {tuple(mask.shape)}; expected [B]")
     if kl is None and coef != 0.0:
         raise ValueError(f"coef = {coef} needs kl")
-    token_rewards = rewards.detach()[:, None].expand(mask.shape).masked_fill(~_last_token(mask), 0.0)
+    token_rewards = widened(rewards.detach())[:, None].expand(mask.shape).masked_fill(~_last_token(mask), 0.0)
     return token_rewards if kl is None else token_rewards - coef * blank(kl.detach(), mask)
 
 

@@ -36,7 +36,7 @@ def whiten(
         moments: Mean and variance to use; none: those of ``x`` itself.
 
     Returns:
-        The same shape and dtype, 0 at masked positions.
+        The same shape and dtype, computed in double precision, 0 at masked positions.
 
     Raises:
         ValueError: The shapes differ.

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import logging
 import math
 import os
@@ -25,6 +26,7 @@ from rlhf_ray.algorithms.assembly import (
     evaluator,
     learner_spec,
     start_parts,
+    training_progress,
 )
 from rlhf_ray.algorithms.iteration_result import iteration_result
 from rlhf_ray.algorithms.ray_session import RaySession
@@ -393,6 +395,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._counts.go_on_from({})
         parts.learners.renew(learner_spec(self.settings, self._inputs, parts.session))
         self._inputs.prompts.restore(self._first_position)
+        parts.rewards.progress = training_progress(self.settings, self._inputs)
         parts.publications.publish(0, beside=False)
 
     def _open_run(self) -> RunStart:
@@ -447,7 +450,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
     def _show_groups(self, groups: tuple[ScoredGroup, ...]) -> None:
         if self.settings.callbacks.on_rollout_group is not None:
             for group in groups:
-                self.settings.callbacks.on_rollout_group(algorithm=self, group=group)
+                # A copy: what a callback edits must not change the update.
+                self.settings.callbacks.on_rollout_group(algorithm=self, group=copy.deepcopy(group))
 
     def _plan(self, batch: SequenceBatch, version: int) -> UpdatePlan:
         training, learners = self.settings.training, self.settings.learners

@@ -29,7 +29,9 @@ from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.functions import resolve_rewards
+from rlhf_ray.rewards.registry import row_check
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.shipping import pack
@@ -50,7 +52,7 @@ from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["Inputs", "Parts", "check_inputs", "evaluator", "learner_spec", "start_parts"]
+__all__ = ["Inputs", "Parts", "check_inputs", "evaluator", "learner_spec", "start_parts", "training_progress"]
 
 _SETTLE_S = 10.0
 
@@ -100,7 +102,7 @@ def check_inputs(settings: Settings) -> Inputs:
 
     Raises:
         ConfigError: A model, tokenizer, reward or length is wrong.
-        DataError: The dataset is missing, empty or lacks a column.
+        DataError: A dataset is missing, empty, lacks a column, or has an answer that a reward cannot use.
     """
     from rlhf_ray.quickstart import model_path
 
@@ -108,7 +110,8 @@ def check_inputs(settings: Settings) -> Inputs:
     tokenizer_path = _expanded(settings.model.tokenizer_path) or policy_path
     critic_path = _expanded(settings.model.critic_path)
     trust = settings.model.trust_remote_code
-    for index, reward in enumerate(resolve_rewards(settings.rewards)):
+    rewards = resolve_rewards(settings.rewards)
+    for index, reward in enumerate(rewards):
         if isinstance(reward.function, RewardModelReward):
             check_reward_model(reward.function, f"rewards.functions[{index}]")
     advantage = advantage_plugin(settings.training.advantage, settings.training.advantage_args)
@@ -132,8 +135,9 @@ def check_inputs(settings: Settings) -> Inputs:
         seed=settings.debugging.seed,
         trust_remote_code=trust,
     )
+    check_row = row_check(rewards)
     # A stop string may be the end of a turn; only token ids can be compared.
-    prompts.check(stop_token_ids=None if settings.rollouts.stop else {*eos, *stops})
+    prompts.check(check_row, stop_token_ids=None if settings.rollouts.stop else {*eos, *stops})
     for held_out in held_out_sets(settings.data):
         check_prompts(
             held_out.data,
@@ -141,6 +145,7 @@ def check_inputs(settings: Settings) -> Inputs:
             tokenizer_path=tokenizer_path,
             max_prompt_tokens=prompt_tokens,
             trust_remote_code=trust,
+            check_row=check_row,
         )
     return Inputs(
         policy_path=policy_path,
@@ -194,6 +199,7 @@ def start_parts(
         app.start()
         # The dataset is read in this thread while the others wait for processes.
         inputs.prompts.open()
+        rewards.progress = training_progress(settings, inputs)
         _wait(learners, app, rewards, reporters)
     except BaseException:
         for part in (rewards, app, learners):
@@ -240,6 +246,16 @@ def start_parts(
             published=controller.published,
             beside_training=settings.rollouts.max_staleness > 0 and not nccl,
         ),
+    )
+
+
+def training_progress(settings: Settings, inputs: Inputs) -> TrainingProgress:
+    """How what reward functions are told of the training follows from the policy version."""
+    schedule = Schedule.of(settings)
+    return TrainingProgress(
+        steps_per_version=schedule.optimizer_steps,
+        max_steps=schedule.total_optimizer_steps,
+        epochs_per_version=schedule.prompts / inputs.prompts.num_rows,
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan
+from rlhf_ray.rewards.scoring import logged_means
 from rlhf_ray.rollouts.flow import Collected
 from rlhf_ray.weight_sync.publisher import Publication
 
@@ -123,4 +124,6 @@ def _reward_metrics(collected: Collected) -> dict[str, Any]:
         values = np.concatenate(parts)
         applied = values[~np.isnan(values)]
         metrics[name] = {"mean": float(applied.mean()) if len(applied) else float("nan")}
+    for name, logged in logged_means(collected.groups).items():
+        metrics[name] |= logged
     return metrics | {"failures": dict(collected.failures)}

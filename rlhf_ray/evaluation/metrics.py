@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf_ray.evaluation.pass_at_k import pass_at_k
+from rlhf_ray.rewards.scoring import logged_means
 from rlhf_ray.types import RewardFailure, ScoredGroup
 
 __all__ = ["evaluation_metrics"]
@@ -27,8 +28,10 @@ def evaluation_metrics(outcomes: Sequence[ScoredGroup | RewardFailure], *, pass_
     """
     scored = [outcome for outcome in outcomes if isinstance(outcome, ScoredGroup)]
     completions = [c for group in scored for c in group.group.completions]
+    logged = logged_means(scored).items()
     return {
         **_reward_metrics(scored, pass_threshold),
+        **{f"rewards/{name}/{metric}": mean for name, metrics in logged for metric, mean in metrics.items()},
         "num_prompts": len(outcomes),
         "failures": len(outcomes) - len(scored),
         "completion_tokens_mean": float(np.mean([len(c.token_ids) for c in completions])) if completions else 0.0,

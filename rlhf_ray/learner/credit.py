@@ -72,7 +72,11 @@ class CreditAssignment:
         penalty = None
         if training.kl_in == "reward" and estimates.ref_logprobs is not None:
             penalty = kl(estimates.proximal_logprobs, estimates.ref_logprobs, estimator=training.kl_estimator)
-            metrics.add({"kl_to_reference": aggregate(penalty, mask, "token_mean")}, float(mask.sum()))
+            means = {"kl_to_reference": penalty}
+            if training.kl_clip is not None:
+                means["kl_clip_fraction"] = (penalty.abs() > training.kl_clip).float()
+                penalty = penalty.clamp(-training.kl_clip, training.kl_clip)
+            metrics.add({name: aggregate(x, mask, "token_mean") for name, x in means.items()}, float(mask.sum()))
         rewards = torch.tensor(batch.rewards, device=self._device)
         if self._plugin.per_completion:
             advantages, returns = self._of_completions(batch, rewards, penalty, mask), None

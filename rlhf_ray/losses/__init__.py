@@ -2,6 +2,9 @@
 
 Pure tensors. Every loss divides by a *global* denominator (``normalizer``), so that summing over microbatches and
 ranks gives the loss and the gradient of the whole minibatch, however it was split.
+
+Half precision may be given anywhere and is computed in float32. Results are float32, or float64 where an input is; a
+gradient has the dtype of the input that it belongs to.
 """
 
 from rlhf_ray.losses.aggregation import aggregate, global_normalizer

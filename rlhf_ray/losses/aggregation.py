@@ -44,7 +44,7 @@ def aggregate(x: Tensor, mask: Tensor, mode: str, normalizer: float | None = Non
             denominator of this tensor alone, with its padded width ``T`` as the constant length.
 
     Returns:
-        A scalar; 0, with zero gradients, when everything is masked.
+        A scalar, float32 (float64 if ``x`` is); 0, with zero gradients, when everything is masked.
 
     Raises:
         ValueError: The shapes do not fit, the mode is unknown, or the normalizer is negative, or 0 although there
@@ -86,7 +86,7 @@ def global_normalizer(lengths: Sequence[int], mode: str, *, max_length: int | No
     if any(length < 0 for length in lengths):
         raise ValueError(f"lengths must not be negative, got {min(lengths)}")
     if mode == "token_mean":
-        return float(sum(lengths))
+        return float(sum(map(int, lengths)))
     sequences = sum(length > 0 for length in lengths)
     if mode != "seq_mean_token_sum_norm":
         return float(sequences)

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.advantages.padding import blank, checked_mask
-from rlhf_ray.advantages.ratio import MAX_LOG_RATIO, log_ratio
+from rlhf_ray.advantages.ratio import MAX_LOG_RATIO, log_difference
 from rlhf_ray.losses.aggregation import aggregate
-from rlhf_ray.losses.policy_inputs import clean
 
 __all__ = ["behavior_weights"]
 
@@ -45,8 +44,8 @@ def behavior_weights(
     - A token of weight 0 still counts in the denominator of a loss, as in an average over all samples. To
       divide by what is left, pass ``mask & (weights > 0)`` as the loss's mask, and count its ``normalizer`` from it.
 
-    Each token's log-ratio and each sequence's sum are bounded from above by
-    :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`. No gradient passes.
+    What is exponentiated, each token's log-ratio or each sequence's sum, is bounded from above by
+    :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`; the tokens of a sum are not. No gradient passes.
 
     >>> proximal, behavior = torch.tensor([[0.8, 0.3]]).log(), torch.tensor([[0.2, 0.6]]).log()
     >>> behavior_weights(proximal, behavior, torch.ones(1, 2), level="token", mode="truncate", cap=2.0)[0]
@@ -65,9 +64,9 @@ def behavior_weights(
         floor: Smallest weight, or in mode ``mask`` the smallest that is not zeroed, from 0 to 1; none: 0.
 
     Returns:
-        The weights, ``[B, T]``, 0 where masked: what :func:`ppo_loss` takes as ``behavior_weights``. And detached
-        scalars over this call's unmasked tokens (0 when there are none), combined over microbatches by the maximum
-        (``_max``) or as means weighted by tokens:
+        The weights, ``[B, T]`` float32 (float64 if an input is), 0 where masked: what :func:`ppo_loss` takes as
+        ``behavior_weights``. And detached scalars over this call's unmasked tokens (0 when there are none), combined
+        over microbatches by the maximum (``_max``) or as means weighted by tokens:
 
         - ``behavior_weight_mean``: of the weights returned; without bounds about 1.
         - ``behavior_ratio_max``: of ``w``, before the bounds.
@@ -81,10 +80,10 @@ def behavior_weights(
     """
     mask = checked_mask(mask, ndim=2, proximal_logprobs=proximal_logprobs, behavior_logprobs=behavior_logprobs)
     _check_choices(level, mode, cap, floor)
-    log_ratios = log_ratio(clean(proximal_logprobs.detach(), mask), clean(behavior_logprobs.detach(), mask))
+    log_ratios = log_difference(blank(proximal_logprobs.detach(), mask), blank(behavior_logprobs.detach(), mask))
     if level == "sequence":
-        log_ratios = log_ratios.sum(dim=1, keepdim=True).clamp(max=MAX_LOG_RATIO).expand_as(log_ratios)
-    ratios = blank(log_ratios.exp(), mask)
+        log_ratios = log_ratios.sum(dim=1, keepdim=True).expand_as(log_ratios)
+    ratios = blank(log_ratios.clamp(max=MAX_LOG_RATIO).exp(), mask)
     smallest = 0.0 if floor is None else floor
     # Not "inside": a comparison with NaN is False, and a NaN among the inputs must not become a weight of 0.
     outside = mask & ((ratios < smallest) | (ratios > cap))

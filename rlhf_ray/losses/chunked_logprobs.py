@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rlhf_ray.advantages.padding import widened
+
 __all__ = ["chunked_logprobs_and_entropy"]
 
 # Logits in memory at once, over all rows of a chunk: 64 MiB in float32, of which up to four copies live.
@@ -48,7 +50,7 @@ def chunked_logprobs_and_entropy(
         max_logits: Logits made at once; at least one row is.
 
     Returns:
-        Log-probabilities and entropies, ``[N]`` float32 each, in nats.
+        Log-probabilities and entropies, ``[N]`` float32 (float64 where ``hidden`` is) each, in nats.
 
     Raises:
         ValueError: The shapes do not fit, or the temperature is not positive.
@@ -75,7 +77,7 @@ class _ChunkedLogprobs(torch.autograd.Function):  # type: ignore[misc]
         entropy_gradient: bool,
         rows: int,
     ) -> tuple[Tensor, Tensor]:
-        logprobs = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        logprobs = widened(hidden.new_empty(len(hidden)))
         entropies, normalizers = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for part in _parts(len(hidden), rows):
             x = _scaled(hidden[part], weight, bias, temperature)
@@ -95,8 +97,8 @@ class _ChunkedLogprobs(torch.autograd.Function):  # type: ignore[misc]
         hidden, weight, bias, targets, normalizers, entropies = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         # Sums over all tokens: half precision would lose the small ones.
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        grad_weight = torch.zeros_like(weight, dtype=normalizers.dtype)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=normalizers.dtype)
         for part in _parts(len(hidden), ctx.rows):
             x = _scaled(hidden[part], weight, bias, ctx.temperature)
             p = torch.softmax(x, dim=-1)
@@ -107,12 +109,12 @@ class _ChunkedLogprobs(torch.autograd.Function):  # type: ignore[misc]
                 grad -= p.mul_(x).mul_(of_entropies[part, None])
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[part] = grad @ weight
-            if hidden.dtype == torch.float32:
+            if hidden.dtype == grad_weight.dtype:
                 grad_weight.addmm_(grad.T, hidden[part])  # Without a second tensor of this size.
             else:
-                grad_weight += (grad.T @ hidden[part]).float()
+                grad_weight += grad.T @ hidden[part]
             if grad_bias is not None:
-                grad_bias += grad.float().sum(dim=0)
+                grad_bias += widened(grad).sum(dim=0)
         if bias is not None and grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
         return grad_hidden, grad_weight.to(weight.dtype), grad_bias, None, None, None, None
@@ -123,6 +125,6 @@ def _parts(count: int, rows: int) -> list[slice]:
 
 
 def _scaled(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    """``[rows, V]`` float32, a tensor of its own."""
-    logits = torch.nn.functional.linear(hidden, weight, bias).float()
+    """``[rows, V]`` float32 or float64, a tensor of its own."""
+    logits = widened(torch.nn.functional.linear(hidden, weight, bias))
     return logits if temperature == 1.0 else logits.div_(temperature)

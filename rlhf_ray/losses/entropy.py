@@ -31,7 +31,8 @@ def entropy_bonus(
         normalizer: The global denominator, see :func:`aggregate`.
 
     Returns:
-        The bonus, and ``entropy``: the detached mean over this call's unmasked tokens, in nats.
+        The bonus, and ``entropy``: the detached mean over this call's unmasked tokens, in nats. Both are float32
+        (float64 if ``entropies`` are).
 
     Raises:
         ValueError: The shapes differ.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.ratio import log_ratio
+from rlhf_ray.advantages.ratio import MAX_LOG_RATIO, log_difference
 from rlhf_ray.losses.aggregation import aggregate
 from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
 from rlhf_ray.losses.policy_metrics import policy_metrics
@@ -46,8 +46,8 @@ def gmpo_loss(
     Of the sum of a row's losses the gradient is ``-(sum of A) / n * exp(mean of c) * grad(logprobs_t)`` at every
     token that is not clipped, and 0 at the others. With :func:`gspo_loss` the whole sequence keeps or loses it.
 
-    Log-ratios are bounded from above by :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`. Only ``logprobs`` gets a
-    gradient.
+    The mean of ``c`` is bounded from above by :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`; a token at a negative
+    advantage is not, as in the paper. Only ``logprobs`` gets a gradient.
 
     >>> old, new = torch.tensor([[0.5, 0.1]]).log(), torch.tensor([[0.32, 0.9]]).log()
     >>> clip = {"clip_low": 0.4, "clip_high": 0.4}
@@ -77,13 +77,14 @@ def gmpo_loss(
         logprobs, old_logprobs, advantages, mask, behavior_weights
     )
     check_clip(clip_low, clip_high)
-    log_ratios = log_ratio(logprobs, old_logprobs)
+    log_ratios = log_difference(logprobs, old_logprobs)
     clipped = torch.where(advantages >= 0, log_ratios.clamp(max=clip_high), log_ratios.clamp(min=-clip_low))
-    losses = -advantages * sequence_mean(clipped, mask).exp() * weights
+    means = sequence_mean(clipped, mask).clamp(max=MAX_LOG_RATIO)
+    losses = -advantages * means.exp() * weights
     metrics = policy_metrics(
         logprobs,
         old_logprobs,
-        log_ratios.exp(),
+        log_ratios.clamp(max=MAX_LOG_RATIO).exp(),
         mask,
         clipped_low=(advantages < 0) & (log_ratios < -clip_low),
         clipped_high=(advantages > 0) & (log_ratios > clip_high),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.ratio import log_ratio
+from rlhf_ray.advantages.ratio import MAX_LOG_RATIO, log_difference
 from rlhf_ray.losses.clipped_surrogate import clipped_surrogate
 from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
 from rlhf_ray.losses.sequence_mean import sequence_mean
@@ -44,8 +44,8 @@ def gspo_loss(
     - Since ``s`` is a mean in log space, it stays much nearer to 1 than a token's ratio: the paper clips at 3e-4
       below and 4e-4 above.
 
-    Each token's log-ratio is bounded from above by :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`, and with them
-    their mean. Only ``logprobs`` gets a gradient.
+    The mean log-ratio of a sequence is bounded from above by :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`; its
+    tokens are not, as in the paper. Only ``logprobs`` gets a gradient.
 
     >>> old, new = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.8, 0.2]]).log()
     >>> loss, metrics = gspo_loss(new, old, torch.tensor([[1.0, 1.0]]), torch.ones(1, 2), clip_low=0.2, clip_high=0.2)
@@ -75,10 +75,11 @@ def gspo_loss(
         logprobs, old_logprobs, advantages, mask, behavior_weights
     )
     check_clip(clip_low, clip_high)
-    log_ratios = log_ratio(logprobs, old_logprobs)
+    log_ratios = log_difference(logprobs, old_logprobs)
     # The straight-through term x - sg(x) is 0, but NaN for a token of probability 0, whose logarithm is infinite.
     finite = log_ratios.clamp(min=torch.finfo(log_ratios.dtype).min)
-    ratio = (sequence_mean(log_ratios.detach(), mask) + (finite - finite.detach())).exp()
+    means = sequence_mean(log_ratios.detach(), mask) + (finite - finite.detach())
+    ratio = means.clamp(max=MAX_LOG_RATIO).exp()
     return clipped_surrogate(
         ratio,
         logprobs,

@@ -58,7 +58,7 @@ def kl_loss(
 
     Returns:
         The loss (without coefficient), and ``kl``: the estimator's detached mean over this call's unmasked tokens,
-        in nats.
+        in nats. Both are float32 (float64 if an input is).
 
     Raises:
         ValueError: The shapes differ, or the estimator is unknown.

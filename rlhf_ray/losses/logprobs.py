@@ -1,6 +1,6 @@
 """Stage 5 of the loop: the model's logits -> log-probabilities of the sampled tokens, and entropies.
 
-All results are float32 whatever the logits' dtype: a ratio of policies is the exponential of a difference of two
+All results are float32 (float64 for float64 logits): a ratio of policies is the exponential of a difference of two
 of them, and bfloat16 has 3 digits. No ``[..., V]`` tensor of log-probabilities is built: what leaves is ``[...]``,
 and the logits are the one large tensor that is kept for the backward pass (two, with a gradient of the entropy).
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from rlhf_ray.advantages.padding import widened
 
 __all__ = ["token_entropy", "token_logprobs", "token_logprobs_and_entropy"]
 
@@ -26,7 +28,7 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0)
         temperature: The one that the tokens were sampled at, positive.
 
     Returns:
-        ``[...]`` float32, in nats.
+        ``[...]`` float32 (float64 for float64 logits), in nats.
 
     Raises:
         ValueError: The shapes do not fit, or the temperature is not positive.
@@ -49,7 +51,7 @@ def token_entropy(logits: Tensor, *, temperature: float = 1.0) -> Tensor:
         temperature: The one that the tokens were sampled at, positive.
 
     Returns:
-        ``[...]`` float32, in nats.
+        ``[...]`` float32 (float64 for float64 logits), in nats.
 
     Raises:
         ValueError: The temperature is not positive.
@@ -69,8 +71,8 @@ def token_logprobs_and_entropy(
         with_entropy: Compute the entropy too; it costs further ``[..., V]`` tensors.
 
     Returns:
-        Log-probabilities and entropies, ``[...]`` float32 each, in nats; None instead of the entropies when they
-        were not asked for.
+        Log-probabilities and entropies, ``[...]`` float32 (float64 for float64 logits) each, in nats; None instead of
+        the entropies when they were not asked for.
 
     Raises:
         ValueError: The shapes do not fit, or the temperature is not positive.
@@ -84,7 +86,7 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
     if not temperature > 0:
         raise ValueError(f"temperature = {temperature}: must be positive")
     # Dividing by 1 would cost one more [..., V] tensor.
-    return logits.float() if temperature == 1.0 else logits.float() / temperature
+    return widened(logits) if temperature == 1.0 else widened(logits) / temperature
 
 
 def _select(scaled: Tensor, targets: Tensor) -> Tensor:

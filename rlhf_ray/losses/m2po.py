@@ -7,8 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.padding import checked_mask
-from rlhf_ray.losses.policy_inputs import clean
+from rlhf_ray.advantages.padding import blank, checked_mask
 
 __all__ = ["m2po_mask"]
 
@@ -63,8 +62,8 @@ def m2po_mask(
     mask = checked_mask(mask, ndim=2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     if not threshold > 0:
         raise ValueError(f"threshold = {threshold}: must be positive")
-    differences = clean(logprobs.detach(), mask) - clean(old_logprobs.detach(), mask)
-    constrained = mask & (differences.sign() * clean(advantages.detach(), mask).sign() > 0)
+    differences = blank(logprobs.detach(), mask) - blank(old_logprobs.detach(), mask)
+    constrained = mask & (differences.sign() * blank(advantages.detach(), mask).sign() > 0)
     # A running sum over all tokens of a batch: float32 would lose the small ones.
     squares = differences.double().square()
     own = squares[constrained]

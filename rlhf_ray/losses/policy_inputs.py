@@ -7,13 +7,13 @@ from torch import Tensor
 
 from rlhf_ray.advantages.padding import blank, checked_mask
 
-__all__ = ["check_clip", "clean", "policy_inputs"]
+__all__ = ["check_clip", "policy_inputs"]
 
 
 def policy_inputs(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, behavior_weights: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Check the shapes, :func:`clean` all that is not the mask, and leave a gradient to ``logprobs`` alone.
+    """Check the shapes, :func:`blank` all that is not the mask, and leave a gradient to ``logprobs`` alone.
 
     Args:
         logprobs: ``[B, T]``, log-probabilities under the policy being trained, in nats.
@@ -31,13 +31,8 @@ def policy_inputs(
     given = {} if behavior_weights is None else {"behavior_weights": behavior_weights}
     mask = checked_mask(mask, ndim=2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, **given)
     weights = torch.ones_like(advantages) if behavior_weights is None else behavior_weights
-    old_logprobs, advantages, weights = (clean(x.detach(), mask) for x in (old_logprobs, advantages, weights))
-    return clean(logprobs, mask), old_logprobs, advantages, weights, mask
-
-
-def clean(x: Tensor, mask: Tensor) -> Tensor:
-    """Put 0 where ``mask`` (bool) is False, and widen half precision: bfloat16 has 3 digits, a ratio needs more."""
-    return blank(x.to(torch.promote_types(x.dtype, torch.float32)), mask)
+    old_logprobs, advantages, weights = (blank(x.detach(), mask) for x in (old_logprobs, advantages, weights))
+    return blank(logprobs, mask), old_logprobs, advantages, weights, mask
 
 
 def check_clip(clip_low: float, clip_high: float) -> None:

@@ -57,7 +57,8 @@ def value_loss(
         normalizer: The global denominator, see :func:`aggregate`.
 
     Returns:
-        The loss, and detached means over this call's unmasked tokens (0 when there are none):
+        The loss, and detached means over this call's unmasked tokens (0 when there are none), all float32 (float64 if
+        an input is):
 
         - ``value_clip_fraction``: tokens whose clipped error is the larger one; 0 without clip.
         - ``value_mean``, ``return_mean``: in reward.

@@ -13,16 +13,13 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.chat_template import read_chat_template, template_variables
 from rlhf_ray.prompts.row_codec import Row
 from rlhf_ray.prompts.text_encoding import special_tokens_around, text_flaw, with_special_tokens
-from rlhf_ray.settings import DataSettings
+from rlhf_ray.settings import REWARD_ARGUMENTS, DataSettings
 from rlhf_ray.types import ChatMessage, Prompt, PromptText
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["NumberedRow", "Outcome", "Overlong", "PromptBuilder"]
-
-# Names by which a reward function already receives the prompts and completions.
-_REWARD_ARGUMENTS = frozenset({"prompts", "completions", "completion_ids"})
 
 # The column with a row's own arguments of the chat template, and the arguments that are not for the user to set.
 _ARGUMENTS_COLUMN = "chat_template_kwargs"
@@ -166,10 +163,10 @@ class PromptBuilder:
                 f"{self._where(row)}: there is no column {self.column!r}; there is {', '.join(map(repr, names))}. "
                 f"{_nearest_name(self.column, names)}Set data.prompt_column"
             )
-        if clashes := sorted((_REWARD_ARGUMENTS & row.row.keys()) - {self.column}):
+        if clashes := sorted((REWARD_ARGUMENTS & row.row.keys()) - {self.column}):
             raise DataError(
-                f"{self._where(row)}: reward functions receive the prompts and completions under the name "
-                f"{clashes[0]!r}, so no column can be called that; rename it"
+                f"{self._where(row)}: reward functions receive something else under the name {clashes[0]!r}, so no "
+                "column can be called that; rename it"
             )
 
     def _from_string(self, row: NumberedRow, value: str) -> PromptText:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Overlong, PromptBuilder
@@ -27,8 +29,11 @@ def check_prompts(
     tokenizer_path: str,
     max_prompt_tokens: int,
     trust_remote_code: bool = False,
+    check_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> None:
-    """Find what is wrong with a held-out set without Ray, in about a second; arguments as :func:`load_prompts`.
+    """Find what is wrong with a held-out set without Ray, in about a second.
+
+    Arguments as :func:`load_prompts`, and ``check_row`` as :func:`check_source`'s.
 
     Raises:
         ConfigError: As in :func:`load_prompts`.
@@ -36,7 +41,7 @@ def check_prompts(
     """
     source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
-    log_choices(check_source(source, builder, tokenizer), builder, tokenizer)
+    log_choices(check_source(source, builder, tokenizer, check_row), builder, tokenizer)
 
 
 def load_prompts(

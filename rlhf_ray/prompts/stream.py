@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
@@ -77,10 +78,16 @@ class PromptStream(Iterator[Prompt]):
         self._read_next = 0
         weakref.finalize(self, _close_all, self._readings)
 
-    def check(self, *, stop_token_ids: Collection[int] | None = None) -> None:
+    def check(
+        self,
+        check_row: Callable[[Mapping[str, Any]], None] | None = None,
+        *,
+        stop_token_ids: Collection[int] | None = None,
+    ) -> None:
         """Find what is wrong with the data before any engine starts: in this process, in about a second for files.
 
         Args:
+            check_row: As :func:`check_source`'s.
             stop_token_ids: What ends a completion, to be compared with the chat template; ``None``: not compared.
 
         Raises:
@@ -88,7 +95,7 @@ class PromptStream(Iterator[Prompt]):
             DataError: The source cannot be read or is empty, one of its first rows makes no prompt, or none fits.
         """
         tokenizer = load_tokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code)
-        prompts = check_source(self._source, self._builder, tokenizer)
+        prompts = check_source(self._source, self._builder, tokenizer, check_row)
         log_choices(prompts, self._builder, tokenizer, stop_token_ids=stop_token_ids)
 
     def open(self) -> None:

@@ -31,7 +31,8 @@ class CompletionsReporter(Reporter):
 
     One row a completion: ``step``, ``group_id``, ``prompt`` (a chat as JSON), ``completion``, ``reward``,
     ``rewards/<function>`` (null where the function did not apply), ``finish_reason``, ``num_tokens`` and ``version``
-    (the oldest policy version that wrote a token of it).
+    (the oldest policy version that wrote a token of it). ``extra/<function>/<column>`` is what a reward function gave
+    to ``log_extra``: numbers, texts or bools, as text where they are mixed.
 
     And lists with an entry a token: ``token_ids``, ``token_texts`` (joined they are ``completion``; null where a
     tokenizer's text does not come apart), ``sampling_logprobs`` in nats, ``token_versions`` and ``advantages`` as they
@@ -99,6 +100,7 @@ def _table(
             ("advantages", pa.list_(pa.float32())),
         ]
     )
+    extras = list(dict.fromkeys(name for scored in groups for name in scored.extras))
     places = [(scored, index) for scored in groups for index in range(len(scored.group.completions))]
     known: Sequence[Float32Array | None] = [None] * len(places) if advantages is None else advantages
     rows = [
@@ -107,7 +109,20 @@ def _table(
         | {"advantages": _of_last_tokens(own, len(scored.group.completions[index].token_ids))}
         for (scored, index), own in zip(places, known, strict=True)
     ]
-    return pa.Table.from_pylist(rows, schema=schema)
+    table = pa.Table.from_pylist(rows, schema=schema)
+    for name in extras:
+        values = [scored.extras[name][index] if name in scored.extras else None for scored, index in places]
+        table = table.append_column(f"extra/{name}", _column(values))
+    return table
+
+
+def _column(values: Sequence[Any]) -> pa.Array:
+    import pyarrow as pa
+
+    try:
+        return pa.array(values)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError):  # of several types, or numbers of more than 64 bits
+        return pa.array([None if value is None else str(value) for value in values])
 
 
 def _of_last_tokens(values: Float32Array | None, num_tokens: int) -> list[float | None] | None:

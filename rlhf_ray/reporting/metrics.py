@@ -89,6 +89,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "rewards/failures/<kind>", "groups", "groups dropped and replaced in this iteration because of this failure"
     ),
+    Metric("rewards/<function>/<metric>", "any", "mean over its calls of what the function gave to log_metric"),
     # The update; token means are over completion tokens of all optimiser steps of the iteration.
     Metric("learner/policy_loss", "loss", "policy loss (training.loss) over its global denominator"),
     Metric(
@@ -123,7 +124,12 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/return_mean", "reward", "token mean of advantage + value"),
     Metric("learner/advantage_mean", "reward", "token mean of the advantage (training.advantage), before whitening"),
     Metric("learner/advantage_std", "reward", "standard deviation over tokens of the same advantage"),
-    Metric("learner/kl_to_reference", "nats", "token mean of kl_estimator, policy against the frozen reference"),
+    Metric(
+        "learner/kl_to_reference",
+        "nats",
+        "token mean of kl_estimator, policy against the frozen reference, before training.kl_clip",
+    ),
+    Metric("learner/kl_clip_fraction", "fraction", "tokens whose KL estimate is beyond training.kl_clip / tokens"),
     Metric("learner/kl_coef", "reward/nat", "weight of the KL to the reference in this update (fixed or adapted)"),
     Metric(
         "learner/behavior_weight_mean",
@@ -191,6 +197,11 @@ METRICS: tuple[Metric, ...] = (
         "fraction",
         "mean over prompts of 1 - C(n - c, k) / C(n, k), c of the n completions passing (arXiv:2107.03374); a reward "
         "of at least evaluation.pass_threshold passes",
+    ),
+    Metric(
+        "evaluation/<dataset>/rewards/<function>/<metric>",
+        "any",
+        "mean over its calls of what the function gave to log_metric",
     ),
     Metric("evaluation/<dataset>/num_prompts", "prompts", "held-out prompts that were sampled"),
     Metric("evaluation/<dataset>/failures", "prompts", "held-out prompts whose reward failed; left out of the others"),

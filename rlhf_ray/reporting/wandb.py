@@ -73,8 +73,10 @@ class WandbReporter(Reporter):
 
         if self._run is None:
             raise RuntimeError("report_completions() before start()")
-        table = wandb.Table(columns=["prompt", "completion", "reward", "finish_reason"])
-        rows = itertools.chain.from_iterable(map(_rows, groups))
+        extras = list(dict.fromkeys(name for scored in groups for name in scored.extras))
+        columns = ["prompt", "completion", "reward", "finish_reason", *(f"extra/{name}" for name in extras)]
+        table = wandb.Table(columns=columns, allow_mixed_types=True)
+        rows = itertools.chain.from_iterable(_rows(scored, extras) for scored in groups)
         for row in itertools.islice(rows, _MOST_ROWS):
             table.add_data(*row)
         self._run.log({"completions": table}, step=step, commit=False)
@@ -86,10 +88,11 @@ class WandbReporter(Reporter):
             self._run = None
 
 
-def _rows(scored: ScoredGroup) -> Iterator[tuple[str, str, float, str]]:
+def _rows(scored: ScoredGroup, extras: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     prompt = _text(scored.group.prompt.text)
-    for completion, text, reward in zip(scored.group.completions, scored.texts, scored.rewards, strict=True):
-        yield prompt, text, float(reward), completion.finish_reason
+    for index, completion in enumerate(scored.group.completions):
+        logged = (scored.extras[name][index] if name in scored.extras else None for name in extras)
+        yield prompt, scored.texts[index], float(scored.rewards[index]), completion.finish_reason, *logged
 
 
 def _text(prompt: PromptText) -> str:

@@ -11,18 +11,16 @@ from typing import Any
 
 import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards.arguments import Parameters
 from rlhf_ray.rewards.registry import build_reward, is_factory, nearest
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
-from rlhf_ray.settings import RewardFunction, RewardSettings, RewardSpec
-from rlhf_ray.user_code import load_reference
+from rlhf_ray.settings import REWARD_ARGUMENTS, RewardFunction, RewardSettings, RewardSpec
+from rlhf_ray.user_code import bound_arguments, load_reference
 
 __all__ = ["NamedReward", "resolve_rewards", "reward_models"]
 
 DEFAULT_REWARD = "rlhf_ray.quickstart.task:reward"
 """Scores the quickstart task; used where no function is named."""
-
-_PASSED = ("prompts", "completions", "completion_ids")
-_BY_KEYWORD = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +110,8 @@ def _bind(function: RewardFunction, arguments: Mapping[str, Any], field: str, va
             raise ConfigError(
                 field, value, f"the function takes no {argument!r}; nearest: {nearest(argument, parameters)!r}"
             )
+        if argument in bound_arguments(function):
+            raise ConfigError(field, value, f"the function has a value for {argument!r} already: leave it out")
     return functools.partial(function, **arguments)
 
 
@@ -123,23 +123,15 @@ def _check_signature(function: object, field: str, value: object) -> None:
     if is_factory(function):
         name = getattr(function, "__name__", "it")
         raise ConfigError(field, value, f"{name} makes reward functions and is none: write {name}() or {name!r}")
-    try:
-        parameters = inspect.signature(function).parameters.values()
-    except (TypeError, ValueError):  # Some callables written in C do not tell their signature.
-        return
-    needed = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and p.default is p.empty]
-    if needed:
+    if any(base.__module__.startswith("torch.nn.") for base in type(function).__mro__):
+        raise ConfigError(field, value, "a model is named, so that it has actors of its own: RewardModelReward(path)")
+    parameters = Parameters.of(function)
+    if needed := parameters.positional_only:
         raise ConfigError(field, value, f"rewards are called with keywords, but {', '.join(needed)} is positional only")
-    if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return
-    missing = [name for name in _PASSED if name not in {p.name for p in parameters if p.kind in _BY_KEYWORD}]
-    if missing:
-        raise ConfigError(
-            field,
-            value,
-            f"is called as f(prompts=, completions=, completion_ids=, **columns), but does not take "
-            f"{', '.join(missing)}: add **columns to its parameters",
-        )
+    if taken := sorted(parameters.bound & REWARD_ARGUMENTS):
+        raise ConfigError(field, value, f"{taken[0]!r} cannot be bound: every run passes it; rename the parameter")
+    if "environments" in parameters.required:
+        raise ConfigError(field, value, "needs environments, which only TRL's agent training has; give it a default")
 
 
 def _name_of(function: RewardFunction) -> str:
@@ -152,14 +144,14 @@ def _name_of(function: RewardFunction) -> str:
 
 
 def _unique(names: Sequence[str]) -> list[str]:
-    taken: list[str] = []
+    taken = ["failures"]  # rewards/failures/... are metrics of their own.
     for name in names:
         candidate, count = name, 1
         while candidate in taken:
             count += 1
             candidate = f"{name}_{count}"
         taken.append(candidate)
-    return taken
+    return taken[1:]
 
 
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:

@@ -19,6 +19,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from rlhf_ray.errors import RewardError
+from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.functions import NamedReward, resolve_rewards
 from rlhf_ray.rewards.scoring import Scores, Tokenizer
 from rlhf_ray.rewards.shipping import pack, pack_rewards
@@ -92,6 +93,7 @@ class RewardPool:
     Attributes:
         failures: Groups that could not be scored since the start, by ``RewardFailure.kind``.
         workers_replaced: Workers that died, or were killed at the time limit, since the start.
+        progress: What ``trainer_state`` of the functions follows from.
 
     Raises:
         ConfigError: A reward function or weight is wrong.
@@ -114,6 +116,7 @@ class RewardPool:
         concurrent = all(reward.is_async for reward in rewards)
         self.failures: Counter[str] = Counter()
         self.workers_replaced = 0
+        self.progress = TrainingProgress()
         self._settings = settings
         self._num_cpus = num_cpus
         self._startup_timeout_s = startup_timeout_s
@@ -166,7 +169,7 @@ class RewardPool:
 
         Raises:
             RewardError: The pool is not started or is stopped, or its last worker could not be replaced.
-            DataError: A dataset column has the name of an argument that every reward function receives.
+            DataError: A dataset column has the name of an argument that has a value already.
         """
         with self._door:
             if self._closed is not None:
@@ -237,7 +240,7 @@ class RewardPool:
         """One call of a worker, which gets its ``slots`` back afterwards."""
         # The last try of a group is for a worker that lives: two may have died together while they were idle.
         is_last = batch[0].retries == 0
-        answer = None if is_last else worker.actor.score.remote([request.group for request in batch])
+        answer = None if is_last else self._asked(worker, batch)
         try:
             async with worker.turn:
                 if worker.retired or (is_last and not await self._lives(worker)):
@@ -262,10 +265,13 @@ class RewardPool:
             return False
         return True
 
+    def _asked(self, worker: _Worker, batch: list[_Request]) -> Any:
+        return worker.actor.score.remote([request.group for request in batch], self.progress)
+
     async def _answer(self, worker: _Worker, batch: list[_Request], answer: Any) -> None:
         """Wait for a call and hand out what it brought; none: it is made here."""
         if answer is None:
-            answer = worker.actor.score.remote([request.group for request in batch])
+            answer = self._asked(worker, batch)
         started = time.perf_counter()
         # The last group of a call may begin as late as that, and has its whole time then.
         limit_s = self._settings.timeout_s + (LONG_CALL_S if len(batch) > 1 else 0.0)

@@ -10,19 +10,21 @@ import functools
 import inspect
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.rewards.arguments import CallLog, Parameters, TrainerState, TrainingProgress, own_copies
 from rlhf_ray.rewards.functions import NamedReward
-from rlhf_ray.settings import RewardFunction
+from rlhf_ray.settings import REWARD_ARGUMENTS, RewardFunction
 from rlhf_ray.types import Float32Array, RolloutGroup, ScoredGroup
 
-__all__ = ["RewardScorer", "Scores", "ScoringError", "Tokenizer"]
+__all__ = ["RewardScorer", "Scores", "ScoringError", "Tokenizer", "logged_means"]
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -63,6 +65,9 @@ class Scores:
     """``[G]``"""
     reward_s: float
     """Seconds."""
+    logged: Mapping[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+    """As a ``ScoredGroup`` has it, like ``extras``."""
+    extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
     def of(self, group: RolloutGroup) -> ScoredGroup:
         """The scored group."""
@@ -72,6 +77,8 @@ class Scores:
             rewards_by_function=self.rewards_by_function,
             texts=self.texts,
             reward_s=self.reward_s,
+            logged=self.logged,
+            extras=self.extras,
         )
 
 
@@ -95,6 +102,7 @@ class RewardScorer:
         part_of_sum: bool = False,
     ) -> None:
         self._rewards = tuple(rewards)
+        self._parameters = {reward.name: Parameters.of(reward.function) for reward in rewards}
         self._tokenizer = tokenizer
         self._threaded = threaded
         self._part_of_sum = part_of_sum
@@ -104,37 +112,43 @@ class RewardScorer:
 
         Raises:
             ScoringError: A function raised or answered something unusable, or none applies to some completion.
-            DataError: A dataset column has the name of an argument that every reward function receives.
+            DataError: A dataset column has the name of an argument that has a value already.
         """
         return (await self.scores(group)).of(group)
 
-    async def scores(self, group: RolloutGroup) -> Scores:
-        """As :meth:`score`, without the group itself in the answer."""
-        texts = tuple(
-            self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-            for completion in group.completions
-        )
-        arguments = reward_arguments(group, texts)
+    async def scores(self, group: RolloutGroup, progress: TrainingProgress | None = None) -> Scores:
+        """As :meth:`score`, without the group itself in the answer.
+
+        Args:
+            group: What is scored.
+            progress: What ``trainer_state`` follows from; none: it is 0 everywhere.
+        """
+        given = _Given.of(group, self._tokenizer, progress or TrainingProgress())
+        logs = {reward.name: CallLog(len(given.texts)) for reward in self._rewards}
         start = time.perf_counter()
-        answers = await self._answers(arguments, len(texts))
+        answers = await self._answers(given, logs)
         return Scores(
             rewards=weighted_sum(answers, [reward.weight for reward in self._rewards], part_of_sum=self._part_of_sum),
             rewards_by_function={
                 reward.name: answer.astype(np.float32) for reward, answer in zip(self._rewards, answers, strict=True)
             },
-            texts=texts,
+            texts=given.texts,
             reward_s=time.perf_counter() - start,
+            logged={name: log.metrics for name, log in logs.items() if log.metrics},
+            extras={f"{name}/{column}": values for name, log in logs.items() for column, values in log.extras.items()},
         )
 
-    async def _answers(self, arguments: Mapping[str, list[Any]], count: int) -> list[Float64Array]:
+    async def _answers(self, given: _Given, logs: Mapping[str, CallLog]) -> list[Float64Array]:
         """``[F][G]``: plain functions one after another, then the async ones together."""
         answers = {
-            reward.name: await self._answer(reward, arguments, count) for reward in self._rewards if not reward.is_async
+            reward.name: await self._answer(reward, given, logs[reward.name])
+            for reward in self._rewards
+            if not reward.is_async
         }
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = {
-                    reward.name: tasks.create_task(self._answer(reward, arguments, count))
+                    reward.name: tasks.create_task(self._answer(reward, given, logs[reward.name]))
                     for reward in self._rewards
                     if reward.is_async
                 }
@@ -143,13 +157,12 @@ class RewardScorer:
         answers |= {name: task.result() for name, task in running.items()}
         return [answers[reward.name] for reward in self._rewards]
 
-    async def _answer(self, reward: NamedReward, arguments: Mapping[str, list[Any]], count: int) -> Float64Array:
-        # Lists of its own, so that a function that sorts or empties one does not do it to the next function.
-        own = {name: list(values) for name, values in arguments.items()}
+    async def _answer(self, reward: NamedReward, given: _Given, log: CallLog) -> Float64Array:
+        arguments = given.arguments(reward.name, self._parameters[reward.name], log)
         if self._threaded and not reward.is_async:
-            answer = await asyncio.to_thread(_call, reward, own)
+            answer = await asyncio.to_thread(_call, reward, arguments)
         else:
-            answer = _call(reward, own)
+            answer = _call(reward, arguments)
         if inspect.isawaitable(answer):
             try:
                 answer = await answer
@@ -157,28 +170,80 @@ class RewardScorer:
                 raise
             except BaseException as error:
                 raise ScoringError("raised", _describe(error, reward)) from error
-        return checked_answer(answer, reward.name, count)
+        return checked_answer(answer, reward.name, len(given.texts))
 
 
-def reward_arguments(group: RolloutGroup, texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Keyword arguments of a reward function, each a list of ``[G]``: TRL's form.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Given:
+    """What the reward functions of a group are called with, in TRL's form."""
 
-    For a string prompt a completion is its text, for a chat a list with one assistant message.
+    group: RolloutGroup
+    tokenizer: Tokenizer
+    token_ids: tuple[list[int], ...]
+    texts: tuple[str, ...]
+    trainer_state: TrainerState
 
-    Raises:
-        DataError: A dataset column has the name of one of the first three.
-    """
-    prompt = group.prompt
-    chat = not isinstance(prompt.text, str)
-    arguments: dict[str, list[Any]] = {
-        "prompts": [prompt.text] * len(texts),
-        "completions": [[{"role": "assistant", "content": text}] for text in texts] if chat else list(texts),
-        "completion_ids": [completion.token_ids.tolist() for completion in group.completions],
-    }
-    taken = sorted(arguments.keys() & prompt.columns.keys())
-    if taken:
-        raise DataError(f"the dataset column {taken[0]!r} has the name of a reward argument: rename the column")
-    return arguments | {name: [value] * len(texts) for name, value in prompt.columns.items()}
+    @classmethod
+    def of(cls, group: RolloutGroup, tokenizer: Tokenizer, progress: TrainingProgress) -> _Given:
+        """Decode the completions.
+
+        Raises:
+            DataError: A dataset column has the name of an argument that every function receives.
+        """
+        if taken := sorted(REWARD_ARGUMENTS & group.prompt.columns.keys()):
+            raise DataError(f"the dataset column {taken[0]!r} has the name of a reward argument: rename the column")
+        ids = tuple(completion.token_ids.tolist() for completion in group.completions)
+        texts = tuple(tokenizer.decode(own, skip_special_tokens=True) for own in ids)
+        state = progress.at(group.completions[0].asked_version)
+        return cls(group=group, tokenizer=tokenizer, token_ids=ids, texts=texts, trainer_state=state)
+
+    def arguments(self, name: str, parameters: Parameters, log: CallLog) -> dict[str, Any]:
+        """Those that the function takes, all its own: what it edits is seen by nothing else.
+
+        Raises:
+            DataError: A column has the name of an argument that settings gave a value.
+            ScoringError: The row lacks a column that the function needs.
+        """
+        prompt, count = self.group.prompt, len(self.texts)
+        parameters.check_bound(name, prompt.columns)
+        try:
+            parameters.check_required(name, prompt.columns)
+        except DataError as error:  # Of this row, where the first rows of the dataset have the column.
+            raise ScoringError("raised", str(error)) from error
+        makers: dict[str, Callable[[], Any]] = {
+            "prompts": lambda: own_copies(prompt.text, count),
+            "completions": lambda: self._as_completions(self.texts),
+            "completion_ids": lambda: [list(ids) for ids in self.token_ids],
+            "trainer_state": lambda: self.trainer_state,
+            "log_extra": lambda: log.log_extra,
+            "log_metric": lambda: log.log_metric,
+        }
+        if "completions_with_special_tokens" in parameters.names:  # Not for **columns: it is decoded once more.
+            makers["completions_with_special_tokens"] = lambda: self._as_completions(self._texts_with_special_tokens())
+        arguments = {key: make() for key, make in makers.items() if parameters.takes(key)}
+        columns = {key: value for key, value in prompt.columns.items() if parameters.takes(key)}
+        return arguments | {key: own_copies(value, count) for key, value in columns.items()}
+
+    def _as_completions(self, texts: Sequence[str]) -> list[Any]:
+        """For a string prompt a completion is its text, for a chat a list with one assistant message."""
+        if isinstance(self.group.prompt.text, str):
+            return list(texts)
+        return [[{"role": "assistant", "content": text}] for text in texts]
+
+    def _texts_with_special_tokens(self) -> list[str]:
+        ends = {getattr(self.tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
+        bare = (ids[:-1] if ids and ids[-1] in ends else ids for ids in self.token_ids)
+        return [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in bare]
+
+
+def logged_means(groups: Iterable[ScoredGroup]) -> dict[str, dict[str, float]]:
+    """Reward function -> metric -> mean over all calls that logged it."""
+    values: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for scored in groups:
+        for name, metrics in scored.logged.items():
+            for metric, calls in metrics.items():
+                values[name][metric].extend(calls)
+    return {name: {key: float(np.mean(calls)) for key, calls in metrics.items()} for name, metrics in values.items()}
 
 
 def checked_answer(answer: object, name: str, count: int) -> Float64Array:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.functions import resolve_rewards
 from rlhf_ray.rewards.pool import RewardPool
 from rlhf_ray.rewards.reward_model.pool import ModelPoolSpec, RewardModelPool
@@ -23,6 +24,9 @@ __all__ = ["CombinedRewards", "RewardStage", "reward_stage"]
 
 class RewardStage(Protocol):
     """What scores a run's groups."""
+
+    progress: TrainingProgress
+    """What ``trainer_state`` of reward functions follows from."""
 
     @property
     def workers_replaced(self) -> int:
@@ -65,6 +69,16 @@ class CombinedRewards:
         """Actors of functions and models that were replaced since the start."""
         return sum(pool.workers_replaced for pool in self._pools)
 
+    @property
+    def progress(self) -> TrainingProgress:
+        """What ``trainer_state`` of reward functions follows from; models know nothing of it."""
+        return TrainingProgress() if self._functions is None else self._functions.progress
+
+    @progress.setter
+    def progress(self, progress: TrainingProgress) -> None:
+        if self._functions is not None:
+            self._functions.progress = progress
+
     def take_spans(self) -> list[Span]:
         """What each actor of functions and models did since the last call."""
         return [span for pool in self._pools for span in pool.take_spans()]
@@ -88,7 +102,7 @@ class CombinedRewards:
 
         Raises:
             RewardError: A pool is stopped, or its last actor could not be replaced.
-            DataError: A dataset column has the name of an argument that every reward function receives.
+            DataError: A dataset column has the name of an argument that has a value already.
         """
         outcomes = await asyncio.gather(*(pool.score(group) for pool in self._pools))
         scored: list[ScoredGroup | Scores] = []
@@ -118,6 +132,8 @@ class CombinedRewards:
             rewards_by_function={name: by_function[name] for name in self._names},
             texts=scored[0].texts,
             reward_s=max(one.reward_s for one in scored),
+            logged={name: metrics for one in scored for name, metrics in one.logged.items()},
+            extras={name: values for one in scored for name, values in one.extras.items()},
         )
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import cast
 
+from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.scoring import RewardScorer, Scores, ScoringError, Tokenizer
 from rlhf_ray.rewards.shipping import unpack, unpack_rewards
 from rlhf_ray.types import RewardFailure, RolloutGroup
@@ -45,12 +46,14 @@ class SequentialRewardWorker:
     def ready(self) -> None:
         """Answer once the worker stands."""
 
-    def score(self, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
+    def score(
+        self, groups: Sequence[RolloutGroup], progress: TrainingProgress | None = None
+    ) -> list[Scores | RewardFailure]:
         """Score the first of ``groups``, those that ``LONG_CALL_S`` allows; a failure is an answer, no exception."""
         started = time.perf_counter()
         outcomes: list[Scores | RewardFailure] = []
         for group in groups:
-            outcomes.append(self._loop.run_until_complete(_score(self._scorer, group)))
+            outcomes.append(self._loop.run_until_complete(_score(self._scorer, group, progress)))
             if time.perf_counter() - started > LONG_CALL_S:
                 break
         return outcomes
@@ -68,14 +71,18 @@ class ConcurrentRewardWorker:
     async def ready(self) -> None:
         """Answer once the worker stands."""
 
-    async def score(self, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
+    async def score(
+        self, groups: Sequence[RolloutGroup], progress: TrainingProgress | None = None
+    ) -> list[Scores | RewardFailure]:
         """Score ``groups`` at once; a failure is an answer, not an exception."""
-        return list(await asyncio.gather(*(_score(self._scorer, group) for group in groups)))
+        return list(await asyncio.gather(*(_score(self._scorer, group, progress) for group in groups)))
 
 
-async def _score(scorer: RewardScorer, group: RolloutGroup) -> Scores | RewardFailure:
+async def _score(
+    scorer: RewardScorer, group: RolloutGroup, progress: TrainingProgress | None
+) -> Scores | RewardFailure:
     try:
-        return await scorer.scores(group)
+        return await scorer.scores(group, progress)
     except ScoringError as error:
         return RewardFailure(group_id=group.group_id, kind=error.kind, message=error.message)
 

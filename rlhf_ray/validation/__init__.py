@@ -76,6 +76,7 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     training_and_losses.check_microbatch_fits,
     training_and_losses.check_plugins,
     training_and_losses.check_kl_target,
+    training_and_losses.check_kl_clip,
     data_and_rewards.check_reward_shaping,
     rollouts.check_dynamic_sampling,
     training_and_losses.check_critic_warmup,

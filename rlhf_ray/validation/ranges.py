@@ -79,6 +79,7 @@ RANGES: Final[Mapping[str, Range]] = {
     "training.value_huber": _POSITIVE,
     "training.kl_target": _POSITIVE,
     "training.kl_horizon": _COUNT,
+    "training.kl_clip": _POSITIVE,
     "training.iterations": _COUNT,
     "training.lr": _POSITIVE,
     "training.critic_lr": _POSITIVE,

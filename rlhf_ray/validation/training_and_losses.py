@@ -10,6 +10,7 @@ from rlhf_ray.settings import Settings
 __all__ = [
     "check_advantage",
     "check_critic_warmup",
+    "check_kl_clip",
     "check_kl_target",
     "check_loss",
     "check_lr_warmup",
@@ -106,6 +107,14 @@ def check_kl_target(settings: Settings) -> None:
     if completions >= 5 * training.kl_horizon:
         remedy = f"use more than {completions // 5}, a fifth of the completions an iteration"
         raise ConfigError("training.kl_horizon", training.kl_horizon, remedy)
+
+
+def check_kl_clip(settings: Settings) -> None:
+    """The cap of the KL has a KL in the reward to act on."""
+    training = settings.training
+    if training.kl_clip is not None and (training.kl_coef == 0 or training.kl_in != "reward"):
+        remedy = "it bounds the KL in the reward; give training.kl_coef with training.kl_in=reward, or leave it out"
+        raise ConfigError("training.kl_clip", training.kl_clip, remedy)
 
 
 def check_critic_warmup(settings: Settings) -> None:

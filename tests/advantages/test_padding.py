@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlhf_ray.advantages.padding import blank, checked_mask
+from rlhf_ray.advantages.padding import blank, checked_mask, widened
 
 
 def test_mask_of_any_dtype_becomes_bool():
@@ -36,3 +36,15 @@ def test_blank_stops_values_and_gradients(garbage):
     assert blanked.tolist() == [2.0, 0.0]
     (gradient,) = torch.autograd.grad(blanked.square().sum(), x)
     assert gradient.tolist() == [4.0, 0.0]
+
+
+def test_half_precision_is_widened_and_double_precision_is_kept():
+    for dtype, expected in (
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+        (torch.int64, torch.float32),
+    ):
+        assert blank(torch.ones(2, dtype=dtype), torch.tensor([True, False])).dtype == expected
+        assert widened(torch.ones(2, dtype=dtype)).dtype == expected

@@ -39,3 +39,10 @@ def test_vanishing_ratio_has_vanishing_gradient(difference):
     ratio.sum().backward()
     assert ratio.item() == 0.0
     assert logprobs.grad.item() == 0.0
+
+
+def test_half_precision_is_widened_before_it_is_subtracted():
+    for dtype in (torch.float16, torch.bfloat16):
+        ratio = probability_ratio(torch.tensor([25.0, 5.0], dtype=dtype), torch.zeros(2, dtype=dtype))
+        assert ratio.dtype == torch.float32
+        assert ratio.tolist() == pytest.approx([math.exp(MAX_LOG_RATIO), math.exp(5.0)], rel=1e-5)

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rlhf_ray import GRPO, PPO, Algorithm, GRPOConfig, PPOConfig
@@ -19,6 +20,7 @@ from rlhf_ray.learner.group import StateLostError
 from rlhf_ray.prompts.order import PromptPosition
 from rlhf_ray.reporting.run_lock import RunLock
 from rlhf_ray.span_log import SpanLog
+from rlhf_ray.types import Completion, Prompt, RolloutGroup, ScoredGroup
 
 
 @pytest.fixture
@@ -61,6 +63,28 @@ def test_every_result_of_a_trial_has_the_metric_that_tune_asks_for(bare: Algorit
     assert said(bare, range(8, 10)) == [4, 5]
 
 
+def test_what_a_callback_edits_does_not_change_the_update(bare: Algorithm) -> None:
+    def spoil(*, algorithm: Algorithm, group: ScoredGroup) -> None:
+        assert algorithm is bare
+        group.rewards[:] = 9.0
+        group.group.completions[0].token_ids[:] = 0
+        group.group.prompt.columns["tests"].clear()
+
+    prompt = Prompt(prompt_id=0, token_ids=np.ones(1, dtype=np.int32), text="", columns={"tests": [1]})
+    ids, logprobs = np.ones(2, dtype=np.int32), np.zeros(2, dtype=np.float32)
+    completion = Completion(
+        token_ids=ids, sampling_logprobs=logprobs, version_spans=(), asked_version=0, finish_reason="stop"
+    )
+    group = RolloutGroup(group_id=0, prompt=prompt, completions=(completion,), replica_id="r")
+    rewards = np.ones(1, dtype=np.float32)
+    scored = ScoredGroup(group=group, rewards=rewards, rewards_by_function={}, texts=("",), reward_s=0.0)
+    bare.settings = PPOConfig().callbacks(on_rollout_group=spoil).settings
+
+    bare._show_groups((scored,))
+
+    assert (rewards.tolist(), ids.tolist(), prompt.columns) == ([1.0], [1, 1], {"tests": [1]})
+
+
 def test_a_trial_without_evaluations_says_nothing(bare: Algorithm) -> None:
     bare._trial = SimpleNamespace()  # type: ignore[assignment]
     bare.settings = PPOConfig().settings
@@ -78,7 +102,8 @@ class FakeParts:
             resume=self.note("resume"), prompt_position=lambda prompts, version: PromptPosition(row=version)
         )
         self.learners = SimpleNamespace(renew=self.note("renew"), load=self.note("load"))
-        self.prompts = SimpleNamespace(restore=self.note("prompts"))
+        self.prompts = SimpleNamespace(restore=self.note("prompts"), num_rows=640)
+        self.rewards = SimpleNamespace()
 
     def note(self, name: str) -> Any:
         return lambda *arguments, **options: self.calls.append((name, *arguments))
@@ -130,9 +155,13 @@ def test_a_trial_that_differs_in_numbers_uses_the_processes_of_the_one_before(
     running: Algorithm, tmp_path: Path
 ) -> None:
     running.policy_version = 7
-    config = PPOConfig().training(lr=0.5).reporting(tensorboard=False).to_dict()
+    config = PPOConfig().training(lr=0.5, iterations=50).reporting(tensorboard=False).to_dict()
 
     assert running.reset(config, storage=trial_storage(tmp_path / "two"))
+
+    # By default four optimizer steps and 64 prompts an iteration.
+    state = running._parts.rewards.progress.at(5)  # type: ignore[union-attr]
+    assert (state.global_step, state.max_steps, state.epoch) == (20, 200, 0.5)
 
     calls = running._parts.calls  # type: ignore[union-attr]
     assert calls == ["start", ("resume", 0), ("renew", 0.5), ("prompts", "start"), ("publish", 0)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -34,6 +35,19 @@ def own_data(rows: list[dict[str, Any]], **data: Any) -> PPOConfig:
     path = Path("rows.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return PPOConfig().model(path=model_path()).data(path=str(path), **data).rewards(reward)
+
+
+def needs_an_answer(*, completions: list[str], answer: list[str], **columns: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def scaled(*, completions: list[str], scale: float, **columns: Any) -> list[float]:
+    return [scale] * len(completions)
+
+
+def rewarded(function: Any, row: dict[str, Any], held_out_row: dict[str, Any] | None = None) -> PPOConfig:
+    Path("held_out.jsonl").write_text(json.dumps(held_out_row or row))
+    return own_data([row], eval_path={"hard": "held_out.jsonl"}).rewards(function)
 
 
 def folder_without_a_model() -> PPOConfig:
@@ -133,6 +147,31 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
         ),
         ConfigError,
         r"data\.chat_template_kwargs = .*does not read 'enable_thinking'",
+    ),
+    "a column that a reward needs": (
+        lambda: rewarded(needs_an_answer, {"prompt": "1+1", "gold": "2"}),
+        DataError,
+        r"rows\.jsonl, row 0 .*'needs_an_answer' needs the column 'answer', which is not there \(columns: gold;",
+    ),
+    "a column of a held-out set that a reward needs": (
+        lambda: rewarded(needs_an_answer, {"prompt": "1+1", "answer": "2"}, {"prompt": "1+1", "gold": "2"}),
+        DataError,
+        r"held_out\.jsonl, row 0 .*'needs_an_answer' needs the column 'answer', which is not there \(columns: gold;",
+    ),
+    "a column in place of an argument": (
+        lambda: rewarded(functools.partial(scaled, scale=20), {"prompt": "1+1", "scale": 3}),
+        DataError,
+        r"rows\.jsonl, row 0 .*'scaled' is given 'scale' in rewards\.functions, and the dataset has a column 'scale'",
+    ),
+    "a column of a held-out set in place of an argument": (
+        lambda: rewarded(functools.partial(scaled, scale=20), {"prompt": "1"}, {"prompt": "1+1", "scale": 3}),
+        DataError,
+        r"held_out\.jsonl, row 0 .*'scaled' is given 'scale' in rewards\.functions",
+    ),
+    "a column with the name of what rewards receive": (
+        lambda: rewarded(reward, {"prompt": "1+1", "trainer_state": 3}),
+        DataError,
+        r"receive something else under the name 'trainer_state', so no column can be called that; rename it",
     ),
     "typo": (lambda: PPOConfig().training(learning_rate=1e-4), ConfigError, r"did you mean training\.lr\?"),
     "missing reward": (

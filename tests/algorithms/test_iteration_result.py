@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -57,9 +58,9 @@ GROUPS = (
 FIGURES = {"policy_loss": -0.5, "entropy": 1.5, "lr": 1e-6, "advantage_s": 0.5, "update_s": 1.5}
 
 
-def make_result(**overrides: Any) -> dict[str, Any]:
+def make_result(groups: tuple[ScoredGroup, ...] = GROUPS, **overrides: Any) -> dict[str, Any]:
     collected = Collected(
-        groups=GROUPS,
+        groups=groups,
         failures=Counter(timeout=2, raised=1),
         equal_reward_groups=4,
         carried_groups=2,
@@ -207,3 +208,18 @@ def test_every_key_is_declared_and_every_value_is_a_number() -> None:
 
     assert [key for key in flat if metric_for(key) is None] == []
     assert all(isinstance(value, (int, float)) for value in flat.values())
+
+
+def test_what_reward_functions_log_is_averaged_over_calls() -> None:
+    logging = (
+        replace(GROUPS[0], logged={"exact": {"hits": [1.0, 0.0]}}),
+        replace(GROUPS[1], logged={"exact": {"hits": [0.5], "tries/all": [3.0]}}),
+    )
+    flat = flatten(make_result(groups=logging))
+    assert flat["rewards/exact/hits"] == pytest.approx(0.5)
+    assert flat["rewards/exact/tries/all"] == 3.0
+    assert flat["rewards/exact/mean"] == pytest.approx(1.0)
+    for key in ("rewards/exact/hits", "evaluation/gsm8k/rewards/exact/hits"):
+        declared = metric_for(key)
+        assert declared is not None
+        assert "log_metric" in declared.formula

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import io
 import json
 from collections.abc import Callable, Iterator
@@ -91,6 +92,21 @@ def test_wrong_data_is_found_and_the_rest_still_looked_at(
     assert found["data"].status == "fail"
     assert "prompt" in found["data"].detail
     assert "disk" in found
+
+
+def test_columns_that_do_not_fit_the_rewards_are_found(tmp_path: Path, model_folder: Path, surroundings: None) -> None:
+    def grade(completions: Any, answer: Any, scale: Any) -> list[float]:
+        return [scale] * len(completions)
+
+    def detail_with(row: dict[str, Any]) -> str:
+        functions = RewardSettings(functions=[functools.partial(grade, scale=2.0)])
+        run = replace(settings(tmp_path, model_folder), rewards=functions)
+        Path(str(run.data.path)).write_text(json.dumps({"prompt": "1+1="} | row) + "\n")
+        found = by_name(checks(run, skip_engine=True))["data"]
+        return found.detail if found.status == "fail" else found.status
+
+    assert "'grade' needs the column 'answer'" in detail_with({"gold": "2"})
+    assert "'grade' is given 'scale' in rewards.functions" in detail_with({"answer": "2", "scale": 3})
 
 
 def test_lengths_that_do_not_fit_the_context_are_found(tmp_path: Path, model_folder: Path, surroundings: None) -> None:

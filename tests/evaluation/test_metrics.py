@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -65,3 +66,8 @@ def test_every_key_is_declared(groups: Groups) -> None:
     flat = flatten({"evaluation": {"hard.v2": evaluation_metrics(groups, pass_threshold=1.0)}})
     assert [key for key in flat if metric_for(key) is None] == []
     assert all(isinstance(value, (int, float)) for value in flat.values())
+
+
+def test_what_reward_functions_log(groups: Groups) -> None:
+    logging = [replace(group, logged={"judge": {"hits": [float(i), 1.0]}}) for i, group in enumerate(groups)]
+    assert evaluation_metrics([*logging, FAILURE], pass_threshold=1.0)["rewards/judge/hits"] == pytest.approx(0.75)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ray.util.state import list_actors
@@ -22,6 +23,14 @@ from rlhf_ray.types import ScoredGroup
 pytestmark = [pytest.mark.engine, pytest.mark.usefixtures("cluster")]
 
 ITERATIONS = 3
+
+
+def told(completions: Any, trainer_state: Any, log_extra: Any = None, log_metric: Any = None, **kwargs: Any) -> Any:
+    """As one writes it for TRL; adds nothing to the sum."""
+    log_metric("step", trainer_state.global_step)
+    log_metric("epoch", trainer_state.epoch)
+    log_extra("last_step", [trainer_state.max_steps] * len(completions))
+    return [1.0] * len(completions)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,7 @@ def algorithm(
         .data(eval_path={name: str(folder / f"{name}.jsonl") for name in sets})
         .rollouts(num_replicas=1)
         .learners(num_learners=1)
-        .rewards(reward_model, "rlhf_ray.quickstart.task:reward", weights=[0.5, 1.0])
+        .rewards(reward_model, "rlhf_ray.quickstart.task:reward", told, weights=[0.5, 1.0, 0.0])
         # Without a critic, so that there is none to wait for.
         .training(iterations=ITERATIONS, advantage="rloo")
         .evaluation(interval=2, at_start=True, at_end=True, samples_per_prompt=4, temperature=1.0)
@@ -113,7 +122,19 @@ def test_the_resolved_configuration_names_the_reward_model(
     algorithm: Algorithm, reward_model: RewardModelReward
 ) -> None:
     resolved = PPOConfig.from_yaml(algorithm.run_dir / "config.yaml").settings.rewards.functions
-    assert resolved == [reward_model.to_spec(), "rlhf_ray.quickstart.task:reward"]
+    assert resolved[:2] == [reward_model.to_spec(), "rlhf_ray.quickstart.task:reward"]
+
+
+def test_a_function_is_told_of_the_training_and_what_it_logs_is_reported(
+    algorithm: Algorithm, results: list[dict[str, Any]]
+) -> None:
+    # Two optimizer steps and 12 prompts an iteration.
+    assert [result["rewards"]["told"]["step"] for result in results] == [0.0, 2.0, 4.0]
+    epochs = [12 * version / len(train_rows()) for version in range(ITERATIONS)]
+    assert [result["rewards"]["told"]["epoch"] for result in results] == pytest.approx(epochs)
+    assert results[-1]["evaluation"]["seen"]["rewards/told/step"] == 2.0 * ITERATIONS
+    table = pq.read_table(algorithm.run_dir / "completions" / "step_000003.parquet")
+    assert set(table.column("extra/told/last_step").to_pylist()) == {2 * ITERATIONS}
 
 
 def test_the_reward_models_actor_ends_with_the_run(algorithm: Algorithm, results: list[dict[str, Any]]) -> None:

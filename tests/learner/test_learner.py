@@ -694,6 +694,33 @@ def test_kl_in_the_reward_is_taken_off_every_token(
     torch.testing.assert_close(estimates.returns[:, 0], wanted, rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.parametrize("advantage", ["gae", "dr_grpo"])
+@pytest.mark.parametrize(("kl_clip", "penalty"), [(None, 2971.958), (10.0, 10.0)])
+def test_a_cap_bounds_the_kl_of_a_token_in_the_reward(
+    advantage: str, kl_clip: float | None, penalty: float, make_learner: Callable[..., Learner]
+) -> None:
+    settings = {"kl_coef": 0.5, "kl_estimator": "k3", "gamma": 1.0, "lambda_": 1.0, "whiten_advantages": False}
+    learner = make_learner(advantage=advantage, kl_clip=kl_clip, **settings)
+    batch = replace(runs.make_batch(4, seed=3), truncated=np.zeros(4, dtype=np.bool_))
+    own, estimates = estimates_of(learner, batch)
+    estimates.ref_logprobs = estimates.proximal_logprobs.clone()
+    learner._credit.assign(own, estimates, MetricSums())
+    without = estimates.advantages[0, 0].item()
+    estimates.ref_logprobs[0, 0] += 8.0  # k3 at d = -8
+    metrics = MetricSums()
+
+    learner._credit.assign(own, estimates, metrics)
+
+    # Of dr_grpo's group the completion keeps the share that the mean does not take away.
+    group = own.group_ids == own.group_ids[0]
+    share = 1.0 if advantage == "gae" else 1.0 - 1.0 / group.sum()
+    assert estimates.advantages[0, 0].item() - without == pytest.approx(-0.5 * penalty * share, rel=1e-5)
+    figures = metrics.merge(num_steps=1)
+    tokens = int(estimates.mask.sum())
+    assert figures["kl_to_reference"] == pytest.approx(2971.958 / tokens, rel=1e-5)
+    assert figures.get("kl_clip_fraction") == (None if kl_clip is None else pytest.approx(1.0 / tokens))
+
+
 @pytest.mark.parametrize("place", ["reward", "loss"])
 def test_without_a_kl_coefficient_there_is_no_reference(place: str, make_learner: Callable[..., Learner]) -> None:
     learner = make_learner(kl_coef=0.0, kl_in=place)

@@ -68,10 +68,10 @@ def test_equals_published_numbers(level, cap, mask, expected):
 
 @pytest.mark.parametrize(
     ("log_ratios", "expected"),
-    [([15.0, 15.0], 20.0), ([30.0, -10.0], 10.0), ([-30.0, 30.0], -10.0), ([15.0, 4.0], 19.0)],
+    [([15.0, 15.0], 20.0), ([30.0, -10.0], 20.0), ([30.0, -12.0], 18.0), ([-30.0, 30.0], 0.0), ([15.0, 4.0], 19.0)],
 )
-def test_each_token_and_the_sum_of_a_sequence_are_bounded(log_ratios, expected):
-    # By 20, from above only: first each token, then the sum.
+def test_the_sum_of_a_sequence_is_bounded_and_not_its_tokens(log_ratios, expected):
+    # By 20, from above only.
     proximal = torch.tensor([log_ratios])
     settings = {"level": "sequence", "mode": "truncate", "cap": math.inf}
     weights, _ = behavior_weights(proximal, torch.zeros(1, 2), torch.ones(1, 2), **settings)

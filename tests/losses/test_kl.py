@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -128,3 +129,40 @@ def test_unknown_estimator_is_refused():
     row = torch.zeros(1, 2)
     with pytest.raises(ValueError, match="unknown KL estimator"):
         kl_loss(row, row, row, estimator="forward")
+
+
+def test_the_table_of_the_grpo_page():
+    page = (Path(__file__).parents[2] / "docs/algorithms/grpo.md").read_text()
+    table = page.partition("<!-- k3 gradient -->")[2].partition("<!-- /k3 gradient -->")[0]
+    rows = [[float(cell) for cell in line.strip("| ").split("|")] for line in table.strip().splitlines()[2:]]
+    assert len(rows) == 5
+    reference, mask = torch.zeros(1, 1, dtype=torch.float64), torch.ones(1, 1)
+    for d, value, original, ours in rows:
+        for result, factor in (
+            (lambda x: kl(x, reference, estimator="k3").sum(), original),
+            (lambda x: kl_loss(x, reference, mask, estimator="k3")[0], ours),
+        ):
+            logprobs = torch.tensor([[d]], dtype=torch.float64, requires_grad=True)
+            result(logprobs).backward()
+            assert result(logprobs).item() == pytest.approx(value, abs=5e-5)
+            assert logprobs.grad.item() == pytest.approx(factor, abs=5e-5)
+
+
+def test_the_two_directions_of_the_grpo_page():
+    logit = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    logprobs = torch.log_softmax(torch.cat([logit, torch.zeros(1)]), dim=0)
+    policy, reference = logprobs.exp(), torch.tensor([0.9, 0.1], dtype=torch.float64)
+
+    def derivative(x):
+        return torch.autograd.grad(x, logit, retain_graph=True)[0].item()
+
+    def expectation(of_tokens):
+        return (policy.detach() * of_tokens).sum()
+
+    mask = torch.ones(1, 2)
+    ours = 2 * kl_loss(logprobs[None], reference.log()[None], mask, estimator="k3")[0]  # Two tokens of weight 1/2.
+    original = expectation(kl(logprobs, reference.log(), estimator="k3"))
+    forward = (policy * (logprobs - reference.log())).sum()
+    backward = (reference * (reference.log() - logprobs)).sum()
+    assert derivative(ours) / 2 == pytest.approx(derivative(forward), abs=1e-12) == pytest.approx(-0.5493, abs=5e-5)
+    assert derivative(original) == pytest.approx(derivative(backward), abs=1e-12) == pytest.approx(-0.4, abs=1e-12)

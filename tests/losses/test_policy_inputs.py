@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.losses.policy_inputs import check_clip, clean, policy_inputs
+from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
 
 MASK = torch.tensor([[1, 0]])
 
@@ -25,16 +25,6 @@ def test_only_logprobs_keep_a_gradient():
 
 def test_no_weights_are_weights_of_one():
     assert policy_inputs(row(1.0, 2.0), row(1.0, 2.0), row(5.0, 5.0), MASK, None)[3].tolist() == [[1.0, 0.0]]
-
-
-def test_half_precision_is_widened_and_double_precision_is_kept():
-    for dtype, expected in (
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.float32, torch.float32),
-        (torch.float64, torch.float64),
-    ):
-        assert clean(row(1.0, 2.0, dtype=dtype), MASK.bool()).dtype == expected
 
 
 def test_misuse_is_refused():

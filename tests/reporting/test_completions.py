@@ -115,3 +115,15 @@ def test_the_interval_is_kept(
     for step in range(1, 5):
         reporter.report_completions(step, groups)
     assert sorted(run_dir.completions.iterdir()) == [completions_path(run_dir, step) for step in written]
+
+
+def test_what_functions_log_is_a_column(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    logging = [
+        replace(groups[0], extras={"judge/note": ("good", None), "judge/score": (1, 0.5), "judge/mixed": ("a", 1)}),
+        groups[1],
+    ]
+    started(run_dir).report_completions(1, logging)
+    table = pq.read_table(completions_path(run_dir, 1))
+    assert table.column("extra/judge/note").to_pylist() == ["good", None, None]
+    assert table.column("extra/judge/score").to_pylist() == [1.0, 0.5, None]
+    assert table.column("extra/judge/mixed").to_pylist() == ["a", "1", None]

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,14 @@ def test_completions_are_a_table_of_the_same_step(
 ) -> None:
     reporter = WandbReporter()
     reporter.start(asking_for("offline"), run_dir)
-    reporter.report_completions(3, groups)
+    logging = replace(groups[0], extras={"judge/note": ("good", 3)})
+    reporter.report_completions(3, [logging, *groups[1:]])
     reporter.report(result)
     reporter.stop()
     (table,) = run_dir.wandb.rglob("completions_*.table.json")
     stored = json.loads(table.read_text(encoding="utf-8"))
-    assert stored["columns"] == ["prompt", "completion", "reward", "finish_reason"]
+    assert stored["columns"] == ["prompt", "completion", "reward", "finish_reason", "extra/judge/note"]
+    assert [row[4] for row in stored["data"]] == ["good", 3, None]
     assert [row[:3] for row in stored["data"]] == [
         ["1+1=", "2", 1.0],
         ["1+1=", "3", 0.0],

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards import NamedReward, gsm8k, resolve_rewards
-from rlhf_ray.settings import RewardSettings
+from rlhf_ray.settings import REWARD_ARGUMENTS, RewardSettings
 
 CALL = {"prompts": ["p"], "completions": ["#### 4"], "completion_ids": [[1, 2, 3]], "answer": ["4"]}
 
@@ -28,10 +28,6 @@ class Verdict:
 
 def length_reward(*, completion_ids, scale=SCALE, **columns):
     return [Verdict(scale * len(ids)).value for ids in completion_ids]
-
-
-def strict(prompts, completions):
-    return [0.0]
 
 
 not_a_function = 3
@@ -167,6 +163,7 @@ def test_the_field_has_the_index() -> None:
     ("source", "remedy"),
     [
         ("gsm9k", "nearest: 'gsm8k'"),
+        ("org/reward-model", "a model: {name: reward_model, path: org/reward-model}"),
         ("no_such_package_x.rewards:f", "no module 'no_such_package_x'"),
         ("json.nothing:f", "no module 'json.nothing'"),
         ("json:lods", "json has no 'lods'; nearest: 'loads'"),
@@ -187,7 +184,6 @@ def test_wrong_sources(source: object, remedy: str) -> None:
     [
         ("length_rewrd", "nearest: 'length_reward'"),
         ("not_a_function", "no function but int"),
-        ("strict", "does not take completion_ids: add **columns"),
     ],
 )
 def test_wrong_attributes_of_a_file(rewards_file: Path, attribute: str, remedy: str) -> None:
@@ -210,12 +206,39 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path, text: str) -> None:
 
 
 def test_signatures_that_do_not_fit() -> None:
-    assert "does not take prompts, completion_ids" in refusal(lambda completions: [1.0]).remedy
     assert "text is positional only" in refusal(lambda text, /, **columns: [1.0]).remedy
+    assert "needs environments" in refusal(lambda environments, **columns: [1.0]).remedy
+    assert resolve(lambda environments=None, **columns: [1.0])
 
 
-def test_a_full_signature_needs_no_columns() -> None:
-    def exact(prompts: list[str], completions: list[str], completion_ids: list[list[int]]) -> list[float]:
+def test_a_model_itself_is_refused() -> None:
+    torch = pytest.importorskip("torch")
+    assert "RewardModelReward(path)" in refusal(torch.nn.Linear(1, 1)).remedy
+
+
+@pytest.mark.parametrize("name", sorted(REWARD_ARGUMENTS))
+def test_what_every_run_passes_cannot_be_bound(name: str, rewards_file: Path) -> None:
+    spec = {"name": f"{rewards_file}:length_reward", name: ["mine"]}
+    assert f"{name!r} cannot be bound" in refusal(spec).remedy
+    assert f"{name!r} cannot be bound" in refusal(functools.partial(reward, **{name: ["mine"]})).remedy
+
+
+def test_an_argument_has_one_value(tmp_path: Path) -> None:
+    path = tmp_path / "bound.py"
+    path.write_text("import functools\ndef f(*, scale, **columns): return [scale]\ng = functools.partial(f, scale=2)\n")
+    assert resolve(f"{path}:g")[0].function() == [2]
+    assert "has a value for 'scale' already" in refusal({"name": f"{path}:g", "scale": 3}).remedy
+
+
+def test_a_reward_does_not_take_the_name_of_the_failures() -> None:
+    def failures(**columns: Any) -> list[float]:
+        return [1.0]
+
+    assert [named.name for named in resolve(failures)] == ["failures_2"]
+
+
+def test_a_function_may_name_a_part_of_the_arguments() -> None:
+    def exact(completions: list[str], answer: list[str]) -> list[float]:
         return [1.0]
 
     assert resolve(exact)[0].function is exact

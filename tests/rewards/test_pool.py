@@ -19,6 +19,7 @@ import ray
 
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.rewards import RewardPool, math_equivalence
+from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.pool import MAX_BATCH
 from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
@@ -462,3 +463,19 @@ def test_a_worker_that_finds_no_cpu_says_so(cluster: None, tokenizer: Any) -> No
     )
     with pytest.raises(RewardError, match=r"did not start in 0\.5 s.*cpus_per_reward_worker"):
         pool.start()
+
+
+def test_what_functions_are_told_and_log_travels(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
+    def told(*, completions: list[str], trainer_state: Any, log_metric: Any, log_extra: Any, **columns: Any) -> Any:
+        log_metric("length", len(completions[0]))
+        log_extra("text", completions)
+        return [float(trainer_state.max_steps)] * len(completions)
+
+    with started(told, tokenizer=tokenizer) as pool:
+        pool.progress = TrainingProgress(max_steps=9)
+        scored = run(lambda: pool.score(group_of(["one", "three"])))
+        pool.progress = TrainingProgress(max_steps=10)
+        later = run(lambda: pool.score(group_of(["one", "three"])))
+    assert (scored.rewards.tolist(), later.rewards.tolist()) == ([9.0, 9.0], [10.0, 10.0])
+    assert scored.logged == {"told": {"length": [3.0]}}
+    assert scored.extras == {"told/text": ("one", "three")}

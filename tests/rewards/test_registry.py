@@ -1,13 +1,18 @@
 from __future__ import annotations
 
+import functools
 import inspect
+from collections.abc import Mapping
+from typing import Any
 
 import pytest
 from ray import cloudpickle
 
 from rlhf_ray import rewards
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.rewards.registry import build_reward, built_in_names, is_factory, nearest
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.rewards.functions import resolve_rewards
+from rlhf_ray.rewards.registry import build_reward, built_in_names, is_factory, nearest, row_check, with_row_check
+from rlhf_ray.settings import RewardSettings
 
 FIELD = "rewards.functions[0]"
 
@@ -75,3 +80,28 @@ def test_wrong_requests_name_the_setting_and_the_remedy(name: str, arguments: di
 def test_nearest() -> None:
     assert nearest("reward_fn", ["load", "reward"]) == "reward"
     assert nearest("anything", []) is None
+
+
+def test_a_row_is_checked_by_parameters_and_by_the_functions_own_check() -> None:
+    def scaled(*, completions: Any, scale: Any, **columns: Any) -> list[float]:
+        return [1.0]
+
+    def grade(*, completions: Any, answer: Any, **columns: Any) -> list[float]:
+        return [1.0]
+
+    def checked(**columns: Any) -> list[float]:
+        return [1.0]
+
+    def check_numbers(row: Mapping[str, Any]) -> None:
+        if not row["answer"].isdigit():
+            raise DataError("no number")
+
+    functions = [functools.partial(scaled, scale=2), grade, with_row_check(checked, check_numbers)]
+    check = row_check(resolve_rewards(RewardSettings(functions=functions)))
+    check({"answer": "4", "level": 1})
+    with pytest.raises(DataError, match="the reward 'scaled' is given 'scale'"):
+        check({"answer": "4", "scale": 1})
+    with pytest.raises(DataError, match="the reward 'grade' needs the column 'answer'"):
+        check({"gold": "4"})
+    with pytest.raises(DataError, match="checked: no number"):
+        check({"answer": "four"})

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -12,8 +14,9 @@ import pytest
 
 from rlhf_ray.errors import DataError
 from rlhf_ray.rewards import RewardScorer
+from rlhf_ray.rewards.arguments import TrainingProgress, completion_texts
 from rlhf_ray.rewards.functions import resolve_rewards
-from rlhf_ray.rewards.scoring import ScoringError
+from rlhf_ray.rewards.scoring import ScoringError, logged_means
 from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RolloutGroup, ScoredGroup
 
@@ -72,6 +75,10 @@ def test_a_function_receives_trls_arguments_for_text(score: Callable[..., Scored
         return [0.0, 0.0]
 
     score(spy, group=group_of(["a", "bc"], prompt="Q?", answer="4", level=[1, 2]))
+    state = seen.pop("trainer_state")
+    assert (state.global_step, state.max_steps, state.epoch) == (0, 0, 0.0)
+    assert callable(seen.pop("log_extra"))
+    assert callable(seen.pop("log_metric"))
     assert seen == {
         "prompts": ["Q?", "Q?"],
         "completions": ["a", "bc"],
@@ -280,13 +287,251 @@ def test_an_async_function_that_raises(failure: Callable[..., ScoringError]) -> 
     assert "grade raised ValueError: no answer from the judge" in error.message
 
 
-def test_a_column_that_the_function_does_not_take(failure: Callable[..., ScoringError], group_of: GroupOf) -> None:
-    def narrow(prompts: Any, completions: Any, completion_ids: Any) -> list[float]:
+def test_a_function_is_given_what_it_takes(score: Callable[..., ScoredGroup], group_of: GroupOf) -> None:
+    def narrow(completions: Any, level: Any = None) -> list[float]:
+        return [level[0], len(completions)]
+
+    assert score(narrow, group=group_of(answer="4", level=7)).rewards.tolist() == [7.0, 2.0]
+
+
+def test_a_column_does_not_replace_an_argument(score: Callable[..., ScoredGroup], group_of: GroupOf) -> None:
+    def scaled(*, completions: Any, scale: Any, **columns: Any) -> list[float]:
+        return [scale, scale]
+
+    bound = functools.partial(scaled, scale=20)
+    assert score(bound).rewards.tolist() == [20.0, 20.0]
+    with pytest.raises(DataError, match=r"'scaled' is given 'scale' in rewards\.functions"):
+        score(bound, group=group_of(scale=3))
+
+
+def test_a_row_without_the_column_fails_its_group(failure: Callable[..., ScoringError], group_of: GroupOf) -> None:
+    def grade(*, answer: Any, **columns: Any) -> list[float]:
         return [1.0, 1.0]
 
-    error = failure(narrow, group=group_of(answer="4"))
+    error = failure(grade, group=group_of(gold="4"))
     assert error.kind == "raised"
-    assert "unexpected keyword argument 'answer'" in error.message
+    assert "'grade' needs the column 'answer', which is not there (columns: gold;" in error.message
+
+
+# --- nothing that one function edits is seen elsewhere ---------------------------------------------------------
+
+
+def spoil(value: Any) -> None:
+    """Empty every list and dictionary in a value, the innermost first."""
+    if isinstance(value, (list, dict)):
+        for item in list(value.values() if isinstance(value, dict) else value):
+            spoil(item)
+        value.clear()
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_what_one_function_edits_is_not_seen_by_the_next(tokenizer: Any, group_of: GroupOf, is_async: bool) -> None:
+    chat = [{"role": "user", "content": "Q?"}]
+    seen: list[str] = []
+
+    def look(**arguments: Any) -> list[float]:
+        data = {name: value for name, value in arguments.items() if isinstance(value, list)}
+        seen.append(repr(data))
+        spoil(data)
+        return [1.0, 1.0]
+
+    async def look_later(**arguments: Any) -> list[float]:
+        return look(**arguments)
+
+    group = group_of(["a", "b"], prompt=chat, gold={"values": [4, [5]]}, tests=[["x"], {"y": [1]}])
+    before = repr(group)
+    function = look_later if is_async else look
+    scorer = RewardScorer(resolve_rewards(RewardSettings(functions=[function, function])), tokenizer)
+    for _ in range(2):  # As where a group is scored again.
+        scored = asyncio.run(scorer.score(group))
+    assert len(seen) == 4
+    assert set(seen) == {seen[0]}
+    assert "'content': 'Q?'" in seen[0]
+    assert "[5]" in seen[0]
+    assert repr(group) == before
+    assert scored.texts == ("a", "b")
+
+
+def test_the_completions_of_a_group_do_not_share_an_entry(score: Callable[..., ScoredGroup], group_of: GroupOf) -> None:
+    def extends(*, prompts: Any, completions: Any, gold: Any, **columns: Any) -> list[float]:
+        for prompt, completion, values in zip(prompts, completions, gold, strict=True):
+            prompt += completion
+            values.append(1)
+        return [float(len(prompts[1])), float(len(gold[1]))]
+
+    group = group_of(["a", "b"], prompt=[{"role": "user", "content": "Q?"}], gold=[])
+    assert score(extends, group=group).rewards.tolist() == [2.0, 1.0]
+
+
+# --- reward functions as they are written for TRL ---------------------------------------------------------------
+
+# The signatures of TRL 1.16's documentation and of its own rewards (trl.rewards).
+
+
+def ground_truth_reward(completions: Any, ground_truth: Any, **kwargs: Any) -> list[float]:
+    contents = [completion[0]["content"] for completion in completions]
+    return [1.0 if content == gold else 0.0 for content, gold in zip(contents, ground_truth, strict=True)]
+
+
+def accuracy_reward(
+    completions: list[list[dict[str, str]]],
+    ground_truth: list[str],
+    log_extra: Callable[[str, list[Any]], None] | None = None,
+    **kwargs: Any,
+) -> list[float | None]:
+    if log_extra is not None:
+        log_extra("gold_parsed", list(ground_truth))
+    return [float(completion[0]["content"] == gold) for completion, gold in zip(completions, ground_truth, strict=True)]
+
+
+def logging_reward(
+    prompts: Any,
+    completions: Any,
+    completion_ids: Any,
+    ground_truth: Any,
+    log_extra: Any = None,
+    log_metric: Any = None,
+    **kwargs: Any,
+) -> list[float]:
+    correct = ground_truth_reward(completions, ground_truth)
+    if log_extra:
+        log_extra("extracted", [completion[0]["content"] for completion in completions])
+    if log_metric:
+        log_metric("accuracy", sum(correct) / len(correct))
+    return correct
+
+
+def curriculum_reward(completions: Any, trainer_state: Any, **kwargs: Any) -> list[float]:
+    return [trainer_state.global_step / trainer_state.max_steps] * len(completions)
+
+
+def kwargs_reward(completions: Any, **kwargs: Any) -> list[float]:
+    kwargs["log_metric"]("step", kwargs["trainer_state"].global_step)
+    return [float(kwargs["trainer_state"].epoch)] * len(completions)
+
+
+async def async_reward(prompts: Any, completions: Any, log_metric: Any = None, **kwargs: Any) -> list[float]:
+    await asyncio.sleep(0)
+    log_metric("calls", 1.0)
+    return [float(len(prompts))] * len(completions)
+
+
+class RepetitionPenalty:
+    __name__ = "repetition_penalty_reward"
+
+    def __call__(self, completion_ids: list[list[int]], **kwargs: Any) -> list[float]:
+        return [-float(len(ids)) for ids in completion_ids]
+
+
+class CosineScaled:
+    def __call__(self, completions: Any, ground_truth: Any, completion_ids: Any, **kwargs: Any) -> list[float | None]:
+        return [0.5, None]
+
+    def as_method(self, completions: Any, ground_truth: Any, **kwargs: Any) -> list[float]:
+        return ground_truth_reward(completions, ground_truth)
+
+
+def test_functions_written_for_trl_work_unchanged(tokenizer: Any, group_of: GroupOf) -> None:
+    functions = [
+        ground_truth_reward,
+        accuracy_reward,
+        logging_reward,
+        curriculum_reward,
+        kwargs_reward,
+        async_reward,
+        RepetitionPenalty(),
+        CosineScaled(),
+        CosineScaled().as_method,
+        functools.partial(ground_truth_reward),
+    ]
+    scorer = RewardScorer(resolve_rewards(RewardSettings(functions=functions)), tokenizer)
+    group = group_of(["four", "five"], prompt=[{"role": "user", "content": "2+2"}], ground_truth="four")
+    group = replace(group, completions=tuple(replace(one, asked_version=3) for one in group.completions))
+    progress = TrainingProgress(steps_per_version=4, max_steps=48, epochs_per_version=0.5)
+    scores = asyncio.run(scorer.scores(group, progress))
+    by_function = {
+        name: [None if x != x else x for x in values.tolist()] for name, values in scores.rewards_by_function.items()
+    }
+    assert by_function == {
+        "ground_truth_reward": [1.0, 0.0],
+        "accuracy_reward": [1.0, 0.0],
+        "logging_reward": [1.0, 0.0],
+        "curriculum_reward": [0.25, 0.25],
+        "kwargs_reward": [1.5, 1.5],
+        "async_reward": [2.0, 2.0],
+        "repetition_penalty_reward": [-5.0, -5.0],
+        "CosineScaled": [0.5, None],
+        "as_method": [1.0, 0.0],
+        "ground_truth_reward_2": [1.0, 0.0],
+    }
+    assert scores.logged == {
+        "logging_reward": {"accuracy": [0.5]},
+        "kwargs_reward": {"step": [12.0]},
+        "async_reward": {"calls": [1.0]},
+    }
+    assert scores.extras == {
+        "accuracy_reward/gold_parsed": ("four", "four"),
+        "logging_reward/extracted": ("four", "five"),
+    }
+    scored = scores.of(group)
+    assert (scored.logged, scored.extras) == (scores.logged, scores.extras)
+    assert logged_means([scored, scored])["logging_reward"] == {"accuracy": 0.5}
+
+
+def test_a_wrong_log_is_a_failure_of_the_function(failure: Callable[..., ScoringError]) -> None:
+    def grade(*, log_extra: Any, **columns: Any) -> list[float]:
+        log_extra("note", ["one"])
+        return [1.0, 1.0]
+
+    assert "log_extra('note', ...) has 1 values for 2 completions" in failure(grade).message
+
+
+# --- special tokens ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def thinking_tokenizer() -> Any:
+    """The quickstart's tokenizer with ``<think>`` and its like as special tokens."""
+    from transformers import AutoTokenizer
+
+    from rlhf_ray.quickstart import model_path
+
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<think>", "</think>", "<answer>", "</answer>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("is_chat", [False, True])
+def test_both_forms_of_a_completion_where_the_tags_are_special(
+    thinking_tokenizer: Any, group_of: GroupOf, is_chat: bool
+) -> None:
+    text = "<think>2+2</think><answer>4</answer>"
+    seen: dict[str, list[str]] = {}
+
+    def tags(*, completions: Any, completions_with_special_tokens: Any, **columns: Any) -> list[float]:
+        seen["plain"] = completion_texts(completions)
+        seen["special"] = completion_texts(completions_with_special_tokens)
+        return [float("<think>" in item) for item in seen["special"]]
+
+    def not_for_any(**columns: Any) -> list[float]:
+        return [float("completions_with_special_tokens" in columns)] * 3
+
+    ids = thinking_tokenizer(text)["input_ids"]
+    eos = thinking_tokenizer.eos_token_id
+    sequences = [[*ids, eos], ids, []]  # finished, truncated, nothing
+    group = group_of(["", "", ""], prompt=[{"role": "user", "content": "2+2"}] if is_chat else "2+2")
+    completions = tuple(
+        replace(one, token_ids=np.array(own, dtype=np.int32))
+        for one, own in zip(group.completions, sequences, strict=True)
+    )
+    group = replace(group, completions=completions)
+    scorer = RewardScorer(resolve_rewards(RewardSettings(functions=[tags, not_for_any])), thinking_tokenizer)
+    scored = asyncio.run(scorer.score(group))
+    assert seen["plain"] == ["2+24", "2+24", ""]
+    assert seen["special"] == [text, text, ""]
+    assert scored.rewards_by_function["tags"].tolist() == [1.0, 1.0, 0.0]
+    assert scored.rewards_by_function["not_for_any"].tolist() == [0.0, 0.0, 0.0]
+    assert scored.texts == ("2+24", "2+24", "")
 
 
 def test_where_a_model_adds_to_the_sum_no_function_need_apply(tokenizer: Any, group_of: GroupOf) -> None:
