@@ -29,6 +29,7 @@ from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.functions import resolve_rewards
+from rlhf_ray.rewards.registry import row_check
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.shipping import pack
@@ -97,7 +98,7 @@ def check_inputs(settings: Settings) -> Inputs:
 
     Raises:
         ConfigError: A model, tokenizer, reward or length is wrong.
-        DataError: The dataset is missing, empty or lacks a column.
+        DataError: A dataset is missing, empty, lacks a column, or has an answer that a reward cannot use.
     """
     from rlhf_ray.quickstart import model_path
 
@@ -105,7 +106,8 @@ def check_inputs(settings: Settings) -> Inputs:
     tokenizer_path = _expanded(settings.model.tokenizer_path) or policy_path
     critic_path = _expanded(settings.model.critic_path)
     trust = settings.model.trust_remote_code
-    for index, reward in enumerate(resolve_rewards(settings.rewards)):
+    rewards = resolve_rewards(settings.rewards)
+    for index, reward in enumerate(rewards):
         if isinstance(reward.function, RewardModelReward):
             check_reward_model(reward.function, f"rewards.functions[{index}]")
     advantage = advantage_plugin(settings.training.advantage, settings.training.advantage_args)
@@ -127,7 +129,8 @@ def check_inputs(settings: Settings) -> Inputs:
         seed=settings.debugging.seed,
         trust_remote_code=trust,
     )
-    prompts.check()
+    check_row = row_check(rewards)
+    prompts.check(check_row)
     for held_out in held_out_sets(settings.data):
         check_prompts(
             held_out.data,
@@ -135,6 +138,7 @@ def check_inputs(settings: Settings) -> Inputs:
             tokenizer_path=tokenizer_path,
             max_prompt_tokens=prompt_tokens,
             trust_remote_code=trust,
+            check_row=check_row,
         )
     return Inputs(
         policy_path=policy_path,

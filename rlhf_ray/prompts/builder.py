@@ -13,6 +13,7 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.row_codec import Row
 from rlhf_ray.settings import DataSettings
 from rlhf_ray.types import ChatMessage, Prompt, PromptText
+from rlhf_ray.untrusted_text import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -189,10 +190,13 @@ class PromptBuilder:
 
     def _message(self, row: NumberedRow, message: Any) -> ChatMessage:
         if not isinstance(message, Mapping):
-            raise DataError(f"{self._where(row)}: a chat message is {message!r}; it must hold 'role' and 'content'")
+            raise DataError(
+                f"{self._where(row)}: a chat message is {shortened(repr(message))}; it must hold 'role' and 'content'"
+            )
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                raise DataError(f"{self._where(row)}: {key!r} of a chat message is {message.get(key)!r}, not a string")
+                given = shortened(repr(message.get(key)))
+                raise DataError(f"{self._where(row)}: {key!r} of a chat message is {given}, not a string")
         # Arrow gives every message the keys of all messages and fills them with null, which templates take for there.
         return {key: value for key, value in message.items() if value is not None}
 
@@ -226,7 +230,9 @@ class PromptBuilder:
             )
         # A template is a program that came with the model: it may raise anything.
         except Exception as failure:
-            return DataError(f"{self._where(row)}: the tokenizer's chat template refused the prompt: {failure}")
+            return DataError(
+                f"{self._where(row)}: the tokenizer's chat template refused the prompt: {shortened(failure)}"
+            )
         return token_ids
 
     def _no_template(self, row: NumberedRow) -> Problem:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Overlong, PromptBuilder
@@ -27,15 +29,18 @@ def check_prompts(
     tokenizer_path: str,
     max_prompt_tokens: int,
     trust_remote_code: bool = False,
+    check_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> None:
-    """Find what is wrong with a held-out set without Ray, in about a second; arguments as :func:`load_prompts`.
+    """Find what is wrong with a held-out set without Ray, in about a second.
+
+    Arguments as :func:`load_prompts`, and ``check_row`` as :func:`check_source`'s.
 
     Raises:
         ConfigError: As in :func:`load_prompts`.
         DataError: The same, as far as the first rows show it.
     """
     source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens)
-    check_source(source, builder, load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code))
+    check_source(source, builder, load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code), check_row)
 
 
 def load_prompts(

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
@@ -77,15 +78,18 @@ class PromptStream(Iterator[Prompt]):
         self._read_next = 0
         weakref.finalize(self, _close_all, self._readings)
 
-    def check(self) -> None:
+    def check(self, check_row: Callable[[Mapping[str, Any]], None] | None = None) -> None:
         """Find what is wrong with the data before any engine starts: in this process, in about a second for files.
+
+        Args:
+            check_row: As :func:`check_source`'s.
 
         Raises:
             ConfigError: The tokenizer cannot be loaded, or a setting does not go with the rows.
             DataError: The source cannot be read or is empty, one of its first rows makes no prompt, or none fits.
         """
         tokenizer = load_tokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code)
-        check_source(self._source, self._builder, tokenizer)
+        check_source(self._source, self._builder, tokenizer, check_row)
 
     def open(self) -> None:
         """Read the dataset into Ray's object store; the first prompt does it where this was not called.

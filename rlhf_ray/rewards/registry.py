@@ -7,14 +7,31 @@ import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from types import NoneType
-from typing import Any, Literal, ParamSpec, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, get_args, get_origin, get_type_hints
 
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.settings import RewardFunction
+from rlhf_ray.untrusted_text import shortened
 
-__all__ = ["build_reward", "built_in", "built_in_names", "is_factory", "nearest", "register"]
+if TYPE_CHECKING:
+    from rlhf_ray.rewards.functions import NamedReward
+
+__all__ = [
+    "RowCheck",
+    "build_reward",
+    "built_in",
+    "built_in_names",
+    "is_factory",
+    "nearest",
+    "register",
+    "row_check",
+    "with_row_check",
+]
 
 P = ParamSpec("P")
+
+RowCheck: TypeAlias = Callable[[Mapping[str, Any]], None]
+"""Takes the columns of a dataset row and raises ``DataError`` where a reward cannot use them."""
 
 _FACTORIES: dict[str, Callable[..., RewardFunction]] = {}
 
@@ -75,6 +92,37 @@ def build_reward(name: str, arguments: Mapping[str, Any], *, field: str, value: 
         return factory(**arguments)
     except ConfigError as error:
         raise ConfigError(field, value, str(error)) from error
+
+
+def with_row_check(reward: Callable[..., list[float]], check: RowCheck) -> RewardFunction:
+    """``reward`` with ``check`` as its ``check_row``, which is called with rows of the datasets before a run starts."""
+    reward.check_row = check  # type: ignore[attr-defined]
+    return reward
+
+
+def row_check(rewards: Iterable[NamedReward]) -> RowCheck:
+    """One check of a row by the ``check_row`` of each reward function that has one.
+
+    It raises ``DataError``, with the name of the reward function, whatever a ``check_row`` raises.
+    """
+    checks = {reward.name: check for reward in rewards if (check := _check_row(reward.function)) is not None}
+
+    def check_row(row: Mapping[str, Any]) -> None:
+        for name, check in checks.items():
+            try:
+                check(row)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from error
+            except Exception as error:  # It is the user's code.
+                raise DataError(f"{name}: check_row raised {type(error).__name__}: {shortened(error)}") from error
+
+    return check_row
+
+
+def _check_row(function: RewardFunction) -> RowCheck | None:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "check_row", None)
 
 
 def nearest(name: str, options: Iterable[str]) -> str | None:

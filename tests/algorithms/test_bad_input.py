@@ -13,6 +13,7 @@ import ray
 from rlhf_ray import PPOConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.quickstart import model_path
+from rlhf_ray.rewards import exact_match, math_equivalence
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +34,12 @@ def own_data(rows: list[dict[str, Any]], **data: Any) -> PPOConfig:
     path = Path("rows.jsonl")
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return PPOConfig().data(path=str(path), **data).rewards(reward)
+
+
+def held_out(*rows: dict[str, Any]) -> str:
+    path = Path("held-out.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def folder_without_a_model() -> PPOConfig:
@@ -68,6 +75,20 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
         lambda: PPOConfig().data(path="no-such.jsonl").rewards(reward),
         DataError,
         r"data\.path: no such file or folder: no-such\.jsonl \(looked at /",
+    ),
+    "gold answer that a reward cannot read": (
+        lambda: own_data(
+            [{"prompt": "1+1", "answer": "2"}, {"prompt": "1+2", "answer": {"ground_truth": "3"}}]
+        ).rewards(exact_match()),
+        DataError,
+        r"rows\.jsonl, row 1 \(from 0\): exact_match: the row's 'answer' is a mapping",
+    ),
+    "held-out gold answer that a reward cannot read": (
+        lambda: own_data([{"prompt": "1+1", "answer": ["2", 2.0]}], eval_path=[held_out({"prompt": "1+2"})]).rewards(
+            math_equivalence()
+        ),
+        DataError,
+        r"held-out\.jsonl, row 0 \(from 0\): math_equivalence: the reward reads the dataset column 'answer'",
     ),
     "missing column": (
         lambda: own_data([{"question": "1+1", "answer": "2"}]),
