@@ -31,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 _START_S = 120.0
 _LEAST = 0.05
-_BRACE = re.compile("[{}]")
+_BOX = re.compile(r"\\(?:boxed|fbox)\{")
+_BRACE = re.compile(rf"{_BOX.pattern}|[{{}}]")
 
 
 @built_in
@@ -91,10 +92,10 @@ class _MathEquivalence:
     def _golds(self, value: object) -> list[str]:
         golds = [gold if isinstance(gold, str) else number_text(gold) for gold in gold_answers(value, self._column)]
         for gold in golds:
-            if _last_box(gold) < 0 and len(gold) > math_grader.MAX_CHARS:
+            if len(gold) > math_grader.MAX_CHARS and not _BOX.search(gold):
                 raise self._unusable(gold, f"is longer than {math_grader.MAX_CHARS} characters and has no box")
             if _answer_part(gold) is None:
-                raise self._unusable(gold, "has a box that is not closed")
+                raise self._unusable(gold, "has no box that is closed and not too long")
         return [_answer_part(gold) or gold for gold in golds]
 
     def _verdict(self, gold: str, answer: str, limit_s: float) -> str:
@@ -109,27 +110,34 @@ class _MathEquivalence:
         return DataError(f"the row's {self._column!r} {reason}: {shortened(gold, 80)!r}")
 
 
-def _last_box(text: str) -> int:
-    """Where the last box begins; -1: there is none."""
-    return max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
-
-
 def _answer_part(text: str) -> str | None:
-    """The end of ``text``, or of what comes up to its last box; ``None``: that box is not closed."""
-    end, box = len(text), _last_box(text)
-    if box >= 0:
-        depth = 0
-        for brace in _BRACE.finditer(text, box, box + math_grader.MAX_CHARS):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                end = brace.end()
-                break
-        else:
+    """The end of ``text``, or of what comes up to its last closed box; ``None``: it has boxes, but none is closed."""
+    end = len(text)
+    if _BOX.search(text):
+        box = _last_box(text)
+        if box is None:
+            return None
+        end = box[1]
+        if end - box[0] > math_grader.MAX_CHARS:
             return None
     begin = max(0, end - math_grader.MAX_CHARS)
     # From the start of a line, where there is one: half a formula would pair its dollar sign with the next one's.
     line = text.find("\n", begin, begin + math_grader.MAX_CHARS // 2) if begin > 0 else -1
     return text[max(begin, line) : end]
+
+
+def _last_box(text: str) -> tuple[int, int] | None:
+    """Where the last box that is closed begins and ends."""
+    opened: list[tuple[int, bool]] = []
+    last = None
+    for brace in _BRACE.finditer(text):
+        if brace[0] != "}":
+            opened.append((brace.start(), brace[0] != "{"))
+        elif opened:
+            begin, is_box = opened.pop()
+            if is_box:
+                last = begin, brace.end()
+    return last
 
 
 class _Grader:

@@ -31,8 +31,7 @@ UNITS = [
     *["1,", ",000", "$7", "$7$ ", "\\boxed{", "\\boxed{7}", "\\boxed", "\\(", "\\[", "\\frac{", "{7", "7-", "\\times"],
     *["answer is ", "the answer: ", "and ", " \n", "\\boxed ", "\\frac{1}{2},", "\\$"],
 ]
-PREFIXES = ["", "#### ", "#### 7", "7 \\boxed{7} ", "<think>"]
-SUFFIXES = ["", "7"]
+AROUND = [("", ""), ("", "7"), ("#### ", ""), ("#### 7", ""), ("#### 7", "7"), ("7 \\boxed{7} ", ""), ("<think>", "")]
 NUM_CHARS = 100_000
 LIMIT_S = 0.1
 
@@ -65,7 +64,7 @@ def test_100_000_characters_take_less_than_a_tenth_of_a_second(name: str) -> Non
     score(name, "72")
     slow = {}
     for unit in UNITS:
-        for prefix, suffix in [(prefix, suffix) for prefix in PREFIXES for suffix in SUFFIXES]:
+        for prefix, suffix in AROUND:
             text = prefix + (unit * NUM_CHARS)[: NUM_CHARS - len(prefix) - len(suffix)] + suffix
             seconds = next((s for _ in range(4) if (s := cpu_s(name, text)) < LIMIT_S), None)
             if seconds is None:
