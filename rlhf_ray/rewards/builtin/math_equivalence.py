@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import json
@@ -64,6 +63,9 @@ class _MathEquivalence:
     def __init__(self, answer_column: str, timeout_s: float) -> None:
         self._column = answer_column
         self._timeout_s = timeout_s
+
+    def __deepcopy__(self, memo: object) -> _MathEquivalence:
+        return self  # Nothing changes in it, and a copy within a process is no arrival.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
@@ -169,13 +171,17 @@ class _Grader:
         """The answer of the process, ``stuck`` where it had to be killed, ``None`` where it ended."""
         process = self._started()
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps([gold, text, limit_s]), file=process.stdin, flush=True)
-        # Of CPU time it takes three times the limit at most; the machine may have other things to do.
-        in_time = self._wait(process, 5.0 + 5.0 * limit_s)
-        answer = self._answer(process) if in_time else "stuck"
-        if answer in (None, "stuck"):
-            self._end()
+        answer = None
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                print(json.dumps([gold, text, limit_s]), file=process.stdin, flush=True)
+            # Of CPU time it takes three times the limit at most; the machine may have other things to do.
+            in_time = self._wait(process, 5.0 + 5.0 * limit_s)
+            answer = self._answer(process) if in_time else "stuck"
+        finally:
+            # Also where the caller was interrupted: the next request must not get this one's answer.
+            if answer in (None, "stuck"):
+                self._end()
         return answer
 
     def _started(self) -> subprocess.Popen[str]:
@@ -205,16 +211,14 @@ class _Grader:
 
     def _end(self) -> None:
         if self._process is not None:
-            self._process.kill()
-            self._process.communicate()
-            self._process = None
+            process, self._process = self._process, None
+            process.kill()
+            process.communicate()
 
 
 @functools.cache
 def _grader_of(pid: int) -> _Grader:
-    grader = _Grader()
-    atexit.register(grader._end)
-    return grader
+    return _Grader()
 
 
 def _grader() -> _Grader:

@@ -4,8 +4,11 @@ import asyncio
 import functools
 import logging
 import signal
+import subprocess
+import sys
 import time
 
+import psutil
 import pytest
 from ray import cloudpickle
 
@@ -105,6 +108,43 @@ def test_a_process_that_ends_or_hangs_is_replaced(stuck: bool, monkeypatch: pyte
         process.wait()
     assert reward(completions=["\\boxed{5}", "\\boxed{5}"], answer=["5", "5"]) == [float(not stuck), 1.0]
     assert _grader()._process is not process
+
+
+def test_an_interrupted_call_leaves_no_answer_for_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    reward = math_equivalence()
+    assert reward(completions=["5"], answer=["5"]) == [1.0]
+
+    def interrupted(process: object, limit_s: float) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_grader(), "_wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            reward(completions=["5"], answer=["5"])
+    assert reward(completions=["6", "5", "6"], answer=["5"] * 3) == [0.0, 1.0, 0.0]
+
+
+def test_the_process_ends_with_the_one_that_started_it() -> None:
+    script = (
+        "import os, signal\n"
+        "from rlhf_ray.rewards.builtin.math_equivalence import _grader\n"
+        "_grader().start()\n"
+        "print(_grader()._process.pid, flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    deadline = time.monotonic() + 20
+    while runs(int(killed.stdout)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def runs(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_travels_and_loads_sympy_where_it_arrives() -> None:
