@@ -103,7 +103,7 @@ class _MathEquivalence:
     def _verdict(self, gold: str, answer: str, limit_s: float) -> str:
         verdict = _grader().grade(gold, answer, limit_s)
         if verdict == "gold":
-            raise self._unusable(gold, f"takes more than {limit_s:g} s to be computed (math_equivalence.timeout_s)")
+            raise self._unusable(gold, f"says nothing or takes more than {limit_s:g} s to be computed (timeout_s)")
         if verdict == "late":
             _count_late(limit_s)
         return verdict

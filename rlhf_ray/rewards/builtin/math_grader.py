@@ -94,7 +94,7 @@ def read(text: str, *, is_gold: bool) -> Reading:
 
     marked = answer_text(text)
     if marked is None and not is_gold:
-        tail = _ANSWER_IS.search(text)
+        tail = _ANSWER_IS.search(text.rstrip())
         own = tail[1] if tail else text
     else:
         own = text if marked is None else marked
@@ -108,7 +108,7 @@ def read(text: str, *, is_gold: bool) -> Reading:
 
 
 def grade(gold: str, text: str, limit_s: float) -> str:
-    """``equal``, ``different``, ``late`` where ``text`` takes too long, or ``gold`` where the gold answer does.
+    """``equal``, ``different``, ``late`` where ``text`` takes too long, or ``gold`` where the gold answer is at fault.
 
     Args:
         gold: A gold answer.
@@ -118,6 +118,8 @@ def grade(gold: str, text: str, limit_s: float) -> str:
     try:
         right = _within(limit_s, lambda: read(gold, is_gold=True))
     except (_Late, Exception):  # SymPy and the parser raise anything.
+        return "gold"
+    if not right.text and not right.expressions:
         return "gold"
     try:
         return "equal" if _within(limit_s, lambda: _equal(right, text)) else "different"

@@ -27,6 +27,7 @@ def test_answers_are_compared_as_the_docs_say(math_row: tuple[str, ...]) -> None
 @pytest.mark.parametrize(
     ("gold", "completion", "score"),
     [
+        ("12:00", "Noon, so the answer is 12:00.\n", 1.0),
         (72, "\\boxed{72}", 1.0),
         ("72", "no idea", 0.0),
         ("72", "", 0.0),
@@ -78,9 +79,11 @@ def test_what_sympy_never_finishes_leaves_the_others_their_time(caplog: pytest.L
     assert "1" * 100 not in caplog.text
 
 
-@pytest.mark.parametrize("gold", ["2^{10^9}", "\\boxed{9^{9^9}}", "100000!", "(x+y+z)^{200} + y^{\\binom{10^9}{10^8}}"])
+@pytest.mark.parametrize(
+    "gold", ["$", "\\boxed{}", "2^{10^9}", "\\boxed{9^{9^9}}", "100000!", "(x+y+z)^{200} + y^{\\binom{10^9}{10^8}}"]
+)
 def test_a_gold_answer_that_cannot_be_computed_is_an_error_and_never_0(gold: str) -> None:
-    with pytest.raises(DataError, match=r"the row's 'answer' takes more than 0\.2 s"):
+    with pytest.raises(DataError, match=r"the row's 'answer' says nothing or takes more than 0\.2 s"):
         math_equivalence(timeout_s=0.2)(completions=["\\boxed{5}"], answer=[gold])
 
 
