@@ -14,6 +14,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from rlhf_ray.untrusted_text import shortened
+
 __all__ = [
     "ChatMessage",
     "Completion",
@@ -153,4 +155,7 @@ class RewardFailure:
     kind: str
     """``raised``, ``timeout``, ``wrong_length``, ``not_finite``, ``wrong_type``, ``all_none`` or ``worker_died``."""
     message: str
-    """One line for the log; the function's traceback where there is one."""
+    """One line for the log, cut to about 1,000 characters: it may quote what a policy wrote."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "message", shortened(self.message, 1000))

@@ -102,7 +102,7 @@ def test_what_is_said_of_the_baseline_is_what_its_table_says() -> None:
 # --- code -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", blocks("python", *PAGES), ids=str)
+@pytest.mark.parametrize("block", blocks("python", *PAGES, DOCS / "rewards.md"), ids=str)
 def test_python_compiles_and_names_what_there_is(block: Block) -> None:
     for node in ast.walk(ast.parse(block.text)):
         if isinstance(node, ast.ImportFrom) and node.module is not None:

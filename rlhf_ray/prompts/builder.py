@@ -15,6 +15,7 @@ from rlhf_ray.prompts.row_codec import Row
 from rlhf_ray.prompts.text_encoding import special_tokens_around, text_flaw, with_special_tokens
 from rlhf_ray.settings import REWARD_ARGUMENTS, DataSettings
 from rlhf_ray.types import ChatMessage, Prompt, PromptText
+from rlhf_ray.untrusted_text import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -213,13 +214,17 @@ class PromptBuilder:
 
     def _message(self, row: NumberedRow, message: Any) -> ChatMessage:
         if not isinstance(message, Mapping):
-            raise DataError(f"{self._where(row)}: a chat message is {message!r}; it must hold 'role' and 'content'")
+            raise DataError(
+                f"{self._where(row)}: a chat message is {shortened(repr(message))}; it must hold 'role' and 'content'"
+            )
         # As OpenAI writes the calls of tools; templates take a null for something that is there.
         content = {"content": ""} if message.get("tool_calls") and message.get("content") is None else {}
         given = {key: value for key, value in message.items() if value is not None} | content
         for key in ("role", "content"):
             if not isinstance(given.get(key), str):
-                raise DataError(f"{self._where(row)}: {key!r} of a chat message is {given.get(key)!r}, not a string")
+                raise DataError(
+                    f"{self._where(row)}: {key!r} of a chat message is {shortened(repr(given.get(key)))}, not a string"
+                )
         return given
 
     def _system_messages(self) -> list[ChatMessage]:
@@ -259,7 +264,7 @@ class PromptBuilder:
         # A template is a program that came with the model: it may raise anything.
         except Exception as failure:
             whose = "the tokenizer's chat template" if self.chat_template is None else "data.chat_template"
-            raise DataError(f"{self._where(row)}: {whose} refused the prompt: {failure}") from failure
+            raise DataError(f"{self._where(row)}: {whose} refused the prompt: {shortened(failure)}") from failure
         return rendered
 
     def _template_arguments(self, tokenizer: PreTrainedTokenizerBase, row: NumberedRow) -> Mapping[str, Any]:
@@ -267,7 +272,9 @@ class PromptBuilder:
             raise self._no_template(row)
         own = row.row.get(_ARGUMENTS_COLUMN) if self.column != _ARGUMENTS_COLUMN else None
         if own is not None and not isinstance(own, Mapping):
-            raise DataError(f"{self._where(row)}: {_ARGUMENTS_COLUMN!r} is {own!r:.80}, not a mapping of arguments")
+            raise DataError(
+                f"{self._where(row)}: {_ARGUMENTS_COLUMN!r} is {shortened(repr(own), 80)}, not a mapping of arguments"
+            )
         arguments = {**self.chat_template_kwargs, **(own or {})}
         if arguments:
             template = tokenizer.get_chat_template(self.chat_template, tools=arguments.get("tools"))
@@ -293,7 +300,7 @@ class PromptBuilder:
         for row, text, tokenized in zip(rows, texts, rendered, strict=True):
             ids = next(bare) if isinstance(tokenized, str) else tokenized
             if isinstance(ids, Exception) and not isinstance(ids, (DataError, ConfigError)):
-                ids = DataError(f"{self._where(row)}: the tokenizer refused the prompt: {ids}")
+                ids = DataError(f"{self._where(row)}: the tokenizer refused the prompt: {shortened(ids)}")
             encoded.append(with_special_tokens(ids, before) if isinstance(ids, list) and isinstance(text, str) else ids)
         return encoded
 

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.row_codec import Row
+from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["CSV_TYPES", "csv_rows", "typed_rows"]
 
@@ -83,7 +84,7 @@ def typed_rows(rows: Iterable[Row], name: str, csv_types: Mapping[str, str]) -> 
                 row[column] = CSV_TYPES[type_name](text) if text else None
             except (ValueError, KeyError):
                 raise DataError(
-                    f"{name}, row {index} (from 0): column {column!r} holds {text!r:.80}, which is no {type_name}; "
-                    "fix it, or leave the column out of data.csv_types"
+                    f"{name}, row {index} (from 0): column {column!r} holds {shortened(repr(text), 80)}, which is no "
+                    f"{type_name}; fix it, or leave the column out of data.csv_types"
                 ) from None
         yield row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.settings import Settings
 from rlhf_ray.types import Float32Array, ScoredGroup, Span
+from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["ReporterSet"]
 
@@ -115,6 +117,16 @@ class ReporterSet(Reporter):
             self._failures += 1
             level = logging.DEBUG if id(reporter) in self._failed else logging.WARNING
             self._failed.add(id(reporter))
-            _logger.log(level, "%s.%s() failed; the run goes on", type(reporter).__name__, method, exc_info=True)
+            # Not exc_info: the error of a reporter may quote the completions that it was given.
+            frames = "".join(traceback.format_tb(error.__traceback__))
+            failed = f"{type(reporter).__name__}.{method}() failed; the run goes on"
+            _logger.log(
+                level,
+                "%s\nTraceback (most recent call last):\n%s%s: %s",
+                failed,
+                frames,
+                type(error).__name__,
+                shortened(error),
+            )
             return False
         return True

@@ -27,8 +27,9 @@ from rlhf_ray.rewards.worker import LONG_CALL_S, ConcurrentRewardWorker, Sequent
 from rlhf_ray.settings import RewardSettings
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup, Span
+from rlhf_ray.untrusted_text import shortened
 
-__all__ = ["START_TRIES", "RewardPool", "died_by_itself", "kill", "one_line", "span_name"]
+__all__ = ["START_TRIES", "RewardPool", "died_by_itself", "kill", "span_name"]
 
 logger = logging.getLogger(__name__)
 
@@ -303,7 +304,7 @@ class RewardPool:
                 batch[0].retries -= 1
                 self._again(batch, alone=True)
                 return
-            message = f"the reward worker died, {1 + DEATH_RETRIES} times: {one_line(error)}"
+            message = f"the reward worker died, {1 + DEATH_RETRIES} times: {shortened(error, 1000)}"
             outcomes = [RewardFailure(group_id=batch[0].group.group_id, kind="worker_died", message=message)]
         seconds = (time.perf_counter() - started) / len(outcomes)
         # Slower at once, faster step by step: a call must not become long by surprise.
@@ -437,7 +438,7 @@ class RewardPool:
                 f"a reward worker did not start in {self._startup_timeout_s:g} s: are {self._num_cpus:g} CPUs free for "
                 f"each of {self._settings.num_workers} (resources.cpus_per_reward_worker, rewards.num_workers)?"
             )
-        return f"a reward worker cannot start: {one_line(error)}"
+        return f"a reward worker cannot start: {shortened(error, 1000)}"
 
 
 def span_name(groups: Sequence[RolloutGroup]) -> str:
@@ -455,8 +456,3 @@ def kill(actor: Any) -> None:
 def died_by_itself(error: Exception) -> bool:
     """Whether an actor ended without an error of its own, as with its node: another one may well start."""
     return isinstance(error, RayActorError) and not error.actor_init_failed
-
-
-def one_line(error: Exception) -> str:
-    """The end of Ray's many lines, which is where the cause stands."""
-    return " ".join(str(error).split())[-500:]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, get_args, 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.rewards.arguments import Parameters
 from rlhf_ray.settings import RewardFunction
+from rlhf_ray.untrusted_text import shortened
 
 if TYPE_CHECKING:
     from rlhf_ray.rewards.functions import NamedReward
@@ -120,7 +121,7 @@ def row_check(rewards: Sequence[NamedReward]) -> RowCheck:
             except DataError as error:
                 raise DataError(f"{name}: {error}") from error
             except Exception as error:  # It is the user's code.
-                raise DataError(f"{name}: check_row raised {type(error).__name__}: {error}") from error
+                raise DataError(f"{name}: check_row raised {type(error).__name__}: {shortened(error)}") from error
 
     return check_row
 

@@ -23,12 +23,11 @@ from rlhf_ray.rewards.arguments import CallLog, Parameters, TrainerState, Traini
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.settings import REWARD_ARGUMENTS, RewardFunction
 from rlhf_ray.types import Float32Array, RolloutGroup, ScoredGroup
+from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["RewardScorer", "Scores", "ScoringError", "Tokenizer", "logged_means"]
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
-
-MAX_MESSAGE_CHARS = 500
 
 
 class Tokenizer(Protocol):
@@ -297,7 +296,9 @@ def _number(item: Any, name: str) -> float:
             return float(item)
         except (TypeError, ValueError, OverflowError, RuntimeError):  # arrays, tensors of several elements, 10**400
             pass
-    raise ScoringError("wrong_type", f"{name} returned {item!r:.80} ({type(item).__name__}), not a number or None")
+    raise ScoringError(
+        "wrong_type", f"{name} returned {shortened(repr(item), 80)} ({type(item).__name__}), not a number or None"
+    )
 
 
 def _call(reward: NamedReward, arguments: Mapping[str, list[Any]]) -> Any:
@@ -313,7 +314,7 @@ def _call(reward: NamedReward, arguments: Mapping[str, list[Any]]) -> Any:
 
 def _describe(error: BaseException, reward: NamedReward) -> str:
     """One line: the exception, and the last place in the user's own file that it came through."""
-    text = " ".join(str(error).split())[:MAX_MESSAGE_CHARS]
+    text = shortened(error)
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
     own = [frame for frame in frames if frame.filename == _source_file(reward.function)]
     place = next(iter((own or frames)[-1:]), None)

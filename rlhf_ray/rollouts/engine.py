@@ -15,6 +15,7 @@ import numpy as np
 
 from rlhf_ray.errors import RolloutError
 from rlhf_ray.types import Completion, Prompt, SamplingSettings, VersionSpan
+from rlhf_ray.untrusted_text import shortened
 from rlhf_ray.weight_sync.buckets import ByteArray
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.shared_buckets import SharedBuckets
@@ -102,7 +103,7 @@ class RolloutEngine:
             async for answer in request:
                 output = answer
         except VLLMClientError as error:  # What the engine would say again, and any other one.
-            raise RolloutError(f"the engine refuses prompt {prompt.prompt_id}: {error}") from error
+            raise RolloutError(f"the engine refuses prompt {prompt.prompt_id}: {shortened(error)}") from error
         if output is None or not output.finished:
             raise RuntimeError(f"the engine ended prompt {prompt.prompt_id} without an output")
         return tuple(

@@ -23,6 +23,7 @@ from rlhf_ray.rollouts.admission import GroupLedger
 from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Span
+from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["Collected", "RolloutFlow"]
 
@@ -434,10 +435,12 @@ class RolloutFlow:
                     raise refusal from error
                 if attempt == self._max_retries:
                     raise RolloutError(
-                        f"prompt {prompt.prompt_id} failed {attempt + 1} times, last with {error!r}"
+                        f"prompt {prompt.prompt_id} failed {attempt + 1} times, last with {shortened(repr(error))}"
                     ) from error
                 self.retries += 1
-                _LOG.warning("prompt %d is sent again, its replica failed: %r", prompt.prompt_id, error)
+                _LOG.warning(
+                    "prompt %d is sent again, its replica failed: %s", prompt.prompt_id, shortened(repr(error))
+                )
                 await asyncio.sleep(_RETRY_PAUSE_S)
         raise AssertionError("unreachable")
 
@@ -454,7 +457,10 @@ class RolloutFlow:
 
     def _count_failure(self, failure: RewardFailure) -> None:
         self._failures[failure.kind] += 1
-        _LOG.warning("group %d is dropped, its reward failed (%s): %s", failure.group_id, failure.kind, failure.message)
+        # The first of a kind in an iteration; the rest are in its metrics.
+        level = logging.WARNING if self._failures[failure.kind] == 1 else logging.DEBUG
+        message = "group %d is dropped, its reward failed (%s): %s"
+        _LOG.log(level, message, failure.group_id, failure.kind, failure.message)
         if self._failures.total() > self._max_failures:
             counts = ", ".join(f"{count} {kind}" for kind, count in self._failures.items())
             raise RewardError(

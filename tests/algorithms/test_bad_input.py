@@ -15,6 +15,7 @@ import ray
 from rlhf_ray import PPOConfig
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.quickstart import model_path
+from rlhf_ray.rewards import exact_match, math_equivalence
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,12 @@ def scaled(*, completions: list[str], scale: float, **columns: Any) -> list[floa
 def rewarded(function: Any, row: dict[str, Any], held_out_row: dict[str, Any] | None = None) -> PPOConfig:
     Path("held_out.jsonl").write_text(json.dumps(held_out_row or row))
     return own_data([row], eval_path={"hard": "held_out.jsonl"}).rewards(function)
+
+
+def held_out(*rows: dict[str, Any]) -> str:
+    path = Path("held-out.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def folder_without_a_model() -> PPOConfig:
@@ -91,6 +98,20 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
         lambda: PPOConfig().model(path=model_path()).data(path="no-such.jsonl").rewards(reward),
         DataError,
         r"data\.path: no such file or folder: no-such\.jsonl \(looked at /",
+    ),
+    "gold answer that a reward cannot read": (
+        lambda: own_data(
+            [{"prompt": "1+1", "answer": "2"}, {"prompt": "1+2", "answer": {"ground_truth": "3"}}]
+        ).rewards(exact_match()),
+        DataError,
+        r"rows\.jsonl, row 1 \(from 0\): exact_match: the row's 'answer' is a mapping",
+    ),
+    "held-out gold answer that a reward cannot read": (
+        lambda: own_data([{"prompt": "1+1", "answer": ["2", 2.0]}], eval_path=[held_out({"prompt": "1+2"})]).rewards(
+            math_equivalence()
+        ),
+        DataError,
+        r"held-out\.jsonl, row 0 \(from 0\): math_equivalence: the reward reads the dataset column 'answer'",
     ),
     "missing column": (
         lambda: own_data([{"question": "1+1", "answer": "2"}]),

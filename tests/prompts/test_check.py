@@ -1,3 +1,4 @@
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -26,14 +27,25 @@ class Rows:
         raise AssertionError("a check reads no more than a sample")
 
 
-def check(tokenizer_path: str, *rows: Row, max_prompt_tokens: int = 10, **settings: Any) -> None:
+def no_seven(row: Mapping[str, Any]) -> None:
+    if row["answer"] == 7:
+        raise DataError("seven is no answer")
+
+
+def check(
+    tokenizer_path: str,
+    *rows: Row,
+    max_prompt_tokens: int = 10,
+    check_row: Callable[[Mapping[str, Any]], None] | None = None,
+    **settings: Any,
+) -> None:
     builder = PromptBuilder.from_settings(
         DataSettings(**settings),
         source_name="data.jsonl",
         max_prompt_tokens=max_prompt_tokens,
         tokenizer_name=tokenizer_path,
     )
-    check_source(Rows(*rows), builder, load_tokenizer(tokenizer_path))
+    check_source(Rows(*rows), builder, load_tokenizer(tokenizer_path), check_row)
 
 
 def told(tokenizer_path: str, *rows: Row, stop_token_ids: set[int] | None = None, **settings: Any) -> None:
@@ -56,6 +68,20 @@ def test_no_rows(tokenizer_path: str) -> None:
 def test_the_first_bad_row_is_named(tokenizer_path: str) -> None:
     with pytest.raises(DataError, match=r"data\.jsonl, row 1 \(from 0\): the prompt in column 'prompt' is null"):
         check(tokenizer_path, {"prompt": "a"}, {"prompt": None}, {})
+
+
+def test_a_row_that_a_reward_cannot_use_is_named(tokenizer_path: str) -> None:
+    rows = [{"prompt": "too long, and dropped", "answer": 7}, {"prompt": "a", "answer": 6}]
+    check(tokenizer_path, *rows, check_row=no_seven)
+    with pytest.raises(DataError, match=r"^data\.jsonl, row 2 \(from 0\): seven is no answer$"):
+        check(tokenizer_path, *rows, {"prompt": "a", "answer": 7}, check_row=no_seven)
+
+
+def test_a_message_of_a_row_is_cut(tokenizer_path: str) -> None:
+    for message in ("x" * 50_000, {"role": "user", "content": ["x" * 50_000]}):
+        with pytest.raises(DataError, match=r"row 0 \(from 0\)") as caught:
+            check(tokenizer_path, {"prompt": [message]})
+        assert len(str(caught.value)) < 1000
 
 
 def test_a_row_beyond_the_sample_is_not_looked_at(tokenizer_path: str) -> None:

@@ -62,6 +62,21 @@ def test_every_reporter_hears_everything(run_dir: RunDirectory, result: dict[str
         assert recorder.results == [{**result, "reporting": {"failures": 0}}]
 
 
+def test_the_log_names_the_place_and_cuts_what_the_error_quotes(
+    run_dir: RunDirectory, result: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    broken = Recorder("report_completions", error=ValueError("cannot write " + "hostile\x1b " * 10_000))
+    with caplog.at_level(logging.WARNING, logger="rlhf_ray.reporting"):
+        run_through(ReporterSet([broken]), run_dir, result)
+    (message,) = [record.getMessage() for record in caplog.records]
+    assert "Recorder.report_completions() failed; the run goes on" in message
+    assert f'File "{__file__}"' in message
+    assert "ValueError: cannot write hostile" in message
+    assert len(message) < 2000
+    assert "\x1b" not in message
+    assert caplog.records[0].exc_info is None
+
+
 def test_a_failing_reporter_stops_neither_the_run_nor_the_others(
     run_dir: RunDirectory, result: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import threading
 import time
 from collections import Counter
@@ -338,11 +339,31 @@ def test_groups_beside_a_hanging_one_are_sent_again(async_pool: RewardPool, grou
     assert all(isinstance(outcome, ScoredGroup) for outcome in others)
 
 
+def limits_itself(*, completions: list[str], **columns: Any) -> list[float]:
+    def stop(*_: object) -> None:
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        time.sleep(30)
+    except TimeoutError:
+        return [0.5] * len(completions)
+    return [0.0] * len(completions)
+
+
 def test_functions_may_use_signals(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
-    group = group_of(["$10^{10^{10}}$", "\\boxed{0.5}"], answer="\\frac{1}{2}")
+    with started(limits_itself, tokenizer=tokenizer, timeout_s=20.0) as pool:
+        (outcome,) = score_all(pool, [group_of(["x"])])
+    assert outcome.rewards.tolist() == [0.5]
+    assert pool.workers_replaced == 0
+
+
+def test_math_that_is_never_finished_costs_no_worker(cluster: None, tokenizer: Any, group_of: GroupOf) -> None:
+    group = group_of(["$10^{10^{10}}$", "\\boxed{(x+y+z)^{200}}", "\\boxed{0.5}"], answer="\\frac{1}{2}")
     with started(math_equivalence(timeout_s=1), tokenizer=tokenizer, timeout_s=60.0) as pool:
         (outcome,) = score_all(pool, [group])
-    assert outcome.rewards.tolist() == [0.0, 1.0]
+    assert outcome.rewards.tolist() == [0.0, 0.0, 1.0]
     assert pool.workers_replaced == 0
 
 

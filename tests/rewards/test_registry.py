@@ -10,7 +10,7 @@ from ray import cloudpickle
 
 from rlhf_ray import rewards
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.rewards.functions import resolve_rewards
+from rlhf_ray.rewards import resolve_rewards
 from rlhf_ray.rewards.registry import build_reward, built_in_names, is_factory, nearest, row_check, with_row_check
 from rlhf_ray.settings import RewardSettings
 
@@ -41,7 +41,7 @@ def test_the_public_names_are_the_registered_ones() -> None:
         assert all(p.kind is p.KEYWORD_ONLY for p in inspect.signature(factory).parameters.values())
 
 
-@pytest.mark.parametrize("name", ["exact_match", "format", "gsm8k", "length"])
+@pytest.mark.parametrize("name", ["exact_match", "format", "gsm8k", "length", "math_equivalence"])
 def test_a_built_in_bears_its_name_and_travels(name: str) -> None:
     reward = build(name)
     assert reward.__name__ == name
@@ -49,6 +49,7 @@ def test_a_built_in_bears_its_name_and_travels(name: str) -> None:
     copy = cloudpickle.loads(cloudpickle.dumps(reward))
     call = {"prompts": ["p"], "completions": ["#### 72"], "completion_ids": [[1, 2]], "answer": ["72"]}
     assert copy(**call) == reward(**call)
+    assert hasattr(copy, "check_row") == (name not in ("format", "length"))
 
 
 def test_arguments_reach_the_factory() -> None:
@@ -75,6 +76,42 @@ def test_wrong_requests_name_the_setting_and_the_remedy(name: str, arguments: di
         build(name, **arguments)
     assert caught.value.field == FIELD
     assert caught.value.value == name
+
+
+def gold(row: Mapping[str, object]) -> None:
+    if row["gold"] is None:
+        raise ValueError("no gold")
+
+
+def graded(*, completions: list[str], **columns: object) -> list[float]:
+    return [1.0] * len(completions)
+
+
+graded.check_row = gold
+
+
+class Judge:
+    def __call__(self, *, completions: list[str], **columns: object) -> list[float]:
+        return [1.0] * len(completions)
+
+    def check_row(self, row: Mapping[str, object]) -> None:
+        if not row["rubric"]:
+            raise DataError("the rubric is empty")
+
+
+def test_every_reward_with_a_check_looks_at_a_row() -> None:
+    functions = [Judge(), functools.partial(graded, scale=2), graded, "gsm8k", "length"]
+    check = row_check(resolve_rewards(RewardSettings(functions=functions)))
+    row = {"rubric": "r", "gold": 1, "answer": "#### 7"}
+    check(row)
+    with pytest.raises(DataError, match=r"^Judge: the rubric is empty$"):
+        check(row | {"rubric": ""})
+    with pytest.raises(DataError, match=r"^graded: check_row raised ValueError: no gold$"):
+        check(row | {"gold": None})
+    with pytest.raises(DataError, match=r"^gsm8k: the row's 'answer' holds no number .*'about 7'"):
+        check(row | {"answer": "about 7"})
+    with pytest.raises(DataError, match=r"^gsm8k: the reward reads the dataset column 'answer', which is not there"):
+        check({"rubric": "r", "gold": 1})
 
 
 def test_nearest() -> None:

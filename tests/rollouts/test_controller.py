@@ -277,6 +277,16 @@ def test_each_failure_is_logged_with_its_message(
     assert any("bad answer 1" in record.getMessage() for record in caplog.records)
 
 
+def test_failures_of_a_kind_are_counted_and_not_repeated_in_the_log(
+    make: Callable[..., RolloutController], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="rlhf_ray"):
+        collected = make(Replicas(), Rewards(failing=[1, 2, 3])).collect(0)
+    assert collected.failures.total() == 3
+    dropped = [record for record in caplog.records if "is dropped, its reward failed" in record.getMessage()]
+    assert len(dropped) == len(collected.failures)
+
+
 # Replicas that fail.
 
 

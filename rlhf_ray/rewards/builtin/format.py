@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.arguments import Completions, completion_texts
+from rlhf_ray.rewards.builtin.user_pattern import UserPattern
 from rlhf_ray.rewards.registry import built_in
 from rlhf_ray.settings import RewardFunction
 
@@ -18,21 +17,20 @@ THINK_THEN_ANSWER = rf"\s*<think>{_NO_TAG}</think>\s*<answer>{_NO_TAG}</answer>\
 
 
 @built_in
-def format(*, pattern: str = THINK_THEN_ANSWER) -> RewardFunction:
+def format(*, pattern: str = THINK_THEN_ANSWER, timeout_s: float = 1.0) -> RewardFunction:
     """1 where ``pattern`` matches the whole completion, else 0.
 
     Args:
         pattern: Regular expression for all of the completion, ``.`` matching line ends too.
+        timeout_s: Longest match of one completion, in seconds.
 
     Raises:
-        ConfigError: ``pattern`` is no regular expression.
+        ConfigError: ``pattern`` is no regular expression, or ``timeout_s`` is not above 0.
+        TimeoutError: When called, for a completion that is not matched in time.
     """
-    try:
-        compiled = re.compile(pattern, re.DOTALL)
-    except re.error as error:
-        raise ConfigError("format.pattern", pattern, f"not a regular expression: {error}") from error
+    form = UserPattern(pattern, timeout_s, field="format")
 
     def reward(*, completions: Completions, **columns: Any) -> list[float]:
-        return [float(compiled.fullmatch(text) is not None) for text in completion_texts(completions)]
+        return [float(form.matches(text)) for text in completion_texts(completions)]
 
     return reward

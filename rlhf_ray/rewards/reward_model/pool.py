@@ -18,13 +18,14 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.model_path import absolute_if_local
 from rlhf_ray.rewards.functions import NamedReward
-from rlhf_ray.rewards.pool import START_TRIES, died_by_itself, kill, one_line, span_name
+from rlhf_ray.rewards.pool import START_TRIES, died_by_itself, kill, span_name
 from rlhf_ray.rewards.reward_model.requests import Request, RequestQueue
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.reward_model.worker import RewardModelWorker
 from rlhf_ray.rewards.scoring import Scores
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import RewardFailure, RolloutGroup, Span
+from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["ModelPoolSpec", "RewardModelPool"]
 
@@ -151,14 +152,15 @@ class RewardModelPool:
             with self._spans.during(f"{self.name} {index + 1}", span_name(groups)):
                 outcomes = ray.get(actor.score.remote(groups), timeout=self._reward.timeout_s)
         except RayTaskError as error:
-            self._again(batch, kind="raised", message=f"{self.name} raised {one_line(error)}")
+            self._again(batch, kind="raised", message=f"{self.name} raised {shortened(error, 1000)}")
             return True
         except GetTimeoutError:
             limit = f"no score after {self._reward.timeout_s:g} s (timeout_s of {self.name}); its actor was killed"
             self._again(batch, kind="timeout", message=limit)
             return False
         except RayError as error:
-            self._again(batch, kind="worker_died", message=f"the actor of {self.name} died twice: {one_line(error)}")
+            died = f"the actor of {self.name} died twice: {shortened(error, 1000)}"
+            self._again(batch, kind="worker_died", message=died)
             return False
         for request, outcome in zip(batch, outcomes, strict=True):
             request.tell(outcome)
@@ -258,7 +260,7 @@ class RewardModelPool:
         cause = getattr(error, "cause", None)  # What ready() raised.
         if isinstance(cause, ConfigError):
             return cause
-        return RewardError(f"an actor of {self.name} cannot start: {one_line(error)}")
+        return RewardError(f"an actor of {self.name} cannot start: {shortened(error, 1000)}")
 
 
 def _absolute(reward: RewardModelReward) -> RewardModelReward:

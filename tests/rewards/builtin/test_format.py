@@ -39,6 +39,14 @@ def test_long_malformed_completion_is_quick() -> None:
     assert time.perf_counter() - start < 2.0
 
 
+def test_a_pattern_that_takes_too_long_is_an_error_and_not_a_hang() -> None:
+    reward = format(pattern=r"(x+x+)+y", timeout_s=0.1)
+    started = time.perf_counter()
+    with pytest.raises(TimeoutError, match=r"format\.pattern takes more than 0\.1 s"):
+        reward(completions=["x" * 5000 + "y z"])
+    assert time.perf_counter() - started < 5
+
+
 def test_a_bad_pattern_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"format\.pattern"):
         format(pattern="[")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 
 from rlhf_ray.errors import DataError
 from rlhf_ray.rewards import gsm8k
-from rlhf_ray.rewards.builtin.gsm8k import completion_answer, gold_answer, parse_number
+from rlhf_ray.rewards.builtin.gsm8k import completion_answer, gold_number, parse_number
 
 FINAL = re.compile(r"#### (-?[\d,]+)$")
 
@@ -57,7 +58,7 @@ def test_every_changed_answer_scores_0(answers: list[str], change: object) -> No
 
 
 def test_every_negated_answer_scores_0(answers: list[str]) -> None:
-    pairs = [(with_final(answer, lambda n: -n), answer) for answer in answers if gold_answer(answer) != 0]
+    pairs = [(with_final(answer, lambda n: -n), answer) for answer in answers if gold_number(answer, "answer") != 0]
     negated, golds = zip(*pairs, strict=True)
     assert not any(gsm8k()(completions=negated, answer=golds))
 
@@ -120,9 +121,13 @@ def test_the_last_marker_counts() -> None:
     assert gsm8k()(completions=[text, text], answer=["6", "5"]) == [1.0, 0.0]
 
 
-def test_the_number_stands_on_the_markers_line() -> None:
-    assert completion_answer("####\n72", last_number=False) is None
-    assert completion_answer("#### 72\nThanks 3", last_number=False) == 72
+def test_forms_are_read_as_the_docs_say(gsm8k_row: tuple[str, ...]) -> None:
+    completion, *numbers = gsm8k_row
+    for last_number, number in zip((False, True), numbers, strict=True):
+        expected = None if number == "none" else Decimal(number)
+        assert completion_answer(completion, last_number=last_number) == expected
+        gold = "72" if expected is None else number
+        assert gsm8k(last_number=last_number)(completions=[completion], answer=[gold]) == [float(expected is not None)]
 
 
 @pytest.mark.parametrize(
@@ -141,7 +146,7 @@ def test_last_number(text: str, number: str) -> None:
     assert completion_answer(text, last_number=True) == Decimal(number)
 
 
-@pytest.mark.parametrize("text", ["none", "....", "version 1.2.3", "#### unknown, maybe 5"])
+@pytest.mark.parametrize("text", ["none", "....", "version 1.2.3", "#### unknown, maybe 1.2.3"])
 def test_last_number_finds_nothing(text: str) -> None:
     assert completion_answer(text, last_number=True) is None
 
@@ -158,12 +163,25 @@ def test_reads_chat_completions() -> None:
     assert gsm8k()(completions=[[{"role": "assistant", "content": "#### 72"}]], answer=["#### 72"]) == [1.0]
 
 
-@pytest.mark.parametrize("gold", ["72", "#### 72", 72, 72.0, Decimal("72.00"), np.int64(72), np.float32(72)])
-def test_gold_may_be_a_number(gold: object) -> None:
-    assert gsm8k()(completions=["#### 72"], answer=[gold]) == [1.0]
+@pytest.mark.parametrize("gold", ["72", "#### 72", 72, 72.0, Decimal("72.00"), np.int64(72), np.float32(72), ["5", 72]])
+def test_gold_may_be_a_number_or_a_list(gold: object) -> None:
+    assert gsm8k()(completions=["#### 72", "#### 6"], answer=[gold] * 2) == [1.0, 0.0]
+    gsm8k().check_row({"answer": gold})
 
 
-@pytest.mark.parametrize("gold", ["", "####", "#### unknown", "about 72", None, True, float("nan"), [72]])
+@pytest.mark.parametrize(
+    "gold", ["", "####", "#### unknown", "about 72", None, True, float("nan"), [], ["72", "x"], {"ground_truth": "72"}]
+)
 def test_an_unreadable_gold_answer_raises(gold: object) -> None:
-    with pytest.raises(DataError, match="no number in the row's answer"):
-        gsm8k()(completions=["#### 72"], answer=[gold])
+    for reward in (gsm8k(), gsm8k(last_number=True)):
+        with pytest.raises(DataError, match=r"the row's 'answer' (is|holds no number)"):
+            reward(completions=["#### 72"], answer=[gold])
+        with pytest.raises(DataError, match=r"the row's 'answer' (is|holds no number)"):
+            reward.check_row({"answer": gold})
+
+
+def test_white_space_is_read_in_linear_time() -> None:
+    for text in ("#### " + " " * 400, "#### 7" + " " * 100_000, "7" + " " * 100_000):
+        started = time.process_time()
+        completion_answer(text, last_number=True)
+        assert time.process_time() - started < 1
