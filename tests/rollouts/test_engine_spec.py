@@ -10,6 +10,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
+from rlhf_ray import hub
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.engine_spec import engine_spec, eos_token_ids, max_prompt_tokens, weight_transfer
@@ -41,7 +42,7 @@ def spec_of(
 ) -> EngineSpec:
     arguments: dict[str, Any] = {
         "model_path": MODEL,
-        "tokenizer_path": "tokenizer",
+        "tokenizer_path": MODEL,
         "eos_token_ids": (7,),
         "prompt_tokens": 20,
         "groups_in_flight": 8,
@@ -175,7 +176,7 @@ def test_arguments_that_do_not_depend_on_the_machine() -> None:
         spec = spec_of(RolloutSettings(group_size=4, max_new_tokens=12), on_gpu=on_gpu)
         wanted = {
             "model": MODEL,
-            "tokenizer": "tokenizer",
+            "tokenizer": MODEL,
             "trust_remote_code": False,
             "seed": 3,
             "max_model_len": 32,
@@ -238,6 +239,16 @@ def test_cpu_replicas_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spec_of(RolloutSettings(num_replicas=30)).env["OMP_NUM_THREADS"] == "1"
     # The other half is for learners that compute at the same time.
     assert spec_of(RolloutSettings(max_staleness=1)).env["OMP_NUM_THREADS"] == "4"
+
+
+def test_replicas_look_into_the_cache_alone_where_the_hub_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "_STATE", hub._State())
+    monkeypatch.setattr(hub, "_probe", lambda endpoint: "away")
+    assert spec_of(RolloutSettings(), model_path="owner/missing").env["HF_HUB_OFFLINE"] == "1"
+    assert "HF_HUB_OFFLINE" not in spec_of(RolloutSettings()).env
 
 
 def test_a_gpu_engine() -> None:
