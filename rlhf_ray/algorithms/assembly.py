@@ -6,7 +6,6 @@ starts.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -14,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.algorithms.ray_session import RaySession
-from rlhf_ray.errors import ConfigError
 from rlhf_ray.evaluation.evaluator import Evaluator
 from rlhf_ray.evaluation.held_out_sets import HeldOutSet, held_out_sets
 from rlhf_ray.learner.group import LearnerGroup
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.models import check_compile_backend
+from rlhf_ray.model_config import check_causal, check_vocabulary, load_model_config
 from rlhf_ray.model_path import absolute_if_local
 from rlhf_ray.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.prompts.evaluation_prompts import check_prompts, load_prompts
@@ -114,17 +113,20 @@ def check_inputs(settings: Settings) -> Inputs:
     check_loss(loss, settings)
     if settings.learners.compile_backend is not None:
         check_compile_backend(settings.learners.compile_backend)
-    load_tokenizer(tokenizer_path, trust_remote_code=trust)
-    config = _model_config("model.path", policy_path, trust)
+    tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust)
+    config = load_model_config("model.path", policy_path, trust_remote_code=trust)
+    check_causal("model.path", policy_path, config)
     if critic_path is not None:
-        _model_config("model.critic_path", critic_path, trust)
+        load_model_config("model.critic_path", critic_path, trust_remote_code=trust)
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
+    vocabulary_size = check_vocabulary(tokenizer, config, settings.rollouts.stop_token_ids)
 
     prompts = PromptStream(
         settings.data,
         tokenizer_path=tokenizer_path,
         max_prompt_tokens=prompt_tokens,
         seed=settings.debugging.seed,
+        vocabulary_size=vocabulary_size,
         trust_remote_code=trust,
     )
     prompts.check()
@@ -134,6 +136,7 @@ def check_inputs(settings: Settings) -> Inputs:
             field=held_out.field,
             tokenizer_path=tokenizer_path,
             max_prompt_tokens=prompt_tokens,
+            vocabulary_size=vocabulary_size,
             trust_remote_code=trust,
         )
     return Inputs(
@@ -158,6 +161,7 @@ def evaluator(settings: Settings, inputs: Inputs) -> Evaluator:
             tokenizer_path=inputs.tokenizer_path,
             max_prompt_tokens=inputs.max_prompt_tokens,
             limit=settings.evaluation.num_prompts,
+            vocabulary_size=inputs.model_config.get_text_config().vocab_size,
             trust_remote_code=settings.model.trust_remote_code,
         )
 
@@ -375,17 +379,6 @@ def _portable_tokenizer(settings: Settings, inputs: Inputs) -> Any:
     """
     tokenizer = load_tokenizer(inputs.tokenizer_path, trust_remote_code=settings.model.trust_remote_code)
     return tokenizer if type(tokenizer).__module__.startswith("transformers.") else None
-
-
-def _model_config(field: str, path: str, trust_remote_code: bool) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(field, path, f"is no model folder or reachable hub id: {reason}") from error
 
 
 def _dtype(settings: Settings, session: RaySession) -> str:

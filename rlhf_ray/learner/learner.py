@@ -239,7 +239,10 @@ class Learner:
     def weight_buckets(self) -> Iterator[tuple[BucketLayout, list[ByteArray] | None]]:
         """Gather the policy for publication; rank 0 gets the bytes, every rank must iterate to the end."""
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
-        return gather_buckets(self.policy.checkpoint_parameters(), dtype=dtype, keep=dist.get_rank() == 0)
+        policy, keep = self.policy, dist.get_rank() == 0
+        yield from gather_buckets(policy.checkpoint_parameters(), dtype=dtype, keep=keep)
+        # Nobody trains them, but an engine that reloads a layer wants all of it.
+        yield from gather_buckets(policy.checkpoint_buffers().items(), dtype=torch.float32, keep=keep)
 
     def weight_source(self) -> ShardedSource:
         """The policy as vLLM's NCCL trainer engine reads it."""
@@ -247,7 +250,13 @@ class Learner:
 
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
         policy = self.policy
-        return ShardedSource(policy.checkpoint_parameters, policy.checkpoint_shapes(), dtype, device=self._device)
+        return ShardedSource(
+            policy.checkpoint_parameters,
+            policy.checkpoint_shapes(),
+            dtype,
+            device=self._device,
+            buffers=policy.checkpoint_buffers(),
+        )
 
     def save(self, folder: str) -> Future[Any]:
         """Copy policy, critic and optimisers, and write the copy to a folder of this machine beside what comes next.

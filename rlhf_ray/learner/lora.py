@@ -19,7 +19,7 @@ from rlhf_ray.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LoraSpec", "adapters_off", "add_adapters", "merged_parameters"]
+__all__ = ["LoraSpec", "adapters_off", "add_adapters", "merged_parameters", "tied_names"]
 
 _ADAPTER = "default"
 
@@ -41,7 +41,7 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
     """Put adapters on the model's linear layers, before it is sharded, and freeze everything else.
 
     Raises:
-        ConfigError: The model has no layer of such a name.
+        ConfigError: The model has no layer of such a name, or one whose weight is tied to another layer's.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -67,6 +67,10 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
             )
             remedy = f"the model has no such layer; it has {', '.join(layers)}"
             raise ConfigError("model.lora_targets", list(spec.targets), remedy) from error
+    for name in [name for tied in tied_names(model) for name in tied]:
+        if (layer := name.rpartition(".")[0]) in _adapted(model):
+            remedy = f"{layer} shares its weight with another layer, which would get its adapter too; leave it out"
+            raise ConfigError("model.lora_targets", list(spec.targets), remedy)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
 
@@ -107,6 +111,14 @@ def merged_parameters(
             yield name, parameter
         else:
             yield f"{owner}.{leaf}", _merged(layers[owner], parameter) if merge and leaf == "weight" else parameter
+
+
+def tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """Names in the model without adapters, of each weight that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    return [tied for tied in names.values() if len(tied) > 1]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

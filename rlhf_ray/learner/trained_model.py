@@ -104,7 +104,7 @@ class TrainedModel:
         return float(norm)
 
     def checkpoint_parameters(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under every name, or once.
+        """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under all their names, or one.
 
         A collective: every rank iterates to the end.
         """
@@ -115,7 +115,7 @@ class TrainedModel:
         return self._format.buffers()
 
     def checkpoint_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and full shape of all of them, tied ones under every name; no collective."""
+        """Name and full shape of all of them, tied ones under all their names; no collective."""
         return self._format.shapes
 
     def state_dict(self) -> dict[str, Any]:

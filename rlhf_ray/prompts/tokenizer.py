@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.model_path import looks_local
@@ -12,7 +12,7 @@ from rlhf_ray.model_path import looks_local
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_tokenizer"]
+__all__ = ["decoded", "load_tokenizer"]
 
 # A folder with none of these holds no tokenizer that transformers can load; asked all the same, it makes an empty one
 # for some architectures.
@@ -51,6 +51,19 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     elif looks_local(path):
         raise ConfigError("model.path", path, f"there is no such folder ({local.absolute()}); {_REMEDY}")
     return _load(path, trust_remote_code=trust_remote_code)
+
+
+def decoded(tokenizer: Any, token_ids: list[int]) -> str:
+    """The text of a completion, without special tokens.
+
+    Models have embeddings for more tokens than their tokenizers know, up to a round number, and may sample one: it
+    stands for no text.
+    """
+    try:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=True))
+    except (IndexError, KeyError, TypeError, ValueError):  # Of tokenizers in Python; those in Rust leave it out.
+        known = frozenset(tokenizer.get_vocab().values())
+        return str(tokenizer.decode([token for token in token_ids if token in known], skip_special_tokens=True))
 
 
 def _load(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

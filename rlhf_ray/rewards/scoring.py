@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.prompts.tokenizer import decoded
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.settings import RewardFunction
 from rlhf_ray.types import Float32Array, RolloutGroup, ScoredGroup
@@ -110,10 +111,7 @@ class RewardScorer:
 
     async def scores(self, group: RolloutGroup) -> Scores:
         """As :meth:`score`, without the group itself in the answer."""
-        texts = tuple(
-            self._tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-            for completion in group.completions
-        )
+        texts = tuple(decoded(self._tokenizer, completion.token_ids.tolist()) for completion in group.completions)
         arguments = reward_arguments(group, texts)
         start = time.perf_counter()
         answers = await self._answers(arguments, len(texts))

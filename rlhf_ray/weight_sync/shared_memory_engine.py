@@ -8,6 +8,7 @@ registered when vLLM imports this module, which ``worker_extension_cls`` makes i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from rlhf_ray.weight_sync.buckets import unpack_bucket
-from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout
+from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout, under_each_name
 
 __all__ = ["NcclTransferEngine", "SharedMemoryExtension", "SharedMemoryTransferEngine"]
 
@@ -68,17 +69,27 @@ class _Buckets:
         self._mapped.clear()
 
 
-def _skip_output_layer_that_is_the_embedding(model: Any) -> None:
-    """Let a model without an output layer of its own (Gemma 2) read over the weights of one.
+def _load_tied_weights(model: Any) -> None:
+    """Let a model load a weight that is tied, and so sent once, under each of its names.
 
-    Tied weights come under both names, since most models of vLLM have a layer for each; others refuse the name.
+    An output layer that vLLM ties to the embedding is filled here. Kernels of CPUs keep a packed copy of it, so that it
+    must be loaded like any other; but not all models find the layer by its name (Bloom). One that has none (Gemma 2)
+    would refuse the name.
     """
-    if any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules(remove_duplicate=False)):
-        return
+    layers = dict(model.named_modules(remove_duplicate=False))
+    output = next((layer for name, layer in layers.items() if name.rpartition(".")[2] == "lm_head"), None)
+    weight = getattr(output, "weight", None)
+    is_tied = any(layer is not output and getattr(layer, "weight", None) is weight for layer in layers.values())
     load_weights = model.load_weights
-    model.load_weights = lambda weights: load_weights(
-        (name, tensor) for name, tensor in weights if not name.startswith("lm_head.")
-    )
+
+    def passed_on(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in under_each_name(weights):
+            if not name.endswith("lm_head.weight") or (output is not None and not is_tied):
+                yield name, tensor
+            elif output is not None:
+                output.weight.weight_loader(output.weight, tensor)
+
+    model.load_weights = lambda weights: load_weights(passed_on(weights))
 
 
 def _forget_expert_kernels(model: torch.nn.Module) -> None:
@@ -101,7 +112,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _skip_output_layer_that_is_the_embedding(self.model)
+        _load_tied_weights(self.model)
         self._buckets = _Buckets()
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
@@ -140,7 +151,7 @@ class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _skip_output_layer_that_is_the_embedding(self.model)
+        _load_tied_weights(self.model)
         self._buckets = _Buckets()
 
     def init_transfer_engine(self, init_info: Any) -> None:

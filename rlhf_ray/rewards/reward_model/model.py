@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.rewards.reward_model.check import context_length, label_index, reward_tokenizer
+from rlhf_ray.model_config import context_length
+from rlhf_ray.rewards.reward_model.check import label_index, reward_tokenizer
 from rlhf_ray.rewards.reward_model.padding import batches, unused_token_id
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.reward_model.texts import conversation, writes_chats
