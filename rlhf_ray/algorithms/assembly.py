@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.algorithms.ray_session import RaySession
+from rlhf_ray.algorithms.ray_session import RaySession, cluster_to_join
 from rlhf_ray.evaluation.evaluator import Evaluator
 from rlhf_ray.evaluation.held_out_sets import HeldOutSet, held_out_sets
 from rlhf_ray.learner.group import LearnerGroup
@@ -35,7 +35,7 @@ from rlhf_ray.rewards.stage import RewardStage, reward_stage
 from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
-from rlhf_ray.rollouts.engine_spec import engine_spec, max_prompt_tokens
+from rlhf_ray.rollouts.engine_spec import check_served, engine_spec, max_prompt_tokens
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
@@ -116,6 +116,7 @@ def check_inputs(settings: Settings) -> Inputs:
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust)
     config = load_model_config("model.path", policy_path, trust_remote_code=trust)
     check_causal("model.path", policy_path, config)
+    check_served(policy_path, config, on_cpus=_runs_on_cpus(settings))
     if critic_path is not None:
         load_model_config("model.critic_path", critic_path, trust_remote_code=trust)
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
@@ -379,6 +380,16 @@ def _portable_tokenizer(settings: Settings, inputs: Inputs) -> Any:
     """
     tokenizer = load_tokenizer(inputs.tokenizer_path, trust_remote_code=settings.model.trust_remote_code)
     return tokenizer if type(tokenizer).__module__.startswith("transformers.") else None
+
+
+def _runs_on_cpus(settings: Settings) -> bool:
+    """Whether that is certain before Ray is asked."""
+    import torch
+
+    resources = settings.resources
+    if resources.device == "auto" and cluster_to_join(resources.ray_address) is None:
+        return not torch.cuda.is_available()
+    return resources.device == "cpu"
 
 
 def _dtype(settings: Settings, session: RaySession) -> str:

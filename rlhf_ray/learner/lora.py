@@ -41,7 +41,7 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
     """Put adapters on the model's linear layers, before it is sharded, and freeze everything else.
 
     Raises:
-        ConfigError: The model has no layer of such a name, or one whose weight is tied to another layer's.
+        ConfigError: The model has no layer of such a name, or one that is not linear or shares its weight.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -67,10 +67,15 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
             )
             remedy = f"the model has no such layer; it has {', '.join(layers)}"
             raise ConfigError("model.lora_targets", list(spec.targets), remedy) from error
-    for name in [name for tied in tied_names(model) for name in tied]:
-        if (layer := name.rpartition(".")[0]) in _adapted(model):
-            remedy = f"{layer} shares its weight with another layer, which would get its adapter too; leave it out"
-            raise ConfigError("model.lora_targets", list(spec.targets), remedy)
+    tied = {name.rpartition(".")[0] for names in tied_names(model) for name in names}
+    for name, layer in _adapted(model).items():
+        if name in tied:
+            remedy = f"{name} shares its weight with another layer, which would get its adapter too; leave it out"
+        elif _ADAPTER not in layer.lora_A:  # An embedding's adapter is of another kind.
+            remedy = f"{name} is no linear layer; leave it out"
+        else:
+            continue
+        raise ConfigError("model.lora_targets", list(spec.targets), remedy)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
 

@@ -14,8 +14,20 @@ from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-__all__ = ["engine_spec", "eos_token_ids", "longest_completion", "max_prompt_tokens", "weight_transfer"]
+__all__ = [
+    "NOT_ON_CPUS",
+    "NOT_SERVED",
+    "check_served",
+    "engine_spec",
+    "eos_token_ids",
+    "longest_completion",
+    "max_prompt_tokens",
+    "weight_transfer",
+]
 
+# Model type -> what is in the way, found by running each (docs/models.md).
+NOT_SERVED: dict[str, str] = {}
+NOT_ON_CPUS: dict[str, str] = {}
 # The engine reserves the cache at start-up, so a CPU engine must not take what the learners need.
 _MAX_CPU_CACHE_BYTES = 4 * 1024**3
 # Of a model whose layers keep a state each instead of keys and values.
@@ -83,6 +95,20 @@ def eos_token_ids(model_path: str, config: PretrainedConfig) -> tuple[int, ...]:
     return tuple(eos) if isinstance(eos, (list, tuple)) else (int(eos),)
 
 
+def check_served(model_path: str, config: PretrainedConfig, *, on_cpus: bool) -> None:
+    """Refuse a model that vLLM cannot run, or runs as another model than it is.
+
+    Raises:
+        ConfigError: It is of such a family.
+    """
+    kind = config.get_text_config().model_type
+    reason, remedy = NOT_SERVED.get(kind), "name a model of another family"
+    if reason is None and on_cpus:
+        reason, remedy = NOT_ON_CPUS.get(kind), f"set resources.device = cuda, or {remedy}"
+    if reason is not None:
+        raise ConfigError("model.path", model_path, f"rollouts of {kind} models do not work: {reason}; {remedy}")
+
+
 def engine_spec(
     model: ModelSettings,
     rollouts: RolloutSettings,
@@ -113,7 +139,11 @@ def engine_spec(
         on_gpu: Whether replicas run on GPUs.
         learners_on_gpu: Whether learners run on GPUs.
         dtype: ``float32`` or ``bfloat16``.
+
+    Raises:
+        ConfigError: vLLM cannot run such a model, or the model names no token that ends a completion.
     """
+    check_served(model_path, config, on_cpus=not on_gpu)
     max_length = prompt_tokens + longest_completion(rollouts, evaluation)[1]
     sequences = math.ceil(groups_in_flight / rollouts.num_replicas) * rollouts.group_size
     sequences = min(sequences, _MAX_SEQUENCES)

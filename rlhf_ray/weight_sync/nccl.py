@@ -75,7 +75,8 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
     def size_bytes(self) -> int:
         """Bytes on the wire."""
         size: int = sum(math.prod(shape) for _, shape in self._shapes) * self._dtype.itemsize
-        return size + sum(buffer.nbytes for buffer in self._buffers.values())
+        size += sum(buffer.nbytes for buffer in self._buffers.values())
+        return size
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters():

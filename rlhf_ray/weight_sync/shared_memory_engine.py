@@ -92,6 +92,28 @@ def _load_tied_weights(model: Any) -> None:
     model.load_weights = lambda weights: load_weights(passed_on(weights))
 
 
+class _Constants:
+    """Buffers of layers that also have weights.
+
+    vLLM 0.32 reloads a layer as a whole: a buffer that no checkpoint holds (a scale that follows from a size) is left
+    uninitialized, without an error. None is trained, so they are put back as they were; but those of quantized layers,
+    which may follow from weights.
+    """
+
+    def __init__(self, model: torch.nn.Module, quantization: str | None) -> None:
+        self._kept: list[tuple[torch.nn.Module, str, torch.Tensor]] = [
+            (layer, name, buffer.clone())
+            for layer in ([] if quantization else model.modules())
+            if any(parameter is not None for parameter in layer._parameters.values())
+            for name, buffer in layer.named_buffers(recurse=False)
+        ]
+
+    def put_back(self) -> None:
+        """After a reload."""
+        for layer, name, buffer in self._kept:
+            getattr(layer, name).copy_(buffer)
+
+
 def _forget_expert_kernels(model: torch.nn.Module) -> None:
     """Let vLLM make the kernels of experts anew with the weights that come.
 
@@ -124,6 +146,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
 
         if self.device.type == "cpu":
             _forget_expert_kernels(self.model)
+        self._constants = _Constants(self.model, self.model_config.quantization)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
@@ -135,6 +158,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        self._constants.put_back()
         self._buckets.clear()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -166,9 +190,15 @@ class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
         else:
             super().update_weights(update_info)
 
+    def start_weight_update(self) -> None:
+        """Begin vLLM's layer-wise reload."""
+        self._constants = _Constants(self.model, self.model_config.quantization)
+        super().start_weight_update()
+
     def finish_weight_update(self) -> None:
         """End the layer-wise reload and unmap the buckets."""
         super().finish_weight_update()
+        self._constants.put_back()
         self._buckets.clear()
 
     def shutdown(self) -> None:

@@ -52,7 +52,9 @@ class InProcess:
 
         self._engine = LLMEngine.from_engine_args(arguments)
         self.engine_core = self
-        set_current_vllm_config(self._engine.vllm_config).__enter__()
+        # Kept, as it ends with the last reference.
+        self._context = set_current_vllm_config(self._engine.vllm_config)
+        self._context.__enter__()
 
     async def generate(self, prompt: Any, params: Any, request_id: str) -> AsyncIterator[Any]:
         self._engine.add_request(request_id, prompt, params)

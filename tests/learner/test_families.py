@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -14,12 +17,15 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from model_families import NOT_TRIED, causal_families, tiny_config
+from family_iterations import ENVIRONMENT
+from model_families import ITERATED, NOT_TRIED, causal_families, tiny_config
 
+import rlhf_ray
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner import models as module
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.models import head_is_new, load_critic, load_policy, set_head_bias, shard
+from rlhf_ray.rollouts.engine_spec import NOT_ON_CPUS, NOT_SERVED
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -171,3 +177,27 @@ def test_a_reward_model_of_a_family_without_token_classification_is_a_critic(tmp
     assert torch.equal(critic.score.weight, reward_model.score.weight)
     assert critic.score.bias.tolist() == [0.0]
     load_policy(saved("gemma3_text", tmp_path), **LOADING)
+
+
+@pytest.fixture(scope="module")
+def iterations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder with what became of each family: one process imports vLLM, and each has a fork of it."""
+    folder = tmp_path_factory.mktemp("iterations")
+    tests = Path(__file__).parents[1]
+    paths = (Path(rlhf_ray.__file__).parents[1], tests, tests / "learner")
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(map(str, paths))}
+    script = str(tests / "learner" / "family_iterations.py")
+    subprocess.run([sys.executable, script, str(folder), *ITERATED], env=environment, check=True)
+    return folder
+
+
+@pytest.mark.engine
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("family", ITERATED)
+def test_ppo_iterations_of_every_family_that_is_not_refused(family: str, iterations: Path) -> None:
+    found = json.loads((iterations / f"{family}.json").read_text())
+    works = "error" not in found and max(found["sampling_logprob_diff_max"]) < 1e-3
+    assert works == (family not in NOT_SERVED | NOT_ON_CPUS), found
+    if works:  # The second batch was sampled from what was published after the first update.
+        assert min(found["grad_norm"] + found["critic_grad_norm"]) > 0.0

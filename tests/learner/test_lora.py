@@ -181,8 +181,29 @@ def test_named_layers_alone_get_adapters(models: Path) -> None:
     assert adapted == {"q_proj", "v_proj"}
 
 
-def test_a_layer_that_shares_its_weight_gets_no_adapter(models: Path) -> None:
-    # Engines tie the two again: the embedding would be sampled with the output layer's adapter.
-    model = load_policy(str(models / "policy"), kernels=("sdpa",), trust_remote_code=False)
-    with pytest.raises(ConfigError, match=r"model\.lora_targets.*lm_head shares its weight with another layer"):
-        add_adapters(model, LoraSpec(rank=2, alpha=4.0, targets=("q_proj", "lm_head"), seed=0))
+@pytest.mark.parametrize(
+    ("target", "is_tied", "reason"),
+    [
+        # Engines tie the two again: the embedding would be sampled with the output layer's adapter.
+        ("lm_head", True, "lm_head shares its weight with another layer"),
+        ("embed_tokens", False, r"model\.embed_tokens is no linear layer"),
+    ],
+)
+def test_layers_that_can_have_no_adapter_are_named(target: str, is_tied: bool, reason: str) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("qwen2", vocab_size=32, **sizes, num_key_value_heads=1, tie_word_embeddings=is_tied)
+    with pytest.raises(ConfigError, match=rf"model\.lora_targets = \['q_proj', '{target}'\]: {reason}.*leave it out"):
+        add_adapters(
+            AutoModelForCausalLM.from_config(config), LoraSpec(rank=2, alpha=4.0, targets=("q_proj", target), seed=0)
+        )
+
+
+def test_an_output_layer_of_its_own_may_have_an_adapter() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("qwen2", vocab_size=32, **sizes, num_key_value_heads=1, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config)
+    add_adapters(model, LoraSpec(rank=2, alpha=4.0, targets=("lm_head",), seed=0))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "lm_head.lora_A.default.weight",
+        "lm_head.lora_B.default.weight",
+    ]
