@@ -6,22 +6,20 @@ starts.
 
 from __future__ import annotations
 
-import logging
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.algorithms.ray_session import RaySession
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.algorithms.ray_session import RaySession, cluster_to_join
 from rlhf_ray.evaluation.evaluator import Evaluator
 from rlhf_ray.evaluation.held_out_sets import HeldOutSet, held_out_sets
-from rlhf_ray.hub import hub_lookup
 from rlhf_ray.learner.group import LearnerGroup
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.models import check_compile_backend
+from rlhf_ray.model_config import check_causal, check_vocabulary, load_model_config
 from rlhf_ray.model_path import absolute_if_local
 from rlhf_ray.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.prompts.evaluation_prompts import check_prompts, load_prompts
@@ -39,7 +37,7 @@ from rlhf_ray.rewards.stage import RewardStage, reward_stage
 from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
-from rlhf_ray.rollouts.engine_spec import engine_spec, eos_token_ids, max_prompt_tokens
+from rlhf_ray.rollouts.engine_spec import check_served, engine_spec, eos_token_ids, max_prompt_tokens
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
@@ -121,18 +119,22 @@ def check_inputs(settings: Settings) -> Inputs:
     if settings.learners.compile_backend is not None:
         check_compile_backend(settings.learners.compile_backend)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust)
-    config = _model_config("model.path", policy_path, trust)
+    config = load_model_config("model.path", policy_path, trust_remote_code=trust)
+    check_causal("model.path", policy_path, config)
+    check_served(policy_path, config, on_cpus=_runs_on_cpus(settings))
     if critic_path is not None:
-        _model_config("model.critic_path", critic_path, trust)
+        load_model_config("model.critic_path", critic_path, trust_remote_code=trust)
     stops = settings.rollouts.stop_token_ids
     eos = eos_token_ids(policy_path, config, tokenizer, stop_token_ids=stops)
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
+    vocabulary_size = check_vocabulary(tokenizer, config)
 
     prompts = PromptStream(
         settings.data,
         tokenizer_path=tokenizer_path,
         max_prompt_tokens=prompt_tokens,
         seed=settings.debugging.seed,
+        vocabulary_size=vocabulary_size,
         trust_remote_code=trust,
     )
     check_row = row_check(rewards)
@@ -144,6 +146,7 @@ def check_inputs(settings: Settings) -> Inputs:
             field=held_out.field,
             tokenizer_path=tokenizer_path,
             max_prompt_tokens=prompt_tokens,
+            vocabulary_size=vocabulary_size,
             trust_remote_code=trust,
             check_row=check_row,
         )
@@ -170,6 +173,7 @@ def evaluator(settings: Settings, inputs: Inputs) -> Evaluator:
             tokenizer_path=inputs.tokenizer_path,
             max_prompt_tokens=inputs.max_prompt_tokens,
             limit=settings.evaluation.num_prompts,
+            vocabulary_size=inputs.model_config.get_text_config().vocab_size,
             trust_remote_code=settings.model.trust_remote_code,
         )
 
@@ -401,16 +405,14 @@ def _portable_tokenizer(settings: Settings, inputs: Inputs) -> Any:
     return tokenizer if type(tokenizer).__module__.startswith("transformers.") else None
 
 
-def _model_config(field: str, path: str, trust_remote_code: bool) -> PretrainedConfig:
-    from transformers import AutoConfig
+def _runs_on_cpus(settings: Settings) -> bool:
+    """Whether that is certain before Ray is asked."""
+    import torch
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    try:
-        with hub_lookup(path):
-            return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(field, path, f"is no model folder or reachable hub id: {reason}") from error
+    resources = settings.resources
+    if resources.device == "auto" and cluster_to_join(resources.ray_address) is None:
+        return not torch.cuda.is_available()
+    return resources.device == "cpu"
 
 
 def _dtype(settings: Settings, session: RaySession) -> str:

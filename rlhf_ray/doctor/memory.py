@@ -11,11 +11,11 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rlhf_ray.doctor.check import Check, failed, in_units, passed, warned
 from rlhf_ray.doctor.machine import Machine
 from rlhf_ray.doctor.model import ModelFacts
+from rlhf_ray.model_config import kv_token_bytes
 from rlhf_ray.settings import Settings
 
 __all__ = ["MemoryNeed", "check_disk", "check_memory", "state_copies"]
@@ -46,7 +46,7 @@ class MemoryNeed:
     engine_weights: int
     """An engine's weights, a GPU of it."""
     sequence: int
-    """Key-value cache of one longest sequence, a GPU of the engine."""
+    """Key-value cache of one longest sequence, a GPU of the engine; 0 where it does not grow with the sequence."""
     cpu_cache: int
     """Key-value cache that a CPU engine reserves."""
 
@@ -83,7 +83,7 @@ class MemoryNeed:
             offloaded=offloaded // learners.num_learners,
             copies=state_copies(settings, policy, critic) // learners.num_learners,
             engine_weights=dtype_bytes * policy.num_parameters // shards,
-            sequence=max_tokens * _token_bytes(policy.config, dtype_bytes) // shards,
+            sequence=max_tokens * (kv_token_bytes(policy.config, dtype_bytes) or 0) // shards,
             cpu_cache=cpu_cache,
         )
 
@@ -185,19 +185,14 @@ def _engine_gpu(settings: Settings, machine: Machine, need: MemoryNeed) -> Check
     if not machine.gpus:
         return passed(name, f"{weights}; no GPU here to compare with")
     share = int(settings.rollouts.gpu_memory_utilization * min(gpu.memory_bytes for gpu in machine.gpus))
+    detail = f"{weights}, of {in_units(share)}"
+    if need.sequence == 0 and need.engine_weights < share:
+        return passed(name, detail)
     sequences = (share - need.engine_weights) // max(1, need.sequence)
-    detail = f"{weights}, of {in_units(share)}; cache for {max(0, sequences)} longest sequences"
+    detail = f"{detail}; cache for {max(0, sequences)} longest sequences"
     if sequences < 1:
         remedy = "raise rollouts.tensor_parallel_size, or lower max_prompt_tokens and max_new_tokens"
         return failed(name, detail, remedy)
     if sequences < settings.rollouts.group_size:
         return warned(name, detail, "not one group fits at its longest: sampling will be slow; shorten or shard")
     return passed(name, detail)
-
-
-def _token_bytes(config: Any, dtype_bytes: int) -> int:
-    """Key-value cache of one token: a key and a value in each head of each layer."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * head_size * dtype_bytes)

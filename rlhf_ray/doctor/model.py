@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.doctor.check import Check, failed, passed
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.hub import hub_lookup
+from rlhf_ray.model_config import load_model_config
 from rlhf_ray.model_path import absolute_if_local, looks_local
 
 if TYPE_CHECKING:
@@ -44,15 +44,12 @@ def check_model(
     """
     if looks_local(path) and not Path(path).expanduser().is_dir():
         return failed(field, f"{path}: no such folder", f"give {field} a Hugging Face model folder or a hub id"), None
-    from transformers import AutoConfig
-
     from rlhf_ray.prompts.tokenizer import load_tokenizer
 
     try:
         # As the run itself names it: transformers takes ~ for the name of a folder.
         read_from = absolute_if_local(path)
-        with hub_lookup(read_from):
-            config = AutoConfig.from_pretrained(read_from, trust_remote_code=trust_remote_code)
+        config = load_model_config(field, read_from, trust_remote_code=trust_remote_code)
         num_parameters = count_parameters(read_from, config, trust_remote_code=trust_remote_code)
         if tokenizer_path is not None:
             load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf_ray.learner.lora import merged_parameters
+from rlhf_ray.learner.lora import merged_parameters, tied_names
 from rlhf_ray.weight_sync.buckets import full_tensor
+from rlhf_ray.weight_sync.manifest import joined_names
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,28 +39,39 @@ class CheckpointFormat:
         saved = self._converted(empty)
         unchanged = {id(tensor): name for name, tensor in saved.items()}
         self._names = {name: unchanged[id(tensor)] for name, tensor in empty.items() if id(tensor) in unchanged}
+        ties = [[name for name in names if name in self._names] for names in tied_names(model)]
+        self._repeated = {name for names in ties for name in names[1:]}
+        stored = [[self._names[name] for name in names] for names in ties if names]
+        self._joined = {names[0]: joined_names(names) for names in stored}
         changed = {name: tensor for name, tensor in empty.items() if name not in self._names}
         wanted = {name: tuple(saved[name].shape) for name in saved.keys() - self._names.values()}
         self._groups = {name: group for group in self._split(changed, wanted) for name in group}
         self.shapes: list[tuple[str, Shape]] = [
-            (name, tuple(tensor.shape)) for name, tensor in self._stored(empty.items())
+            (name, tuple(tensor.shape)) for name, tensor in self._published(empty.items())
         ]
-        """Name and full shape of each tensor that :meth:`tensors` yields under every name, in its order."""
+        """Name and full shape of each tensor that :meth:`tensors` yields for engines, in its order."""
 
     def tensors(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield a checkpoint's tensors, adapters merged: parameters as they are, sharded; what is converted gathered.
 
-        A gather is a collective, so every rank must iterate to the end.
+        Each comes once. A gather is a collective, so every rank must iterate to the end.
 
         Args:
-            every_name: Whether a tied weight comes under each of its names, or once.
+            every_name: Whether a tied weight comes under all its names, joined, as engines are sent it; else under its
+                first one, as a checkpoint has it.
         """
-        return self._stored(merged_parameters(self._model, every_name=every_name))
+        parameters = merged_parameters(self._model, every_name=every_name)
+        return self._published(parameters) if every_name else self._stored(parameters)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside parameters, such as the biases that balance a router's experts."""
         stored = self._model.state_dict().keys()
         return self._converted({name: buffer for name, buffer in self._model.named_buffers() if name in stored})
+
+    def _published(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """For engines, of parameters under every name."""
+        once = ((name, parameter) for name, parameter in parameters if name not in self._repeated)
+        return ((self._joined.get(name, name), tensor) for name, tensor in self._stored(once))
 
     def _stored(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         waiting: dict[Names, dict[str, torch.Tensor]] = {}

@@ -266,7 +266,10 @@ class Learner:
         """Gather the policy for publication; rank 0 gets the bytes, every rank must iterate to the end."""
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
         self._check_finite("published", dtype)
-        return gather_buckets(self.policy.checkpoint_parameters(), dtype=dtype, keep=dist.get_rank() == 0)
+        policy, keep = self.policy, dist.get_rank() == 0
+        yield from gather_buckets(policy.checkpoint_parameters(), dtype=dtype, keep=keep)
+        # Nobody trains them, but an engine that reloads a layer wants all of it.
+        yield from gather_buckets(policy.checkpoint_buffers().items(), dtype=torch.float32, keep=keep)
 
     def weight_source(self) -> ShardedSource:
         """The policy as vLLM's NCCL trainer engine reads it."""
@@ -275,7 +278,13 @@ class Learner:
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
         policy = self.policy
         self._check_finite("published", dtype)
-        return ShardedSource(policy.checkpoint_parameters, policy.checkpoint_shapes(), dtype, device=self._device)
+        return ShardedSource(
+            policy.checkpoint_parameters,
+            policy.checkpoint_shapes(),
+            dtype,
+            device=self._device,
+            buffers=policy.checkpoint_buffers(),
+        )
 
     def save(self, folder: str) -> Future[Any]:
         """Copy policy, critic and optimisers, and write the copy to a folder of this machine beside what comes next.

@@ -19,7 +19,7 @@ from rlhf_ray.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LoraSpec", "adapters_off", "add_adapters", "merged_parameters"]
+__all__ = ["LoraSpec", "adapters_off", "add_adapters", "merged_parameters", "tied_names"]
 
 _ADAPTER = "default"
 
@@ -41,7 +41,7 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
     """Put adapters on the model's linear layers, before it is sharded, and freeze everything else.
 
     Raises:
-        ConfigError: The model has no layer of such a name.
+        ConfigError: The model has no layer of such a name, or one that is not linear or shares its weight.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -67,6 +67,15 @@ def add_adapters(model: PreTrainedModel, spec: LoraSpec) -> None:
             )
             remedy = f"the model has no such layer; it has {', '.join(layers)}"
             raise ConfigError("model.lora_targets", list(spec.targets), remedy) from error
+    tied = {name.rpartition(".")[0] for names in tied_names(model) for name in names}
+    for name, layer in _adapted(model).items():
+        if name in tied:
+            remedy = f"{name} shares its weight with another layer, which would get its adapter too; leave it out"
+        elif _ADAPTER not in layer.lora_A:  # An embedding's adapter is of another kind.
+            remedy = f"{name} is no linear layer; leave it out"
+        else:
+            continue
+        raise ConfigError("model.lora_targets", list(spec.targets), remedy)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
 
@@ -107,6 +116,14 @@ def merged_parameters(
             yield name, parameter
         else:
             yield f"{owner}.{leaf}", _merged(layers[owner], parameter) if merge and leaf == "weight" else parameter
+
+
+def tied_names(model: PreTrainedModel) -> list[list[str]]:
+    """Names in the model without adapters, of each weight that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
+    return [tied for tied in names.values() if len(tied) > 1]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from rlhf_ray.model_weights import first_nonfinite, heads
 from rlhf_ray.weight_sync.buckets import full_tensor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = [
     "attention_kernels",
@@ -74,36 +75,97 @@ def load_policy(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool)
     """
     from transformers import AutoModelForCausalLM
 
-    policy, missing = _load(AutoModelForCausalLM, "model.path", path, kernels, trust_remote_code)
-    _check_complete("model.path", path, missing)
+    policy, info = _load(AutoModelForCausalLM, "model.path", path, kernels, trust_remote_code)
+    _check_complete("model.path", path, sorted(info["missing_keys"]))
     return policy
 
 
 def load_critic(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool) -> PreTrainedModel:
-    """Load a backbone with a one-number head a token: the critic; arguments as :func:`load_policy`'s.
+    """Load a backbone with a one-number head per token: the critic; arguments as :func:`load_policy`'s.
 
-    A head that the checkpoint brings (a saved critic, a reward model) is kept. What it lacks of one starts at zero:
-    without a head the first values are exactly 0 and the first advantages are the returns.
+    The class is the family's own for token classification; where transformers has none, the same head on the backbone
+    that ``AutoModel`` gives. What the family does to logits (soft caps, scales) never touches values.
+
+    A head that the checkpoint brings (a saved critic, a reward model) is kept. A causal language model has none: its
+    critic's starts at zero, so that the first values are exactly 0 and the first advantages are the returns.
 
     Raises:
-        ConfigError: The folder or hub id cannot be loaded with a token head, has one of several numbers, or lacks some
-            of the backbone's weights.
+        ConfigError: The folder or hub id cannot be loaded with a token head, has one of several numbers, lacks some of
+            the backbone's or of a trained head's weights, or holds weights that the critic has no place for.
     """
-    from transformers import AutoModelForTokenClassification
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    critic, missing = _load(
-        AutoModelForTokenClassification,
-        "model.critic_path",
-        path,
-        kernels,
-        trust_remote_code,
-        num_labels=1,
-    )
-    backbone = f"{critic.base_model_prefix}."
-    _check_complete("model.critic_path", path, [name for name in missing if name.startswith(backbone)])
+    field = "model.critic_path"
+    causal_names: set[str] = set()
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with suppress(ValueError):  # A classification model of a family that has no other.
+            causal = _without_weights(AutoModelForCausalLM, config, trust_remote_code)
+            # What the policy takes: of some families that also read images it is a language model alone.
+            config, causal_names = causal.config, _names(causal)
+        config.num_labels = 1
+        critic_class = _critic_class(config, trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(field, path, f"cannot be loaded as a critic: {error}") from error
+    is_trained = any(name.endswith("Classification") for name in config.architectures or ())
+    critic, info = _load(critic_class, field, path, kernels, trust_remote_code, config=config)
+    missing, backbone = sorted(info["missing_keys"]), f"{critic.base_model_prefix}."
+    _check_complete(field, path, [name for name in missing if name.startswith(backbone)])
+    head = [name for name, _ in _head(critic)]
+    unknown = sorted(name for name in info["unexpected_keys"] - causal_names if not name.startswith(backbone))
+    if unknown or (is_trained and any(name.endswith("weight") for name in set(head) & set(missing))):
+        found = f"its files hold {', '.join(unknown) or 'no head'} where {type(critic).__name__} has {', '.join(head)}"
+        raise ConfigError(field, path, f"{found}; rename those weights, or name a causal language model")
     for name in missing:
         nn.init.zeros_(critic.get_parameter(name))
     return critic
+
+
+def _critic_class(config: PretrainedConfig, trust_remote_code: bool) -> type[PreTrainedModel]:
+    """The family's class for token classification; else one of the same layout on the family's backbone."""
+    from transformers import AutoModel, AutoModelForTokenClassification
+
+    with suppress(ValueError):
+        return type(_without_weights(AutoModelForTokenClassification, config, trust_remote_code))
+    return _scored(type(_without_weights(AutoModel, config, trust_remote_code)), type(config))
+
+
+def _scored(backbone: type[PreTrainedModel], of_config: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    from transformers import PreTrainedModel
+    from transformers.modeling_outputs import TokenClassifierOutput
+
+    # What all models of a family share: how it loads, saves, shards and recomputes.
+    family = next(c for c in backbone.__mro__ if c is not backbone and issubclass(c, PreTrainedModel))
+
+    class Scored(family):  # type: ignore[misc,valid-type]
+        config_class = of_config
+        base_model_prefix = backbone.base_model_prefix or "model"
+
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            setattr(self, self.base_model_prefix, backbone._from_config(config))
+            self.score = nn.Linear(config.get_text_config().hidden_size, config.num_labels)
+            self.post_init()
+
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> TokenClassifierOutput:
+            return TokenClassifierOutput(logits=self.score(self.base_model(input_ids=input_ids, **kwargs)[0]))
+
+    Scored.__name__ = Scored.__qualname__ = f"{backbone.__name__.removesuffix('Model')}ForTokenClassification"
+    Scored.__module__ = backbone.__module__  # Where transformers looks up which kernels the family has.
+    return Scored
+
+
+def _names(model: PreTrainedModel) -> set[str]:
+    """Names of its weights in memory and in a checkpoint."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    parameters = dict(model.named_parameters())
+    return {*parameters, *revert_weight_conversion(model, parameters)}
+
+
+def _without_weights(auto_class: Any, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+    with torch.device("meta"):
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def head_is_new(critic: PreTrainedModel) -> bool:
@@ -195,8 +257,8 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 def _load(
     auto_class: Any, field: str, path: str, kernels: tuple[str, ...], trust_remote_code: bool, **kwargs: Any
-) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of the weights that its files do not hold."""
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model, and what transformers says of the names in its files."""
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     kernel, *others = kernels
     try:
@@ -225,7 +287,7 @@ def _load(
     # For an export: a critic that began as a policy still calls itself one.
     model.config.architectures = [type(model).__name__]
     # Sampling has no dropout, so log-probabilities may have none either.
-    return model.eval(), sorted(info["missing_keys"])
+    return model.eval(), info
 
 
 def _check_complete(field: str, path: str, missing: list[str]) -> None:

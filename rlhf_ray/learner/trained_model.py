@@ -133,7 +133,7 @@ class TrainedModel:
         return first_nonfinite(((name, _local(tensor)) for name, tensor in tensors), dtype)
 
     def checkpoint_parameters(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under every name, or once.
+        """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under all their names, or one.
 
         A collective: every rank iterates to the end.
         """
@@ -144,7 +144,7 @@ class TrainedModel:
         return self._format.buffers()
 
     def checkpoint_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and full shape of all of them, tied ones under every name; no collective."""
+        """Name and full shape of all of them, tied ones under all their names; no collective."""
         return self._format.shapes
 
     def state_dict(self) -> dict[str, Any]:

@@ -67,6 +67,8 @@ class PromptBuilder:
     max_prompt_tokens: int
     tokenizer_name: str
     """What messages call the tokenizer."""
+    vocabulary_size: int | None = None
+    """Rows of the model's embedding; ``None``: token ids are not compared with it."""
 
     @classmethod
     def from_settings(
@@ -76,6 +78,7 @@ class PromptBuilder:
         source_name: str,
         max_prompt_tokens: int,
         tokenizer_name: str,
+        vocabulary_size: int | None = None,
     ) -> PromptBuilder:
         """Take what concerns a single row from the settings.
 
@@ -97,6 +100,7 @@ class PromptBuilder:
             overlong_prompts=settings.overlong_prompts,
             max_prompt_tokens=max_prompt_tokens,
             tokenizer_name=tokenizer_name,
+            vocabulary_size=vocabulary_size,
         )
 
     def build(self, rows: Sequence[NumberedRow], tokenizer: PreTrainedTokenizerBase) -> list[Outcome]:
@@ -121,6 +125,12 @@ class PromptBuilder:
             return token_ids
         if not token_ids:
             return DataError(f"{self._where(row)}: the prompt is empty; a prompt needs at least one token")
+        if self.vocabulary_size is not None and max(token_ids) >= self.vocabulary_size:
+            return DataError(
+                f"{self._where(row)}: the prompt has token id {max(token_ids)}, and the model's embedding ends with "
+                f"{self.vocabulary_size - 1}; name the model's own tokenizer in model.tokenizer_path, or a model with "
+                f"an embedding for every token of {self.tokenizer_name}"
+            )
         if len(token_ids) > self.max_prompt_tokens:
             return self._overlong(row, len(token_ids))
         return Prompt(

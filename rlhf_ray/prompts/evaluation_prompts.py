@@ -28,6 +28,7 @@ def check_prompts(
     field: str,
     tokenizer_path: str,
     max_prompt_tokens: int,
+    vocabulary_size: int | None = None,
     trust_remote_code: bool = False,
     check_row: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> None:
@@ -39,7 +40,7 @@ def check_prompts(
         ConfigError: As in :func:`load_prompts`.
         DataError: The same, as far as the first rows show it.
     """
-    source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens)
+    source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens, vocabulary_size)
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
     log_choices(check_source(source, builder, tokenizer, check_row), builder, tokenizer)
 
@@ -51,6 +52,7 @@ def load_prompts(
     tokenizer_path: str,
     max_prompt_tokens: int,
     limit: int | None = None,
+    vocabulary_size: int | None = None,
     trust_remote_code: bool = False,
 ) -> tuple[Prompt, ...]:
     """Load the prompts of a held-out set; those of the quickstart task where its settings name no path.
@@ -61,6 +63,7 @@ def load_prompts(
         tokenizer_path: Local folder or hub id.
         max_prompt_tokens: Longest prompt in tokens; longer ones are left out, with a warning, or an error.
         limit: Most prompts, taken from the start of the set; none: all.
+        vocabulary_size: Rows of the model's embedding; a prompt with a token beyond them is an error.
         trust_remote_code: Whether to run code that ships with the tokenizer.
 
     Returns:
@@ -70,7 +73,7 @@ def load_prompts(
         ConfigError: A setting does not go with the rows, or the tokenizer cannot be loaded.
         DataError: The set is missing, cannot be read or is empty, a row makes no prompt, or no prompt fits.
     """
-    source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens)
+    source, builder = _checkable(settings, field, tokenizer_path, max_prompt_tokens, vocabulary_size)
     check_source(source, builder, load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code))
     store = source.load()
     order = PromptOrder(store.num_rows, seed=0, shuffle=False)
@@ -93,10 +96,14 @@ def load_prompts(
 
 
 def _checkable(
-    settings: DataSettings, field: str, tokenizer_path: str, max_prompt_tokens: int
+    settings: DataSettings, field: str, tokenizer_path: str, max_prompt_tokens: int, vocabulary_size: int | None
 ) -> tuple[PromptSource, PromptBuilder]:
     source = find_eval_source(settings, field=field)
     builder = PromptBuilder.from_settings(
-        settings, source_name=source.name, max_prompt_tokens=max_prompt_tokens, tokenizer_name=tokenizer_path
+        settings,
+        source_name=source.name,
+        max_prompt_tokens=max_prompt_tokens,
+        tokenizer_name=tokenizer_path,
+        vocabulary_size=vocabulary_size,
     )
     return source, builder

@@ -41,6 +41,7 @@ class PromptStream(Iterator[Prompt]):
         tokenizer_path: Local folder or hub id.
         max_prompt_tokens: Longest prompt in tokens; longer ones are dropped or an error (``data.overlong_prompts``).
         seed: Seed of the shuffle, at least 0.
+        vocabulary_size: Rows of the model's embedding; a prompt with a token beyond them is an error.
         trust_remote_code: Whether to run code that ships with the tokenizer.
 
     Raises:
@@ -55,6 +56,7 @@ class PromptStream(Iterator[Prompt]):
         tokenizer_path: str,
         max_prompt_tokens: int,
         seed: int,
+        vocabulary_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
         self._source = find_source(settings)
@@ -63,6 +65,7 @@ class PromptStream(Iterator[Prompt]):
             source_name=self._source.name,
             max_prompt_tokens=max_prompt_tokens,
             tokenizer_name=tokenizer_path,
+            vocabulary_size=vocabulary_size,
         )
         self._tokenizer_path = tokenizer_path
         self._trust_remote_code = trust_remote_code

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.hub import hub_lookup
@@ -13,7 +13,7 @@ from rlhf_ray.model_path import looks_local
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["load_tokenizer"]
+__all__ = ["decoded", "load_tokenizer"]
 
 # A folder with none of these holds no tokenizer that transformers can load; asked all the same, it makes an empty one
 # for some architectures.
@@ -52,6 +52,20 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
     elif looks_local(path):
         raise ConfigError("model.path", path, f"there is no such folder ({local.absolute()}); {_REMEDY}")
     return _load(path, trust_remote_code=trust_remote_code)
+
+
+def decoded(tokenizer: Any, token_ids: list[int], *, skip_special_tokens: bool = True) -> str:
+    """The text of a completion.
+
+    Models have embeddings for more tokens than their tokenizers know, up to a round number, and may sample one: it
+    stands for no text.
+    """
+    try:
+        return str(tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens))
+    except (IndexError, KeyError, TypeError, ValueError):  # Of tokenizers in Python; those in Rust leave it out.
+        known = frozenset(tokenizer.get_vocab().values())
+        known_ids = [token for token in token_ids if token in known]
+        return str(tokenizer.decode(known_ids, skip_special_tokens=skip_special_tokens))
 
 
 def _load(path: str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:

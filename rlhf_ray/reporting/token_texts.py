@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from rlhf_ray.prompts.tokenizer import decoded
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -96,7 +98,7 @@ class TokenTexts:
         if self._backend is not None:
             backend = self._backend
             return lambda ids: str(backend.decode(ids, skip_special_tokens=True))
-        return lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True))
+        return lambda ids: decoded(self._tokenizer, ids)
 
     def _read_piece(self, token: int) -> bytes:
         piece = self._backend.id_to_token(token)

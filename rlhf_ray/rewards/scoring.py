@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.prompts.tokenizer import decoded
 from rlhf_ray.rewards.arguments import CallLog, Parameters, TrainerState, TrainingProgress, own_copies
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.settings import REWARD_ARGUMENTS, RewardFunction
@@ -192,7 +193,7 @@ class _Given:
         if taken := sorted(REWARD_ARGUMENTS & group.prompt.columns.keys()):
             raise DataError(f"the dataset column {taken[0]!r} has the name of a reward argument: rename the column")
         ids = tuple(completion.token_ids.tolist() for completion in group.completions)
-        texts = tuple(tokenizer.decode(own, skip_special_tokens=True) for own in ids)
+        texts = tuple(decoded(tokenizer, own) for own in ids)
         state = progress.at(group.completions[0].asked_version)
         return cls(group=group, tokenizer=tokenizer, token_ids=ids, texts=texts, trainer_state=state)
 
@@ -232,7 +233,7 @@ class _Given:
     def _texts_with_special_tokens(self) -> list[str]:
         ends = {getattr(self.tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
         bare = (ids[:-1] if ids and ids[-1] in ends else ids for ids in self.token_ids)
-        return [self.tokenizer.decode(ids, skip_special_tokens=False) for ids in bare]
+        return [decoded(self.tokenizer, ids, skip_special_tokens=False) for ids in bare]
 
 
 def logged_means(groups: Iterable[ScoredGroup]) -> dict[str, dict[str, float]]:

@@ -10,18 +10,33 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.hub import hub_environment, hub_lookup
+from rlhf_ray.model_config import context_length, keeps_states, kv_token_bytes
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["engine_spec", "eos_token_ids", "longest_completion", "max_prompt_tokens", "weight_transfer"]
+__all__ = [
+    "NOT_ON_CPUS",
+    "NOT_SERVED",
+    "check_served",
+    "engine_spec",
+    "eos_token_ids",
+    "longest_completion",
+    "max_prompt_tokens",
+    "weight_transfer",
+]
 
 logger = logging.getLogger(__name__)
 
+# Model type -> what is in the way, found by running each (docs/models.md).
+NOT_SERVED: dict[str, str] = {}
+NOT_ON_CPUS: dict[str, str] = {}
 # The engine reserves the cache at start-up, so a CPU engine must not take what the learners need.
 _MAX_CPU_CACHE_BYTES = 4 * 1024**3
+# Of a model whose layers keep a state each instead of keys and values.
+_STATE_CACHE_BYTES = 1024**3
 _MAX_SEQUENCES = 1024
 _MIN_STEP_TOKENS = 8192
 
@@ -44,9 +59,15 @@ def max_prompt_tokens(rollouts: RolloutSettings, evaluation: EvaluationSettings,
     """Longest prompt that leaves room for the longest completion in the model's context.
 
     Raises:
-        ConfigError: The context cannot hold the asked-for prompt and completion.
+        ConfigError: The context cannot hold the asked-for prompt and completion, or the model names none and
+            ``rollouts.max_prompt_tokens`` is unset.
     """
-    context = int(config.get_text_config().max_position_embeddings)
+    context = context_length(config)
+    if context is None:
+        if rollouts.max_prompt_tokens is None:
+            remedy = f"the config of a {config.model_type} model names no context length; set the longest prompt"
+            raise ConfigError("rollouts.max_prompt_tokens", None, remedy)
+        return rollouts.max_prompt_tokens
     field, completion_tokens = longest_completion(rollouts, evaluation)
     room = context - completion_tokens
     if room < 1:
@@ -113,6 +134,20 @@ def eos_token_ids(
     return ids
 
 
+def check_served(model_path: str, config: PretrainedConfig, *, on_cpus: bool) -> None:
+    """Refuse a model that vLLM cannot run, or runs as another model than it is.
+
+    Raises:
+        ConfigError: It is of such a family.
+    """
+    kind = config.get_text_config().model_type
+    reason, remedy = NOT_SERVED.get(kind), "name a model of another family"
+    if reason is None and on_cpus:
+        reason, remedy = NOT_ON_CPUS.get(kind), f"set resources.device = cuda, or {remedy}"
+    if reason is not None:
+        raise ConfigError("model.path", model_path, f"rollouts of {kind} models do not work: {reason}; {remedy}")
+
+
 def engine_spec(
     model: ModelSettings,
     rollouts: RolloutSettings,
@@ -145,7 +180,11 @@ def engine_spec(
         on_gpu: Whether replicas run on GPUs.
         learners_on_gpu: Whether learners run on GPUs.
         dtype: ``float32`` or ``bfloat16``.
+
+    Raises:
+        ConfigError: vLLM cannot run such a model, or the model names no token that ends a completion.
     """
+    check_served(model_path, config, on_cpus=not on_gpu)
     max_length = prompt_tokens + longest_completion(rollouts, evaluation)[1]
     sequences = math.ceil(groups_in_flight / rollouts.num_replicas) * rollouts.group_size
     sequences = min(sequences, _MAX_SEQUENCES)
@@ -196,6 +235,8 @@ def _cpu_arguments(
         # A seeded prompt whose prefill is split over two steps crashes CPU engines: vLLM rewinds the generator by an
         # offset that CPU generators do not have. Unsplit, the longest prompt must fit one step.
         "enable_chunked_prefill": False,
+        # States are kept for shared prefixes only where prefill is split; the default is on.
+        "enable_prefix_caching": False if keeps_states(config) else None,
         "max_num_batched_tokens": max(_MIN_STEP_TOKENS, max_length),
         # Without dynamo (see the environment) vLLM cannot compile, and says so unless told not to try.
         "enforce_eager": True,
@@ -207,10 +248,9 @@ def _cpu_arguments(
 
 def _cache_bytes(config: PretrainedConfig, tokens: int, max_length: int, dtype: str) -> int:
     """Key-value cache for ``tokens``, at most 4 GiB, never less than two longest sequences."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    token_bytes: int = 2 * text.num_hidden_layers * heads * head_size * (2 if dtype == "bfloat16" else 4)
+    token_bytes = kv_token_bytes(config, 2 if dtype == "bfloat16" else 4)
+    if token_bytes is None:
+        return _STATE_CACHE_BYTES
     # Blocks are filled unevenly; a quarter more keeps the last sequences from being preempted.
     wanted = int(1.25 * tokens) * token_bytes
     return max(min(wanted, _MAX_CPU_CACHE_BYTES), 2 * (max_length + 256) * token_bytes)

@@ -1,14 +1,30 @@
 """What a published policy looks like on its way from the learners to the replicas.
 
 A publication is a list of buckets of tensors plus this manifest, which says which tensors a bucket holds, and where
-each lies when the bucket is laid out flat.
+each lies when the bucket is laid out flat. A weight that is tied to another is sent once, under the names of both.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
-__all__ = ["BucketLayout", "TensorLayout", "WeightManifest"]
+__all__ = ["BucketLayout", "TensorLayout", "WeightManifest", "joined_names", "under_each_name"]
+
+_Tensor = TypeVar("_Tensor")
+# No module's name holds it.
+_AND = "="
+
+
+def joined_names(names: Iterable[str]) -> str:
+    """The name under which a weight with several checkpoint names is sent."""
+    return _AND.join(names)
+
+
+def under_each_name(weights: Iterable[tuple[str, _Tensor]]) -> Iterator[tuple[str, _Tensor]]:
+    """Yield what was sent under joined names under each of them."""
+    return ((name, tensor) for names, tensor in weights for name in names.split(_AND))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +32,7 @@ class TensorLayout:
     """Where one tensor lies in its bucket."""
 
     name: str
-    """Checkpoint name, as in the Hugging Face state dict."""
+    """Checkpoint name, as in the Hugging Face state dict; of a tied weight all of them (:func:`joined_names`)."""
     shape: tuple[int, ...]
     dtype: str
     """``torch`` type name, for example ``float32``."""

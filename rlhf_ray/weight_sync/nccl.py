@@ -15,7 +15,7 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,6 +47,7 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
         shapes: Name and full shape of each, in the same order.
         dtype: Type on the wire.
         device: Where they are sent from; offloaded weights are gathered on the CPU.
+        buffers: What else a checkpoint holds, by name: sent after them, in its own type.
     """
 
     def __init__(
@@ -56,7 +57,9 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
         dtype: torch.dtype,
         *,
         device: torch.device,
+        buffers: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
+        self._buffers = buffers or {}
         self._parameters = parameters
         self._shapes = shapes
         self._dtype = dtype
@@ -64,11 +67,15 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
 
     def metadata(self) -> list[ParamMeta]:
         """Names, types and full shapes, without a gather."""
-        return [ParamMeta(name, self._dtype, shape) for name, shape in self._shapes]
+        return [
+            *(ParamMeta(name, self._dtype, shape) for name, shape in self._shapes),
+            *(ParamMeta(name, buffer.dtype, tuple(buffer.shape)) for name, buffer in self._buffers.items()),
+        ]
 
     def size_bytes(self) -> int:
         """Bytes on the wire."""
         size: int = sum(math.prod(shape) for _, shape in self._shapes) * self._dtype.itemsize
+        size += sum(buffer.nbytes for buffer in self._buffers.values())
         return size
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -78,6 +85,8 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
                 # It may have been made in the stream of the tensor before, and must not be freed there under this one.
                 full.record_stream(torch.cuda.current_stream())
             yield name, full.to(self._device, self._dtype)
+        for name, buffer in self._buffers.items():
+            yield name, buffer.to(self._device)
 
 
 class ReplicaClient:

@@ -8,6 +8,7 @@ registered when vLLM imports this module, which ``worker_extension_cls`` makes i
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from rlhf_ray.weight_sync.buckets import unpack_bucket
-from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout
+from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout, under_each_name
 
 __all__ = ["NcclTransferEngine", "SharedMemoryExtension", "SharedMemoryTransferEngine"]
 
@@ -68,17 +69,49 @@ class _Buckets:
         self._mapped.clear()
 
 
-def _skip_output_layer_that_is_the_embedding(model: Any) -> None:
-    """Let a model without an output layer of its own (Gemma 2) read over the weights of one.
+def _load_tied_weights(model: Any) -> None:
+    """Let a model load a weight that is tied, and so sent once, under each of its names.
 
-    Tied weights come under both names, since most models of vLLM have a layer for each; others refuse the name.
+    An output layer that vLLM ties to the embedding is filled here. Kernels of CPUs keep a packed copy of it, so that it
+    must be loaded like any other; but not all models find the layer by its name (Bloom). One that has none (Gemma 2)
+    would refuse the name.
     """
-    if any(name.rpartition(".")[2] == "lm_head" for name, _ in model.named_modules(remove_duplicate=False)):
-        return
+    layers = dict(model.named_modules(remove_duplicate=False))
+    output = next((layer for name, layer in layers.items() if name.rpartition(".")[2] == "lm_head"), None)
+    weight = getattr(output, "weight", None)
+    is_tied = any(layer is not output and getattr(layer, "weight", None) is weight for layer in layers.values())
     load_weights = model.load_weights
-    model.load_weights = lambda weights: load_weights(
-        (name, tensor) for name, tensor in weights if not name.startswith("lm_head.")
-    )
+
+    def passed_on(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in under_each_name(weights):
+            if not name.endswith("lm_head.weight") or (output is not None and not is_tied):
+                yield name, tensor
+            elif output is not None:
+                output.weight.weight_loader(output.weight, tensor)
+
+    model.load_weights = lambda weights: load_weights(passed_on(weights))
+
+
+class _Constants:
+    """Buffers of layers that also have weights.
+
+    vLLM 0.32 reloads a layer as a whole: a buffer that no checkpoint holds (a scale that follows from a size) is left
+    uninitialized, without an error. None is trained, so they are put back as they were; but those of quantized layers,
+    which may follow from weights.
+    """
+
+    def __init__(self, model: torch.nn.Module, quantization: str | None) -> None:
+        self._kept: list[tuple[torch.nn.Module, str, torch.Tensor]] = [
+            (layer, name, buffer.clone())
+            for layer in ([] if quantization else model.modules())
+            if any(parameter is not None for parameter in layer._parameters.values())
+            for name, buffer in layer.named_buffers(recurse=False)
+        ]
+
+    def put_back(self) -> None:
+        """After a reload."""
+        for layer, name, buffer in self._kept:
+            getattr(layer, name).copy_(buffer)
 
 
 def _forget_expert_kernels(model: torch.nn.Module) -> None:
@@ -101,7 +134,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _skip_output_layer_that_is_the_embedding(self.model)
+        _load_tied_weights(self.model)
         self._buckets = _Buckets()
 
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
@@ -113,6 +146,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
 
         if self.device.type == "cpu":
             _forget_expert_kernels(self.model)
+        self._constants = _Constants(self.model, self.model_config.quantization)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
@@ -124,6 +158,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        self._constants.put_back()
         self._buckets.clear()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
@@ -140,7 +175,7 @@ class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _skip_output_layer_that_is_the_embedding(self.model)
+        _load_tied_weights(self.model)
         self._buckets = _Buckets()
 
     def init_transfer_engine(self, init_info: Any) -> None:
@@ -155,9 +190,15 @@ class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
         else:
             super().update_weights(update_info)
 
+    def start_weight_update(self) -> None:
+        """Begin vLLM's layer-wise reload."""
+        self._constants = _Constants(self.model, self.model_config.quantization)
+        super().start_weight_update()
+
     def finish_weight_update(self) -> None:
         """End the layer-wise reload and unmap the buckets."""
         super().finish_weight_update()
+        self._constants.put_back()
         self._buckets.clear()
 
     def shutdown(self) -> None:

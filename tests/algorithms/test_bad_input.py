@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import ray
+from transformers import AutoTokenizer
 
 from rlhf_ray import PPOConfig
 from rlhf_ray.errors import ConfigError, DataError
@@ -32,10 +33,13 @@ def reward(*, completions: list[str], **columns: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
+def written(rows: list[dict[str, Any]]) -> str:
+    Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "rows.jsonl"
+
+
 def own_data(rows: list[dict[str, Any]], **data: Any) -> PPOConfig:
-    path = Path("rows.jsonl")
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return PPOConfig().model(path=model_path()).data(path=str(path), **data).rewards(reward)
+    return PPOConfig().model(path=model_path()).data(path=written(rows), **data).rewards(reward)
 
 
 def needs_an_answer(*, completions: list[str], answer: list[str], **columns: Any) -> list[float]:
@@ -76,6 +80,21 @@ def quickstart_that_ends_with(eos: Any) -> PPOConfig:
     return PPOConfig().model(path="model")
 
 
+def model_of(field: str = "path", **config: Any) -> PPOConfig:
+    """A model folder's configuration, with the quickstart's tokenizer."""
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text(json.dumps({"model_type": "qwen2", "eos_token_id": 257} | config))
+    return PPOConfig().model(**{field: "folder"}, tokenizer_path=model_path())
+
+
+def tokenizer_with(token: str) -> PPOConfig:
+    """The quickstart's model, and its tokenizer with a token more."""
+    tokenizer = AutoTokenizer.from_pretrained(model_path())
+    tokenizer.add_tokens([token])
+    tokenizer.save_pretrained("tokenizer")
+    return PPOConfig().model(path=model_path(), tokenizer_path="tokenizer")
+
+
 MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
     "missing model": (
         lambda: PPOConfig().model(path="./no-such-model"),
@@ -94,6 +113,33 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
     ),
     "not a model": (folder_without_a_model, ConfigError, r"model\.(tokenizer_)?path = '.*folder'"),
     "unknown kind of model": (config_of_no_model, ConfigError, r"model\.path = '.*folder': .*toaster"),
+    "encoder-decoder model": (
+        lambda: model_of(model_type="t5"),
+        ConfigError,
+        r"model\.path = '.*folder': t5 is an encoder-decoder model",
+    ),
+    "quantized model": (
+        lambda: model_of(quantization_config={"quant_method": "fp8"}),
+        ConfigError,
+        r"model\.path = '.*folder': its weights are quantized \(fp8\)",
+    ),
+    "quantized critic": (
+        lambda: model_of("critic_path", quantization_config={"quant_method": "awq"}),
+        ConfigError,
+        r"model\.critic_path = '.*folder': its weights are quantized \(awq\)",
+    ),
+    "model without a context length": (
+        lambda: model_of(model_type="bloom"),
+        ConfigError,
+        r"rollouts\.max_prompt_tokens = None: the config of a bloom model names no context length",
+    ),
+    "tokenizer larger than the model": (
+        lambda: (
+            tokenizer_with("<extra>").data(path=written([{"prompt": "aa"}, {"prompt": "a<extra>"}])).rewards(reward)
+        ),
+        DataError,
+        r"rows\.jsonl, row 1 \(from 0\): the prompt has token id 258, and the model's embedding ends with 257",
+    ),
     "missing dataset": (
         lambda: PPOConfig().model(path=model_path()).data(path="no-such.jsonl").rewards(reward),
         DataError,

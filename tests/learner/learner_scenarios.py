@@ -141,6 +141,8 @@ SCENARIOS: dict[str, Scenario] = {
     "packed": Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2, packed=True),
     "skipped": Scenario(training={"nonfinite_updates": "skip"}, spoiled=3),
     "small_critic": Scenario(critic="small_critic"),
+    # Of a family without a class for token classification.
+    "made_critic": Scenario(critic="made_critic", num_epochs=2),
     # Two sequences in two minibatches: the second of two ranks holds no sequence at all.
     "idle_rank": Scenario(num_sequences=2),
     # Three sequences in one minibatch, each in a microbatch of its own: one rank's second microbatch is empty.
@@ -155,7 +157,13 @@ def in_small_microbatches(scenario: Scenario) -> Scenario:
 
 def save_models(folder: Path) -> None:
     """Write ``policy`` (tied embeddings, dropout) and ``critic`` (a head of its own) as Hugging Face folders."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2ForTokenClassification
+    from transformers import (
+        Olmo2Config,
+        Olmo2ForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen2ForTokenClassification,
+    )
 
     torch.manual_seed(3)
     config = Qwen2Config(
@@ -179,6 +187,8 @@ def save_models(folder: Path) -> None:
     Qwen2ForTokenClassification(Qwen2Config(**config.to_dict() | smaller | {"layer_types": None})).save_pretrained(
         folder / "small_critic"
     )
+    of_another_family = Olmo2Config(**config.to_dict() | {"layer_types": None, "architectures": None})
+    Olmo2ForCausalLM(of_another_family).save_pretrained(folder / "made_critic")
 
 
 def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:

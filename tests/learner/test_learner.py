@@ -33,7 +33,7 @@ from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.learner.update_result import UpdateResult, merged_results
 from rlhf_ray.reporting.metrics import metric_for
 from rlhf_ray.weight_sync.buckets import ByteArray
-from rlhf_ray.weight_sync.manifest import BucketLayout
+from rlhf_ray.weight_sync.manifest import BucketLayout, under_each_name
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankResult, RankResult]:
     """The folder that two ranks wrote to, and what each left behind."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    for name in ("policy", "critic", "small_critic"):
+    for name in ("policy", "critic", "small_critic", "made_critic"):
         (folder / name).symlink_to(models / name)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
     started = [
@@ -966,7 +966,7 @@ def test_export_is_what_transformers_loads(tmp_path: Path, models: Path, make_le
     policy = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
     critic = AutoModelForTokenClassification.from_pretrained(tmp_path / "critic", dtype="auto")
     for loaded, trained in ((policy, learner.policy), (critic, learner.critic)):
-        wanted = runs.full_weights(trained)
+        wanted = dict(under_each_name(runs.full_weights(trained).items()))
         found = dict(loaded.named_parameters(remove_duplicate=False))
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[name].detach(), weight) for name, weight in wanted.items())
@@ -1031,7 +1031,7 @@ def named_tensors(layout: BucketLayout, pieces: list[ByteArray] | None) -> dict[
     }
 
 
-def test_weight_buckets_hold_the_policy_under_every_name(make_learner: Callable[..., Learner]) -> None:
+def test_weight_buckets_hold_the_policy_once_under_every_name(make_learner: Callable[..., Learner]) -> None:
     learner = make_learner()
     runs.update(learner, Scenario(), 0)
     wanted = runs.full_weights(learner.policy)
@@ -1042,7 +1042,13 @@ def test_weight_buckets_hold_the_policy_under_every_name(make_learner: Callable[
 
     assert unpacked.keys() == wanted.keys()
     assert all(torch.equal(unpacked[name], weight) for name, weight in wanted.items())
-    assert torch.equal(unpacked["lm_head.weight"], unpacked["model.embed_tokens.weight"])
+    named = dict(under_each_name(unpacked.items()))
+    assert torch.equal(named["lm_head.weight"], named["model.embed_tokens.weight"])
+    # A tied weight is sent once, over NCCL too.
+    parameters = sum(parameter.numel() for parameter in learner.policy.model.parameters())
+    assert sum(layout.size_bytes for layout, _ in learner.weight_buckets()) == 4 * parameters
+    assert learner.weight_source().size_bytes() == 4 * parameters
+    assert [meta.name for meta in learner.weight_source().metadata()] == list(unpacked)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
@@ -1074,7 +1080,7 @@ def test_experts_are_published_and_exported_one_by_one(
         published |= named_tensors(layout, pieces)
     learner.export(str(tmp_path / "export"))
 
-    assert published.keys() == before.keys() - buffers
+    assert published.keys() == before.keys()
     experts = [name for name in before if ".experts.0." in name]
     assert len(experts) == 6
     assert any(not torch.equal(published[name], before[name]) for name in experts)

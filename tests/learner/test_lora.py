@@ -18,6 +18,7 @@ from rlhf_ray.learner.layout import lay_out
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.lora import LoraSpec, add_adapters, merged_parameters
 from rlhf_ray.learner.models import load_policy
+from rlhf_ray.weight_sync.manifest import under_each_name
 
 CPU = torch.device("cpu")
 SPEC = LoraSpec(rank=4, alpha=8.0, targets=(), seed=5)
@@ -77,7 +78,8 @@ def test_what_is_published_has_the_names_of_the_model_and_samples_what_the_polic
     models: Path, trained: Learner
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(models / "policy")
-    published = {name: tensor.full_tensor() for name, tensor in trained.policy.checkpoint_parameters()}
+    sent = under_each_name(trained.policy.checkpoint_parameters())
+    published = {name: tensor.full_tensor() for name, tensor in sent}
     assert published.keys() == dict(plain.named_parameters(remove_duplicate=False)).keys()
 
     plain.load_state_dict(published)
@@ -93,7 +95,8 @@ def test_an_export_is_an_ordinary_model(tmp_path: Path, trained: Learner) -> Non
     trained.export(str(tmp_path))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path)
 
-    published = {name: tensor.full_tensor() for name, tensor in trained.policy.checkpoint_parameters()}
+    sent = under_each_name(trained.policy.checkpoint_parameters())
+    published = {name: tensor.full_tensor() for name, tensor in sent}
     for name, parameter in exported.named_parameters():
         torch.testing.assert_close(parameter.detach(), published[name], rtol=0.0, atol=0.0)
 
@@ -176,3 +179,31 @@ def test_named_layers_alone_get_adapters(models: Path) -> None:
 
     adapted = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in model.named_parameters() if ".lora_" in name}
     assert adapted == {"q_proj", "v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("target", "is_tied", "reason"),
+    [
+        # Engines tie the two again: the embedding would be sampled with the output layer's adapter.
+        ("lm_head", True, "lm_head shares its weight with another layer"),
+        ("embed_tokens", False, r"model\.embed_tokens is no linear layer"),
+    ],
+)
+def test_layers_that_can_have_no_adapter_are_named(target: str, is_tied: bool, reason: str) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("qwen2", vocab_size=32, **sizes, num_key_value_heads=1, tie_word_embeddings=is_tied)
+    with pytest.raises(ConfigError, match=rf"model\.lora_targets = \['q_proj', '{target}'\]: {reason}.*leave it out"):
+        add_adapters(
+            AutoModelForCausalLM.from_config(config), LoraSpec(rank=2, alpha=4.0, targets=("q_proj", target), seed=0)
+        )
+
+
+def test_an_output_layer_of_its_own_may_have_an_adapter() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("qwen2", vocab_size=32, **sizes, num_key_value_heads=1, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config)
+    add_adapters(model, LoraSpec(rank=2, alpha=4.0, targets=("lm_head",), seed=0))
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+        "lm_head.lora_A.default.weight",
+        "lm_head.lora_B.default.weight",
+    ]

@@ -14,12 +14,19 @@ USER = {"role": "user", "content": "1+1?"}
 CHAT_TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant>"
 
 
-def build(tokenizer_path: str, *rows: dict[str, Any], max_prompt_tokens: int = 1000, **settings: Any) -> list[Outcome]:
+def build(
+    tokenizer_path: str,
+    *rows: dict[str, Any],
+    max_prompt_tokens: int = 1000,
+    vocabulary_size: int | None = None,
+    **settings: Any,
+) -> list[Outcome]:
     builder = PromptBuilder.from_settings(
         DataSettings(**settings),
         source_name="data.jsonl",
         max_prompt_tokens=max_prompt_tokens,
         tokenizer_name=tokenizer_path,
+        vocabulary_size=vocabulary_size,
     )
     numbered = [NumberedRow(prompt_id=100 + i, dataset_row=i, row=row) for i, row in enumerate(rows)]
     return builder.build(numbered, load_tokenizer(tokenizer_path))
@@ -358,3 +365,15 @@ def test_calls_of_tools_may_have_no_content(make_tokenizer: Any) -> None:
     call = {"function": {"name": "f", "arguments": {"a": None}}}
     prompt = build_one(path, {"prompt": [{"role": "tool", "content": None, "tool_calls": [call]}]})
     assert decode(path, prompt) == '[{"function": {"name": "f", "arguments": {"a": null}}}]'
+
+
+def test_a_token_beyond_the_embedding_is_named_with_its_row(tokenizer_path: str) -> None:
+    # Anywhere in the dataset, not only in the rows that are looked at before a run.
+    last = max(load_tokenizer(tokenizer_path)("1+1=")["input_ids"])
+    fits, short = (build(tokenizer_path, {"prompt": "1+1="}, vocabulary_size=size)[0] for size in (last + 1, last))
+    assert isinstance(fits, Prompt)
+    assert isinstance(short, DataError)
+    assert f"data.jsonl, row 0 (from 0): the prompt has token id {last}, and the model's embedding ends with" in str(
+        short
+    )
+    assert "model.tokenizer_path" in str(short)

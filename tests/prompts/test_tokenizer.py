@@ -2,9 +2,10 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizer
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.prompts.tokenizer import load_tokenizer
+from rlhf_ray.prompts.tokenizer import decoded, load_tokenizer
 
 
 def test_a_tokenizer_is_loaded_once_a_process(tokenizer_path: str) -> None:
@@ -43,3 +44,32 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"no tokenizer could be loaded .*name a tokenizer's folder or hub id"):
         load_tokenizer("rlhf-ray-tests/no-such-model")
+
+
+class InPython(PreTrainedTokenizer):
+    """One of the tokenizers that raise for an id beyond their vocabulary."""
+
+    pieces = ("a", "b", "c")
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.pieces)
+
+    def get_vocab(self) -> dict[str, int]:
+        return {piece: index for index, piece in enumerate(self.pieces)}
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.pieces[index]
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens)
+
+
+def test_a_token_that_the_tokenizer_does_not_know_stands_for_no_text(tokenizer_path: str) -> None:
+    tokenizer = InPython()
+    with pytest.raises(IndexError):
+        tokenizer.decode([0, 9, 2])
+    assert decoded(tokenizer, [0, 9, 2]) == "ac"
+    known = load_tokenizer(tokenizer_path)
+    ids = known("1+1=")["input_ids"]
+    assert decoded(known, [*ids, 10**6]) == decoded(known, ids) == "1+1="

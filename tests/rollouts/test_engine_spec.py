@@ -79,6 +79,14 @@ def test_a_prompt_longer_than_the_rest_of_the_context_is_refused() -> None:
     assert (caught.value.field, caught.value.value) == ("rollouts.max_prompt_tokens", 101)
 
 
+def test_a_model_without_a_context_length_asks_for_the_longest_prompt() -> None:
+    from transformers import BloomConfig
+
+    with pytest.raises(ConfigError, match=r"rollouts\.max_prompt_tokens = None: .*bloom.*set the longest prompt"):
+        max_prompt_tokens(RolloutSettings(), DEFAULT, BloomConfig())
+    assert max_prompt_tokens(RolloutSettings(max_prompt_tokens=99), DEFAULT, BloomConfig()) == 99
+
+
 def test_longer_completions_of_evaluation_have_room_too() -> None:
     rollouts, evaluation = RolloutSettings(max_new_tokens=8), EvaluationSettings(max_new_tokens=28)
     assert max_prompt_tokens(rollouts, evaluation, CONFIG) == 100
@@ -325,6 +333,16 @@ def test_cache_is_bounded() -> None:
     found = cache_bytes(RolloutSettings(group_size=64, max_new_tokens=2000), config=large)
 
     assert found == 4 * 1024**3
+
+
+def test_cache_of_layers_with_a_state_does_not_grow_and_is_not_shared() -> None:
+    from transformers import MambaConfig
+
+    arguments = spec_of(RolloutSettings(), config=MambaConfig(eos_token_id=7)).engine_args
+    assert arguments["kv_cache_memory_bytes"] == 1024**3
+    # The engine starts with such a cache only where prefill is split, which that of CPUs is not.
+    assert arguments["enable_prefix_caching"] is False
+    assert spec_of(RolloutSettings()).engine_args["enable_prefix_caching"] is None
 
 
 def test_cache_may_be_set() -> None:

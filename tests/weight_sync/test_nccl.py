@@ -153,6 +153,22 @@ def test_a_replica_that_has_come_since_is_none_of_a_rounds_business() -> None:
     ReplicaClient(Handle("new", "a"), ["a"], tensor_parallel_size=1).start_weight_update()
 
 
+def test_buffers_are_sent_after_the_parameters_in_their_own_type() -> None:
+    buffers = {"bias": torch.arange(3.0), "table": torch.arange(2)}
+    source = ShardedSource(
+        lambda: [("embed", torch.ones(2))],
+        [("embed", (2,))],
+        torch.bfloat16,
+        device=torch.device("cpu"),
+        buffers=buffers,
+    )
+
+    described = [(meta.name, meta.dtype, tuple(meta.shape)) for meta in source.metadata()]
+    assert described == [(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in source]
+    assert described[1:] == [("bias", torch.float32, (3,)), ("table", torch.int64, (2,))]
+    assert source.size_bytes() == 2 * 2 + 3 * 4 + 2 * 8
+
+
 def test_source_gives_every_parameter_in_the_wire_type() -> None:
     parameters = [("embed", torch.ones(2, 3)), ("norm", torch.zeros(5, requires_grad=True))]
     source = ShardedSource(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
@@ -18,7 +19,7 @@ from rlhf_ray.rollouts.engine_spec import engine_spec
 from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 from rlhf_ray.types import Prompt, SamplingSettings
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
-from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.manifest import WeightManifest, joined_names
 
 pytestmark = pytest.mark.engine
 
@@ -135,4 +136,62 @@ def publication(model: Any, version: int) -> tuple[WeightManifest, list[list[Byt
         assert pieces is not None
         layouts.append(layout)
         buckets.append(pieces)
-    return WeightManifest(version=version, publication=f"{version}", buckets=tuple(layouts)), buckets
+    manifest = WeightManifest(version=version, publication=f"{version}", buckets=tuple(layouts))
+    # Each weight once, whatever it is tied to.
+    sent = sum(tensor.size_bytes for layout in layouts for tensor in layout.tensors)
+    assert sent == 4 * sum(parameter.numel() for parameter in model.parameters())
+    return manifest, buckets
+
+
+class Tied(nn.Module):  # type: ignore[misc]
+    """What vLLM's models have: an embedding, and an output layer with its weight, one of its own, or none."""
+
+    def __init__(self, output: str) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(3, 2)
+        if output != "none":
+            self.lm_head = nn.Linear(2, 3, bias=False)
+        if output == "tied":
+            self.lm_head.weight = self.embed_tokens.weight
+        if output != "none":
+            self.lm_head.weight.weight_loader = lambda parameter, tensor: self.filled.append(tensor)
+        self.filled: list[Any] = []
+        self.loaded: list[str] = []
+
+    def load_weights(self, weights: Any) -> None:
+        self.loaded += [name for name, _ in weights]
+
+
+@pytest.mark.parametrize(
+    ("output", "loaded", "filled"),
+    [
+        ("tied", ["model.embed_tokens.weight", "norm.weight"], 1),
+        ("own", ["model.embed_tokens.weight", "lm_head.weight", "norm.weight"], 0),
+        ("none", ["model.embed_tokens.weight", "norm.weight"], 0),
+    ],
+)
+def test_a_weight_that_is_sent_once_is_loaded_under_each_of_its_names(
+    output: str, loaded: list[str], filled: int
+) -> None:
+    from rlhf_ray.weight_sync.shared_memory_engine import _load_tied_weights
+
+    model, tensor = Tied(output), torch.ones(3, 2)
+    _load_tied_weights(model)
+    model.load_weights([(joined_names(["model.embed_tokens.weight", "lm_head.weight"]), tensor), ("norm.weight", 0)])
+
+    assert model.loaded == loaded
+    assert [found is tensor for found in model.filled] == [True] * filled
+
+
+def test_constants_outlive_a_reload() -> None:
+    from rlhf_ray.weight_sync.shared_memory_engine import _Constants
+
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
+    model[0].running_mean.fill_(7.0)
+    kept, of_quantized = _Constants(model, None), _Constants(model, "fp8")
+    model[0].running_mean = torch.full((2,), torch.nan)
+
+    of_quantized.put_back()
+    assert model[0].running_mean.isnan().all()
+    kept.put_back()
+    assert model[0].running_mean.tolist() == [7.0, 7.0]

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.hub import hub_lookup
+from rlhf_ray.model_config import check_unquantized, context_length
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-__all__ = ["check_reward_model", "context_length", "label_index", "reward_tokenizer"]
+__all__ = ["check_reward_model", "label_index", "reward_tokenizer"]
 
 _WITHOUT_HEAD = ("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration", "ForTokenClassification")
 
@@ -25,9 +26,11 @@ def check_reward_model(reward: RewardModelReward, field: str) -> None:
         field: The setting that asks for it, for messages.
 
     Raises:
-        ConfigError: There is no such model, it has no classification head, or a setting does not go with it.
+        ConfigError: There is no such model, it is quantized or has no classification head, or a setting does not go
+            with it.
     """
     config = _config(reward, field)
+    check_unquantized(field, reward.path, config)
     architectures = config.architectures or []
     if architectures and all(name.endswith(_WITHOUT_HEAD) for name in architectures):
         remedy = (
@@ -78,11 +81,6 @@ def label_index(config: PretrainedConfig, reward: RewardModelReward, field: str)
         return label
     listed = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
     raise ConfigError(f"{field}.label", label, f"name the label whose logit is the reward: {listed}")
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """The model's context in tokens; ``None``: unbounded."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def _config(reward: RewardModelReward, field: str) -> PretrainedConfig:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.prompts.tokenizer import decoded
 from rlhf_ray.rewards.reward_model.model import RewardModel
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.scoring import Scores
@@ -75,10 +76,7 @@ class RewardModelWorker:
         return self._loaded
 
     def _texts(self, group: RolloutGroup) -> tuple[str, ...]:
-        return tuple(
-            self._policy_tokenizer.decode(completion.token_ids.tolist(), skip_special_tokens=True)
-            for completion in group.completions
-        )
+        return tuple(decoded(self._policy_tokenizer, completion.token_ids.tolist()) for completion in group.completions)
 
     def _encoded(self, group: RolloutGroup, texts: tuple[str, ...]) -> list[list[int]] | RewardFailure:
         try:

@@ -29,6 +29,15 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
         check_reward_model(RewardModelReward(str(tmp_path)), FIELD)
 
 
+def test_a_quantized_model_is_refused(make: Callable[..., str]) -> None:
+    path = make()
+    config = Path(path) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(ConfigError, match=r"its weights are quantized \(fp8\)") as caught:
+        check_reward_model(RewardModelReward(path), FIELD)
+    assert (caught.value.field, caught.value.value) == (FIELD, path)
+
+
 def test_a_language_model_is_no_reward_model() -> None:
     with pytest.raises(ConfigError, match="this is a Qwen2ForCausalLM, which has no classification head"):
         check_reward_model(RewardModelReward(quickstart.model_path()), FIELD)
