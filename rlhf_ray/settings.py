@@ -92,7 +92,9 @@ class RolloutSettings:
     num_replicas: int = setting(1, "vLLM replicas in the Serve pool")
     group_size: int = setting(4, "completions a prompt")
     max_prompt_tokens: int | None = setting(
-        None, "longest prompt in tokens; none: what the context leaves beside the longest completion"
+        None,
+        "longest prompt in tokens; none: what the context leaves beside the longest completion, where the model's config "
+        "names one",
     )
     max_new_tokens: int = setting(8, "longest completion in tokens")
     temperature: float = setting(1.0, "sampling temperature")
