@@ -14,7 +14,7 @@ from rlhf_ray.model_config import check_causal
 from rlhf_ray.rollouts.engine_spec import check_served
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from model_families import ITERATED, NOT_TRIED, causal_families, tiny_config
+from model_families import NOT_TRIED, UNKNOWN, WORKING, causal_families, tiny_config
 
 INTRODUCTION = """\
 # Models
@@ -33,7 +33,8 @@ A family is listed under its `model_type` in `config.json`. **PPO** says what be
 in float32 on CPUs, with real engines and learners (vLLM 0.32, transformers 5.19): "works" means that log-probabilities
 of the engine and the learner differ by less than 1e-3 before and after a publication, and that policy and critic got
 gradients. A family that does not work is refused by a `ConfigError` that says why, before anything starts; one that is
-marked "CPUs" only where engines run on CPUs. Nothing here was run on GPUs.
+marked "CPUs" only where engines run on CPUs. "Unknown" is not refused: the tiny model could not be run, which may be
+the fault of how it was made, or was not. Nothing here was run on GPUs.
 """
 
 
@@ -73,7 +74,9 @@ def outcome(family: str) -> str:
         where = "CPUs: " if "resources.device" in error.remedy else ""
         reason = error.remedy.partition("do not work: ")[2] or error.remedy
         return f"refused: {where}{reason.rpartition('; ')[0]}"
-    return "works" if family in ITERATED else "not tried"
+    if family in WORKING:
+        return "works"
+    return f"unknown: {UNKNOWN[family]}" if family in UNKNOWN else "unknown: not run"
 
 
 if __name__ == "__main__":

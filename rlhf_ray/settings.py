@@ -144,7 +144,8 @@ class RolloutSettings:
     num_replicas: int = setting(1, "vLLM replicas in the Serve pool")
     group_size: int = setting(8, "completions per prompt", quickstart=4, source="TRL, GRPOConfig.num_generations")
     max_prompt_tokens: int | None = setting(
-        None, "longest prompt in tokens; unset: what the model's context leaves after the longest completion"
+        None,
+        "longest prompt in tokens; unset: what the context leaves after the longest completion, where the model's config names a context length",
     )
     max_new_tokens: int = setting(1024, "longest completion in tokens", quickstart=8, source=_DEEPSEEKMATH)
     temperature: float = setting(1.0, "sampling temperature")

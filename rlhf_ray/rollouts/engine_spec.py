@@ -31,8 +31,62 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # Model type -> what is in the way, found by running each (docs/models.md).
-NOT_SERVED: dict[str, str] = {}
-NOT_ON_CPUS: dict[str, str] = {}
+NOT_SERVED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "codegen",
+            "gpt_neo",
+            "gpt_neox_japanese",
+            "mpt",
+            "openai-gpt",
+            "rwkv",
+            "xglm",
+            "xlm",
+            "xlnet",
+        ),
+        "vLLM has no class for it and cannot run that of transformers",
+    ),
+}
+NOT_ON_CPUS: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "deepseek_v32",
+            "glm_moe_dsa",
+            "hy_v4",
+        ),
+        "vLLM's CPU build has no sparse attention",
+    ),
+    **dict.fromkeys(
+        (
+            "falcon_mamba",
+            "jamba",
+            "mamba",
+        ),
+        "vLLM's CPU build has no kernel for its selective scan",
+    ),
+    **dict.fromkeys(
+        (
+            "kimi_linear",
+            "olmo_hybrid",
+        ),
+        "vLLM runs its linear attention in Triton",
+    ),
+    **dict.fromkeys(
+        (
+            "gemma4",
+            "gemma4_unified",
+            "qwen3_5",
+            "qwen3_5_moe",
+            "qwen3_5_moe_text",
+            "qwen3_5_text",
+        ),
+        "vLLM's module of it imports torchvision, which its CPU build goes without",
+    ),
+    **dict.fromkeys(
+        ("lfm2_moe",),
+        "vLLM's CPU build samples from another distribution than the model's",
+    ),
+}
 # The engine reserves the cache at start-up, so a CPU engine must not take what the learners need.
 _MAX_CPU_CACHE_BYTES = 4 * 1024**3
 # Of a model whose layers keep a state each instead of keys and values.
@@ -140,12 +194,12 @@ def check_served(model_path: str, config: PretrainedConfig, *, on_cpus: bool) ->
     Raises:
         ConfigError: It is of such a family.
     """
-    kind = config.get_text_config().model_type
-    reason, remedy = NOT_SERVED.get(kind), "name a model of another family"
-    if reason is None and on_cpus:
-        reason, remedy = NOT_ON_CPUS.get(kind), f"set resources.device = cuda, or {remedy}"
-    if reason is not None:
-        raise ConfigError("model.path", model_path, f"rollouts of {kind} models do not work: {reason}; {remedy}")
+    for kind in (config.model_type, config.get_text_config().model_type):
+        reason, remedy = NOT_SERVED.get(kind), "name a model of another family"
+        if reason is None and on_cpus:
+            reason, remedy = NOT_ON_CPUS.get(kind), f"set resources.device = cuda, or {remedy}"
+        if reason is not None:
+            raise ConfigError("model.path", model_path, f"rollouts of {kind} models do not work: {reason}; {remedy}")
 
 
 def engine_spec(

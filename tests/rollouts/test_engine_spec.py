@@ -210,6 +210,25 @@ def test_vllm_knows_every_argument() -> None:
         assert spec_of(RolloutSettings(), on_gpu=on_gpu).engine_args.keys() <= known
 
 
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_families_that_vllm_cannot_run_are_refused(on_gpu: bool) -> None:
+    from transformers import AutoConfig
+
+    def refusal(kind: str) -> str:
+        try:
+            spec_of(RolloutSettings(), config=AutoConfig.for_model(kind, eos_token_id=7), on_gpu=on_gpu)
+        except ConfigError as error:
+            assert error.field == "model.path"
+            return error.remedy
+        return ""
+
+    assert refusal("gpt_neo").startswith("rollouts of gpt_neo models do not work: vLLM has no class for it")
+    assert not refusal("llama")
+    # A language model, by its own name or as a part of one that also reads images.
+    for kind in ("mamba", "qwen3_5", "qwen3_5_text"):
+        assert ("set resources.device = cuda" in refusal(kind)) is not on_gpu
+
+
 def test_stop_strings_need_the_tokenizer() -> None:
     assert spec_of(RolloutSettings(stop=["\n"])).engine_args["skip_tokenizer_init"] is False
 
@@ -336,9 +355,9 @@ def test_cache_is_bounded() -> None:
 
 
 def test_cache_of_layers_with_a_state_does_not_grow_and_is_not_shared() -> None:
-    from transformers import MambaConfig
+    from transformers import Mamba2Config
 
-    arguments = spec_of(RolloutSettings(), config=MambaConfig(eos_token_id=7)).engine_args
+    arguments = spec_of(RolloutSettings(), config=Mamba2Config(eos_token_id=7)).engine_args
     assert arguments["kv_cache_memory_bytes"] == 1024**3
     # The engine starts with such a cache only where prefill is split, which that of CPUs is not.
     assert arguments["enable_prefix_caching"] is False
