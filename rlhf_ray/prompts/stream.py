@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import replace
+from functools import partial
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
@@ -25,6 +26,7 @@ from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
 from rlhf_ray.prompts.source import find_source
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.settings import DataSettings
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt
 
 __all__ = ["PromptStream"]
@@ -173,7 +175,7 @@ class PromptStream(Iterator[Prompt]):
                 raise outcome
         except BaseException:
             # The position stays at this row: whoever asks again has to be answered from here, not from the next row.
-            _close_all(self._readings)
+            stop_all(("prompts", partial(_close_all, self._readings)))
             raise
         return outcome
 
