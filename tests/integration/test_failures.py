@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from rlhf_ray import PPOConfig
 from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.weight_sync.manifest import WeightManifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -107,3 +110,27 @@ def test_a_killed_engine_ends_its_replica_and_another_one_is_started(run: Algori
     assert second["fault_tolerance"]["replica_restarts"] == restarts + 1
     assert second["learner"]["policy_version"] == first["learner"]["policy_version"] + 1
     assert second["learner"]["sampling_logprob_diff_max"] < 1e-3
+
+
+def test_replicas_that_cannot_load_weights_say_why_and_are_replaced(
+    run: Algorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learners = run._running().learners
+    publish = learners.publish
+
+    def misnamed() -> tuple[WeightManifest, list[Any]]:
+        manifest, refs = publish()
+        buckets = [
+            replace(bucket, tensors=tuple(replace(tensor, name=f"lost.{tensor.name}") for tensor in bucket.tensors))
+            for bucket in manifest.buckets
+        ]
+        return replace(manifest, publication="misnamed", buckets=tuple(buckets)), refs
+
+    before = run.train()
+    monkeypatch.setattr(learners, "publish", misnamed)
+    with pytest.raises(WeightSyncError, match="named 'lost'"):
+        run.train()
+    monkeypatch.undo()
+    after = run.train()
+    assert after["training_iteration"] == before["training_iteration"] + 1
+    assert after["learner"]["sampling_logprob_diff_max"] < 1e-3
