@@ -62,6 +62,7 @@ def turns_asked_for() -> Iterator[int]:
 def measure(overrides: list[str], iterations: int, folder: Path) -> list[dict[str, float]]:
     """Seconds of every phase and of the raw work, a dictionary a turn."""
     from rlhf_ray import PPOConfig
+    from rlhf_ray.stopping import stop_all
 
     config = PPOConfig().reporting(run_dir=str(folder / "run"), progress="off").apply_overrides(overrides)
     algorithm = config.build_algo()
@@ -79,9 +80,7 @@ def measure(overrides: list[str], iterations: int, folder: Path) -> list[dict[st
             if turn >= WARM_UP:
                 turns.append({phase: timers[phase] for phase in PHASES} | raw)
     finally:
-        for process in stages.values():
-            process.stop()
-        algorithm.stop()
+        stop_all(*((stage, process.stop) for stage, process in stages.items()), ("algorithm", algorithm.stop))
     return turns
 
 

@@ -13,6 +13,7 @@ import math
 import os
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -48,6 +49,7 @@ from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.settings import Settings
 from rlhf_ray.span_log import SpanLog
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Float32Array, ScoredGroup
 
 __all__ = ["Algorithm"]
@@ -323,10 +325,14 @@ class Algorithm(Trainable):  # type: ignore[misc]
             self.cleanup()
             self.setup(new_config)
             return True
-        self._reporters.stop()
-        self._use(config)
-        self._open_run()
-        self._begin_again()
+        try:
+            self._reporters.stop()
+            self._use(config)
+            self._open_run()
+            self._begin_again()
+        except BaseException:
+            self.cleanup()
+            raise
         return True
 
     def log_result(self, result: dict[str, Any]) -> None:
@@ -334,26 +340,25 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._reporters.report(result)
 
     def cleanup(self) -> None:
-        """Stop every process, actor, Serve app and placement group of this run; called by ``stop()``."""
-        try:
-            self._stop_parts()
-        finally:
-            if self._run is not None:
-                self._run.lock.release()
+        """Stop every process, actor, Serve app and placement group of this run; called by ``stop()``.
 
-    def _stop_parts(self) -> None:
+        What cannot be stopped is logged, and raises nothing: it would take the place of the error that ended the run.
+        """
         _LIVE.discard(self)
         parts, self._parts = self._parts, None
-        try:
-            if parts is not None:
-                self._writer.stop()
-                self._tell_of_checkpoints()
-        finally:
-            if parts is not None:
-                parts.stop()
-            elif getattr(self, "_session", None) is not None:
-                self._session.stop()
-            self._reporters.stop()
+        steps: list[tuple[str, Callable[[], object]]] = []
+        if parts is not None:
+            steps += [("checkpoint", self._finish_checkpoints), ("parts", parts.stop)]
+        elif hasattr(self, "_session"):
+            steps.append(("Ray", self._session.stop))
+        steps.append(("reporters", self._reporters.stop))
+        if self._run is not None:
+            steps.append(("lock of the run directory", self._run.lock.release))
+        stop_all(*steps)
+
+    def _finish_checkpoints(self) -> None:
+        self._writer.stop()
+        self._tell_of_checkpoints()
 
     def stop(self) -> None:
         """Leave nothing behind; may be called again, and before set-up has finished."""
@@ -586,5 +591,4 @@ def _due(interval: int, number: int) -> bool:
 @atexit.register
 def _stop_all() -> None:
     """A script may end without ``stop()``, also by Ctrl-C; this runs before Ray's own exit handler."""
-    for algorithm in list(_LIVE):
-        algorithm.stop()
+    stop_all(*((type(algorithm).__name__, algorithm.stop) for algorithm in list(_LIVE)))

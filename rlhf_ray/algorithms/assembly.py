@@ -7,12 +7,13 @@ starts.
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.algorithms.ray_session import RaySession, cluster_to_join
+from rlhf_ray.algorithms.ray_connection import cluster_to_join
+from rlhf_ray.algorithms.ray_session import RaySession
 from rlhf_ray.evaluation.evaluator import Evaluator
 from rlhf_ray.evaluation.held_out_sets import HeldOutSet, held_out_sets
 from rlhf_ray.learner.group import LearnerGroup
@@ -42,6 +43,7 @@ from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
 from rlhf_ray.settings import Settings
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt, SamplingSettings
 from rlhf_ray.validation import check_advantage, check_loss
 from rlhf_ray.weight_sync.publications import Publications
@@ -51,8 +53,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 __all__ = ["Inputs", "Parts", "check_inputs", "evaluator", "learner_spec", "start_parts", "training_progress"]
-
-_SETTLE_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +86,16 @@ class Parts:
 
     def stop(self) -> None:
         """Stop all, in an order in which nobody waits for one that is gone."""
-        with ExitStack() as stack:  # Each, whatever another one raises; the last one pushed is the first.
-            for part in (self.session, self.learners, self.app, self.rewards):
-                stack.callback(part.stop)
+        stop_all(
+            ("publication", self.publications.stop),
+            ("rollout controller", self.controller.stop),
             # After the controller, which would open it again.
-            stack.callback(self.prompts.close)
-            stack.callback(self.controller.stop)
-            stack.callback(self.publications.settle, _SETTLE_S)
+            ("prompts", self.prompts.close),
+            ("reward workers", self.rewards.stop),
+            ("rollout replicas", self.app.stop),
+            ("learners", self.learners.stop),
+            ("Ray", self.session.stop),
+        )
 
 
 def check_inputs(settings: Settings) -> Inputs:
@@ -183,10 +186,33 @@ def evaluator(settings: Settings, inputs: Inputs) -> Evaluator:
 def start_parts(
     settings: Settings, inputs: Inputs, run_dir: RunDirectory, reporters: ReporterSet, session: RaySession
 ) -> Parts:
-    """Start learners, replicas and reward workers side by side and wait until all are ready."""
-    run_id = f"{run_dir.name}-{uuid.uuid4().hex[:6]}"
+    """Start learners, replicas and reward workers side by side and wait until all are ready.
+
+    Where one of them fails, or anything else on the way, all that was started is stopped before the error is raised.
+    """
+    begun: list[tuple[str, Callable[[], object]]] = [("prompts", inputs.prompts.close)]
+    try:
+        return _started_parts(settings, inputs, run_dir, reporters, session, begun)
+    except BaseException:
+        stop_all(*reversed(begun))
+        raise
+
+
+def _started_parts(
+    settings: Settings,
+    inputs: Inputs,
+    run_dir: RunDirectory,
+    reporters: ReporterSet,
+    session: RaySession,
+    begun: list[tuple[str, Callable[[], object]]],
+) -> Parts:
+    """Start all parts; what ends each of them is added to ``begun`` as soon as there is something to end."""
+    # Not the directory's name alone: the application of a driver that was killed may still be there.
+    run_id = f"{run_dir.ray_name}-{uuid.uuid4().hex[:6]}"
     learners = _learner_group(settings, inputs, run_id, run_dir, session)
+    begun.append(("learners", learners.stop))
     app = _rollout_app(settings, inputs, run_id, learners.bridge, session)
+    begun.append(("rollout replicas", app.stop))
     rewards = reward_stage(
         settings.rewards,
         run_id=run_id,
@@ -196,19 +222,15 @@ def start_parts(
         num_cpus=session.shares.reward_worker,
         on_gpu=session.on_gpu,
     )
-    try:
-        if session.lease is not None:
-            session.lease.watch(app.name, learners.bridge)
-        learners.start()
-        app.start()
-        # The dataset is read in this thread while the others wait for processes.
-        inputs.prompts.open()
-        rewards.progress = training_progress(settings, inputs)
-        _wait(learners, app, rewards, reporters)
-    except BaseException:
-        for part in (rewards, app, learners):
-            part.stop()
-        raise
+    begun.append(("reward workers", rewards.stop))
+    if session.lease is not None:
+        session.lease.watch(app.name, learners.bridge)
+    learners.start()
+    app.start()
+    # The dataset is read in this thread while the others wait for processes.
+    inputs.prompts.open()
+    rewards.progress = training_progress(settings, inputs)
+    _wait(learners, app, rewards, reporters)
     if session.lease is not None:
         session.lease.started()
     nccl = _uses_nccl(settings, session)
@@ -238,6 +260,7 @@ def start_parts(
         seed=settings.debugging.seed,
     )
     controller = RolloutController(flow, while_waiting=learners.attend)
+    begun.append(("rollout controller", controller.stop))
     return Parts(
         session=session,
         prompts=inputs.prompts,
@@ -289,8 +312,7 @@ def _wait(learners: LearnerGroup, app: RolloutApp, rewards: RewardStage, reporte
             _report_progress(pending, reporters)
         except BaseException:
             # The other waits end when what they wait for is stopped.
-            for part in (rewards, app, learners):
-                part.stop()
+            stop_all(("reward workers", rewards.stop), ("rollout replicas", app.stop), ("learners", learners.stop))
             raise
 
 

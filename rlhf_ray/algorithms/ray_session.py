@@ -4,37 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from contextlib import suppress
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import psutil
 import ray
-from ray._private import services
 
+from rlhf_ray.algorithms.ray_connection import RayConnection
 from rlhf_ray.algorithms.trial import Trial
 from rlhf_ray.algorithms.trial_lease import TrialLease
 from rlhf_ray.algorithms.trial_room import Room
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.functions import reward_models
 from rlhf_ray.settings import Settings
+from rlhf_ray.stopping import stop_all
 
-__all__ = ["RaySession", "Shares", "cluster_to_join", "cpu_shares", "resolve_device"]
+__all__ = ["RaySession", "Shares", "cpu_shares", "resolve_device"]
 
-_LOG = logging.getLogger(__name__)
-# How long workers have to end after their raylet.
-_GRACE_S = 5.0
-
-# What a cluster that ends with this run does not need, and what would wake its processes up beside two busy cores.
-_OWN_CLUSTER_ENV = {
-    # Nobody announces the end of the only node.
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # It has no dashboard to show them.
-    "RAY_enable_metrics_collection": "0",
-    "RAY_task_events_report_interval_ms": "0",
-    # Ten looks a second at a pool that changes only when a replica dies.
-    "RAY_SERVE_CONTROL_LOOP_INTERVAL_S": "0.5",
-}
 
 # Left free on a small machine: Ray Data's readers and whatever else asks for a little.
 _SPARE_CPUS = 0.2
@@ -120,15 +105,8 @@ def resolve_device(settings: Settings, gpus: float) -> bool:
     return on_gpu
 
 
-def cluster_to_join(address: str | None) -> str | None:
-    """The cluster that ``ray.init(address)`` looks for here; ``None``: it starts one.
-
-    Without an address, in ``RAY_ADDRESS`` neither, that is the cluster on Ray's record: the last that ``ray start``
-    started or joined on this machine, until ``ray stop``.
-    """
-    if address in (None, "auto"):
-        address = os.environ.get("RAY_ADDRESS") or address or services.find_bootstrap_address(None)
-    return None if address == "local" else address
+# Of all sessions in this process.
+_CONNECTION = RayConnection()
 
 
 class RaySession:
@@ -143,14 +121,16 @@ class RaySession:
     """
 
     def __init__(self, settings: Settings, trial: Trial | None = None) -> None:
-        self._connected = not ray.is_initialized()
-        before = _raylets()
-        if self._connected:
-            _connect(settings)
-        self._raylets = [raylet for raylet in _raylets() if raylet not in before]
-        # By what came of it: where ray.init() looks for a cluster is for Ray to decide, and a user's must not be ended.
-        self.ends_ray = bool(self._raylets)
-        """Whether this session started the whole cluster, which ends with it."""
+        _CONNECTION.join(
+            self,
+            settings.resources.ray_address,
+            namespace="rlhf_ray",
+            log_to_driver=settings.debugging.log_to_driver,
+            logging_level=logging.getLevelName(settings.debugging.log_level),
+            configure_logging=True,
+        )
+        self.ends_ray = _CONNECTION.ends_ray
+        """Whether the whole cluster ends with the last session of this process: one of them started it."""
         self.lease: TrialLease | None = None
         self._quieten(settings.debugging.log_level)
         try:
@@ -165,15 +145,12 @@ class RaySession:
             raise
 
     def stop(self) -> None:
-        """Leave the cluster; one that this session started ends with it."""
+        """Leave the cluster; one that was started here ends with the last session."""
         lease, self.lease = self.lease, None
+        steps: list[tuple[str, Callable[[], object]]] = [("Ray", lambda: _CONNECTION.leave(self))]
         if lease is not None:
-            lease.end()
-        if not (self._connected and ray.is_initialized()):
-            return
-        workers = _below(self._raylets)
-        ray.shutdown()
-        _end(workers, grace_s=_GRACE_S)
+            steps.insert(0, ("the trial's place on the cluster", lease.end))
+        stop_all(*steps)
 
     def _leased(self, settings: Settings, cpus: float) -> Shares:
         from rlhf_ray.algorithms.trial_keeper import trial_keeper
@@ -196,27 +173,6 @@ class RaySession:
             logging.getLogger(name).setLevel(level)
 
 
-def _connect(settings: Settings) -> None:
-    """Join the cluster that the settings, the environment or Ray's record name, or start one."""
-    starts_ray = cluster_to_join(settings.resources.ray_address) is None
-    # A busy laptop needs more than Ray's half minute.
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")
-    # Says at every local start that tokens protect the cluster: nothing that the user can or need do.
-    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
-    if starts_ray:
-        for name, value in _OWN_CLUSTER_ENV.items():
-            os.environ.setdefault(name, value)
-    ray.init(
-        address=settings.resources.ray_address,
-        namespace="rlhf_ray",
-        # For a cluster that ends with this run its start-up is lost; `ray start --head` has one.
-        include_dashboard=False if starts_ray else None,
-        log_to_driver=settings.debugging.log_to_driver,
-        logging_level=logging.getLevelName(settings.debugging.log_level),
-        configure_logging=True,
-    )
-
-
 def _num_reward_workers(settings: Settings) -> int:
     return settings.rewards.num_workers + sum(model.num_workers for model in reward_models(settings.rewards))
 
@@ -229,32 +185,3 @@ def _gpus_of_models(settings: Settings, *, on_gpu: bool) -> float:
 def _gpus_needed(settings: Settings) -> int:
     learners = 0 if settings.learners.num_gpus_per_learner == 0 else settings.learners.num_learners
     return settings.rollouts.num_replicas * settings.rollouts.tensor_parallel_size + learners
-
-
-def _raylets() -> list[psutil.Process]:
-    """The raylets that this process started: one is the sign of a cluster of its own."""
-    found = []
-    for child in psutil.Process().children():
-        with suppress(psutil.NoSuchProcess):  # It has ended meanwhile.
-            if child.name() == "raylet":
-                found.append(child)
-    return found
-
-
-def _below(raylets: list[psutil.Process]) -> list[psutil.Process]:
-    """All processes below raylets: Ray's workers, and the engines below them."""
-    found: list[psutil.Process] = []
-    for raylet in raylets:
-        with suppress(psutil.NoSuchProcess):
-            found += raylet.children(recursive=True)
-    return found
-
-
-def _end(processes: list[psutil.Process], *, grace_s: float) -> None:
-    """Kill what does not end by itself: a worker of Ray 2.60 sometimes hangs in its last destructor, for ever."""
-    _, left = psutil.wait_procs(processes, timeout=grace_s)
-    for process in left:
-        with suppress(psutil.NoSuchProcess):
-            _LOG.info("process %d (%s) did not end with its cluster and is killed", process.pid, process.name())
-            process.kill()
-    psutil.wait_procs(left, timeout=grace_s)

@@ -75,7 +75,7 @@ def open_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
     """
     run_dir, checkpointing = config.settings.reporting.run_dir, config.settings.checkpointing
     _try_out(checkpointing)
-    if checkpointing.resume == "never" or run_dir is None or not RunDirectory.holds_a_run(run_dir):
+    if checkpointing.resume == "never" or run_dir is None or not _holds_a_run(config, run_dir):
         directory = RunDirectory.create(run_dir, algorithm=algorithm)
         with _locked(directory) as lock:
             return _begun(config, directory, lock)
@@ -160,6 +160,15 @@ def _gone_on(config: AlgorithmConfig, directory: RunDirectory, lock: RunLock) ->
     if checkpoint is None:
         _check_may_begin_again(checkpointing, directory, store)
     return RunStart(directory=directory, lock=lock, store=store, resolved=resolved, checkpoint=checkpoint, goes_on=True)
+
+
+def _holds_a_run(config: AlgorithmConfig, run_dir: str) -> bool:
+    """Whether a run came as far as to report something, or to complete a checkpoint wherever it keeps them."""
+    directory = RunDirectory.at(run_dir)
+    if RunDirectory.holds_a_run(run_dir) or not directory.config.exists():
+        return RunDirectory.holds_a_run(run_dir)
+    recorded = dict(_flat(_recorded(directory))).get(_PATH)
+    return _store_and_resolved(config, directory, recorded=recorded)[0].newest() is not None
 
 
 def _check_may_begin_again(

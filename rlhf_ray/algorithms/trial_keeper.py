@@ -8,9 +8,9 @@ last trial it shuts Serve down, if it had started it, and ends itself.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -18,11 +18,11 @@ from ray import serve
 from ray.util import remove_placement_group
 
 from rlhf_ray.algorithms.trial_room import Answer, Room, TrialRoom
-from rlhf_ray.rollouts.serve_instance import serve_is_running, start_serve
+from rlhf_ray.rollouts.serve_instance import end_unused_serve, start_serve
+from rlhf_ray.stopping import stop_all
 
 __all__ = ["TrialKeeper", "trial_keeper"]
 
-_LOG = logging.getLogger(__name__)
 _NAME = "rlhf_ray_trial_keeper"
 _NAMESPACE = "rlhf_ray"
 _LOOK_S = 1.0
@@ -60,20 +60,22 @@ class _Parts:
         return False
 
     def remove(self) -> None:
-        """Delete the application, and remove the group: Ray does that only when all of the sweep's job has ended."""
+        """Delete the application, and remove the group: Ray does that only when all of the sweep's job has ended.
+
+        Serve may be gone, and the application with it; other trials' must still be looked after.
+        """
+        steps: list[tuple[str, Callable[[], object]]] = [
+            (f"Serve application {self._app_name}", lambda: serve.delete(self._app_name))
+        ]
         if self._placement_group is not None:
-            remove_placement_group(self._placement_group)
-        try:
-            serve.delete(self._app_name)
-        except Exception:  # Serve may be gone, and the application with it; other trials' must still be looked after.
-            _LOG.warning("the application %s of a trial that has ended is not deleted", self._app_name, exc_info=True)
+            steps.insert(0, ("the learners' placement group", lambda: remove_placement_group(self._placement_group)))
+        stop_all(*steps)
 
 
 class TrialKeeper:
     """The actor itself; calls come in several threads."""
 
     def __init__(self) -> None:
-        self._ends_serve = not serve_is_running()
         # Not from within a trial: Ray would look for the controller's node in the trial's placement group.
         start_serve()
         self._lock = threading.Lock()
@@ -141,11 +143,10 @@ class TrialKeeper:
             self.leave(trial)
 
     def _end(self) -> None:
-        try:
-            if self._ends_serve and not serve.status().applications:
-                serve.shutdown()
-        finally:
-            ray.kill(ray.get_actor(_NAME, namespace=_NAMESPACE))
+        stop_all(
+            ("Ray Serve", end_unused_serve),
+            ("the trial keeper", lambda: ray.kill(ray.get_actor(_NAME, namespace=_NAMESPACE))),
+        )
 
 
 def trial_keeper() -> Any:

@@ -15,6 +15,7 @@ import ray
 
 from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.stopping import stop_all
 
 __all__ = ["folder_to_read", "folder_to_write"]
 
@@ -55,7 +56,7 @@ def _shared(storage: Any) -> Iterator[Folder]:
     try:
         yield folder
     finally:
-        folder.delete()
+        stop_all((f"folder {folder}", folder.delete))
 
 
 def _location(storage: Any) -> str:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
+from rlhf_ray.stopping import stop_all
 
 __all__ = ["CheckpointWriter"]
 
@@ -75,8 +76,7 @@ class CheckpointWriter:
 
     def stop(self) -> None:
         """Wait for the checkpoint that is being written, and end the thread."""
-        self.settle()
-        self._thread.shutdown()
+        stop_all(("checkpoint", self.settle), ("thread of the checkpoints", lambda: self._thread.shutdown(wait=False)))
 
     def _start(
         self, checkpoint: Checkpoint, config: str, state: CheckpointState, then: Callable[[], None]

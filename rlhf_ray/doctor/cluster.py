@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,9 +17,9 @@ _TIMEOUT_S = 120.0
 
 def check_ray(settings: Settings) -> Check:
     """Start or join Ray in a process of its own and look at its resources."""
-    from rlhf_ray.algorithms.ray_session import cluster_to_join
+    from rlhf_ray.algorithms.ray_connection import cluster_to_join
 
-    address = settings.resources.ray_address or os.environ.get("RAY_ADDRESS")
+    address = settings.resources.ray_address
     joined = cluster_to_join(address)
     try:
         found = run_child("rlhf_ray.doctor.cluster", address, timeout_s=_TIMEOUT_S)
@@ -32,6 +31,8 @@ def check_ray(settings: Settings) -> Check:
             f"read {failure.log}"
         )
         return failed("Ray", f"{joined} cannot be joined: {failure.reason}", remedy)
+    if "remedy" in found:
+        return failed("Ray", f"{found['field']} = {found['value']}", found["remedy"])
     return judge_resources(settings, found, address=joined)
 
 
@@ -61,11 +62,13 @@ def judge_resources(settings: Settings, found: Mapping[str, float], *, address: 
 def _look(address: str | None) -> dict[str, Any]:
     import ray
 
+    from rlhf_ray.algorithms.ray_connection import connect
+
     # As a run does it: without an address Ray joins the cluster on its record, and starts one only where there is none.
-    if address in (None, "local"):
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
-    else:
-        ray.init(address=address, log_to_driver=False)
+    try:
+        connect(address, log_to_driver=False)
+    except ConfigError as error:
+        return {"field": error.field, "value": str(error.value), "remedy": error.remedy}
     resources = dict(ray.cluster_resources())
     ray.shutdown()
     return resources

@@ -183,7 +183,7 @@ def _check_run(run_dir: Path, config: AlgorithmConfig) -> None:
     from rlhf_ray.reporting.run_directory import RunDirectory
 
     directory = RunDirectory(run_dir)
-    if directory.config.exists():
+    if directory.config.exists() and RunDirectory.holds_a_run(str(run_dir)):
         check_same(directory, resolved_yaml(config))
 
 

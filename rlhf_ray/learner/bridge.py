@@ -23,11 +23,13 @@ from rlhf_ray.learner.state_keeper import StateKeeper, keeper_on
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
 # A publication for a replica that starts waits for the update that is under way, whose own limit is the Algorithm's.
 _SNAPSHOT_TIMEOUT_S = 7200.0
 # Nobody takes them where the Algorithm is stuck.
 _MOST_SPANS = 100_000
+_MOST_FAILURES = 1_000
 
 __all__ = ["Bridge", "Command", "GroupLost", "RankFailure", "Refusal", "bridge_actor"]
 
@@ -102,6 +104,7 @@ class Bridge(StateKeeper):
         self._keepers: dict[str, Any] = {}
         self._placement_group: Any = None
         self._spans = SpanLog(most=_MOST_SPANS)
+        self._replica_failures: list[ReplicaFailure] = []
 
     async def add_spans(self, spans: list[Span]) -> None:
         """Keep what a rank or a replica did, for the timeline."""
@@ -199,6 +202,16 @@ class Bridge(StateKeeper):
             self._saved.pop(save_id, None)
             return found
 
+    async def replica_failed(self, failure: ReplicaFailure) -> None:
+        """A replica tells why it could not load weights."""
+        if len(self._replica_failures) < _MOST_FAILURES:
+            self._replica_failures.append(failure)
+
+    async def take_replica_failures(self) -> list[ReplicaFailure]:
+        """Give what replicas told since the last call."""
+        told, self._replica_failures = self._replica_failures, []
+        return told
+
     async def set_controller(self, controller: Any) -> None:
         """The Ray Train controller's handle, for an abort."""
         self._controller = controller
@@ -212,6 +225,16 @@ class Bridge(StateKeeper):
         if node_id not in self._keepers:
             self._keepers[node_id] = keeper_on(node_id)
         return self._keepers[node_id]
+
+    async def forget_states(self) -> None:
+        """Forget the ranks' states, here and on other nodes."""
+        await super().forget_states()
+        if others := dict(self._keepers):
+            import ray
+
+            others.pop(ray.get_runtime_context().get_node_id(), None)
+            # One that is gone keeps nothing.
+            await asyncio.gather(*(keeper.forget_states.remote() for keeper in others.values()), return_exceptions=True)
 
     async def set_placement_group(self, group: Any) -> None:
         """Where the ranks run from now on."""

@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray.util import remove_placement_group
 
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import LearnerError
@@ -22,8 +24,10 @@ from rlhf_ray.learner.bridge import Command, GroupLost, RankFailure, Refusal, br
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.learner.update_result import UpdateResult, merged_results
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
 __all__ = ["LearnerGroup", "StateLostError"]
 
@@ -31,6 +35,7 @@ _LOG = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 30.0
 # How often a wait looks whether the Ray Train run has ended under it.
 _CHECK_S = 1.0
+_POLL_S = 0.2
 
 
 class StateLostError(LearnerError):
@@ -83,6 +88,7 @@ class LearnerGroup:
         self._renewed = False
         self._controller: Any = None
         self._last_command = ""
+        self._stopped = False
         # Commands of one thread wait for those of another, and for a group that is started again.
         self._commanding = threading.RLock()
         self.packed = False
@@ -157,6 +163,11 @@ class LearnerGroup:
         spans: list[Span] = ray.get(self.bridge.take_spans.remote())
         return spans
 
+    def take_replica_failures(self) -> list[ReplicaFailure]:
+        """Why replicas could not load weights, since the last call."""
+        failures: list[ReplicaFailure] = ray.get(self.bridge.take_replica_failures.remote())
+        return failures
+
     def save(self, folder: Folder) -> Callable[[], dict[str, StoredFile]]:
         """Copy the state for a checkpoint, which ranks write beside what comes next.
 
@@ -187,6 +198,8 @@ class LearnerGroup:
     def renew(self, spec: LearnerSpec) -> None:
         """Begin again with other settings of the same parts: version 0, as after a start."""
         self._spec, self._renewed = spec, True
+        # What was kept of the learners before has versions too, and takes memory.
+        ray.get(self.bridge.forget_states.remote())
         self._execute("renew", (spec,), recalls=False)
         self._version, self._state_is_lost = 0, False
 
@@ -212,20 +225,15 @@ class LearnerGroup:
 
     def stop(self) -> None:
         """End the ranks and the bridge."""
-        if self._thread is None or not ray.is_initialized():
+        if self._stopped or not ray.is_initialized():
             return
-        if self._thread.is_alive() and self._name is not None:
-            stop = Command(verb="stop", arguments=(None,), group=self._name)
-            try:
-                ray.get(self.bridge.execute.remote(stop, _STOP_TIMEOUT_S), timeout=_STOP_TIMEOUT_S)
-                self._thread.join(timeout=5.0)
-            except ray.exceptions.RayError as error:  # the bridge is gone, and with it the way to the ranks
-                _LOG.info("the learners did not take the stop command: %r", error)
-        if self._thread.is_alive():
-            self._abort()
-            self._thread.join(timeout=_STOP_TIMEOUT_S)
-        self._thread = None
-        ray.kill(self.bridge)
+        self._stopped = True
+        stop_all(
+            ("learners", self._tell_to_stop),
+            ("learners", self._abort_deaf),
+            ("the learners' placement group", self._free_placement_group),
+            ("the learners' bridge", lambda: ray.kill(self.bridge)),
+        )
 
     def _execute(self, verb: str, arguments: Sequence[Any], *, recalls: bool = True) -> list[Any]:
         """Give a command and return the answers of all ranks, whichever group gives them.
@@ -276,7 +284,9 @@ class LearnerGroup:
             return
         if not all(self._execute("recall", (self._version,))):
             self._state_is_lost = True
-            raise StateLostError(f"the learners' state at policy version {self._version} is gone")
+            # Where a replica took them along, that is the cause.
+            told = "".join(f"; {each.told_by}: {each.message}" for each in self.take_replica_failures()[-1:])
+            raise StateLostError(f"the learners' state at policy version {self._version} is gone{told}")
 
     def _await(self, ref: Any, purpose: str) -> Any:
         """Wait for the bridge's answer, or for the end of the Ray Train run, whichever is first."""
@@ -301,6 +311,7 @@ class LearnerGroup:
     def _trainer(self) -> Any:
         # Read when fit() begins; without it Ray Train notices a worker's end only seconds later.
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.25")
+        from pyarrow.fs import LocalFileSystem
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig
 
@@ -320,17 +331,41 @@ class LearnerGroup:
             run_config=RunConfig(
                 name=f"{self._run_id}-learners",
                 storage_path=self._storage_path,
+                # Or Ray reads the path as a URI, in which #, ? and % have a meaning.
+                storage_filesystem=LocalFileSystem(),
                 callbacks=[announce_controller(self.bridge)],
                 failure_config=FailureConfig(max_failures=self._max_restarts),
             ),
         )
 
-    def _abort(self) -> None:
-        """End a group that does not listen: still starting, or stuck in a command."""
-        controller = self._controller or ray.get(self.bridge.controller.remote(), timeout=_STOP_TIMEOUT_S)
-        if controller is None:
+    def _tell_to_stop(self) -> None:
+        if self._thread is None or not self._thread.is_alive() or self._name is None:
             return
+        stop = Command(verb="stop", arguments=(None,), group=self._name)
         try:
-            ray.get(controller.abort.remote(), timeout=_STOP_TIMEOUT_S)
-        except ray.exceptions.RayActorError:
-            _LOG.debug("the Ray Train controller ended with the abort, as it should")
+            ray.get(self.bridge.execute.remote(stop, _STOP_TIMEOUT_S), timeout=_STOP_TIMEOUT_S)
+            self._thread.join(timeout=5.0)
+        except ray.exceptions.RayError as error:  # the bridge is gone, and with it the way to the ranks
+            _LOG.info("the learners did not take the stop command: %r", error)
+
+    def _abort_deaf(self) -> None:
+        """End a group that does not listen: still starting, or stuck in a command."""
+        thread, self._thread = self._thread, None
+        ends_at = time.monotonic() + _STOP_TIMEOUT_S
+        # One that has begun to start a moment ago has no controller yet, and would take CPUs and GPUs later on.
+        while thread is not None and thread.is_alive() and time.monotonic() < ends_at:
+            controller = self._controller or ray.get(self.bridge.controller.remote(), timeout=_STOP_TIMEOUT_S)
+            if controller is not None:
+                try:
+                    ray.get(controller.abort.remote(), timeout=_STOP_TIMEOUT_S)
+                except ray.exceptions.RayActorError:
+                    _LOG.debug("the Ray Train controller ended with the abort, as it should")
+                except ray.exceptions.GetTimeoutError:  # It waits for CPUs and GPUs, and listens only then.
+                    ray.kill(controller)
+            thread.join(_STOP_TIMEOUT_S if controller is not None else _POLL_S)
+
+    def _free_placement_group(self) -> None:
+        """Ray keeps the group of a controller that was aborted until this process ends."""
+        group = ray.get(self.bridge.placement_group.remote(), timeout=_STOP_TIMEOUT_S)
+        if group is not None:
+            remove_placement_group(group)

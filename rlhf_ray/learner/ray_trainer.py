@@ -10,10 +10,11 @@ from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 
 from rlhf_ray.learner.train_loop import lost_a_peer
 
-__all__ = ["LearnerTrainer", "RestartPolicy", "announce_controller"]
+__all__ = ["LearnerTrainer", "RestartPolicy", "announce_controller", "announce_placement_groups"]
 
 
 class LearnerTrainer(TorchTrainer):  # type: ignore[misc]
@@ -71,7 +72,7 @@ class _EndLeftovers(WorkerGroupCallback):  # type: ignore[misc]
         self._state = None
 
 
-class _AnnounceController(ControllerCallback, WorkerGroupCallback):  # type: ignore[misc]
+class _AnnounceController(ControllerCallback):  # type: ignore[misc]
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
 
@@ -79,11 +80,23 @@ class _AnnounceController(ControllerCallback, WorkerGroupCallback):  # type: ign
         """Runs inside the controller's own process."""
         controller = ray.get_runtime_context().current_actor
         ray.get(self._bridge.set_controller.remote(controller))
+        announce_placement_groups(self._bridge)
 
-    def after_worker_group_start(self, worker_group: Any) -> None:
-        """Runs there too, after each start of the workers."""
-        state = worker_group.get_worker_group_state()
-        ray.get(self._bridge.set_placement_group.remote(state.placement_group_handle.placement_group))
+
+def announce_placement_groups(bridge: Any) -> None:
+    """Have this process tell ``bridge`` of each placement group before workers start in it.
+
+    Ray Train calls back only when they have: a start that is given up meanwhile would leave the group behind, with its
+    CPUs and GPUs, until the whole job has ended.
+    """
+    create = WorkerGroup._create_placement_group
+
+    def create_and_tell(self: Any, *arguments: Any) -> Any:
+        handle = create(self, *arguments)
+        ray.get(bridge.set_placement_group.remote(handle.placement_group))
+        return handle
+
+    WorkerGroup._create_placement_group = create_and_tell
 
 
 def announce_controller(bridge: Any) -> ControllerCallback:

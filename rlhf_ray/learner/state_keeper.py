@@ -34,6 +34,10 @@ class StateKeeper:
         """The rank's state at ``version``, ``None`` where it is not kept."""
         return next((state for kept, state in reversed(self._states[rank]) if kept == version), None)
 
+    async def forget_states(self) -> None:
+        """Keep nothing of what was kept until now."""
+        self._states.clear()
+
 
 def keeper_on(node_id: str) -> Any:
     """The keeper of a node: the calling actor on its own node, elsewhere an actor that is started there."""

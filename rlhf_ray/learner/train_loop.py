@@ -31,12 +31,13 @@ from rlhf_ray.learner.packing import RankPlan
 from rlhf_ray.learner.update_result import UpdateResult
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
-from rlhf_ray.weight_sync.replica_lost import ReplicaLostError
+from rlhf_ray.weight_sync.replica_lost import ReplicaFailure, ReplicaLostError
 
 __all__ = ["lost_a_peer", "train_loop"]
 
 _LOG = logging.getLogger(__name__)
 _POLL_S = 30.0
+_TELL_TIMEOUT_S = 10.0
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -181,11 +182,16 @@ class _Worker:
                 rank=self._rank,
                 source=source,
                 tensor_parallel_size=tensor_parallel_size,
+                tell=self._tell_stuck,
             )
         self._sender.send(self.version, replica_ids)
         if self._rank == 0:
             ray.get(self._bridge.set_version.remote(self.version))
         return source.size_bytes()
+
+    def _tell_stuck(self, message: str) -> None:
+        failure = ReplicaFailure(told_by="learner rank 0", message=message, is_new=False)
+        ray.get(self._bridge.replica_failed.remote(failure), timeout=_TELL_TIMEOUT_S)
 
     def _save(self, folder: Folder, save_id: str) -> None:
         """Copy what is to be saved; the rest is done beside the commands that come next."""

@@ -15,6 +15,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rlhf_ray.errors import ConfigError, DataError
@@ -26,6 +27,7 @@ from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
 from rlhf_ray.prompts.source import find_source
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.settings import DataSettings
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt
 
 __all__ = ["PromptStream"]
@@ -187,7 +189,7 @@ class PromptStream(Iterator[Prompt]):
                 raise outcome
         except BaseException:
             # The position stays at this row: whoever asks again has to be answered from here, not from the next row.
-            _close_all(self._readings)
+            stop_all(("prompts", partial(_close_all, self._readings)))
             raise
         return outcome
 

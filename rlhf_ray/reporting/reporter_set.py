@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.settings import Settings
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Float32Array, ScoredGroup, Span
 from rlhf_ray.untrusted_text import shortened
 
@@ -101,8 +103,9 @@ class ReporterSet(Reporter):
 
     def stop(self) -> None:
         """Stop every reporter; a second call does nothing."""
-        self._each("stop")
-        self._reporters = []
+        reporters, self._reporters = self._reporters, []
+        # An interrupt is not tolerated, and yet ends no other reporter.
+        stop_all(*((type(each).__name__, partial(self._tolerate, each, "stop")) for each in reporters))
 
     def _each(self, method: str, *arguments: object) -> None:
         for reporter in self._reporters:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
+import re
+import unicodedata
 import uuid
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,7 +15,9 @@ from pathlib import Path
 
 from rlhf_ray.errors import ConfigError
 
-__all__ = ["RunDirectory"]
+__all__ = ["RunDirectory", "ray_name"]
+
+_RAY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,9 +61,15 @@ class RunDirectory:
 
     @classmethod
     def holds_a_run(cls, run_dir: str) -> bool:
-        """Whether a run was begun in a folder."""
+        """Whether a run in a folder came as far as to report something or to complete a checkpoint.
+
+        A start that failed leaves settings and an id, and the folder free for the next try. Settings without an id may
+        be the user's own file.
+        """
         directory = cls.at(run_dir)
-        return directory.config.exists() or directory.metrics.exists()
+        has_reported = directory.metrics.exists() and directory.metrics.stat().st_size > 0
+        is_foreign = directory.config.exists() and not directory._id.exists()
+        return has_reported or is_foreign or any(directory.checkpoints.glob("*/manifest.json"))
 
     @classmethod
     def reopen(cls, path: str | Path) -> RunDirectory:
@@ -76,6 +87,11 @@ class RunDirectory:
     def name(self) -> str:
         """The folder's own name."""
         return self.path.name
+
+    @property
+    def ray_name(self) -> str:
+        """The folder's name as a part of names in Ray, the same each time: see :func:`ray_name`."""
+        return ray_name(self.name)
 
     @property
     def config(self) -> Path:
@@ -132,10 +148,13 @@ class RunDirectory:
 
         Names of folders repeat and change; what a run writes elsewhere is marked by this.
         """
-        file = self.path / "run_id"
-        if not file.exists():
-            _write_whole(file, uuid.uuid4().hex)
-        return file.read_text(encoding="utf-8")
+        if not self._id.exists():
+            _write_whole(self._id, uuid.uuid4().hex)
+        return self._id.read_text(encoding="utf-8")
+
+    @property
+    def _id(self) -> Path:
+        return self.path / "run_id"
 
     def last_iteration(self) -> int:
         """The last one that was reported; 0: none."""
@@ -171,6 +190,22 @@ class RunDirectory:
     def write_config(self, text: str) -> None:
         """Write the resolved configuration; a reader finds all of it or what was there before."""
         _write_whole(self.config, text)
+
+
+def ray_name(text: str) -> str:
+    """A text as an identifier of Ray: Serve applications, actors and Train runs allow few characters.
+
+    Returns:
+        The text itself where it has ASCII letters, digits, ``-`` and ``_`` alone, begins with a letter or digit, and is
+        no longer than 64; else what can be kept of it, and a hash of the whole, so that different texts stay different.
+    """
+    if _RAY_NAME.fullmatch(text):
+        return text
+    ascii_text = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    kept = re.sub(r"[^A-Za-z0-9]+", "-", ascii_text).strip("-")[:40].rstrip("-")
+    # A folder's name need not be UTF-8.
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{kept or 'run'}-{digest}"
 
 
 def _iteration(line: str) -> int | None:

@@ -12,7 +12,9 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Coroutine, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -26,6 +28,7 @@ from rlhf_ray.rewards.shipping import pack, pack_rewards
 from rlhf_ray.rewards.worker import LONG_CALL_S, ConcurrentRewardWorker, SequentialRewardWorker
 from rlhf_ray.settings import RewardSettings
 from rlhf_ray.span_log import SpanLog
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup, Span
 from rlhf_ray.untrusted_text import shortened
 
@@ -139,6 +142,7 @@ class RewardPool:
         self._loop: asyncio.AbstractEventLoop
         self._thread: threading.Thread | None = None
         self._closed: str | None = "the reward pool is not started"
+        self._stopped = False
         # Held while a call enters the loop, so that none enters one that is being stopped and waits for ever.
         self._door = threading.Lock()
 
@@ -148,22 +152,30 @@ class RewardPool:
         Raises:
             RewardError: They do not, within ``startup_timeout_s``; or the pool was started before.
         """
-        if self._thread is not None:
-            raise RewardError("the reward pool was started before: make a new one")
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="reward-pool", daemon=True)
-        self._thread.start()
-        try:
+        with self._door:
+            if self._stopped:
+                raise RewardError("the reward pool is stopped")
+            if self._thread is not None:
+                raise RewardError("the reward pool was started before: make a new one")
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._loop.run_forever, name="reward-pool", daemon=True)
+            self._thread.start()
             starting = [
                 asyncio.run_coroutine_threadsafe(self._start_worker(), self._loop)
                 for _ in range(self._settings.num_workers)
             ]
+        try:
             workers = [start.result() for start in starting]
+        except CancelledError as error:  # By stop(), in another thread.
+            raise RewardError("the reward pool is stopped") from error
         except BaseException:
             self.stop()
             raise
-        self._closed = None
-        self._loop.call_soon_threadsafe(self._offer, workers)
+        with self._door:
+            if self._stopped:
+                raise RewardError("the reward pool is stopped")
+            self._closed = None
+            self._loop.call_soon_threadsafe(self._offer, workers)
 
     async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
         """Score ``group`` on the next free worker.
@@ -181,12 +193,20 @@ class RewardPool:
     def stop(self) -> None:
         """End the workers; groups that are being scored or wait for a worker raise ``RewardError``."""
         with self._door:
+            # Of two threads that stop it, as where a start fails that is given up, one does: the loop of the other's
+            # call may have ended before it came to it.
+            is_over, self._stopped = self._stopped, True
             self._closed = "the reward pool is stopped"
-        if self._thread is None or not self._thread.is_alive():
+        if is_over or self._thread is None:
             return
-        asyncio.run_coroutine_threadsafe(self._shut_down(self._closed), self._loop).result()
+        stop_all(
+            ("reward workers", asyncio.run_coroutine_threadsafe(self._shut_down(self._closed), self._loop).result),
+            ("thread of the reward pool", partial(self._end_thread, self._thread)),
+        )
+
+    def _end_thread(self, thread: threading.Thread) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        thread.join()
         self._loop.close()
 
     def take_spans(self) -> list[Span]:
@@ -412,10 +432,10 @@ class RewardPool:
 
     def _close(self, reason: str) -> None:
         self._closed = reason
-        for worker in self._workers:
+        workers, self._workers = self._workers, []
+        for worker in workers:
             worker.killed = worker.retired = True
-            kill(worker.actor)
-        self._workers = []
+        stop_all(*((f"reward worker {worker.number}", partial(kill, worker.actor)) for worker in workers))
         self._fail(list(self._waiting), RewardError(reason))
         self._waiting.clear()
 

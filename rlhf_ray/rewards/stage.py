@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import ExitStack
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.scoring import Scores, Tokenizer
 from rlhf_ray.rewards.shipping import pack
 from rlhf_ray.settings import RewardSettings
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Float32Array, RewardFailure, RolloutGroup, ScoredGroup, Span
 
 __all__ = ["CombinedRewards", "RewardStage", "reward_stage"]
@@ -114,9 +114,7 @@ class CombinedRewards:
 
     def stop(self) -> None:
         """End all actors, whatever another pool raises."""
-        with ExitStack() as stack:
-            for pool in self._pools:
-                stack.callback(pool.stop)
+        stop_all(*(("reward workers", pool.stop) for pool in self._pools))
 
     def _sum(self, group: RolloutGroup, scored: Sequence[ScoredGroup | Scores]) -> ScoredGroup | RewardFailure:
         with np.errstate(over="ignore"):

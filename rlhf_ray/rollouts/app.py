@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -17,8 +18,9 @@ from ray.serve.schema import ApplicationStatus
 from rlhf_ray.errors import RolloutError
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
-from rlhf_ray.rollouts.serve_instance import QUIET, serve_is_running, start_serve
+from rlhf_ray.rollouts.serve_instance import QUIET, deploy, end_unused_serve, serve_is_running
 from rlhf_ray.rollouts.start_failure import root_cause
+from rlhf_ray.stopping import stop_all
 
 __all__ = ["RolloutApp"]
 
@@ -41,7 +43,7 @@ class RolloutApp:
         num_cpus: CPUs reserved a replica.
         bridge: Handle of the learners' bridge actor.
         startup_timeout_s: Longest wait for the replicas.
-        ray_ends: Whether the whole Ray cluster ends after :meth:`stop`.
+        ray_ends: Whether the whole Ray cluster ends with the last algorithm of this process.
     """
 
     def __init__(
@@ -62,15 +64,18 @@ class RolloutApp:
         self._bridge = bridge
         self._startup_timeout_s = startup_timeout_s
         self._ray_ends = ray_ends
-        self._started_serve = False
         self._deploying: Future[Any] | None = None
         self._stopped = threading.Event()
+        self._ended = False
+        # A Serve that ends with stop() never answers what it was asked at that moment.
+        self._looking = threading.Lock()
         self.handle: Any = None
 
     def start(self) -> None:
         """Begin to deploy the replicas in a thread and return at once; :meth:`wait_ready` waits for them."""
-        self._started_serve = not serve_is_running()
-        self._deploying = ThreadPoolExecutor(1, "rollout-app").submit(self._deploy)
+        thread = ThreadPoolExecutor(1, "rollout-app")
+        self._deploying = thread.submit(self._deploy)
+        thread.shutdown(wait=False)
 
     def wait_ready(self) -> Any:
         """Wait until every replica answers; returns the handle that calls them.
@@ -86,59 +91,60 @@ class RolloutApp:
             raise self._late() from None
         except RuntimeError as error:
             raise _cannot_start(str(error)) from error
-        while (status := self._status()) != ApplicationStatus.RUNNING:
-            message = self._message()
+        while True:
+            status, message = self._look()
+            if status == ApplicationStatus.RUNNING:
+                return self.handle
             # A model that cannot be loaded will not load at the third try either.
             if status == ApplicationStatus.DEPLOY_FAILED or _START_ERROR in message:
                 cause = root_cause(message.splitlines()) or message
                 raise _cannot_start(cause.removeprefix(_START_ERROR))
-            if self._stopped.wait(_POLLING_S):
-                raise RolloutError("the rollout replicas were stopped before they were ready")
             if time.monotonic() > ends_at:
                 raise self._late()
-        return self.handle
+            self._stopped.wait(_POLLING_S)
 
     def stop(self) -> None:
-        """Delete the application, and Serve too if this pool started it and nobody else uses it."""
+        """Delete the application, and Serve too if this process started it and no other application is left."""
         self._stopped.set()
-        if self._deploying is None or not ray.is_initialized():
+        if self._looking.acquire(timeout=_STOP_TIMEOUT_S):
+            self._looking.release()
+        deploying = self._deploying
+        if self._ended or deploying is None or not ray.is_initialized():
             return
-        wait([self._deploying], _STOP_TIMEOUT_S)  # It may not have come yet to what is to be deleted.
-        self._deploying = None
+        wait([deploying], _STOP_TIMEOUT_S)  # It may not have come yet to what is to be deleted.
         if not serve_is_running():
             return
-        serve.delete(self.name)
+        steps: list[tuple[str, Callable[[], object]]] = [
+            (f"Serve application {self.name}", lambda: serve.delete(self.name))
+        ]
         # Serve's actors complain on the console when they are shut down one by one; a cluster that ends takes all.
-        if self._started_serve and not self._ray_ends and not serve.status().applications:
-            serve.shutdown()
+        if not self._ray_ends:
+            steps.append(("Ray Serve", end_unused_serve))
+        stop_all(*steps)
+        self._ended = True
 
     def _deploy(self) -> Any:
-        start_serve()
         application = self._deployment().bind(self._spec, self._bridge)
-        target = serve.RunTarget(application, name=self.name, route_prefix=None, logging_config=QUIET)
-        # Not serve.run: nothing but the end of the cluster ends its wait.
-        (handle,) = serve.run_many(
-            [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
-        )
-        return handle
+        return deploy(serve.RunTarget(application, name=self.name, route_prefix=None, logging_config=QUIET))
 
-    def _application(self) -> Any:
-        return serve.status().applications.get(self.name)
+    def _look(self) -> tuple[Any, str]:
+        """The application's status, and what Serve says of it.
 
-    def _status(self) -> Any:
-        application = self._application()
-        return None if application is None else application.status
+        Raises:
+            RolloutError: It was stopped.
+        """
+        with self._looking:
+            if self._stopped.is_set():
+                raise RolloutError("the rollout replicas were stopped before they were ready")
+            application = serve.status().applications.get(self.name)
+        if application is None:
+            return None, ""
+        messages = [deployment.message for deployment in application.deployments.values()]
+        return application.status, str(next((message for message in messages if message), application.message))
 
     def _late(self) -> RolloutError:
         limit = f"not ready within rollouts.startup_timeout_s = {self._startup_timeout_s:g} s"
-        return _cannot_start(f"{limit}; {self._message()}")
-
-    def _message(self) -> str:
-        application = self._application()
-        if application is None:
-            return ""
-        messages = [deployment.message for deployment in application.deployments.values()]
-        return str(next((message for message in messages if message), application.message))
+        return _cannot_start(f"{limit}; {self._look()[1]}")
 
     def _deployment(self) -> Any:
         options: dict[str, Any] = {"num_cpus": self._num_cpus, "runtime_env": {"env_vars": self._spec.env}}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
@@ -14,11 +13,11 @@ from rlhf_ray.prompts.order import PromptPosition
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.flow import Collected, RolloutFlow
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
 
 __all__ = ["RolloutController"]
 
-_LOG = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 10.0
 _CHECK_S = 1.0
 
@@ -77,11 +76,13 @@ class RolloutController:
         """Cancel what is in flight and end the thread; a thread that hangs in the prompt stream is left behind."""
         if not self._thread.is_alive():
             return
+        cancelled = asyncio.run_coroutine_threadsafe(self._cancel(), self._loop)
+        stop_all(
+            ("groups in flight", lambda: cancelled.result(_STOP_TIMEOUT_S)),
+            ("thread of the rollout controller", self._end_thread),
+        )
 
-        try:
-            asyncio.run_coroutine_threadsafe(self._cancel(), self._loop).result(timeout=_STOP_TIMEOUT_S)
-        except TimeoutError:
-            _LOG.warning("the rollout controller did not stop within %g s", _STOP_TIMEOUT_S)
+    def _end_thread(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout=_STOP_TIMEOUT_S)
         if not self._thread.is_alive():

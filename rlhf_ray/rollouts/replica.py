@@ -9,24 +9,26 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 from ray import serve
 
 from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.engine import EngineSpec, LoadReport, RolloutEngine
-from rlhf_ray.rollouts.start_failure import engine_start_failure
+from rlhf_ray.rollouts.start_failure import engine_failure
 from rlhf_ray.rollouts.streams import FinishedGroups
 from rlhf_ray.types import Completion, Prompt, SamplingSettings, Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
 __all__ = ["RolloutReplica"]
 
 _LOG = logging.getLogger(__name__)
 _CHECK_S = 0.5
 _ORPHAN_CHECK_S = 5.0
+_TELL_TIMEOUT_S = 5.0
 
 
 class RolloutReplica:
@@ -45,16 +47,18 @@ class RolloutReplica:
         self._publication: str | None = None
         self._in_group = False
         self._in_transfer = False
+        self._is_starting = True
         self.replica_id = serve.get_replica_context().replica_id.unique_id
         # Serve starts again what a killed driver started, and would do so for ever.
         await self._check_run()
         try:
             self._engine = RolloutEngine(spec)
         except Exception as error:
-            raise RuntimeError(f"EngineStartError: {engine_start_failure(error)}") from error
+            raise RuntimeError(f"EngineStartError: {engine_failure(error)}") from error
         self._watching = asyncio.gather(self._end_with_engine(), self._end_with_run())
         await self._engine.start(version=0)
         await self._catch_up(await bridge.newest_version.remote())
+        self._is_starting = False
 
     async def generate(
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seeds: Sequence[int], min_version: int
@@ -94,7 +98,8 @@ class RolloutReplica:
         self._in_group = info is not None
         if info is not None:
             self._in_transfer = True
-            await self._engine.init_weight_transfer(info)
+            async with self._failing():
+                await self._engine.init_weight_transfer(info)
             self._in_transfer = False
         return self._report()
 
@@ -103,21 +108,21 @@ class RolloutReplica:
         if self._in_group:
             await self._updating.acquire()
             self._in_transfer = True
-            with self._failing():
+            async with self._failing():
                 await self._engine.begin_update()
         return self._report()
 
     async def apply_update(self, update: dict[str, Any]) -> LoadReport:
         """Receive weights from the learners (NCCL)."""
         if self._in_group:
-            with self._failing():
+            async with self._failing():
                 await self._engine.apply_update(update)
         return self._report()
 
     async def finish_update(self, version: int) -> LoadReport:
         """Resume under what was received (NCCL)."""
         if self._in_group:
-            with self._failing():
+            async with self._failing():
                 await self._engine.finish_update(version)
             self._in_transfer = False
             self._updating.release()
@@ -209,7 +214,7 @@ class RolloutReplica:
         async with self._updating:
             if is_needless():
                 return
-            with self._failing():
+            async with self._failing():
                 await self._engine.load_weights(manifest, buckets)
             self._publication = manifest.publication
             self._tell_pause()
@@ -220,18 +225,29 @@ class RolloutReplica:
             pause = Span.ending_now(f"replica {self.replica_id}", name, self._engine.pause_s)
             self._bridge.add_spans.remote([pause])
 
-    @contextmanager
-    def _failing(self) -> Iterator[None]:
+    @asynccontextmanager
+    async def _failing(self) -> AsyncIterator[None]:
         """Remember an error that leaves the engine paused with half-loaded weights; a dead engine's is no answer."""
         try:
             yield
         except BaseException as error:
+            self._failure = error
+            await self._tell_failure(error)
             if self._engine.is_dead:
                 # Whoever asked must hear that this replica died, which another one makes good: the engine's own error
                 # would end the run.
                 _end_process()
-            self._failure = error
             raise
+
+    async def _tell_failure(self, error: BaseException) -> None:
+        """Say why at the bridge: who asked may never hear it, since this replica ends, or since they do."""
+        message = engine_failure(error)
+        _LOG.error("weights could not be loaded: %s", message)
+        try:
+            failure = ReplicaFailure(told_by=f"replica {self.replica_id}", message=message, is_new=self._is_starting)
+            await asyncio.wait_for(self._bridge.replica_failed.remote(failure), _TELL_TIMEOUT_S)
+        except Exception as lost:  # The bridge is gone, or out of reach: the error itself is what counts.
+            _LOG.warning("the run was not told so: %r", lost)
 
     def _report(self) -> LoadReport:
         return LoadReport(replica_id=self.replica_id, version=self._engine.version, pause_s=self._engine.pause_s)

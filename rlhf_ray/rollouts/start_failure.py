@@ -1,7 +1,7 @@
-"""Finds the one line that says why an engine, or another process with a log, could not start.
+"""Finds the one line that says why an engine, or another process with a log, could not start or has ended.
 
 vLLM runs its engine in a process of its own; that process's traceback goes to the replica's log, and the replica itself
-only hears that "initialization failed".
+only hears that "initialization failed", or that the engine "encountered an issue".
 """
 
 from __future__ import annotations
@@ -12,11 +12,18 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["engine_start_failure", "exceptions_in", "root_cause"]
+__all__ = ["engine_failure", "exceptions_in", "root_cause"]
 
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit): .+)$")
 # What names no cause by itself: vLLM's and Ray's wrappers around the line that does.
-_WRAPPERS = ("Engine core initialization failed", "Engine core proc", "ray.exceptions.", "Traceback")
+_WRAPPERS = (
+    "Engine core initialization failed",
+    "Engine core proc",
+    "EngineCore encountered",
+    "EngineDeadError",
+    "ray.exceptions.",
+    "Traceback",
+)
 _LOG_BYTES = 64 * 1024
 
 
@@ -32,8 +39,8 @@ def root_cause(lines: Iterable[str]) -> str | None:
     return causes[-1] if causes else None
 
 
-def engine_start_failure(error: BaseException) -> str:
-    """Say in one line why the engine of this process could not start.
+def engine_failure(error: BaseException) -> str:
+    """Say in one line why the engine of this process could not start or has ended.
 
     What failed in this process is the error itself; what failed in the engine's own is in the log.
     """

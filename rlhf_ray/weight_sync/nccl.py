@@ -4,8 +4,9 @@ vLLM's trainer engine drives the round inside the learner ranks: all gather, ran
 Its stock client hands every replica the same rank offset, so that two replicas would claim the same ranks;
 :class:`ReplicaClient` gives each its own.
 
-A broadcast that has lost a peer never returns. Where a replica dies on the way rank 0 ends, Ray Train starts the
-learners again, replicas that stand in the middle of the update are replaced, and the publication is made once more.
+A broadcast that has lost a peer never returns, nor does the start of a group. Where a replica dies or fails on the way
+rank 0 ends, Ray Train starts the learners again, replicas that stand in the middle of the update are replaced, and the
+publication is made once more.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import math
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -31,6 +33,9 @@ __all__ = ["NcclSender", "ReplicaClient", "ShardedSource", "rank_offsets"]
 
 _LOG = logging.getLogger(__name__)
 _TIMEOUT_S = 600.0
+# A rendezvous and one small collective; NCCL itself would wait for a lost peer for ever.
+_START_TIMEOUT_S = 180.0
+_STATUS_TIMEOUT_S = 30.0
 _WATCH_S = 5.0
 
 
@@ -102,6 +107,8 @@ class ReplicaClient:
         self._handle = handle
         self._offsets = rank_offsets(replica_ids, tensor_parallel_size)
         self.version = 0
+        self.failure: Exception | None = None
+        """What the last call that failed raised; the replicas are of no use after it."""
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Every replica joins under its own rank offset."""
@@ -114,45 +121,86 @@ class ReplicaClient:
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """The engines receive; returns when all have. vLLM calls this beside the broadcast."""
-        with self._watching():
-            self._all("apply_update", update_info)
+        self._all("apply_update", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         """The engines resume under the new version; vLLM's trainer engine names none, so ours is used."""
         self._all("finish_update", int(weight_version) if weight_version is not None else self.version)
 
+    def missing(self) -> list[str]:
+        """Replicas of the group that do not answer any more."""
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        try:
+            answers = self._handle.broadcast("status").results(timeout_s=_STATUS_TIMEOUT_S, return_exceptions=True)
+        except DeploymentUnavailableError:
+            answers = []
+        # One that has come since takes no part, and pulls the version itself.
+        return sorted(self._offsets.keys() - {a.replica_id for a in answers if isinstance(a, LoadReport)})
+
     def _all(self, method: str, *arguments: Any) -> None:
+        try:
+            self._ask(method, *arguments)
+        except Exception as error:
+            self.failure = error
+            raise
+
+    def _ask(self, method: str, *arguments: Any) -> None:
         from ray.exceptions import RayActorError
 
         answers = self._handle.broadcast(method, *arguments).results(timeout_s=_TIMEOUT_S, return_exceptions=True)
         failures = [a for a in answers if isinstance(a, BaseException) and not isinstance(a, RayActorError)]
         if failures:
             raise failures[0]
-        if missing := self._missing(answers):
+        if missing := sorted(self._offsets.keys() - {a.replica_id for a in answers if isinstance(a, LoadReport)}):
             raise ReplicaLostError(f"replicas {', '.join(missing)} did not answer {method}")
 
-    def _missing(self, answers: Iterable[Any]) -> list[str]:
-        # One that has come since takes no part, and pulls the version itself.
-        return sorted(self._offsets.keys() - {a.replica_id for a in answers if isinstance(a, LoadReport)})
 
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        """Within, end this process as soon as a replica of the group has died."""
-        over = threading.Event()
+@contextmanager
+def _watching(client: ReplicaClient, purpose: str, *, limit_s: float, tell: Callable[[str], object]) -> Iterator[None]:
+    """Within, end this process where the collective that it is in has lost a peer, and so never ends.
 
-        def watch() -> None:
-            while not over.wait(_WATCH_S):
-                answers = self._handle.broadcast("status").results(timeout_s=_TIMEOUT_S, return_exceptions=True)
-                if (missing := self._missing(answers)) and not over.is_set():
-                    _LOG.error("replicas %s died while weights were sent to them", ", ".join(missing))
-                    os._exit(1)
+    Args:
+        client: The replicas; a call of it that failed may have left this process alone in the collective.
+        purpose: What is done, for the log.
+        limit_s: Longest time for that.
+        tell: Told why before the process ends.
+    """
+    over = threading.Event()
 
-        watcher = threading.Thread(target=watch, name="nccl-replicas", daemon=True)
-        watcher.start()
-        try:
-            yield
-        finally:
-            over.set()
+    def watch() -> None:
+        ends_at = time.monotonic() + limit_s
+        was_stuck = False
+        while not over.wait(_WATCH_S):
+            reason = _stuck(client, is_late=time.monotonic() > ends_at, limit_s=limit_s)
+            # Twice: what failed may be raised here at this moment, and a replica be out of reach for one.
+            if reason is None or not was_stuck:
+                was_stuck = reason is not None
+                continue
+            _LOG.error("%s: %s; the learners are started again", purpose, reason)
+            try:
+                tell(f"{purpose}: {reason}")
+            finally:
+                os._exit(1)
+
+    watcher = threading.Thread(target=watch, name="nccl-replicas", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+
+
+def _stuck(client: ReplicaClient, *, is_late: bool, limit_s: float) -> str | None:
+    """Why a collective with the replicas cannot end; ``None``: it may."""
+    if client.failure is not None:
+        return f"a replica failed: {client.failure!r}"
+    try:
+        if missing := client.missing():
+            return f"replicas {', '.join(missing)} died"
+    except Exception as error:  # Whether they live will be known at the next look, or the time is over.
+        _LOG.warning("the replicas could not be asked whether they live: %r", error)
+    return f"not done within {limit_s:g} s" if is_late else None
 
 
 class NcclSender:
@@ -164,16 +212,25 @@ class NcclSender:
         rank: This learner's rank.
         source: The weights.
         tensor_parallel_size: Engine workers a replica.
+        tell: Told why this process ends, where it does: a collective that has lost a peer never returns.
     """
 
     def __init__(
-        self, *, app_name: str, deployment_name: str, rank: int, source: ShardedSource, tensor_parallel_size: int
+        self,
+        *,
+        app_name: str,
+        deployment_name: str,
+        rank: int,
+        source: ShardedSource,
+        tensor_parallel_size: int,
+        tell: Callable[[str], object] = _LOG.error,
     ) -> None:
         self._app_name = app_name
         self._deployment_name = deployment_name
         self._rank = rank
         self._source = source
         self._tensor_parallel_size = tensor_parallel_size
+        self._tell = tell
         self._group: tuple[str, ...] = ()
         self._engine: NCCLTrainerWeightTransferEngine | None = None
 
@@ -182,8 +239,10 @@ class NcclSender:
         if self._engine is None or replica_ids != self._group:
             self._connect(replica_ids)
         assert self._engine is not None
-        self._engine.client.version = version
-        self._engine.send_weights()
+        client: ReplicaClient = self._engine.client
+        client.version = version
+        with self._ended_if_stuck(client, f"sending version {version}", limit_s=_TIMEOUT_S):
+            self._engine.send_weights()
 
     def close(self) -> None:
         """Leave the group, if there is one."""
@@ -198,18 +257,26 @@ class NcclSender:
 
         self.close()
         handle = serve.get_deployment_handle(self._deployment_name, self._app_name)
-        self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
-            NCCLTrainerInitInfo(
-                rank=self._rank,
-                # Not what the host's name resolves to, which is often a loopback address.
-                master_address=ray.util.get_node_ip_address(),
-                master_port=_free_port(),
-                world_size=1 + len(replica_ids) * self._tensor_parallel_size,
-            ),
-            client=ReplicaClient(handle, list(replica_ids), self._tensor_parallel_size),
-            source=self._source,
-        )
+        client = ReplicaClient(handle, list(replica_ids), self._tensor_parallel_size)
+        with self._ended_if_stuck(client, "connecting learners and replicas over NCCL", limit_s=_START_TIMEOUT_S):
+            self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
+                NCCLTrainerInitInfo(
+                    rank=self._rank,
+                    # Not what the host's name resolves to, which is often a loopback address.
+                    master_address=ray.util.get_node_ip_address(),
+                    master_port=_free_port(),
+                    world_size=1 + len(replica_ids) * self._tensor_parallel_size,
+                ),
+                client=client,
+                source=self._source,
+            )
         self._group = replica_ids
+
+    def _ended_if_stuck(self, client: ReplicaClient, purpose: str, *, limit_s: float) -> AbstractContextManager[None]:
+        # The other ranks wait for rank 0 alone, and end with it.
+        if self._rank != 0:
+            return nullcontext()
+        return _watching(client, purpose, limit_s=limit_s, tell=self._tell)
 
 
 def _free_port() -> int:

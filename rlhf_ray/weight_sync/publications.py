@@ -14,6 +14,8 @@ from rlhf_ray.weight_sync.publisher import Publication, Publisher
 
 __all__ = ["Publications"]
 
+_SETTLE_S = 10.0
+
 
 class Publications:
     """Publishes policies in the order of their versions.
@@ -69,6 +71,11 @@ class Publications:
         pending, self._pending = self._pending, None
         if pending is not None:
             wait([pending], timeout_s)
+
+    def stop(self) -> None:
+        """Wait some seconds for a publication that is on its way, and end the thread."""
+        self.settle(_SETTLE_S)
+        self._thread.shutdown(wait=False)
 
     def _finished(self) -> Publication | None:
         """The last publication, which is waited for; none: there was none."""

@@ -6,6 +6,8 @@ object store and shared memory; between GPUs the learners send them over NCCL (n
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,12 +16,15 @@ from typing import Any, Protocol
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.rollouts.engine import LoadReport
 from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
 __all__ = ["NcclPublisher", "ObjectStorePublisher", "Publication", "Publisher", "checked_pause"]
 
+_LOG = logging.getLogger(__name__)
 _TIMEOUT_S = 600.0
 _RETRY_PAUSE_S = 0.5
 _MOST_TRIES = 3
+_NUMBER = re.compile(r"0x[0-9a-f]+|\d+")
 
 
 class WeightSource(Protocol):
@@ -31,6 +36,10 @@ class WeightSource(Protocol):
 
     def send(self, replica_ids: tuple[str, ...]) -> int | None:
         """Send the policy to the replicas over NCCL; its size in bytes, ``None`` where the learners died meanwhile."""
+        ...
+
+    def take_replica_failures(self) -> list[ReplicaFailure]:
+        """Why replicas could not load weights, since the last call."""
         ...
 
     def attend(self) -> None:
@@ -75,12 +84,13 @@ class _Publisher:
     def __init__(self, *, source: WeightSource, handle: Any) -> None:
         self._source = source
         self._handle = handle
+        self._failures = _Failures(source, 0)
 
     def _ask_all(self, method: str, *arguments: Any) -> list[LoadReport | BaseException]:
         """Call all running replicas; where none is, because all died, wait for Serve to start one.
 
         Raises:
-            WeightSyncError: They did not answer in time.
+            WeightSyncError: They did not answer in time, or those that start fail with the error that ended others.
             LearnerError: The learners cannot give a replica that starts its weights.
         """
         from ray.exceptions import RayActorError
@@ -99,8 +109,57 @@ class _Publisher:
             if not all(isinstance(answer, RayActorError) for answer in answers):
                 return list(answers)
             self._source.attend()
+            self._failures.look()
             time.sleep(_RETRY_PAUSE_S)
-        raise WeightSyncError(f"the replicas did not answer {method} within {_TIMEOUT_S:g} s")
+        raise WeightSyncError(f"the replicas did not answer {method} within {_TIMEOUT_S:g} s{self._failures.told()}")
+
+
+class _Failures:
+    """What replicas say of a publication that fails: a death is made good by another replica, a defect is not.
+
+    Args:
+        source: The learner group.
+        version: The policy version that is published.
+    """
+
+    def __init__(self, source: WeightSource, version: int) -> None:
+        self._source = source
+        self._version = version
+        self._in_this_try: set[str] = set()
+        self._before: set[str] = set()
+        self._newest: ReplicaFailure | None = None
+
+    def look(self) -> None:
+        """Hear what was told since the last call.
+
+        Raises:
+            WeightSyncError: A try before failed for the same reason, or did a replica that one now takes the place of.
+        """
+        for failure in self._source.take_replica_failures():
+            self._newest = failure
+            # Addresses and sizes differ from one process to the next.
+            reason = _NUMBER.sub("#", failure.message)
+            if reason in self._before or (failure.is_new and reason in self._in_this_try):
+                raise WeightSyncError(
+                    f"policy version {self._version} cannot be loaded: {failure.told_by} failed like another one "
+                    f"before it: {failure.message}"
+                )
+            self._in_this_try.add(reason)
+
+    def next_try(self) -> None:
+        """Look, and begin anew: what failed until now must not fail again."""
+        self.look()
+        self._before |= self._in_this_try
+        self._in_this_try = set()
+
+    def warn(self) -> None:
+        """Log what was told since the last call: the others have the weights, and Serve replaces who has not."""
+        for failure in self._source.take_replica_failures():
+            _LOG.warning("%s could not load policy weights: %s", failure.told_by, failure.message)
+
+    def told(self) -> str:
+        """The newest failure, for the end of a sentence."""
+        return "" if self._newest is None else f"; {self._newest.told_by}: {self._newest.message}"
 
 
 class ObjectStorePublisher(_Publisher):
@@ -127,6 +186,7 @@ class ObjectStorePublisher(_Publisher):
     def _deliver(self, manifest: WeightManifest, refs: list[Any], started: float) -> Publication:
         from ray.exceptions import ObjectLostError
 
+        self._failures = _Failures(self._source, manifest.version)
         for part in self._parts():
             answers = self._ask_all("load_weights", manifest, refs, part)
         for _ in range(_MOST_TRIES):
@@ -135,10 +195,12 @@ class ObjectStorePublisher(_Publisher):
             # The learner that had put them into the object store died; the next one has them again, or newer ones.
             manifest, refs = self._source.publish()
             answers = self._ask_all("load_weights", manifest, refs, None)
+        pause_s = checked_pause(manifest.version, answers)
+        self._failures.warn()
         return Publication(
             version=manifest.version,
             size_bytes=manifest.size_bytes,
-            pause_s=checked_pause(manifest.version, answers),
+            pause_s=pause_s,
             replica_ids=frozenset(report.replica_id for report in _reports(answers)),
             publication_s=time.perf_counter() - started,
         )
@@ -164,24 +226,29 @@ class NcclPublisher(_Publisher):
 
     def _send(self, version: int) -> Publication:
         started = time.perf_counter()
+        self._failures = _Failures(self._source, version)
         for _ in range(_MOST_TRIES):
             before = [report.replica_id for report in _reports(self._ask_all("status"))]
             size_bytes = self._source.send(tuple(sorted(before)))
             if size_bytes is not None:
                 break
+            self._failures.next_try()
             self._ask_all("abandon_update")
         else:
-            raise WeightSyncError(f"learners or replicas died {_MOST_TRIES} times while version {version} was sent")
+            deaths = f"learners or replicas died {_MOST_TRIES} times while version {version} was sent"
+            raise WeightSyncError(deaths + self._failures.told())
         # One that has come since pulls the version itself.
         answers = [
             answer
             for answer in self._ask_all("status")
             if not isinstance(answer, LoadReport) or answer.replica_id in before
         ]
+        pause_s = checked_pause(version, answers)
+        self._failures.warn()
         return Publication(
             version=version,
             size_bytes=size_bytes,
-            pause_s=checked_pause(version, answers),
+            pause_s=pause_s,
             replica_ids=frozenset(report.replica_id for report in _reports(answers)),
             publication_s=time.perf_counter() - started,
         )
@@ -201,7 +268,9 @@ def checked_pause(version: int, answers: list[LoadReport | BaseException]) -> fl
     reports = _reports(answers)
     failures = [a for a in answers if not isinstance(a, (LoadReport, RayActorError))]
     if failures:
-        raise WeightSyncError(f"a replica could not load policy version {version}: {failures[0]!r}")
+        # Ray wraps what a replica raised, with the traceback; the cause says it shortly.
+        cause = getattr(failures[0], "cause", None) or failures[0]
+        raise WeightSyncError(f"a replica could not load policy version {version}: {cause!r}") from failures[0]
     if not reports:
         raise WeightSyncError(f"no replica acknowledged policy version {version}: none is running")
     wrong = [report for report in reports if report.version != version]

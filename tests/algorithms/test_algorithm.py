@@ -15,7 +15,7 @@ from rlhf_ray import GRPO, PPO, Algorithm, GRPOConfig, PPOConfig
 from rlhf_ray.algorithms import algorithm as module
 from rlhf_ray.algorithms.run_counts import RunCounts
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
-from rlhf_ray.errors import ConfigError
+from rlhf_ray.errors import ConfigError, LearnerError
 from rlhf_ray.learner.group import StateLostError
 from rlhf_ray.prompts.order import PromptPosition
 from rlhf_ray.reporting.run_lock import RunLock
@@ -370,3 +370,80 @@ def test_the_base_class_is_the_algorithm_of_the_config_that_it_is_given(parts: F
     algorithm.stop()
     assert algorithm.settings.training.advantage == "grpo"
     assert (tmp_path / "run" / "config.yaml").read_text().startswith("algorithm: GRPO")
+
+
+# --- how a run ends ---
+
+
+def test_a_stop_that_fails_hides_no_error_and_leaves_the_directory_free(
+    parts: FakeParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(self: FakeParts) -> None:
+        raise TimeoutError("the application was not deleted after 60s")
+
+    monkeypatch.setattr(FakeParts, "stop", fail)
+    algorithm = build(run_config(tmp_path / "run"))
+    algorithm._writer.stop = fail.__get__(parts)  # type: ignore[method-assign]
+    with pytest.raises(LearnerError, match="the cause"):
+        try:
+            raise LearnerError("the cause")
+        finally:
+            algorithm.stop()
+    assert caplog.text.count("stopping failed (TimeoutError") == 2
+    RunLock.take(tmp_path / "run").release()
+
+
+def test_an_interrupted_stop_releases_the_rest(
+    parts: FakeParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: FakeParts) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeParts, "stop", interrupt)
+    algorithm = build(run_config(tmp_path / "run"))
+    with pytest.raises(KeyboardInterrupt):
+        algorithm.stop()
+    RunLock.take(tmp_path / "run").release()
+    algorithm.stop()
+
+
+def test_at_the_end_of_a_script_every_algorithm_is_stopped(
+    parts: FakeParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    algorithms = [build(run_config(tmp_path / name)) for name in ("one", "two")]
+    monkeypatch.setattr(module, "_LIVE", set(algorithms))
+    monkeypatch.setattr(PPO, "stop", lambda self: parts.calls.append("stop") or 1 / 0)
+    module._stop_all()
+    assert parts.calls.count("stop") == 2
+
+
+def test_a_trial_that_cannot_be_taken_over_leaves_nothing(
+    running: Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = running._parts.calls  # type: ignore[union-attr]
+
+    def fail(*_: Any) -> None:
+        raise LearnerError("out of memory")
+
+    running._parts.learners.renew = fail  # type: ignore[method-assign, union-attr]
+    with pytest.raises(LearnerError, match="out of memory"):
+        running.reset_config(PPOConfig().training(lr=0.5).reporting(tensorboard=False).to_dict())
+    assert calls[-1] == "stop"
+    running.stop()
+
+
+def test_a_start_that_failed_can_be_repeated_with_the_same_command(
+    parts: FakeParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise ConfigError("TMPDIR", "/scratch/...", "too long")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(PPO, "_start", fail)
+        with pytest.raises(ConfigError, match="too long"):
+            build(run_config(tmp_path / "run"))
+    algorithm = build(run_config(tmp_path / "run"))
+    algorithm.log_result({"training_iteration": 1})
+    algorithm.stop()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        build(run_config(tmp_path / "run"))

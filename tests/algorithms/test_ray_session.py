@@ -1,28 +1,14 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from rlhf_ray import RewardModelReward
-from rlhf_ray.algorithms.ray_session import (
-    RaySession,
-    Shares,
-    _below,
-    _end,
-    _raylets,
-    cluster_to_join,
-    cpu_shares,
-    resolve_device,
-)
+from rlhf_ray.algorithms import ray_session as module
+from rlhf_ray.algorithms.ray_connection import RayConnection
+from rlhf_ray.algorithms.ray_session import RaySession, Shares, cpu_shares, resolve_device
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.settings import Settings
 
@@ -106,6 +92,8 @@ def test_reward_models_have_gpus_beside_replicas_and_learners(gpus: float, num_g
 def test_learners_may_stay_on_the_cpu(
     asked: int | None, gpus: float, replicas_on_gpu: bool, learners_on_gpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(module, "_CONNECTION", RayConnection())
+    monkeypatch.setattr("ray._private.auto_init_hook.enable_auto_connect", True)
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus, "CPU": 8.0})
     base = settings_of()
@@ -158,162 +146,41 @@ def test_more_than_the_cluster_has_is_refused(arguments: dict[str, Any], cpus: f
     assert caught.value.field.startswith("resources.cpus_per_replica")
 
 
-def start_raylet(folder: Path, program: str = "read line") -> subprocess.Popen[bytes]:
-    """A shell program in a process that is called like Ray's; by default it ends with its input."""
-    raylet = folder / "raylet"
-    raylet.symlink_to("/bin/sh")
-    return subprocess.Popen([str(raylet), "-c", program], stdin=subprocess.PIPE)
-
-
-def test_the_workers_of_a_cluster_are_all_below_its_raylet(tmp_path: Path) -> None:
-    other = subprocess.Popen(["sleep", "60"])
-    cluster = start_raylet(tmp_path, "sleep 60 & sh -c 'sleep 60; true' & wait")
-    try:
-        deadline = time.perf_counter() + 5
-        while len(found := _below(_raylets())) < 3 and time.perf_counter() < deadline:
-            time.sleep(0.01)
-        assert sorted(process.name() for process in found) == ["sh", "sleep", "sleep"]
-        _end(found, grace_s=0.1)
-        assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in found)
-        assert other.poll() is None
-    finally:
-        for process in (cluster, other):
-            process.kill()
-            process.communicate()
-
-
-def test_processes_that_end_by_themselves_are_waited_for_and_not_killed() -> None:
-    quick = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(0.2)"])
-    process = psutil.Process(quick.pid)
-
-    _end([process], grace_s=5.0)
-
-    assert quick.wait() == 0
-
-
-RECORDED = "10.0.0.9:6379"
-
-
 @pytest.fixture
-def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment of a process to which no cluster is known; what a test sets is gone afterwards."""
-    variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    variables["RAY_TMPDIR"] = str(tmp_path)
-    monkeypatch.setattr("os.environ", variables)
-    return variables
-
-
-@pytest.fixture
-def record(tmp_path: Path, environment: dict[str, str]) -> Path:
-    """What ``ray start`` leaves: the address of its cluster."""
-    path = tmp_path / "ray" / "ray_current_cluster"
-    path.parent.mkdir()
-    path.write_text(RECORDED)
-    return path
-
-
-@pytest.mark.parametrize(
-    ("address", "variable", "joined"),
-    [
-        (None, None, RECORDED),
-        (None, "", RECORDED),
-        ("auto", None, "auto"),
-        ("auto", "head:6379", "head:6379"),
-        (None, "head:6379", "head:6379"),
-        (None, "local", None),
-        ("local", None, None),
-        ("local", "head:6379", None),
-        ("10.0.0.1:6379", "head:6379", "10.0.0.1:6379"),
-    ],
-)
-def test_a_cluster_is_found_in_ray_s_own_order(
-    address: str | None, variable: str | None, joined: str | None, environment: dict[str, str], record: Path
-) -> None:
-    if variable is not None:
-        environment["RAY_ADDRESS"] = variable
-    assert cluster_to_join(address) == joined
-
-
-def test_without_a_record_a_cluster_is_started(environment: dict[str, str]) -> None:
-    assert cluster_to_join(None) is None
-
-
-class FakeRay:
-    """Stands where Ray stands, in a process without one; starts a raylet where it is told to."""
-
-    def __init__(self, folder: Path, *, starts: bool) -> None:
-        self._folder = folder
-        self._starts = starts
-        self.asked: dict[str, Any] = {}
-        self.raylet: subprocess.Popen[bytes] | None = None
-
-    def init(self, **options: Any) -> None:
-        self.asked = options
-        if self._starts:
-            self.raylet = start_raylet(self._folder)
-
-    def end(self) -> None:
-        if self.raylet is not None:
-            self.raylet.communicate()
-
-
-@pytest.fixture
-def fake_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., FakeRay]]:
-    made: list[FakeRay] = []
-
-    def make(*, starts: bool) -> FakeRay:
-        made.append(FakeRay(tmp_path, starts=starts))
-        monkeypatch.setattr("ray.init", made[-1].init)
-        return made[-1]
-
-    monkeypatch.setattr("ray.is_initialized", lambda: False)
+def ray_is_running(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether Ray runs in this process: one entry; a session starts it, and may end it."""
+    running: list[bool] = []
+    monkeypatch.setattr(module, "_CONNECTION", RayConnection())
+    monkeypatch.setattr("ray._private.auto_init_hook.enable_auto_connect", True)
+    monkeypatch.setattr("rlhf_ray.algorithms.ray_connection.connect", lambda address, **_: running.append(True))
+    monkeypatch.setattr("ray.is_initialized", lambda: bool(running))
+    monkeypatch.setattr("ray.shutdown", running.clear)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
-    yield make
-    for each in made:
-        each.end()
+    return running
 
 
-def test_a_ray_that_this_process_starts_ends_with_it(
-    fake_ray: Callable[..., FakeRay], environment: dict[str, str]
-) -> None:
-    ray = fake_ray(starts=True)
-    assert RaySession(settings_of()).ends_ray
-    assert (ray.asked["address"], ray.asked["include_dashboard"]) == (None, False)
-    assert environment["RAY_enable_metrics_collection"] == "0"
-
-
-def test_a_ray_that_is_on_record_is_somebody_else_s(
-    fake_ray: Callable[..., FakeRay], environment: dict[str, str], record: Path
-) -> None:
-    ray = fake_ray(starts=False)
-    assert not RaySession(settings_of()).ends_ray
-    assert (ray.asked["address"], ray.asked["include_dashboard"]) == (None, None)
-    assert not any(name.startswith(("RAY_SERVE", "RAY_TRAIN", "RAY_enable", "RAY_task")) for name in environment)
-
-
-def test_what_ends_with_a_session_is_told_by_what_it_started(
-    fake_ray: Callable[..., FakeRay], tmp_path: Path, environment: dict[str, str]
-) -> None:
-    # Ray found a cluster where nobody expected one, in a process that has one of its own already.
-    (tmp_path / "own").mkdir()
-    own = start_raylet(tmp_path / "own")
-    fake_ray(starts=False)
-    try:
-        assert not RaySession(settings_of()).ends_ray
-    finally:
-        own.communicate()
-
-
-def test_a_run_that_does_not_fit_leaves_no_cluster_behind(
-    fake_ray: Callable[..., FakeRay], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shut_down: list[bool] = []
-    fake_ray(starts=False)
-    # There is one from init() on.
-    there = iter([False, True])
-    monkeypatch.setattr("ray.is_initialized", lambda: next(there))
-    monkeypatch.setattr("ray.shutdown", lambda: shut_down.append(True))
+def test_a_run_that_does_not_fit_leaves_no_cluster_behind(ray_is_running: list[bool]) -> None:
     base = settings_of()
     with pytest.raises(ConfigError):
         RaySession(replace(base, learners=replace(base.learners, num_gpus_per_learner=1)))
-    assert shut_down == [True]
+    assert ray_is_running == []
+
+
+def test_a_session_that_ends_leaves_ray_to_the_others(ray_is_running: list[bool]) -> None:
+    first, second = RaySession(settings_of()), RaySession(settings_of())
+    first.stop()
+    first.stop()
+    assert ray_is_running == [True]
+    second.stop()
+    assert ray_is_running == []
+
+
+def test_a_lease_that_cannot_be_given_back_keeps_no_cluster(ray_is_running: list[bool]) -> None:
+    class Lease:
+        def end(self) -> None:
+            raise TimeoutError("the keeper does not answer")
+
+    session = RaySession(settings_of())
+    session.lease = Lease()  # type: ignore[assignment]
+    session.stop()
+    assert ray_is_running == []

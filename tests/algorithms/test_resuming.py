@@ -130,6 +130,33 @@ def test_settings_that_are_lost_are_not_the_defaults(content: str | None, resume
 # --- runs without a checkpoint ---
 
 
+@pytest.mark.parametrize("resume", ["never", "same", "any"])
+@pytest.mark.parametrize("path", [None, "all"])
+def test_a_start_that_failed_leaves_the_folder_to_the_next_one(
+    resume: str, path: str | None, working_dir: Path
+) -> None:
+    settings: dict[str, Any] = {"resume": resume, "path": path, "interval": 1}
+    first = start(config_of(working_dir / "run", **settings))
+    first.directory.metrics.touch()  # What reporters leave that were started.
+
+    # With other settings too: those may have been the reason.
+    again = start(config_of(working_dir / "run", **settings).training(lr=0.5))
+
+    assert (again.goes_on, again.checkpoint, again.directory) == (False, None, first.directory)
+    assert PPOConfig.from_yaml(again.directory.config).settings.training.lr == 0.5
+
+
+@pytest.mark.parametrize("path", [None, "all"])
+def test_a_run_that_ended_between_its_first_checkpoint_and_its_first_report_goes_on(
+    path: str | None, working_dir: Path
+) -> None:
+    save(start(config_of(working_dir / "run", path=path, interval=1)), 1)
+    with pytest.raises(ConfigError, match="holds"):
+        start(config_of(working_dir / "run", path=path, interval=1))
+    again = start(config_of(working_dir / "run", path=path, interval=1, resume="same"))
+    assert again.checkpoint is not None
+
+
 def test_a_job_that_ended_before_its_first_checkpoint_begins_again_and_loses_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -108,6 +108,22 @@ def test_a_failing_delete_keeps_nobody_from_the_others(
     assert keeper._room.is_empty()
 
 
+def test_a_group_that_cannot_be_removed_keeps_no_application(
+    keeper: TrialKeeper, deleted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def remove(group: str) -> None:
+        raise RuntimeError("no such group")
+
+    monkeypatch.setattr(module, "remove_placement_group", remove)
+    bridge = Bridge("group")
+    started(keeper, "a", bridge)
+    keeper._clear_away()
+    bridge.state = ray.exceptions.ActorDiedError()
+    keeper._clear_away()
+    assert deleted == ["a-rollout"]
+    assert keeper._room.is_empty()
+
+
 def test_a_trial_that_leaves_is_not_asked_after(keeper: TrialKeeper, deleted: list[str]) -> None:
     bridge = Bridge(ray.exceptions.ActorDiedError())
     started(keeper, "a", bridge)

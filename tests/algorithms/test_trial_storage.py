@@ -9,6 +9,7 @@ import ray
 
 from rlhf_ray import ConfigError
 from rlhf_ray.algorithms.trial_storage import folder_to_read, folder_to_write
+from rlhf_ray.checkpoints.folder import Folder
 
 
 def nodes(monkeypatch: pytest.MonkeyPatch, alive: int) -> None:
@@ -64,6 +65,21 @@ def test_nothing_stays_in_the_storage_when_the_save_fails(monkeypatch: pytest.Mo
         fill(folder.local)
         raise OSError("disk full")
     assert files(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_deleted_hides_no_failure_of_the_save(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def refuse(folder: Folder) -> None:
+        raise PermissionError("it stays")
+
+    nodes(monkeypatch, 2)
+    monkeypatch.setattr(Folder, "delete", refuse)
+    with (
+        pytest.raises(OSError, match="disk full"),
+        folder_to_write(str(tmp_path / "given"), storage(tmp_path / "storage")),
+    ):
+        raise OSError("disk full")
 
 
 @pytest.mark.parametrize(("file_system", "scheme"), [("s3", "s3"), ("gcs", "gs"), ("hdfs", "hdfs")])

@@ -80,7 +80,8 @@ def test_ray_address_of_the_environment_is_joined(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(cluster, "run_child", join)
     assert "joined 10.0.0.1:6379" in cluster.check_ray(Settings()).detail
-    assert asked == ["10.0.0.1:6379"]
+    # The child has the variable too, and names it where nothing answers there.
+    assert asked == [None]
 
 
 def test_the_ray_on_record_is_looked_at_as_a_run_would_join_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -103,14 +104,32 @@ def test_the_ray_on_record_is_looked_at_as_a_run_would_join_it(monkeypatch: pyte
 
 @pytest.mark.parametrize(
     ("address", "options"),
-    [(None, {"include_dashboard": False}), ("local", {"include_dashboard": False}), ("head:6379", {})],
+    [
+        (None, {"include_dashboard": False}),
+        ("local", {"include_dashboard": False}),
+        ("head:6379", {"include_dashboard": None}),
+    ],
 )
 def test_the_child_leaves_it_to_ray_what_to_join(
-    monkeypatch: pytest.MonkeyPatch, address: str | None, options: dict[str, Any]
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, address: str | None, options: dict[str, Any]
 ) -> None:
     asked: list[dict[str, Any]] = []
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.setattr("rlhf_ray.algorithms.ray_connection._probe", lambda *_: None)
     monkeypatch.setattr("ray.init", lambda **given: asked.append(given))
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     monkeypatch.setattr("ray.shutdown", lambda: None)
     assert cluster._look(address) == {"CPU": 2.0}
     assert asked == [{"address": address, "log_to_driver": False, **options}]
+
+
+def test_what_keeps_ray_from_starting_is_told_with_its_remedy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (long := tmp_path / ("x" * 90)).mkdir()
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(long))
+    monkeypatch.setattr(cluster, "run_child", lambda module, address, **_: cluster._look(address))
+    check = cluster.check_ray(Settings())
+    assert (check.status, check.name) == ("fail", "Ray")
+    assert check.detail == f"RAY_TMPDIR = {long}"
+    assert "set RAY_TMPDIR to a folder with a short path" in check.remedy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import ray
 
 from rlhf_ray import GRPOConfig, LearnerError, PPOConfig
 from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.errors import WeightSyncError
+from rlhf_ray.weight_sync.manifest import WeightManifest
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -141,3 +144,27 @@ def test_an_update_that_is_not_finite_ends_the_run_before_anything_is_published_
         assert list((algorithm.run_dir / "checkpoints").glob("*")) == []
     finally:
         algorithm.stop()
+
+
+def test_replicas_that_cannot_load_weights_say_why_and_are_replaced(
+    run: Algorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learners = run._running().learners
+    publish = learners.publish
+
+    def misnamed() -> tuple[WeightManifest, list[Any]]:
+        manifest, refs = publish()
+        buckets = [
+            replace(bucket, tensors=tuple(replace(tensor, name=f"lost.{tensor.name}") for tensor in bucket.tensors))
+            for bucket in manifest.buckets
+        ]
+        return replace(manifest, publication="misnamed", buckets=tuple(buckets)), refs
+
+    before = run.train()
+    monkeypatch.setattr(learners, "publish", misnamed)
+    with pytest.raises(WeightSyncError, match="named 'lost'"):
+        run.train()
+    monkeypatch.undo()
+    after = run.train()
+    assert after["training_iteration"] == before["training_iteration"] + 1
+    assert after["learner"]["sampling_logprob_diff_max"] < 1e-3

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,10 @@ import ray
 import yaml
 from ray import tune
 from ray.tune.schedulers import PopulationBasedTraining
-from ray.util.state import list_actors, list_placement_groups
 
 from rlhf_ray import PPO, PPOConfig
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
-
-KEPT_BY_RAY_DATA = {"_AutoscalingCoordinatorActor", "_StatsActor"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -52,18 +48,6 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def left_behind() -> set[str]:
-    alive = {actor.class_name for actor in list_actors(filters=[("state", "=", "ALIVE")])} - KEPT_BY_RAY_DATA
-    return alive | {group.name or "group" for group in list_placement_groups() if group.state == "CREATED"}
-
-
-def assert_nothing_is_left(within_s: float = 60) -> None:
-    deadline = time.monotonic() + within_s
-    while left_behind() and time.monotonic() < deadline:
-        time.sleep(0.5)
-    assert left_behind() == set()
-
-
 def run_dir_of(result: tune.Result) -> Path:
     (metrics,) = Path(result.path).glob("*/metrics.jsonl")
     return metrics.parent
@@ -79,7 +63,7 @@ def rates(result: tune.Result) -> list[float]:
     return [float(f"{line['learner/lr']:.6g}") for line in lines]
 
 
-def test_a_grid_of_two_trials_in_a_plain_dictionary(tmp_path: Path) -> None:
+def test_a_grid_of_two_trials_in_a_plain_dictionary(leftovers: Any, tmp_path: Path) -> None:
     grid, space = [1e-5, 1e-4], small_space()
     space["training"] |= {"lr": tune.grid_search(grid), "iterations": 2}
     results = tune.Tuner(
@@ -95,10 +79,10 @@ def test_a_grid_of_two_trials_in_a_plain_dictionary(tmp_path: Path) -> None:
     first, second = (rows(run_dir_of(result))[0] for result in found)
     # The same prompts and samples until a learning rate has had an effect.
     assert first["rollouts/reward_mean"] == second["rollouts/reward_mean"]
-    assert_nothing_is_left()
+    leftovers.assert_none()
 
 
-def test_a_population_in_which_one_trial_is_killed(tmp_path: Path) -> None:
+def test_a_population_in_which_one_trial_is_killed(leftovers: Any, tmp_path: Path) -> None:
     first, mutated = {1e-5, 2e-5}, {1e-4, 3e-4}
 
     def die(*, algorithm: Any, result: dict[str, Any]) -> None:
@@ -137,5 +121,5 @@ def test_a_population_in_which_one_trial_is_killed(tmp_path: Path) -> None:
     assert len(before) == 2
     assert set(before) <= first
     assert yaml.safe_load((run_dir_of(worse) / "config.yaml").read_text())["training"]["lr"] == after
-    assert_nothing_is_left()
+    leftovers.assert_none()
     assert ray.is_initialized()

@@ -9,6 +9,7 @@ import pytest
 
 from rlhf_ray.learner.bridge import Bridge, Command, GroupLost, RankFailure
 from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
 Result = TypeVar("Result")
 
@@ -495,5 +496,30 @@ def test_controller_is_none_until_it_announced_itself() -> None:
         assert await bridge.controller() is None
         await bridge.set_controller("handle")
         assert await bridge.controller() == "handle"
+
+    run(test())
+
+
+# What replicas tell, and what a renewal forgets.
+
+
+def test_failures_of_replicas_are_kept_until_they_are_taken() -> None:
+    async def test() -> None:
+        bridge = Bridge(1)
+        failures = [ReplicaFailure(told_by=f"replica {name}", message="x", is_new=False) for name in "ab"]
+        for failure in failures:
+            await bridge.replica_failed(failure)
+        assert await bridge.take_replica_failures() == failures
+        assert await bridge.take_replica_failures() == []
+
+    run(test())
+
+
+def test_states_of_the_learners_before_are_forgotten() -> None:
+    async def test() -> None:
+        bridge = Bridge(1)
+        await bridge.keep_state(0, 7, "weights of the trial before")
+        await bridge.forget_states()
+        assert await bridge.kept_state(0, 7) is None
 
     run(test())

@@ -9,9 +9,10 @@ from ray.exceptions import ActorDiedError
 from ray.train import FailureConfig
 from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.worker_group.worker_group import WorkerGroup
 from ray.train.v2.api.exceptions import ControllerError
 
-from rlhf_ray.learner.ray_trainer import RestartPolicy, _EndLeftovers
+from rlhf_ray.learner.ray_trainer import RestartPolicy, _EndLeftovers, announce_placement_groups
 
 
 @pytest.mark.parametrize(
@@ -52,3 +53,13 @@ def test_what_a_failed_start_left_is_ended_before_the_next_one() -> None:
     callback.after_worker_group_start(group("half started"))
     callback.before_worker_group_start(None)
     assert ended == ["half started"]
+
+
+def test_a_placement_group_is_known_before_workers_start_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    handle = SimpleNamespace(placement_group="group")
+    monkeypatch.setattr(WorkerGroup, "_create_placement_group", lambda self, scaling, context: handle)
+    monkeypatch.setattr("ray.get", lambda call: call)
+    announce_placement_groups(SimpleNamespace(set_placement_group=SimpleNamespace(remote=told.append)))
+    assert WorkerGroup._create_placement_group(object(), "scaling", "context") is handle
+    assert told == ["group"]

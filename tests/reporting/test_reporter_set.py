@@ -162,3 +162,12 @@ def test_all_files_of_a_run_are_written(
     written = {str(path.relative_to(run_dir.path)) for path in run_dir.path.rglob("*") if path.is_file()}
     assert {"config.yaml", "metrics.jsonl", "completions/step_000003.parquet"} <= written
     assert any(name.startswith("tensorboard/events.out.tfevents") for name in written)
+
+
+def test_an_interrupt_while_one_reporter_stops_stops_the_others_too(run_dir: RunDirectory) -> None:
+    interrupted, whole = Recorder("stop", error=KeyboardInterrupt()), Recorder()
+    reporters = ReporterSet([interrupted, whole])
+    reporters.start(Settings(), run_dir)
+    with pytest.raises(KeyboardInterrupt):
+        reporters.stop()
+    assert whole.calls == ["start", "stop"]

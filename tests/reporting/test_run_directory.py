@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.reporting.run_directory import RunDirectory, ray_name
 
 
 def test_the_default_name_says_algorithm_and_time(tmp_path: Path) -> None:
@@ -27,12 +27,61 @@ def test_the_path_is_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert RunDirectory.create(None, algorithm="PPO").path.parent == tmp_path / "runs"
 
 
-@pytest.mark.parametrize("trace", ["config.yaml", "metrics.jsonl"])
+@pytest.mark.parametrize("trace", ["config.yaml", "metrics.jsonl", "checkpoints/iteration_000001/manifest.json"])
 def test_a_folder_that_holds_a_run_is_refused(tmp_path: Path, trace: str) -> None:
-    (tmp_path / trace).touch()
+    (tmp_path / trace).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / trace).write_text("{}\n")
     with pytest.raises(ConfigError, match="choose another") as caught:
         RunDirectory.create(str(tmp_path), algorithm="PPO")
     assert caught.value.field == "reporting.run_dir"
+
+
+def test_a_start_that_reported_nothing_leaves_the_folder_free(tmp_path: Path) -> None:
+    directory = RunDirectory.create(str(tmp_path), algorithm="PPO")
+    directory.run_id()
+    directory.write_config("algorithm: PPO\n")
+    directory.metrics.touch()
+    (directory.checkpoints / "iteration_000001").mkdir(parents=True)
+    assert RunDirectory.create(str(tmp_path), algorithm="PPO") == directory
+
+
+NAMES = [
+    "läuft",
+    "lauft",
+    "two words",
+    "#?%",
+    "100%",
+    "\N{ROCKET}\N{ROCKET}",
+    "\N{ROCKET}",
+    "x" * 200,
+    "x" * 201,
+    "é" * 200,
+    "..hidden",
+    "--flag",
+    "_private",
+    "実験",
+    "実験2",
+    "line\nbreak",
+    "v1.2",
+    "a/b",
+    "",
+    "\udcff",
+    "İ",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_name_becomes_an_identifier_of_ray_s(name: str) -> None:
+    found = ray_name(name)
+    assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}", found)
+    assert found == ray_name(name)
+
+
+def test_different_names_stay_different_and_plain_ones_are_kept() -> None:
+    assert len({ray_name(name) for name in NAMES}) == len(NAMES)
+    assert ray_name("ppo-20260101-120000") == "ppo-20260101-120000"
+    assert RunDirectory.at("runs/läuft").ray_name == RunDirectory.at("/other/läuft").ray_name == ray_name("läuft")
+    assert ray_name("läuft").startswith("lauft-")
 
 
 def test_a_folder_with_other_things_is_taken(tmp_path: Path) -> None:

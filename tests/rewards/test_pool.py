@@ -20,6 +20,7 @@ import ray
 
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.rewards import RewardPool, math_equivalence
+from rlhf_ray.rewards import pool as pool_module
 from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.pool import MAX_BATCH
 from rlhf_ray.settings import RewardSettings
@@ -382,6 +383,64 @@ def test_stop_ends_every_wait(cluster: None, tokenizer: Any, group_of: GroupOf) 
     with pytest.raises(RewardError, match="the reward pool is stopped"):
         score_all(pool, [group_of()])
     pool.stop()
+
+
+def test_a_pool_that_is_stopped_before_or_while_it_starts_does_not_start(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "SHUTDOWN_S", 0.1)
+    starts = threading.Event()
+
+    async def never(self: RewardPool) -> None:
+        starts.set()
+        await asyncio.sleep(600)
+
+    monkeypatch.setattr(RewardPool, "_start_worker", never)
+    for stops_first in (True, False):
+        pool = RewardPool(
+            RewardSettings(functions=[behave]),
+            tokenizer_path="",
+            tokenizer=tokenizer,
+            num_cpus=0.1,
+            trust_remote_code=False,
+        )
+        if stops_first:
+            starts.set()
+        stopping = threading.Thread(target=lambda pool=pool: starts.wait(5) and pool.stop())
+        stopping.start()
+        if stops_first:
+            stopping.join()
+            starts.clear()
+        with pytest.raises(RewardError, match="the reward pool is stopped"):
+            pool.start()
+        stopping.join()
+        assert pool._closed == "the reward pool is stopped"
+        assert pool._thread is None or not pool._thread.is_alive()
+
+
+def test_a_pool_that_two_threads_stop_holds_none_of_them_up(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def at_once(self: RewardPool) -> None:
+        """A worker that is ready."""
+
+    def end_thread(self: RewardPool, thread: threading.Thread) -> None:
+        # The loop is busy when it is told to end, and when the other thread comes.
+        self._loop.call_soon_threadsafe(time.sleep, 0.3)
+        in_earnest(self, thread)
+
+    in_earnest = RewardPool._end_thread
+    monkeypatch.setattr(RewardPool, "_start_worker", at_once)
+    monkeypatch.setattr(RewardPool, "_offer", lambda *_: None)
+    monkeypatch.setattr(RewardPool, "_end_thread", end_thread)
+    settings = RewardSettings(functions=[behave])
+    pool = RewardPool(settings, tokenizer_path="", tokenizer=tokenizer, num_cpus=0.1, trust_remote_code=False)
+    pool.start()
+    stopping = [threading.Thread(target=pool.stop, daemon=True) for _ in range(2)]
+    for thread in stopping:
+        thread.start()
+        time.sleep(0.1)
+    for thread in stopping:
+        thread.join(5)
+        assert not thread.is_alive()
 
 
 def test_workers_that_cannot_be_replaced_end_the_waits(

@@ -106,12 +106,12 @@ def test_a_sum_beyond_float32_is_a_failure(group_of: GroupOf) -> None:
     assert outcome.kind == "not_finite"
 
 
-def test_all_start_side_by_side_and_all_are_stopped_whatever_one_raises() -> None:
+def test_all_start_side_by_side_and_all_are_stopped_whatever_one_raises(caplog: pytest.LogCaptureFixture) -> None:
     functions, model = Pool(scores("function", [], []), functions=True), Pool(scores("model", [], []))
     stage = combined(functions, model)
     stage.start()
     assert stage.workers_replaced == 2
-    with pytest.raises(RuntimeError, match="no"):
-        stage.stop()
+    stage.stop()
+    assert caplog.text.count("reward workers: stopping failed (RuntimeError('no'))") == 2
     assert functions.calls == ["start", "stop"]
     assert model.calls == ["launch", "wait", "stop"]

@@ -15,6 +15,7 @@ from rlhf_ray.rollouts import replica as replica_module
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
 from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
 
 class Engine:
@@ -71,6 +72,7 @@ def replica() -> RolloutReplica:
     made._failure = None
     made._publication = None
     made._in_transfer = False
+    made._is_starting = False
     made.replica_id = "r"
     made._engine = Engine()
     return made
@@ -236,17 +238,53 @@ def test_a_replica_that_starts_after_its_run_deletes_the_application_instead(
 
 
 @pytest.mark.parametrize("dies", [True, False])
-def test_an_engine_that_dies_in_a_load_takes_the_replica_along_before_it_answers(
-    replica: RolloutReplica, dies: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "step", ["load_weights", "init_weight_transfer", "begin_update", "apply_update", "finish_update"]
+)
+def test_an_error_in_an_update_is_told_before_the_replica_raises_it_or_ends(
+    replica: RolloutReplica, step: str, dies: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ends: list[int] = []
+    told: list[ReplicaFailure] = []
     monkeypatch.setattr(os, "_exit", ends.append)
+    replica._bridge.replica_failed = Call(told.append)
+    arguments: dict[str, Any] = {
+        "load_weights": lambda: (manifest(5), [ready()]),
+        "init_weight_transfer": lambda: ({"r": {}},),
+        "begin_update": lambda: (),
+        "apply_update": lambda: ({},),
+        "finish_update": lambda: (5,),
+    }
 
-    async def load_weights(*_: Any) -> None:
+    async def fail(*_: Any) -> None:
         replica._engine.is_dead = dies
+        raise RuntimeError("size mismatch for w")
+
+    monkeypatch.setattr(replica._engine, step, fail, raising=False)
+
+    async def run() -> None:
+        replica._updating, replica._in_group = asyncio.Lock(), True
+        with pytest.raises(RuntimeError, match="size mismatch for w"):
+            await getattr(replica, step)(*arguments[step]())
+        with pytest.raises(RuntimeError, match="replica r failed"):
+            await replica.check_health()
+
+    asyncio.run(run())
+    assert told == [ReplicaFailure(told_by="replica r", message="RuntimeError: size mismatch for w", is_new=False)]
+    assert ends == ([1] if dies else [])
+
+
+def test_a_replica_that_cannot_tell_raises_what_it_would_have_told(
+    replica: RolloutReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def fail(*_: Any) -> None:
         raise RuntimeError("no engine")
 
-    monkeypatch.setattr(replica._engine, "load_weights", load_weights)
+    def gone(failure: ReplicaFailure) -> None:
+        raise ActorDiedError
+
+    monkeypatch.setattr(replica._engine, "load_weights", fail)
+    replica._bridge.replica_failed = Call(gone)
 
     async def run() -> None:
         replica._updating = asyncio.Lock()
@@ -254,4 +292,3 @@ def test_an_engine_that_dies_in_a_load_takes_the_replica_along_before_it_answers
             await replica.load_weights(manifest(5), [ready()])
 
     asyncio.run(run())
-    assert ends == ([1] if dies else [])

@@ -1,4 +1,7 @@
-from rlhf_ray.rollouts.start_failure import engine_start_failure, root_cause
+import pytest
+
+from rlhf_ray.rollouts import start_failure
+from rlhf_ray.rollouts.start_failure import engine_failure, root_cause
 
 
 def test_the_last_error_that_is_no_wrapper_is_the_cause() -> None:
@@ -16,4 +19,15 @@ def test_a_log_without_errors_has_no_cause() -> None:
 
 def test_an_error_of_this_process_speaks_for_itself_in_one_line() -> None:
     error = ValueError("1 validation error for ModelConfig\n  quantization: 'no-such-thing'")
-    assert engine_start_failure(error) == "ValueError: 1 validation error for ModelConfig quantization: 'no-such-thing'"
+    assert engine_failure(error) == "ValueError: 1 validation error for ModelConfig quantization: 'no-such-thing'"
+
+
+def test_an_engine_that_died_is_explained_by_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    log = ["ERROR [core.py:1] torch.OutOfMemoryError: CUDA out of memory", "EngineDeadError: EngineCore encountered an"]
+    monkeypatch.setattr(start_failure, "_own_log", lambda: log)
+
+    class EngineDeadError(Exception):
+        """As vLLM's."""
+
+    error = EngineDeadError("EngineCore encountered an issue. See stack trace (above) for the root cause.")
+    assert engine_failure(error) == "torch.OutOfMemoryError: CUDA out of memory"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ pytest.importorskip("vllm")
 
 from rlhf_ray.rollouts.engine import LoadReport
 from rlhf_ray.weight_sync import nccl as module
-from rlhf_ray.weight_sync.nccl import ReplicaClient, ShardedSource, rank_offsets
+from rlhf_ray.weight_sync.nccl import NcclSender, ReplicaClient, ShardedSource, rank_offsets
 from rlhf_ray.weight_sync.replica_lost import ReplicaLostError
 
 
@@ -124,29 +126,113 @@ def test_a_replica_that_refuses_is_no_death() -> None:
         client.start_weight_update()
 
 
-def test_a_broadcast_to_a_replica_that_died_ends_the_process_that_would_wait_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def ended(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set where this process would have ended."""
     ended = threading.Event()
-    monkeypatch.setattr(module, "_WATCH_S", 0.01)
+    monkeypatch.setattr(module, "_WATCH_S", 0.02)
     monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
-    handle = Handle("a", failing={"b": RayActorError()}, holds_up=("apply_update", ended))
-
-    with pytest.raises(ReplicaLostError, match="replicas b did not answer apply_update"):
-        ReplicaClient(handle, ["a", "b"], tensor_parallel_size=1).update_weights({})
-    assert ended.is_set()
+    return ended
 
 
-def test_nobody_ends_where_all_replicas_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    ended, received = threading.Event(), threading.Event()
-    monkeypatch.setattr(module, "_WATCH_S", 0.01)
-    monkeypatch.setattr(module.os, "_exit", lambda code: ended.set())
-    threading.Timer(0.1, received.set).start()
+def connected(handle: Handle, monkeypatch: pytest.MonkeyPatch, *, connect: Any, send: Any, tell: Any) -> NcclSender:
+    """A sender whose collectives are functions of a test."""
+
+    def trainer_init(info: Any, *, client: ReplicaClient, source: Any) -> Any:
+        connect(client)
+        return SimpleNamespace(client=client, send_weights=lambda: send(client), shutdown=lambda: None)
+
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda *_: handle)
+    monkeypatch.setattr("ray.util.get_node_ip_address", lambda: "127.0.0.1")
+    monkeypatch.setattr(module, "NCCLTrainerWeightTransferEngine", SimpleNamespace(trainer_init=trainer_init))
+    source = ShardedSource(lambda: [], [], torch.float32, device=torch.device("cpu"))
+    return NcclSender(app_name="app", deployment_name="d", rank=0, source=source, tensor_parallel_size=1, tell=tell)
+
+
+def nothing(client: ReplicaClient) -> None:
+    """A collective that is over at once."""
+
+
+@pytest.mark.parametrize("where", ["connect", "send"])
+@pytest.mark.parametrize("how", ["died", "raised", "late"])
+def test_a_collective_that_lost_a_peer_ends_the_process_that_would_wait_for_ever(
+    where: str, how: str, ended: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    failing = {"died": {"b": RayActorError()}, "raised": {"b": ValueError("size mismatch for w")}, "late": {}}[how]
+    replicas = ("a", "b") if how == "late" else ("a",)
+    if how == "late":
+        monkeypatch.setattr(module, "_START_TIMEOUT_S", 0.1)
+        monkeypatch.setattr(module, "_TIMEOUT_S", 0.1)
+
+    def hang(client: ReplicaClient) -> None:
+        with ThreadPoolExecutor(1) as thread:
+            call = {"connect": client.init_weight_transfer_engine, "send": client.update_weights}[where]
+            asked = thread.submit(call, {})
+        assert ended.wait(10), "it waits for a peer that will never come"
+        if how != "late":
+            asked.result()
+
+    sender = connected(
+        Handle(*replicas, failing=failing),
+        monkeypatch,
+        connect=hang if where == "connect" else nothing,
+        send=hang if where == "send" else nothing,
+        tell=told.append,
+    )
+    if how == "late":
+        sender.send(3, ("a", "b"))
+    else:
+        error, said = (ReplicaLostError, "replicas b did") if how == "died" else (ValueError, "size mismatch for w")
+        with pytest.raises(error, match=said):
+            sender.send(3, ("a", "b"))
+    # The process of the test lives on, and is told so again.
+    message = told[0]
+    assert message.startswith("connecting" if where == "connect" else "sending version 3")
+    assert {"died": "replicas b", "raised": "size mismatch for w", "late": "not done within"}[how] in message
+
+
+def test_an_error_that_is_raised_in_time_ends_nothing(ended: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    handle = Handle("a", failing={"b": ValueError("no such layer")})
+    sender = connected(
+        handle, monkeypatch, connect=nothing, send=lambda client: client.start_weight_update(), tell=told.append
+    )
+    with pytest.raises(ValueError, match="no such layer"):
+        sender.send(3, ("a", "b"))
+    assert not ended.wait(0.2)
+    assert told == []
+
+
+def test_no_process_ends_while_all_replicas_live(ended: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = threading.Event()
+    threading.Timer(0.2, received.set).start()
     handle = Handle("a", "new", holds_up=("apply_update", received))
-
-    ReplicaClient(handle, ["a"], tensor_parallel_size=1).update_weights({})
+    sender = connected(
+        handle, monkeypatch, connect=nothing, send=lambda client: client.update_weights({}), tell=lambda text: None
+    )
+    sender.send(3, ("a",))
     assert [method for method, *_ in handle.asked].count("status") > 1
     assert not ended.is_set()
+
+
+def test_a_replica_that_is_out_of_reach_for_a_moment_is_not_lost(
+    ended: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = ReplicaClient(Handle("a"), ["a"], 1)
+    looks = iter([["a"], [], ["a"]])
+    monkeypatch.setattr(client, "missing", lambda: next(looks, []))
+    with module._watching(client, "sending", limit_s=60.0, tell=lambda text: None):
+        assert not ended.wait(0.2)
+
+
+def test_replicas_that_cannot_be_asked_for_a_moment_are_not_lost(
+    ended: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = ReplicaClient(Handle("a"), ["a"], 1)
+    monkeypatch.setattr(client, "missing", lambda: 1 / 0)
+    with module._watching(client, "sending", limit_s=60.0, tell=lambda text: None):
+        assert not ended.wait(0.2)
 
 
 def test_a_replica_that_has_come_since_is_none_of_a_rounds_business() -> None:

@@ -6,12 +6,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from ray.exceptions import ActorDiedError, OwnerDiedError, RayActorError
+from ray.exceptions import ActorDiedError, OwnerDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.rollouts.engine import LoadReport
 from rlhf_ray.weight_sync.manifest import BucketLayout, WeightManifest
 from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, checked_pause
+from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
 Answer = LoadReport | BaseException
 
@@ -56,6 +57,11 @@ class Learners:
         self.manifest = WeightManifest(version=version, publication="p", buckets=(bucket, bucket))
         self.sent_to: list[tuple[str, ...]] = []
         self.attended = 0
+        self.told: list[list[ReplicaFailure]] = []
+        """What replicas say of failures, look by look."""
+
+    def take_replica_failures(self) -> list[ReplicaFailure]:
+        return self.told.pop(0) if self.told else []
 
     def attend(self) -> None:
         self.attended += 1
@@ -247,3 +253,66 @@ def test_nccl_publication_is_checked_like_any_other() -> None:
 
     with pytest.raises(WeightSyncError, match="serves version 0 after version 1"):
         NcclPublisher(source=Learners(), handle=handle).gather(1)()
+
+
+# What replicas say of their failures.
+
+
+def told(replica: str, message: str, *, is_new: bool = False) -> ReplicaFailure:
+    return ReplicaFailure(told_by=f"replica {replica}", message=message, is_new=is_new)
+
+
+def test_the_same_error_of_a_replica_in_two_tries_ends_a_publication_over_nccl() -> None:
+    learners = Learners(deaths=9)
+    # Two replicas in the first try: one error, not one that has come again.
+    learners.told = [
+        [told("a", "RuntimeError: size mismatch at 0x7f01 for w"), told("b", "RuntimeError: size mismatch at 0x7f02")],
+        [told("c", "RuntimeError: size mismatch at 0x7f03 for w")],
+    ]
+    handle = Handle(*[[report("a", version=0)]] * 6)
+    with pytest.raises(WeightSyncError, match="replica c failed like another one before it: RuntimeError: size mism"):
+        NcclPublisher(source=learners, handle=handle).gather(1)()
+    assert len(learners.sent_to) == 2
+
+
+def test_deaths_of_different_causes_are_told_with_the_last_of_them() -> None:
+    learners = Learners(deaths=9)
+    learners.told = [[told("a", "ValueError: x")], [], [told("b", "OSError: y")]]
+    handle = Handle(*[[report("a", version=0)]] * 6)
+    with pytest.raises(WeightSyncError, match="died 3 times while version 1 was sent; replica b: OSError: y"):
+        NcclPublisher(source=learners, handle=handle).gather(1)()
+
+
+def test_an_error_that_does_not_come_again_costs_a_try() -> None:
+    learners = Learners(deaths=1)
+    learners.told = [[told("a", "RuntimeError: out of memory")]]
+    handle = Handle([report("a", version=0)], [], [report("b", version=0)], [report("b", version=0)], [report("b")])
+    assert NcclPublisher(source=learners, handle=handle).gather(1)().replica_ids == {"b"}
+
+
+@pytest.mark.usefixtures("no_pauses")
+def test_replicas_that_cannot_start_with_the_weights_that_ended_others_are_not_waited_for() -> None:
+    learners = Learners()
+    learners.told = [
+        [told("a", "RuntimeError: size mismatch"), told("b", "RuntimeError: size mismatch")],
+        [],
+        [told("c", "RuntimeError: size mismatch", is_new=True)],
+    ]
+    handle = Handle(*[[RayActorError(), RayActorError()]] * 5)
+    with pytest.raises(WeightSyncError, match="replica c failed like another one before it: RuntimeError: size mism"):
+        ObjectStorePublisher(source=learners, handle=handle).gather(1)()
+    assert len(handle.asked) == 3
+
+
+def test_a_replica_that_fails_while_others_load_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    learners = Learners()
+    learners.told = [[told("b", "RuntimeError: out of memory")]]
+    handle = Handle([report("a"), RayActorError()])
+    assert ObjectStorePublisher(source=learners, handle=handle).gather(1)().replica_ids == {"a"}
+    assert "replica b could not load policy weights: RuntimeError: out of memory" in caplog.text
+
+
+def test_what_a_replica_raised_is_told_without_the_traceback_of_ray() -> None:
+    wrapped = RayTaskError("load_weights", "Traceback ...", ValueError("size mismatch for w")).as_instanceof_cause()
+    with pytest.raises(WeightSyncError, match=r"version 1: ValueError\('size mismatch for w'\)$"):
+        checked_pause(1, [wrapped])

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.model_path import absolute_if_local
+from rlhf_ray.reporting.run_directory import ray_name
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.rewards.pool import START_TRIES, died_by_itself, kill, span_name
 from rlhf_ray.rewards.reward_model.requests import Request, RequestQueue
@@ -24,6 +26,7 @@ from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.reward_model.worker import RewardModelWorker
 from rlhf_ray.rewards.scoring import Scores
 from rlhf_ray.span_log import SpanLog
+from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import RewardFailure, RolloutGroup, Span
 from rlhf_ray.untrusted_text import shortened
 
@@ -119,8 +122,7 @@ class RewardModelPool:
             self._stopped = True
             actors, self._actors = self._actors, {}
         self._queue.close(self._stopped_message)
-        for actor in actors.values():
-            kill(actor)
+        stop_all(*((f"an actor of {self.name}", partial(kill, actor)) for actor in actors.values()))
         for thread in self._threads:
             thread.join(timeout=_JOIN_S)
 
@@ -233,7 +235,7 @@ class RewardModelPool:
     def _new_actor(self, label: str) -> Any:
         spec = self._spec
         actor_class = ray.remote(RewardModelWorker).options(
-            name=f"{spec.run_id}-{self.name}-{label}",
+            name=f"{spec.run_id}-{ray_name(self.name)}-{label}",
             num_cpus=spec.num_cpus,
             num_gpus=self._num_gpus,
             max_restarts=0,

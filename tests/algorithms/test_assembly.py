@@ -1,0 +1,113 @@
+"""Parts that are stopped whatever the others do, and none that is forgotten where a start fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from rlhf_ray.algorithms import assembly as module
+from rlhf_ray.algorithms.assembly import Parts, start_parts
+from rlhf_ray.errors import RolloutError
+from rlhf_ray.settings import Settings
+
+ENDS = ["publications", "controller", "prompts", "rewards", "app", "learners", "session"]
+
+
+class Part:
+    """Writes down what is done to it; fails where it is told to."""
+
+    def __init__(self, name: str, calls: list[str], fails: dict[str, BaseException]) -> None:
+        self._name = name
+        self._calls = calls
+        self._fails = fails
+        self.name = self.bridge = self.handle = self.attend = None
+        for method in ("start", "wait_ready", "open", "close", "stop"):
+            setattr(self, method, self._noting(method))
+
+    def _noting(self, method: str) -> Callable[[], None]:
+        def call() -> None:
+            self._calls.append(f"{self._name}.{method}")
+            if (error := self._fails.get(f"{self._name}.{method}")) is not None:
+                raise error
+
+        return call
+
+
+def all_parts(calls: list[str], fails: dict[str, BaseException]) -> dict[str, Any]:
+    return {name: Part(name, calls, fails) for name in ENDS}
+
+
+@pytest.mark.parametrize("error", [TimeoutError("late"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", [*ENDS, "all"])
+def test_every_part_is_stopped_whatever_another_one_raises(failing: str, error: BaseException) -> None:
+    calls: list[str] = []
+    ends = [f"{name}.{'close' if name == 'prompts' else 'stop'}" for name in ENDS]
+    fails = {end: error for end in ends if failing in (end.partition(".")[0], "all")}
+    try:
+        Parts(**all_parts(calls, fails)).stop()
+    except KeyboardInterrupt:
+        assert isinstance(error, KeyboardInterrupt)
+    assert calls == ends
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [
+        "_rollout_app",
+        "reward_stage",
+        "learners.start",
+        "app.start",
+        "prompts.open",
+        "learners.wait_ready",
+        "app.wait_ready",
+        "rewards.start",
+        "RolloutFlow",
+        "Publications",
+    ],
+)
+def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
+    failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    # No stop works, and yet all are called.
+    fails: dict[str, BaseException] = {f"{name}.stop": TimeoutError("not deleted after 60s") for name in ENDS}
+    parts = all_parts(calls, fails | {failing: RolloutError("the cause")})
+    made = {"_learner_group": "learners", "_rollout_app": "app", "reward_stage": "rewards"}
+
+    def maker(function: str, name: str) -> Callable[..., Any]:
+        def make(*_: Any, **__: Any) -> Any:
+            if function == failing:
+                raise RolloutError("the cause")
+            calls.append(f"{name}.made")
+            return parts[name]
+
+        return make
+
+    for function, name in made.items():
+        monkeypatch.setattr(module, function, maker(function, name))
+    if failing in ("RolloutFlow", "Publications"):
+        monkeypatch.setattr(module, failing, maker(failing, ""))
+    parts["app"].handle = SimpleNamespace(
+        options=lambda **_: SimpleNamespace(generate=SimpleNamespace(remote=None)),
+    )
+    monkeypatch.setattr(module, "_portable_tokenizer", lambda *_: None)
+    inputs: Any = SimpleNamespace(
+        prompts=parts["prompts"], tokenizer_path="", advantage=SimpleNamespace(needs_greedy_rewards=False)
+    )
+    session: Any = SimpleNamespace(
+        lease=None, shares=SimpleNamespace(reward_worker=0.1), on_gpu=False, learners_on_gpu=False
+    )
+    directory: Any = SimpleNamespace(ray_name="run")
+    reporters: Any = SimpleNamespace(phase=lambda text: None)
+
+    with pytest.raises(RolloutError, match="the cause"):
+        start_parts(Settings(), inputs, directory, reporters, session)
+
+    there = [call.removesuffix(".made") for call in calls if call.endswith(".made")]
+    assert there
+    for name in there:
+        assert f"{name}.stop" in calls
+    assert "prompts.close" in calls
