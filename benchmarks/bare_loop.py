@@ -59,7 +59,7 @@ def split(
 
 
 class BareLoop:
-    """Plain models and optimisers: a forward pass for the old policy (several steps), forward, backward, step."""
+    """Plain models and optimizers: a forward pass for the old policy (several steps), forward, backward, step."""
 
     def __init__(self, path: str, *, critic: bool) -> None:
         loading: dict[str, Any] = {"kernels": ("sdpa",), "trust_remote_code": False}
@@ -86,7 +86,7 @@ class BareLoop:
             self._step()
 
     def in_input_order(self, batch: SequenceBatch, size: int) -> None:
-        """One optimiser step over batches of ``size``, all padded to the longest sequence, with whole logits."""
+        """One optimizer step over batches of ``size``, all padded to the longest sequence, with whole logits."""
         width = int(batch.lengths.max())
         ends = np.cumsum(batch.lengths)
         ids = torch.zeros(len(batch), width, dtype=torch.int64)

@@ -1,6 +1,6 @@
 """Whole training steps: rlhf_ray, synchronous and asynchronous, beside TRL's GRPOTrainer and the raw work alone.
 
-GRPO without a KL, one optimiser step a batch, on the same model, prompts, reward, sampling settings and number of
+GRPO without a KL, one optimizer step a batch, on the same model, prompts, reward, sampling settings and number of
 samples, one system after the other in processes of their own, and that in several rounds: where a machine drifts, it
 does so for all. A figure is the median of the rounds, a ratio that of the ratios within a round. Two regimes:
 

@@ -1,7 +1,7 @@
 """Where a quickstart iteration's time goes, beside the raw cost of the same work.
 
 Runs the quickstart to a steady state, then in turn: an iteration; its prompts through a bare vLLM engine with the same
-sampling settings; its microbatches through bare PyTorch models, the same passes, backward passes and optimiser steps,
+sampling settings; its microbatches through bare PyTorch models, the same passes, backward passes and optimizer steps,
 without Ray, FSDP or our losses. In turn, since a machine's speed changes from minute to minute. The overhead is what an
 iteration takes beyond the two, the median over all turns.
 
@@ -147,11 +147,11 @@ def raw_generation(folder: Path) -> None:
         for repeat in turns_asked_for():
             print("RESULT", runner.run(all_prompts(engine, repeat)), flush=True)
         engine.shutdown()
-        del engine  # Or its finaliser would find vLLM's modules gone.
+        del engine  # Or its finalizer would find vLLM's modules gone.
 
 
 def raw_training(folder: Path) -> None:
-    """The same passes and optimiser steps on bare PyTorch models, one turn after the other."""
+    """The same passes and optimizer steps on bare PyTorch models, one turn after the other."""
     import torch
     from bare_loop import BareLoop, sequences_of, split
 

@@ -3,8 +3,8 @@
 The long-tail step: 32 prompts of 8 completions, geometric lengths of mean 97 and at most 500 tokens, the quickstart's
 architecture. One process, the same sequences for all, in one run:
 
-- ``learner``: ``Learner.update`` as a run does it, GRPO and PPO, one optimiser step and four;
-- ``bare loop``: the same passes on the same microbatches with plain models, losses and optimisers of PyTorch;
+- ``learner``: ``Learner.update`` as a run does it, GRPO and PPO, one optimizer step and four;
+- ``bare loop``: the same passes on the same microbatches with plain models, losses and optimizers of PyTorch;
 - ``padded, input order``: the bare loop on batches of 16 in the order they came, padded to the longest of all, with
   whole logits: what a loop without a plan does.
 

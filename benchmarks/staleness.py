@@ -34,7 +34,7 @@ def train(name: str, seed: int, iterations: int, folder: Path) -> Run:
 
 
 def draw(runs: list[Run]) -> None:
-    """With correction on the left, without on the right, the synchronous runs in grey on both."""
+    """With correction on the left, without on the right, the synchronous runs in gray on both."""
     figure, both = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for axes, what in zip(both, ("corrected", "not corrected"), strict=True):
         draw_runs(axes, [run for run in runs if run["max_staleness"] == SYNCHRONOUS], SYNCHRONOUS, color="0.6")

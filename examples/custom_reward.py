@@ -46,7 +46,7 @@ def near(scale: float) -> Callable[..., list[float | None]]:
 
 
 def config() -> PPOConfig:
-    """Build the run: the sum that the learner maximises is ``1.0 * correct + 0.2 * near``.
+    """Build the run: the sum that the learner maximizes is ``1.0 * correct + 0.2 * near``.
 
     The weight of ``near`` is small: a right sum must stay worth much more than a near one, and ``near`` is there only
     to tell completions apart while none is right.

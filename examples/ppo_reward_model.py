@@ -8,7 +8,7 @@
 The task is two-digit addition: prompt ``47+85=``, and the row's ``answer`` column holds ``132``. People would compare
 two answers; here the task's checker does, which makes the preferences that the reward model is trained on. PPO then
 sees the reward model's scores alone. The checker runs beside it with a weight of 0, so that both are reported: what is
-optimised, and what is wanted.
+optimized, and what is wanted.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def test_yaml_is_a_configuration(block: Block) -> None:
 
 @pytest.fixture
 def own_names() -> Iterator[dict[str, Any]]:
-    """What the examples of "Write your own" define; the names that they register are gone afterwards."""
+    """What the examples of "Write your own" define; the names that they register are gone afterward."""
     tables: list[dict[str, Any]] = [plugins._ADVANTAGES, plugins._LOSSES, config._registered]
     before = [set(table) for table in tables]
     names: dict[str, Any] = {"__name__": "examples"}
@@ -273,3 +273,30 @@ def test_papers_are_those_that_the_code_names(config_class: type[AlgorithmConfig
     assert ids
     assert set(ids) <= set(re.findall(r"arXiv:([\d.]+\d)", code))
     assert set(ids) == set(re.findall(r"arxiv.org/abs/([\d.]+\d)", text))
+
+
+# --- how all text is spelled ------------------------------------------------------------------------------------------
+
+BRITISH = re.compile(
+    r"(?:optim|normal|initial|token|synchron|general|serial|quant|summar|recogn|organ|minim|maxim|penal|util)is(?:e|ing|ation)"
+    r"|behaviour|colour|neighbour|favour|honour|licence|catalogue|artefact|labelled|modelling|centred",
+    re.IGNORECASE,
+)
+TEXTS = [
+    path
+    for pattern in ("*.md", "docs/**/*.md", "rlhf_ray/**/*.py", "examples/*", "benchmarks/*.py", "tests/**/*.py")
+    for path in DOCS.parent.glob(pattern)
+    if path.is_file() and path != Path(__file__)
+]
+
+
+def test_spelling_is_american() -> None:
+    # Old names, which are answered with the new ones.
+    known = re.compile(r"[\"`](?:rewards\.normalise|normalise|kl_penalised)(?:_std|_rewards)?[\"`]")
+    found = {
+        f"{path.relative_to(DOCS.parent)}:{number}: {line.strip()}"
+        for path in TEXTS
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if BRITISH.search(known.sub("", line))
+    }
+    assert not found

@@ -33,7 +33,7 @@ print(json.dumps([seconds, sorted({{name.partition(".")[0] for name in sys.modul
 
 
 def probe(statement: str) -> tuple[float, set[str]]:
-    """Run a statement in a fresh interpreter: its CPU seconds, and the top-level modules there afterwards."""
+    """Run a statement in a fresh interpreter: its CPU seconds, and the top-level modules there afterward."""
     done = subprocess.run(
         [sys.executable, "-c", PROBE.format(statement=statement)],
         capture_output=True,

@@ -39,12 +39,12 @@ FILE = """
 SCALE = 10.0
 
 
-def centred(values):
+def centered(values):
     return [SCALE * (value - sum(values) / len(values)) for value in values]
 
 
 def above_mean(rewards, group_ids, shift=0.0):
-    return [value + shift for value in centred(rewards)]
+    return [value + shift for value in centered(rewards)]
 """
 
 ELSEWHERE = """
@@ -501,7 +501,7 @@ def test_a_function_of_a_module() -> None:
     [
         (":above_maen", "training.advantage", "nearest: 'above_mean'"),
         (":SCALE", "training.advantage", "no function but float"),
-        (":centred", "training.advantage", "must take rewards"),
+        (":centered", "training.advantage", "must take rewards"),
     ],
 )
 def test_a_wrong_reference(reference: str, text: str, field: str, remedy: str) -> None:

@@ -80,11 +80,11 @@ INPUTS = {
 OF_COMPLETIONS = {"rewards": numbers(ROWS, seed=20, scale=10.0, shift=4e4)}
 OWN_INPUTS = {
     "group_advantages": OF_COMPLETIONS,
-    "normalise_rewards": OF_COMPLETIONS,
+    "normalize_rewards": OF_COMPLETIONS,
     "remax": OF_COMPLETIONS,
     "shape_rewards": OF_COMPLETIONS | {"scale": 3.0, "bias": 4e4, "clip": 2.5e5},
     "zero_variance": OF_COMPLETIONS,
-    "kl_penalised_rewards": OF_COMPLETIONS | {"kl": of_tokens(21)},
+    "kl_penalized_rewards": OF_COMPLETIONS | {"kl": of_tokens(21)},
     "behavior_weights": {"mode": "truncate", "level": "sequence"},
     "explained_variance": {
         "returns": Moments(count=4, mean=1.0, m2=8.0),

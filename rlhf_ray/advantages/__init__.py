@@ -12,8 +12,8 @@ from rlhf_ray.advantages.kl import kl
 from rlhf_ray.advantages.moments import Moments
 from rlhf_ray.advantages.reinforce_plus_plus import reinforce_plus_plus
 from rlhf_ray.advantages.remax import remax
-from rlhf_ray.advantages.reward_shaping import normalise_rewards, shape_rewards, zero_variance
-from rlhf_ray.advantages.token_rewards import kl_penalised_rewards
+from rlhf_ray.advantages.reward_shaping import normalize_rewards, shape_rewards, zero_variance
+from rlhf_ray.advantages.token_rewards import kl_penalized_rewards
 from rlhf_ray.advantages.whitening import whiten
 
 __all__ = [
@@ -23,8 +23,8 @@ __all__ = [
     "gae",
     "group_advantages",
     "kl",
-    "kl_penalised_rewards",
-    "normalise_rewards",
+    "kl_penalized_rewards",
+    "normalize_rewards",
     "reinforce_plus_plus",
     "remax",
     "shape_rewards",

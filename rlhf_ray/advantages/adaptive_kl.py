@@ -49,7 +49,7 @@ class AdaptiveKLController:
         return self._coef
 
     def update(self, kl: float, num_samples: int) -> None:
-        """Take one step towards the target.
+        """Take one step toward the target.
 
         Args:
             kl: Mean KL to the reference over the completions of the batch, in nats. An estimate may be negative.

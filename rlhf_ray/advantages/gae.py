@@ -19,7 +19,7 @@ def gae(
     lam: float,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""Generalised advantage estimation over the unmasked tokens of each row.
+    r"""Generalized advantage estimation over the unmasked tokens of each row.
 
     With ``t'`` the next *unmasked* position after ``t``::
 

@@ -18,11 +18,11 @@ def reinforce_plus_plus(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tenso
 
         A_t = r_t + gamma * A_t'
 
-    "REINFORCE++" (arXiv:2501.03262). With ``gamma = 1`` and rewards from :func:`kl_penalised_rewards` this is the
+    "REINFORCE++" (arXiv:2501.03262). With ``gamma = 1`` and rewards from :func:`kl_penalized_rewards` this is the
     paper's ``reward - coef * sum_(i >= t) kl_i``. It is :func:`gae` with lambda 1 and no critic, and computed as
     that: a masked position is not a step, neither discounted through nor counted, and a reward there is ignored.
 
-    The paper then normalises over all tokens of the batch. That is left to :func:`whiten`. The paper's form with a
+    The paper then normalizes over all tokens of the batch. That is left to :func:`whiten`. The paper's form with a
     group baseline has nothing to sum up: it is :func:`group_advantages` with ``method="dr_grpo"``, repeated for
     every token and whitened the same way.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_ray.advantages.groups import Groups, narrow
 
-__all__ = ["normalise_rewards", "shape_rewards", "zero_variance"]
+__all__ = ["normalize_rewards", "shape_rewards", "zero_variance"]
 
 
 def shape_rewards(rewards: Tensor, *, bias: float = 0.0, scale: float = 1.0, clip: float | None = None) -> Tensor:
@@ -39,7 +39,7 @@ def shape_rewards(rewards: Tensor, *, bias: float = 0.0, scale: float = 1.0, cli
     return narrow(shaped if clip is None else shaped.clamp(min=-clip, max=clip), rewards.dtype)
 
 
-def normalise_rewards(
+def normalize_rewards(
     rewards: Tensor,
     group_ids: Tensor,
     *,
@@ -61,12 +61,12 @@ def normalise_rewards(
     Rewards without spread (all equal, or a single one) have no scale to remove and are not divided: with ``mean``
     they give exactly 0, without it they stay as they are, rather than grow by ``1 / eps``. A group of one has no
     others, and gives 0 with ``leave_one_out`` too. Results saturate where they are too large for the dtype. What is
-    normalised together must lie in one call: rows on other ranks are not seen.
+    normalized together must lie in one call: rows on other ranks are not seen.
 
     >>> rewards, group_ids = torch.tensor([1.0, 10.0, 3.0, 30.0]), torch.tensor([0, 1, 0, 1])
-    >>> normalise_rewards(rewards, group_ids, level="group", mean=True, std=False)
+    >>> normalize_rewards(rewards, group_ids, level="group", mean=True, std=False)
     tensor([ -1., -10.,   1.,  10.])
-    >>> normalise_rewards(rewards, group_ids, level="batch", mean=True, std=False)
+    >>> normalize_rewards(rewards, group_ids, level="batch", mean=True, std=False)
     tensor([-10.,  -1.,  -8.,  19.])
 
     Args:
@@ -94,13 +94,13 @@ def normalise_rewards(
     groups = Groups.of(torch.zeros_like(group_ids) if level == "batch" else group_ids, rewards=rewards)
     x = groups.above_smallest(rewards)
     if leave_one_out:
-        normalised = groups.deviations_from_others(x)
+        normalized = groups.deviations_from_others(x)
     else:
-        normalised = groups.deviations(x) if mean else rewards.detach().double()
+        normalized = groups.deviations(x) if mean else rewards.detach().double()
     if std:
         spread = groups.std(x)
-        normalised = normalised / torch.where(spread > 0, spread + eps, 1.0)
-    return narrow(normalised, rewards.dtype)
+        normalized = normalized / torch.where(spread > 0, spread + eps, 1.0)
+    return narrow(normalized, rewards.dtype)
 
 
 def zero_variance(rewards: Tensor, group_ids: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from rlhf_ray.advantages.padding import blank, checked_mask, widened
 
-__all__ = ["kl_penalised_rewards"]
+__all__ = ["kl_penalized_rewards"]
 
 
-def kl_penalised_rewards(rewards: Tensor, mask: Tensor, *, kl: Tensor | None = None, coef: float = 0.0) -> Tensor:
+def kl_penalized_rewards(rewards: Tensor, mask: Tensor, *, kl: Tensor | None = None, coef: float = 0.0) -> Tensor:
     """Put each completion's reward on its last token, less ``coef * kl`` on every token.
 
     ``r_t = reward * [t is the last unmasked token] - coef * kl_t``, as in "Fine-Tuning Language Models from Human
@@ -18,7 +18,7 @@ def kl_penalised_rewards(rewards: Tensor, mask: Tensor, *, kl: Tensor | None = N
     (arXiv:2203.02155).
 
     >>> kl = torch.tensor([[0.5, 0.25, 7.0]])
-    >>> kl_penalised_rewards(torch.tensor([1.0]), torch.tensor([[1, 1, 0]]), kl=kl, coef=0.5)
+    >>> kl_penalized_rewards(torch.tensor([1.0]), torch.tensor([[1, 1, 0]]), kl=kl, coef=0.5)
     tensor([[-0.2500,  0.8750,  0.0000]])
 
     Args:

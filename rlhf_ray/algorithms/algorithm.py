@@ -221,7 +221,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         return tuple(outcome for of_set in self._sample_evaluation().values() for outcome in of_set)
 
     def save_to_path(self, path: str | os.PathLike[str]) -> str:
-        """Write a checkpoint folder: policy, critic, optimisers, prompt position and counters.
+        """Write a checkpoint folder: policy, critic, optimizers, prompt position and counters.
 
         Args:
             path: A folder, or a URI that pyarrow knows, such as ``s3://bucket/checkpoint``.
@@ -391,7 +391,7 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._newest_evaluation = None
 
     def _begin_again(self) -> None:
-        """With the same processes: policy, critic, optimisers and prompts as after a start."""
+        """With the same processes: policy, critic, optimizers and prompts as after a start."""
         parts = self._running()
         self._evaluator = evaluator(self.settings, self._inputs)
         self._writer.settle()

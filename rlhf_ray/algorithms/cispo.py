@@ -10,7 +10,7 @@ __all__ = ["CISPOConfig"]
 
 
 class CISPOConfig(AlgorithmConfig):
-    """Builds a run of Clipped Importance Sampling Policy Optimisation: the weight is clipped, never the gradient.
+    """Builds a run of Clipped Importance Sampling Policy Optimization: the weight is clipped, never the gradient.
 
     REINFORCE with GRPO's advantages and the ratio, clipped and without a gradient of its own, as each token's weight,
     so that rare tokens keep contributing where PPO's clip would drop them.

@@ -10,7 +10,7 @@ __all__ = ["DAPOConfig"]
 
 
 class DAPOConfig(AlgorithmConfig):
-    """Builds a run of Decoupled Clip and Dynamic Sampling Policy Optimisation.
+    """Builds a run of Decoupled Clip and Dynamic Sampling Policy Optimization.
 
     GRPO's advantage with four changes: the upper clip is wider than the lower one, so that unlikely tokens can grow;
     groups whose rewards are all equal are dropped and other prompts sampled in their place; the loss is a mean over all

@@ -14,7 +14,7 @@ class DrGRPOConfig(AlgorithmConfig):
 
     The advantage is not divided by the group's standard deviation, which weighs easy and hard prompts more than those
     between, and a completion's tokens are summed and divided by a constant, ``rollouts.max_new_tokens``, and not by its
-    own length, which favours long wrong answers:
+    own length, which favors long wrong answers:
 
     .. math:: A_i = R_i - mean(R)
 

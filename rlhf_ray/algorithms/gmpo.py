@@ -1,4 +1,4 @@
-"""Before the loop: the configuration of Geometric-Mean Policy Optimisation."""
+"""Before the loop: the configuration of Geometric-Mean Policy Optimization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["GMPOConfig"]
 
 
 class GMPOConfig(AlgorithmConfig):
-    """Builds a run of Geometric-Mean Policy Optimisation: GRPO that averages a sequence's ratios geometrically.
+    """Builds a run of Geometric-Mean Policy Optimization: GRPO that averages a sequence's ratios geometrically.
 
     Each token's log-ratio is clipped first, at 0.4 nats, then their mean is taken, which outliers move less than the
     arithmetic mean of GRPO.

@@ -1,4 +1,4 @@
-"""Before the loop: the configuration of Group Relative Policy Optimisation."""
+"""Before the loop: the configuration of Group Relative Policy Optimization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["GRPOConfig"]
 
 
 class GRPOConfig(AlgorithmConfig):
-    """Builds a run of Group Relative Policy Optimisation: PPO's loss, and the prompt's other completions as baseline.
+    """Builds a run of Group Relative Policy Optimization: PPO's loss, and the prompt's other completions as baseline.
 
     With the rewards ``R`` of the ``G`` completions of a prompt, every token of completion ``i`` has the advantage
 

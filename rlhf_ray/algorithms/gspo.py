@@ -1,4 +1,4 @@
-"""Before the loop: the configuration of Group Sequence Policy Optimisation."""
+"""Before the loop: the configuration of Group Sequence Policy Optimization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["GSPOConfig"]
 
 
 class GSPOConfig(AlgorithmConfig):
-    """Builds a run of Group Sequence Policy Optimisation: GRPO that clips whole sequences instead of tokens.
+    """Builds a run of Group Sequence Policy Optimization: GRPO that clips whole sequences instead of tokens.
 
     All tokens of a completion share one ratio, the geometric mean of theirs,
 

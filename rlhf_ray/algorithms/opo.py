@@ -14,7 +14,7 @@ class OPOConfig(AlgorithmConfig):
 
     .. math:: A_i = R_i - sum_j T_j R_j / sum_j T_j
 
-    with the lengths ``T`` of the group's completions as weights. One optimiser step a batch keeps it on policy, so
+    with the lengths ``T`` of the group's completions as weights. One optimizer step a batch keeps it on policy, so
     that no clip acts; no KL and no entropy term.
 
     "On-Policy RL with Optimal Reward Baseline" (arXiv:2505.23585).

@@ -10,14 +10,14 @@ __all__ = ["PPOConfig"]
 
 
 class PPOConfig(AlgorithmConfig):
-    """Builds a run of Proximal Policy Optimisation with a learned critic.
+    """Builds a run of Proximal Policy Optimization with a learned critic.
 
-    The policy maximises the clipped surrogate
+    The policy maximizes the clipped surrogate
 
     .. math:: E_t[ min(r_t A_t, clip(r_t, 1 - clip_{low}, 1 + clip_{high}) A_t) ]
 
     where ``r_t`` is the ratio of a token's probability under the policy being trained to that under the policy the
-    batch started from, and ``A_t`` is the generalised advantage estimate from the critic's values, one action a token.
+    batch started from, and ``A_t`` is the generalized advantage estimate from the critic's values, one action a token.
 
     Papers: "Proximal Policy Optimization Algorithms" (arXiv:1707.06347); for language models, with the KL to a frozen
     reference taken off the reward, "Fine-Tuning Language Models from Human Preferences" (arXiv:1909.08593) and

@@ -1,4 +1,4 @@
-"""Before the loop: the configuration of Soft Adaptive Policy Optimisation."""
+"""Before the loop: the configuration of Soft Adaptive Policy Optimization."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["SAPOConfig"]
 
 
 class SAPOConfig(AlgorithmConfig):
-    """Builds a run of Soft Adaptive Policy Optimisation: a gate that fades a token's gradient instead of a clip.
+    """Builds a run of Soft Adaptive Policy Optimization: a gate that fades a token's gradient instead of a clip.
 
     GRPO's advantages; the gradient of a token shrinks smoothly as its ratio leaves 1, faster where the advantage is
     negative (temperatures 1.0 and 1.05).

@@ -3,7 +3,7 @@
 ::
 
     <folder>/config.yaml        settings of the run
-    <folder>/learner/           policy, critic and optimisers: tensors in safetensors files, one or more a rank
+    <folder>/learner/           policy, critic and optimizers: tensors in safetensors files, one or more a rank
     <folder>/manifest.json      counters, prompt position, and size and checksum of every other file; written last
 
 Nothing in it is executed when it is read: text, JSON and safetensors.

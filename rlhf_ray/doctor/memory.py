@@ -1,4 +1,4 @@
-"""Before a run: the memory and disk space that models, optimisers and caches will take, beside what there is.
+"""Before a run: the memory and disk space that models, optimizers and caches will take, beside what there is.
 
 Training keeps float32 weights (4 bytes a parameter), gradients (4) and Adam's two moments (8), for the policy and for
 the critic, sharded over the learners; a reference is weights alone. The object store has two copies of weights and
@@ -38,7 +38,7 @@ class MemoryNeed:
     """Bytes that a run's models take, without activations and processes."""
 
     learner: int
-    """Policy, critic, optimisers and reference, a learner."""
+    """Policy, critic, optimizers and reference, a learner."""
     offloaded: int
     """What of it a learner on a GPU keeps in CPU memory."""
     copies: int

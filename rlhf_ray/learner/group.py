@@ -126,7 +126,7 @@ class LearnerGroup:
         Args:
             batch: All sequences.
             plan: Which rank trains on which.
-            version: Of the policy afterwards.
+            version: Of the policy afterward.
             update_policy: False in the critic's warm-up.
             with_advantages: Whether the result holds them, in the order of the batch.
 

@@ -1,4 +1,4 @@
-"""One learner rank: estimates, advantages and optimiser steps over its share of a batch.
+"""One learner rank: estimates, advantages and optimizer steps over its share of a batch.
 
 Consumes a :class:`SequenceBatch` and its :class:`RankPlan`; produces updated policy and critic, and the figures of the
 update. Plain class on ``torch.distributed``, no Ray: the train loop (train_loop.py) constructs and drives it. All
@@ -103,7 +103,7 @@ class LearnerSpec:
     max_staleness: int
     """Versions that data may lag behind the policy; 0: there is nothing to correct."""
     total_steps: int
-    """Optimiser steps of the run."""
+    """Optimizer steps of the run."""
     policy_steps: int
     """Those of them that update the policy: all but the critic's warm-up."""
     on_gpu: bool
@@ -121,7 +121,7 @@ class LearnerSpec:
 
 
 class Learner:
-    """Policy, critic and reference of one rank, on an initialised process group.
+    """Policy, critic and reference of one rank, on an initialized process group.
 
     There is a critic only where the advantage asks for values, and a reference only where ``kl_coef`` is not 0.
 
@@ -287,7 +287,7 @@ class Learner:
         )
 
     def save(self, folder: str) -> Future[Any]:
-        """Copy policy, critic and optimisers, and write the copy to a folder of this machine beside what comes next.
+        """Copy policy, critic and optimizers, and write the copy to a folder of this machine beside what comes next.
 
         Returns:
             Done when every rank has written its files, ``shard-<rank + 1>-*.safetensors``.

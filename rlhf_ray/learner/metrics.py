@@ -13,7 +13,7 @@ __all__ = ["MetricSums"]
 
 
 class MetricSums:
-    """Token-weighted means, maxima, and losses an optimiser step.
+    """Token-weighted means, maxima, and losses an optimizer step.
 
     ``add`` takes means over a microbatch's tokens and their number, ``add_loss`` a microbatch's share of a loss;
     ``merge`` returns means over all tokens of all ranks, so the figures do not depend on how the batch was split.
@@ -41,7 +41,7 @@ class MetricSums:
                 self._weights[name] += weight
 
     def merge(self, num_steps: int) -> dict[str, float]:
-        """Combine over ranks; every rank gets the result. Losses are means over ``num_steps`` optimiser steps."""
+        """Combine over ranks; every rank gets the result. Losses are means over ``num_steps`` optimizer steps."""
         parts: list[MetricSums] = [self] * dist.get_world_size()
         dist.all_gather_object(parts, self)
         merged: dict[str, float] = {}

@@ -216,7 +216,7 @@ def shard(
 
     Trained weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced
     in float32. Heads compute in float32 whatever the rest does: bfloat16 would round their answers to 8 bits. With
-    ``offload`` weights and gradients, and so the optimiser's state, stay in CPU memory.
+    ``offload`` weights and gradients, and so the optimizer's state, stay in CPU memory.
     """
     kwargs: dict[str, Any] = {"mesh": mesh}
     if offload:

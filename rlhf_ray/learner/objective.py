@@ -45,7 +45,7 @@ class PolicyObjective:
     def __call__(
         self, terms: PolicyTerms, *, normalizer: float, kl_coef: float
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Return the total to be minimised, the policy loss alone, and token means for the report."""
+        """Return the total to be minimized, the policy loss alone, and token means for the report."""
         training = self._training
         aggregated: dict[str, Any] = {"aggregation": training.loss_aggregation, "normalizer": normalizer}
         loss, means = self._plugin.call(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["keeps_sequences_apart", "skips_other_sequences"]
 
 _LENGTH = 16
-# Routers of experts and tiles of half-precision products see other neighbours; a leak changes far more.
+# Routers of experts and tiles of half-precision products see other neighbors; a leak changes far more.
 _TOLERANCE = {torch.float32: 1e-4}
 _TOLERANCE_IN_HALF_PRECISION = 3e-2
 

@@ -24,7 +24,7 @@ _PASS_TOKENS = 100
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Minibatch:
-    """What one optimiser step reads."""
+    """What one optimizer step reads."""
 
     microbatches: tuple[Indices, ...]
     """Indices into the rank's own sequences; an empty entry keeps ranks in step where one has less to do."""
@@ -88,7 +88,7 @@ def plan_update(
     Args:
         lengths: ``[N]`` prompt plus completion tokens.
         completion_lengths: ``[N]`` completion tokens.
-        num_minibatches: Optimiser steps an epoch.
+        num_minibatches: Optimizer steps an epoch.
         num_epochs: Passes over the batch; the order of minibatches is drawn anew for each after the first.
         num_ranks: Learners.
         max_tokens: Tokens in a microbatch; a longer sequence is alone in its own.

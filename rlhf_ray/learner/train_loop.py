@@ -105,7 +105,7 @@ def _spans(rank: int, verb: str, seconds: float, result: Any) -> list[Span]:
     middle = whole.end - result.figures["update_s"]
     start = middle - result.figures["advantage_s"]
     estimates = Span(lane=lane, name="estimates and advantages", start=start, end=middle)
-    return [whole, estimates, Span(lane=lane, name="optimiser steps", start=middle, end=whole.end)]
+    return [whole, estimates, Span(lane=lane, name="optimizer steps", start=middle, end=whole.end)]
 
 
 class _Worker:

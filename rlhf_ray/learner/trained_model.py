@@ -1,4 +1,4 @@
-"""A sharded model with its optimiser and learning-rate schedule: what one PPO step changes."""
+"""A sharded model with its optimizer and learning-rate schedule: what one PPO step changes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["TrainedModel", "learning_rate_factor"]
 
 
 def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
-    """Learning rate of optimiser step ``step`` (from 0) as a share of the peak.
+    """Learning rate of optimizer step ``step`` (from 0) as a share of the peak.
 
     Linear warm-up over ``warmup_steps``, then ``constant``, or down to ``min_ratio`` at ``total_steps`` on a straight
     (``linear``) or a half-cosine (``cosine``) line; ``min_ratio`` after that.
@@ -50,7 +50,7 @@ class TrainedModel:
         training: The training section.
         lr: Peak learning rate.
         max_grad_norm: Clip of the gradient's norm; none: no clip.
-        total_steps: Optimiser steps of the run, for the schedule.
+        total_steps: Optimizer steps of the run, for the schedule.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TrainedModel:
 
     @property
     def steps_taken(self) -> int:
-        """Optimiser steps since the run began, restarts included."""
+        """Optimizer steps since the run began, restarts included."""
         return int(self._schedule.last_epoch)
 
     @property
@@ -223,7 +223,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _filled(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the optimiser's state: sharded as its parameter is, or a count of steps."""
+    """A tensor of the optimizer's state: sharded as its parameter is, or a count of steps."""
     if value.ndim == 0:
         return value.to(parameter.device)
     moment = torch.zeros_like(parameter, dtype=value.dtype)

@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: log-probabilities under proximal and behaviour policy -> weights that correct stale data."""
+"""Stage 5 of the loop: log-probabilities under proximal and behavior policy -> weights that correct stale data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def behavior_weights(
     cap: float,
     floor: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weight each token's loss by ``pi_proximal / pi_behaviour``, bounded: truncated importance sampling.
+    """Weight each token's loss by ``pi_proximal / pi_behavior``, bounded: truncated importance sampling.
 
     With ``d = proximal_logprobs - behavior_logprobs``, and ``floor = 0`` when none is given::
 
@@ -35,7 +35,7 @@ def behavior_weights(
         weight = clip(w, floor, cap)                          mode "truncate"
         weight = w where floor <= w <= cap, else 0            mode "mask"
 
-    - Decoupled PPO, which clips against a recent (proximal) policy, and corrects for the older (behaviour) policy
+    - Decoupled PPO, which clips against a recent (proximal) policy, and corrects for the older (behavior) policy
       that wrote the tokens: "Batch size-invariance for policy optimization" (arXiv:2110.00641); for language models
       "AReaL: A Large-Scale Asynchronous Reinforcement Learning System for Language Reasoning" (arXiv:2505.24298).
     - A token's weight corrects the choice of that token, not that of the tokens before it: a bias, with little

@@ -37,8 +37,8 @@ def kl_loss(
     ========= =========================================== ========================================================
 
     "The gradient" is exact in expectation for tokens sampled from the current policy, and the usual approximation
-    after further optimiser steps on the same batch. It is that of each token's own distribution: how a token
-    changes the KL of the tokens after it is left out. With the KL in the reward (:func:`kl_penalised_rewards`)
+    after further optimizer steps on the same batch. It is that of each token's own distribution: how a token
+    changes the KL of the tokens after it is left out. With the KL in the reward (:func:`kl_penalized_rewards`)
     returns carry that too.
 
     >>> import torch

@@ -30,8 +30,8 @@ def m2po_mask(
         keep = T, and every unmasked token that never was in T
 
     "Prosperity before Collapse: How Far Can Off-Policy RL Reach with Stale Data on LLMs?" (arXiv:2510.01161), its
-    Algorithm 1, with ``old_logprobs`` of the behaviour policy and a threshold of 0.04. T holds the tokens that PPO's
-    clip may act on; of the others, which the update pulls back towards the old policy, none is dropped, and none
+    Algorithm 1, with ``old_logprobs`` of the behavior policy and a threshold of 0.04. T holds the tokens that PPO's
+    clip may act on; of the others, which the update pulls back toward the old policy, none is dropped, and none
     enters the mean. Of tokens with equal ``d^2`` the later, in row order, is dropped first.
 
     - **The mean is over the whole minibatch.** Call this once on all of its sequences, over all microbatches and

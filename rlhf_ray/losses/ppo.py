@@ -24,7 +24,7 @@ def ppo_loss(
     aggregation: str = "token_mean",
     normalizer: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped surrogate loss of PPO, to be minimised.
+    """Clipped surrogate loss of PPO, to be minimized.
 
     With ``ratio = exp(logprobs - old_logprobs)``, per token::
 
@@ -36,7 +36,7 @@ def ppo_loss(
     - Clip bounds that differ: "DAPO" (arXiv:2503.14476).
     - Dual clip, a bound where a bad token became far likelier: "Mastering Complex Control in MOBA Games with Deep
       Reinforcement Learning" (arXiv:1912.09729).
-    - Behaviour weights, ``pi_proximal / pi_behaviour``, with ``old_logprobs`` of the proximal policy: decoupled PPO,
+    - Behavior weights, ``pi_proximal / pi_behavior``, with ``old_logprobs`` of the proximal policy: decoupled PPO,
       "Batch size-invariance for policy optimization" (arXiv:2110.00641), "AReaL" (arXiv:2505.24298).
 
     The log-ratio is bounded from above by :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`. Only ``logprobs`` gets

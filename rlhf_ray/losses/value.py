@@ -35,11 +35,11 @@ def value_loss(
 
     Huber's loss (Peter J. Huber, "Robust Estimation of a Location Parameter", 1964) bounds the gradient of a token
     by ``huber``, so that a few returns far away do not take over the critic; the value that it is drawn to moves
-    from the mean of the returns towards their median.
+    from the mean of the returns toward their median.
 
     The clipped form is that of the PPO authors' code; it is described in "Implementation Matters in Deep Policy
     Gradients: A Case Study on PPO and TRPO" (arXiv:2005.12729). A token whose value moved more than ``clip`` away
-    from the old one, towards the return, gets no gradient. Only ``values`` gets a gradient.
+    from the old one, toward the return, gets no gradient. Only ``values`` gets a gradient.
 
     >>> values, old_values, returns = torch.tensor([[0.5, 1.0]]), torch.zeros(1, 2), torch.ones(1, 2)
     >>> loss, metrics = value_loss(values, old_values, returns, torch.ones(1, 2), clip=0.5)

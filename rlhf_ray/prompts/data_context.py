@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["NUM_CPUS", "RUN_NAME", "STALL_TIMEOUT_S", "configure", "data_errors", "prompt_context"]
 
 NUM_CPUS = 0.1
-"""CPUs that a reading or tokenising task reserves: replicas and learners may leave no whole one on a small machine."""
+"""CPUs that a reading or tokenizing task reserves: replicas and learners may leave no whole one on a small machine."""
 
 RUN_NAME = "rlhf_ray_prompts"
 """Name of our datasets in Ray's logs, metrics and dashboard."""

@@ -42,7 +42,7 @@ class Accuracy:
 
 
 def new_model(seed: int) -> Qwen2ForCausalLM:
-    """A freshly initialised Qwen2 of 0.8 million parameters."""
+    """A freshly initialized Qwen2 of 0.8 million parameters."""
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def make_model(
 
     Args:
         output: Folder to write.
-        seed: Of the initialisation and the order of the rows.
+        seed: Of the initialization and the order of the rows.
         target: Greedy held-out accuracy to stop at.
         learning_rate: AdamW's, constant after 100 steps of warm-up.
         batch_size: Rows a step.

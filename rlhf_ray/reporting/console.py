@@ -93,5 +93,5 @@ class ConsoleReporter(Reporter):
         return self._progress
 
     def _line(self, text: str) -> None:
-        # Logs are read by other programs too: no colours, and no line breaks at a width that a file does not have.
+        # Logs are read by other programs too: no colors, and no line breaks at a width that a file does not have.
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

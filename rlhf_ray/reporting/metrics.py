@@ -90,7 +90,7 @@ METRICS: tuple[Metric, ...] = (
         "rewards/failures/<kind>", "groups", "groups dropped and replaced in this iteration because of this failure"
     ),
     Metric("rewards/<function>/<metric>", "any", "mean over its calls of what the function gave to log_metric"),
-    # The update; token means are over completion tokens of all optimiser steps of the iteration.
+    # The update; token means are over completion tokens of all optimizer steps of the iteration.
     Metric("learner/policy_loss", "loss", "policy loss (training.loss) over its global denominator"),
     Metric(
         "learner/value_loss",
@@ -109,9 +109,9 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/ratio_mean", "ratio", "token mean of the current / proximal ratio (gspo: that of its sequence)"),
     Metric("learner/ratio_max", "ratio", "largest current / proximal ratio of a token (gspo: of a sequence)"),
     Metric("learner/gate_mean", "fraction", "token mean of SAPO's gate (arXiv:2511.20347), 1 where nothing fades"),
-    Metric("learner/grad_norm", "norm", "gradient norm of the policy before the clip, mean over optimiser steps"),
+    Metric("learner/grad_norm", "norm", "gradient norm of the policy before the clip, mean over optimizer steps"),
     Metric(
-        "learner/critic_grad_norm", "norm", "gradient norm of the critic before the clip, mean over optimiser steps"
+        "learner/critic_grad_norm", "norm", "gradient norm of the critic before the clip, mean over optimizer steps"
     ),
     Metric(
         "learner/skipped_updates",
@@ -145,9 +145,9 @@ METRICS: tuple[Metric, ...] = (
         "nats",
         "mean of |log p(proximal) - log p(sampling)| over the tokens sampled that many versions before",
     ),
-    Metric("learner/lr", "1/step", "learning rate of the policy at the last optimiser step"),
-    Metric("learner/critic_lr", "1/step", "learning rate of the critic at the last optimiser step"),
-    # The three below are taken at the first optimiser step; the first two where learner and engine hold one policy.
+    Metric("learner/lr", "1/step", "learning rate of the policy at the last optimizer step"),
+    Metric("learner/critic_lr", "1/step", "learning rate of the critic at the last optimizer step"),
+    # The three below are taken at the first optimizer step; the first two where learner and engine hold one policy.
     Metric(
         "learner/sampling_logprob_diff_mean",
         "nats",
@@ -174,7 +174,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("timers/rollout_s", "s", "from asking for groups until the last completion of the batch arrived"),
     Metric("timers/reward_s", "s", "from the last completion until the last reward: what rewards add to the rollout"),
     Metric("timers/advantage_s", "s", "recomputed log-probabilities, values and advantages"),
-    Metric("timers/update_s", "s", "forward, backward and optimiser steps"),
+    Metric("timers/update_s", "s", "forward, backward and optimizer steps"),
     Metric("timers/weight_sync_s", "s", "how long weight sync holds training up"),
     Metric("timers/iteration_s", "s", "the whole training step"),
     Metric("weight_sync/size_bytes", "bytes", "weights published to each replica"),

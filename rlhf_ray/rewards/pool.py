@@ -258,7 +258,7 @@ class RewardPool:
         return batch
 
     async def _attempt(self, worker: _Worker, batch: list[_Request], slots: int) -> None:
-        """One call of a worker, which gets its ``slots`` back afterwards."""
+        """One call of a worker, which gets its ``slots`` back afterward."""
         # The last try of a group is for a worker that lives: two may have died together while they were idle.
         is_last = batch[0].retries == 0
         answer = None if is_last else self._asked(worker, batch)

@@ -272,7 +272,7 @@ def weighted_sum(
 ) -> Float32Array:
     """``[F][G] -> [G]``: for each completion the sum of weight times reward over the functions that apply to it.
 
-    Weights are not renormalised where a function does not apply.
+    Weights are not renormalized where a function does not apply.
 
     Raises:
         ScoringError: No function applies to some completion, and this is not ``part_of_sum``; or a sum leaves

@@ -16,7 +16,7 @@ __all__ = ["shaped"]
 
 
 def shaped(batch: SequenceBatch, settings: RewardSettings, *, mask_truncated: bool) -> SequenceBatch:
-    """Return the batch with its rewards replaced, shifted, scaled, clipped and normalised as the settings say.
+    """Return the batch with its rewards replaced, shifted, scaled, clipped and normalized as the settings say.
 
     In that order: ``truncated_reward``, ``bias``, ``scale``, ``clip``, ``normalize``. The rewards of greedy completions
     go through ``bias``, ``scale`` and ``clip`` too, so that they stay on the same scale.
@@ -28,7 +28,7 @@ def shaped(batch: SequenceBatch, settings: RewardSettings, *, mask_truncated: bo
     """
     import torch
 
-    from rlhf_ray.advantages import normalise_rewards, shape_rewards
+    from rlhf_ray.advantages import normalize_rewards, shape_rewards
 
     rewards = batch.rewards
     if settings.truncated_reward is not None:
@@ -38,7 +38,7 @@ def shaped(batch: SequenceBatch, settings: RewardSettings, *, mask_truncated: bo
         for values in (rewards, batch.greedy_rewards)
     )
     if settings.normalize != "none":
-        own = normalise_rewards(
+        own = normalize_rewards(
             own,
             torch.tensor(batch.group_ids),
             level=settings.normalize,

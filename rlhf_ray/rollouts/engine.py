@@ -139,7 +139,7 @@ class RolloutEngine:
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update))
 
     async def finish_update(self, version: int) -> None:
-        """Resume under the new weights, labelled ``version``."""
+        """Resume under the new weights, labeled ``version``."""
         await self._engine.finish_weight_update(weight_version=str(version))
         await self._engine.resume_generation()
         self.version = version

@@ -129,5 +129,5 @@ def check_lr_warmup(settings: Settings) -> None:
     """The learning rate is reached before the run ends."""
     warmup, steps = settings.training.lr_warmup_steps, Schedule.of(settings).policy_optimizer_steps
     if warmup > steps:
-        remedy = f"use at most {steps}, all the optimiser steps of the policy"
+        remedy = f"use at most {steps}, all the optimizer steps of the policy"
         raise ConfigError("training.lr_warmup_steps", warmup, remedy)

@@ -162,7 +162,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
         self._buckets.clear()
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Load one bucket; the base class's device synchronisation has no meaning without an accelerator."""
+        """Load one bucket; the base class's device synchronization has no meaning without an accelerator."""
         self.receive_weights(self.parse_update_info(update_info))
 
     def shutdown(self) -> None:

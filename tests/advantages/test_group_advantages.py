@@ -86,7 +86,7 @@ def test_equals_the_formulas_on_random_groups(method, seed):
         ("rloo", [6, 3, 9, 12, 1], [0, 0, 1, 1, 2], [3, -3, -3, 3, 0]),
         ("dr_grpo", [6, 3, 9, 12], [0, 0, 1, 1], [1.5, -1.5, -1.5, 1.5]),
         ("maxrl", [6, 3, 9, 12], [0, 0, 1, 1], [1.5 / 4.5, -1.5 / 4.5, -1.5 / 10.5, 1.5 / 10.5]),
-        # Twinkle (twinkle-kit.readthedocs.io), GRPOAdvantage, before its normalisation.
+        # Twinkle (twinkle-kit.readthedocs.io), GRPOAdvantage, before its normalization.
         ("dr_grpo", [0, 1, 0, 1, 1, 0, 0, 0], [0] * 4 + [1] * 4, [-0.5, 0.5, -0.5, 0.5, 0.75, -0.25, -0.25, -0.25]),
     ],
 )

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.advantages import gae, kl_penalised_rewards, reinforce_plus_plus
+from rlhf_ray.advantages import gae, kl_penalized_rewards, reinforce_plus_plus
 
 
 def random_batch(seed, rows=6, width=11):
@@ -56,7 +56,7 @@ def test_equals_the_returns_of_gae_with_lambda_one_whatever_the_critic():
 def test_reward_less_the_kl_still_to_come():
     # coef 0.5: 1 - 0.5 * (0.2 + 0.4 + 0.6) = 0.4, 1 - 0.5 * (0.4 + 0.6) = 0.5, 1 - 0.5 * 0.6 = 0.7
     mask = torch.ones(1, 3)
-    rewards = kl_penalised_rewards(torch.tensor([1.0]), mask, kl=torch.tensor([[0.2, 0.4, 0.6]]), coef=0.5)
+    rewards = kl_penalized_rewards(torch.tensor([1.0]), mask, kl=torch.tensor([[0.2, 0.4, 0.6]]), coef=0.5)
     torch.testing.assert_close(reinforce_plus_plus(rewards, mask, gamma=1.0), torch.tensor([[0.4, 0.5, 0.7]]))
 
 

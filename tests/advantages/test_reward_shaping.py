@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.advantages import group_advantages, normalise_rewards, shape_rewards, zero_variance
+from rlhf_ray.advantages import group_advantages, normalize_rewards, shape_rewards, zero_variance
 
 # Group 8 holds 0, 1, 5 and group 3 holds 2, 6, interleaved.
 REWARDS = torch.tensor([0.0, 2.0, 1.0, 6.0, 5.0])
@@ -58,16 +58,16 @@ def test_shaping_within_the_clip_leaves_grpo_as_it_is():
         ("batch", True, False, True, [-3.5, -1.0, -2.25, 4.0, 2.75]),
     ],
 )
-def test_normalising_hand_computed(level, mean, std, leave_one_out, expected):
-    normalised = normalise_rewards(REWARDS, IDS, level=level, mean=mean, std=std, leave_one_out=leave_one_out, eps=0.0)
-    torch.testing.assert_close(normalised, torch.tensor(expected))
+def test_normalizing_hand_computed(level, mean, std, leave_one_out, expected):
+    normalized = normalize_rewards(REWARDS, IDS, level=level, mean=mean, std=std, leave_one_out=leave_one_out, eps=0.0)
+    torch.testing.assert_close(normalized, torch.tensor(expected))
 
 
 def test_eps_is_added_to_the_standard_deviation():
     # 0 and 2: standard deviation sqrt(2); 2 / (sqrt(2) + 0.5)
     rewards, ids = torch.tensor([0.0, 2.0]), torch.tensor([1, 1])
-    normalised = normalise_rewards(rewards, ids, level="group", mean=False, std=True, eps=0.5)
-    torch.testing.assert_close(normalised, torch.tensor([0.0, 2 / (math.sqrt(2) + 0.5)]))
+    normalized = normalize_rewards(rewards, ids, level="group", mean=False, std=True, eps=0.5)
+    torch.testing.assert_close(normalized, torch.tensor([0.0, 2 / (math.sqrt(2) + 0.5)]))
 
 
 @pytest.mark.parametrize(
@@ -75,14 +75,14 @@ def test_eps_is_added_to_the_standard_deviation():
 )
 def test_group_level_holds_three_methods_of_group_advantages(method, std, leave_one_out):
     rewards, ids = random_batch(0)
-    normalised = normalise_rewards(rewards, ids, level="group", mean=True, std=std, leave_one_out=leave_one_out)
-    torch.testing.assert_close(normalised, group_advantages(rewards, ids, method=method))
+    normalized = normalize_rewards(rewards, ids, level="group", mean=True, std=std, leave_one_out=leave_one_out)
+    torch.testing.assert_close(normalized, group_advantages(rewards, ids, method=method))
 
 
 def test_batch_level_is_group_level_with_one_group():
     rewards, ids = random_batch(1)
-    batch = normalise_rewards(rewards, ids, level="batch", mean=True, std=True)
-    assert torch.equal(batch, normalise_rewards(rewards, ids * 0, level="group", mean=True, std=True))
+    batch = normalize_rewards(rewards, ids, level="batch", mean=True, std=True)
+    assert torch.equal(batch, normalize_rewards(rewards, ids * 0, level="group", mean=True, std=True))
     assert batch.double().mean().item() == pytest.approx(0.0, abs=1e-7)
     assert batch.double().std().item() == pytest.approx(1.0, abs=1e-6)
 
@@ -90,16 +90,16 @@ def test_batch_level_is_group_level_with_one_group():
 def test_groups_in_separate_calls_equal_one_call():
     rewards, ids = random_batch(3)
     settings = {"level": "group", "mean": True, "std": True, "leave_one_out": True}
-    whole, marked = normalise_rewards(rewards, ids, **settings), zero_variance(rewards, ids)
+    whole, marked = normalize_rewards(rewards, ids, **settings), zero_variance(rewards, ids)
     for part in (ids < 3, (ids >= 3) & (ids < 5), ids >= 5):
         assert part.any()
-        torch.testing.assert_close(normalise_rewards(rewards[part], ids[part], **settings), whole[part])
+        torch.testing.assert_close(normalize_rewards(rewards[part], ids[part], **settings), whole[part])
         assert torch.equal(zero_variance(rewards[part], ids[part]), marked[part])
 
 
 def test_removing_nothing_changes_nothing():
     rewards, ids = random_batch(2)
-    assert torch.equal(normalise_rewards(rewards, ids, level="group", mean=False, std=False), rewards)
+    assert torch.equal(normalize_rewards(rewards, ids, level="group", mean=False, std=False), rewards)
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
@@ -110,11 +110,11 @@ def test_without_spread_the_mean_goes_and_the_scale_stays(rewards, level, eps):
     ids = torch.full(rewards.shape, 4)
     for leave_one_out in (False, True):
         for std in (False, True):
-            centred = normalise_rewards(
+            centered = normalize_rewards(
                 rewards, ids, level=level, mean=True, std=std, leave_one_out=leave_one_out, eps=eps
             )
-            assert (centred == 0).all()
-    assert torch.equal(normalise_rewards(rewards, ids, level=level, mean=False, std=True, eps=eps), rewards)
+            assert (centered == 0).all()
+    assert torch.equal(normalize_rewards(rewards, ids, level=level, mean=False, std=True, eps=eps), rewards)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
@@ -147,16 +147,16 @@ def test_zero_variance_marks_the_groups_without_advantage():
 def test_garbage_in_another_group_changes_nothing(garbage):
     dirty = REWARDS.masked_fill(IDS == 3, garbage)
     kept = IDS == 8
-    clean = normalise_rewards(REWARDS, IDS, level="group", mean=True, std=True)
-    assert torch.equal(clean[kept], normalise_rewards(dirty, IDS, level="group", mean=True, std=True)[kept])
+    clean = normalize_rewards(REWARDS, IDS, level="group", mean=True, std=True)
+    assert torch.equal(clean[kept], normalize_rewards(dirty, IDS, level="group", mean=True, std=True)[kept])
     assert not zero_variance(dirty, IDS).any()
 
 
 def test_results_are_targets_without_gradient_in_the_dtype_of_the_rewards():
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         rewards = REWARDS.to(dtype).requires_grad_()
-        normalised = normalise_rewards(rewards, IDS, level="group", mean=False, std=True)
-        for result in (shape_rewards(rewards, bias=1.0, scale=2.0, clip=3.0), normalised):
+        normalized = normalize_rewards(rewards, IDS, level="group", mean=False, std=True)
+        for result in (shape_rewards(rewards, bias=1.0, scale=2.0, clip=3.0), normalized):
             assert not result.requires_grad
             assert result.dtype == dtype
 
@@ -166,7 +166,7 @@ def test_empty_batch():
     assert shape_rewards(rewards, clip=1.0).shape == (0,)
     assert zero_variance(rewards, ids).shape == (0,)
     for level in ("group", "batch"):
-        assert normalise_rewards(rewards, ids, level=level, mean=True, std=True).shape == (0,)
+        assert normalize_rewards(rewards, ids, level=level, mean=True, std=True).shape == (0,)
 
 
 def test_misuse_is_refused():
@@ -176,13 +176,13 @@ def test_misuse_is_refused():
         with pytest.raises(ValueError, match=f"clip = {clip}: must be positive"):
             shape_rewards(REWARDS, clip=clip)
     with pytest.raises(ValueError, match="level = 'prompt': use group or batch"):
-        normalise_rewards(REWARDS, IDS, level="prompt", mean=True, std=True)
+        normalize_rewards(REWARDS, IDS, level="prompt", mean=True, std=True)
     with pytest.raises(ValueError, match="leave_one_out = True needs mean = True"):
-        normalise_rewards(REWARDS, IDS, level="group", mean=False, std=True, leave_one_out=True)
+        normalize_rewards(REWARDS, IDS, level="group", mean=False, std=True, leave_one_out=True)
     with pytest.raises(ValueError, match=r"eps = -1\.0"):
-        normalise_rewards(REWARDS, IDS, level="group", mean=True, std=True, eps=-1.0)
+        normalize_rewards(REWARDS, IDS, level="group", mean=True, std=True, eps=-1.0)
     for level in ("group", "batch"):
         with pytest.raises(ValueError, match=r"rewards \(5,\), group_ids \(4,\)"):
-            normalise_rewards(REWARDS, IDS[:4], level=level, mean=True, std=True)
+            normalize_rewards(REWARDS, IDS[:4], level=level, mean=True, std=True)
     with pytest.raises(ValueError, match=r"rewards \(5,\), group_ids \(4,\)"):
         zero_variance(REWARDS, IDS[:4])

@@ -392,7 +392,7 @@ def test_only_ppo_has_a_critic(name: str) -> None:
     assert f"{advantage} has no critic to warm up; use 0" in error.remedy
 
 
-REMAX_NORMALISED = "remax compares with the reward of a greedy completion"
+REMAX_NORMALIZED = "remax compares with the reward of a greedy completion"
 
 
 @pytest.mark.parametrize(
@@ -406,8 +406,8 @@ REMAX_NORMALISED = "remax compares with the reward of a greedy completion"
             "rewards.leave_one_out",
             "set rewards.normalize to group or batch",
         ),
-        (ReMaxConfig, {"rewards.normalize": "group"}, "rewards.normalize", REMAX_NORMALISED),
-        (ReMaxConfig, {"rewards.normalize": "batch"}, "rewards.normalize", REMAX_NORMALISED),
+        (ReMaxConfig, {"rewards.normalize": "group"}, "rewards.normalize", REMAX_NORMALIZED),
+        (ReMaxConfig, {"rewards.normalize": "batch"}, "rewards.normalize", REMAX_NORMALIZED),
         (PPOConfig, {"training.kl_target": 0.1}, "training.kl_target", "give training.kl_coef"),
         (DAPOConfig, {"training.kl_target": 0.1}, "training.kl_target", "give training.kl_coef"),
         # 64 x 4 completions.

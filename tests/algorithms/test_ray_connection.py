@@ -70,7 +70,7 @@ RECORDED = "10.0.0.9:6379"
 
 @pytest.fixture
 def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """The environment of a process to which no cluster is known; what a test sets is gone afterwards."""
+    """The environment of a process to which no cluster is known; what a test sets is gone afterward."""
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     variables["RAY_TMPDIR"] = str(tmp_path)
     monkeypatch.setattr("os.environ", variables)

@@ -55,7 +55,7 @@ def test_the_manifest_has_only_fields_that_exist(rayjob: dict[str, Any]) -> None
     jsonschema.validate(rayjob, SCHEMA, jsonschema.Draft202012Validator)
 
 
-def misspelt(job: dict[str, Any]) -> None:
+def misspelled(job: dict[str, Any]) -> None:
     job["spec"]["ttlSecondsAfterFinish"] = 1
 
 
@@ -75,7 +75,7 @@ def volume_of_two_kinds(job: dict[str, Any]) -> None:
     job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["volumes"][0]["emptyDir"] = {}
 
 
-@pytest.mark.parametrize("spoil", [misspelt, unknown_mode, number_for_text, headless, volume_of_two_kinds])
+@pytest.mark.parametrize("spoil", [misspelled, unknown_mode, number_for_text, headless, volume_of_two_kinds])
 def test_the_schema_finds_mistakes(spoil: Callable[[dict[str, Any]], None], rayjob: dict[str, Any]) -> None:
     spoil(rayjob)
     with pytest.raises(jsonschema.ValidationError):

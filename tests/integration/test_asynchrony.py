@@ -137,7 +137,7 @@ def test_the_timeline_shows_every_part(asynchronous: Algorithm, iterations: obje
     assert lanes[:2] == ["algorithm", "learner 0"]
     assert len([lane for lane in lanes if lane.startswith("replica ")]) == 2
     names = {event["name"] for event in events}
-    assert {"collect", "update", "optimiser steps", "publish"} <= names
+    assert {"collect", "update", "optimizer steps", "publish"} <= names
     assert "reward worker 1" in lanes
     # Beside the update that follows it.
     assert "load version 3" in names

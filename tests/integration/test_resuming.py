@@ -27,7 +27,7 @@ def config_of(run_dir: Path, num_learners: int) -> PPOConfig:
         .data(batch_size=8)
         .rollouts(group_size=4, max_prompt_tokens=16, num_threads=1)
         .learners(num_learners=num_learners, num_threads=1, max_tokens_per_microbatch=256)
-        # Everything that has a state: schedules, both optimisers, an adapted coefficient.
+        # Everything that has a state: schedules, both optimizers, an adapted coefficient.
         .training(iterations=ITERATIONS, num_minibatches=2, kl_coef=1e-3, kl_target=0.01, lr_schedule="cosine")
         .checkpointing(interval=STOPPED_AFTER, keep=5)
         .reporting(run_dir=str(run_dir), progress="off", wandb_project="tests")

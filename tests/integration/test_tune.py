@@ -114,7 +114,7 @@ def test_a_population_in_which_one_trial_is_killed(leftovers: Any, tmp_path: Pat
     better, worse = sorted(results, key=lambda result: result.error is not None)
     assert (better.metrics or {})["evaluation"]["quickstart"]["num_prompts"] == 16
     assert rates(better) == [better.config["training"]["lr"]] * 4
-    # It went on from the other's second policy; its new rate wins over the one in the optimiser state restored.
+    # It went on from the other's second policy; its new rate wins over the one in the optimizer state restored.
     *before, after = rates(worse)
     assert after == worse.config["training"]["lr"]
     assert after in mutated

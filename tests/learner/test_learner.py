@@ -939,7 +939,7 @@ def test_a_closed_learner_leaves_nothing_behind(tmp_path: Path, make_learner: Ca
 def test_a_save_in_the_critic_warmup_changes_nothing(
     loaded: bool, tmp_path: Path, on_one_rank: Callable[[str], Outcome], make_learner: Callable[..., Learner]
 ) -> None:
-    """The policy's optimiser has taken no step then; to write its state must not count as one."""
+    """The policy's optimizer has taken no step then; to write its state must not count as one."""
     scenario = SCENARIOS["critic_warmup"]
     learner = make_learner(scenario)
     runs.update(learner, scenario, 0)

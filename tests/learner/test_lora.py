@@ -70,7 +70,7 @@ def test_the_reference_is_the_policy_as_it_was_and_costs_no_model(models: Path, 
     assert trained._reference.model is trained.policy.model
 
     torch.testing.assert_close(logprobs(trained._reference), logprobs(fresh._score), atol=1e-6, rtol=0.0)
-    # Switched back on afterwards.
+    # Switched back on afterward.
     assert float((logprobs(trained._score) - logprobs(trained._reference)).abs().max()) > 1e-4
 
 

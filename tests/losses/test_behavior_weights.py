@@ -10,7 +10,7 @@ ANY = {"level": "token", "mode": "truncate", "cap": 2.0}
 
 
 def with_ratios(ratios, mask=None, **kwargs):
-    """Weights and metrics of rows whose tokens have these ratios of proximal to behaviour policy."""
+    """Weights and metrics of rows whose tokens have these ratios of proximal to behavior policy."""
     proximal = torch.tensor(ratios).log()
     mask = torch.ones_like(proximal) if mask is None else torch.tensor(mask)
     weights, metrics = behavior_weights(proximal, torch.zeros_like(proximal), mask, **{**ANY, **kwargs})
@@ -115,7 +115,7 @@ def test_effective_sample_size_does_not_depend_on_the_scale_of_the_weights():
     assert metrics["behavior_ess"].item() == pytest.approx(1.0)
 
 
-def test_expectation_under_the_behaviour_policy_becomes_that_under_the_proximal_one():
+def test_expectation_under_the_behavior_policy_becomes_that_under_the_proximal_one():
     generator = torch.Generator().manual_seed(0)
     proximal, behavior = torch.randn(2, 7, generator=generator, dtype=torch.float64).softmax(-1).unbind(0)
     f = torch.randn(7, generator=generator, dtype=torch.float64)
@@ -132,8 +132,8 @@ def test_expectation_under_the_behaviour_policy_becomes_that_under_the_proximal_
     torch.testing.assert_close(weighted.sum(), (proximal[pairs].prod(dim=1) * of_pair).sum())
 
 
-def test_decoupled_ppo_inside_the_bounds_weights_by_current_over_behaviour():
-    # proximal / behaviour * current / proximal = current / behaviour, by which plain importance sampling weights.
+def test_decoupled_ppo_inside_the_bounds_weights_by_current_over_behavior():
+    # proximal / behavior * current / proximal = current / behavior, by which plain importance sampling weights.
     generator = torch.Generator().manual_seed(1)
     current, proximal, behavior = 0.1 * torch.randn(3, 4, 5, generator=generator)
     advantages, mask = torch.randn(4, 5, generator=generator), torch.ones(4, 5)

@@ -26,7 +26,7 @@ def test_normalizer_is_the_global_denominator():
     assert entropy_bonus(torch.tensor([[1.0, 2.0]]), torch.ones(1, 2), normalizer=6.0)[0].item() == 0.5
 
 
-def test_maximising_the_bonus_flattens_the_distribution():
+def test_maximizing_the_bonus_flattens_the_distribution():
     logits = torch.tensor([[[2.0, 0.0, -1.0]]], requires_grad=True)
     before = token_entropy(logits)
     (-entropy_bonus(before, torch.ones(1, 1))[0]).backward()

@@ -34,7 +34,7 @@ def test_half_the_mean_squared_error():
     [
         # Old value 0, return 1, clip 0.5.
         (0.25, 0.28125, -0.75, 0.0),  # 1/2 * 0.75^2: within the range
-        (0.75, 0.125, 0.0, 1.0),  # 1/2 * (0.5 - 1)^2: moved far enough towards the return
+        (0.75, 0.125, 0.0, 1.0),  # 1/2 * (0.5 - 1)^2: moved far enough toward the return
         (-0.75, 1.53125, -1.75, 0.0),  # 1/2 * 1.75^2, more than 1/2 * 1.5^2: moved the wrong way, is pulled back
         (2.0, 0.5, 1.0, 0.0),  # 1/2 * 1^2, more than 1/2 * 0.5^2: overshot, is pulled back
     ],
@@ -53,7 +53,7 @@ def test_clip_hand_computed(value, expected, gradient, fraction):
         (0.0, 0.5, -1.0, 0.0),
     ],
 )
-def test_clip_towards_a_lower_return_hand_computed(value, expected, gradient, fraction):
+def test_clip_toward_a_lower_return_hand_computed(value, expected, gradient, fraction):
     assert one_token(value, 2.0, 1.0, 0.5) == pytest.approx((expected, gradient, fraction))
 
 

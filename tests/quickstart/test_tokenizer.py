@@ -70,7 +70,7 @@ def test_a_chat_becomes_lines_of_speakers(tokenizer: Any) -> None:
     assert tokenizer.apply_chat_template(chat[:2], tokenize=False) == "system: Add.\nuser: 1+1=\n"
 
 
-def test_a_chat_is_tokenised_like_its_text(tokenizer: Any) -> None:
+def test_a_chat_is_tokenized_like_its_text(tokenizer: Any) -> None:
     chat = [{"role": "assistant", "content": "é"}]
     ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
     assert ids == [*"assistant: é".encode(), EOS_TOKEN_ID, *b"\nassistant: "]

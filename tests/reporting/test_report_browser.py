@@ -69,7 +69,7 @@ def text(browser: Chromium, selector: str) -> str:
 
 
 def drawn_charts(browser: Chromium) -> list[str]:
-    """Titles of the charts on whose canvas more than the axes has been drawn: something in a colour of a series."""
+    """Titles of the charts on whose canvas more than the axes has been drawn: something in a color of a series."""
     return list(
         browser.evaluate(
             """[...document.querySelectorAll('.chart')].filter((chart) => {
@@ -160,11 +160,11 @@ def test_a_token_that_is_touched_keeps_telling_its_numbers(browser: Chromium, on
     assert browser.evaluate("document.querySelector('#tooltip').hidden")
 
 
-def test_tokens_are_coloured_by_what_is_chosen(browser: Chromium, one_run: str) -> None:
+def test_tokens_are_colored_by_what_is_chosen(browser: Chromium, one_run: str) -> None:
     browser.open(one_run)
     shades = {}
     for coloring in ("advantage", "logprob", "version", "group", "none"):
-        browser.choose("colour by", coloring)
+        browser.choose("color by", coloring)
         shades[coloring] = tuple(browser.evaluate(COLORS))
     assert len(set(shades.values())) == len(shades)
     # The first completion: a token and the end, with advantages 1 and 2, versions 3 and 4, its group's best.
@@ -173,7 +173,7 @@ def test_tokens_are_coloured_by_what_is_chosen(browser: Chromium, one_run: str) 
     assert shades["version"][0] != shades["version"][1]
     assert shades["group"][0] == shades["group"][1] != ""
     # The third was left out of the loss.
-    browser.choose("colour by", "advantage")
+    browser.choose("color by", "advantage")
     of_rows = browser.evaluate(
         f"[...document.querySelectorAll('{CARD}')].map((row) => row.querySelector('.token').style.backgroundColor)"
     )

@@ -123,7 +123,7 @@ def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
     text.encode()
 
 
-def test_the_licence_of_the_charts_is_in_the_page(hostile_page: str) -> None:
+def test_the_license_of_the_charts_is_in_the_page(hostile_page: str) -> None:
     assert "Copyright (c) 2022 Leon Sorokin" in hostile_page
     assert (ASSETS / "vendor" / "uplot" / "LICENSE").read_text().strip() in hostile_page
 

@@ -112,7 +112,7 @@ def test_pieces_that_are_no_bytes_are_read_in_their_surroundings(piece_tokenizer
     assert TokenTexts(piece_tokenizer).split(ids, text) == ["two", " words", " ", "t", "w", "o", "", "é", ""]
 
 
-def test_a_text_that_was_changed_afterwards_has_no_split(byte_tokenizer: Any) -> None:
+def test_a_text_that_was_changed_afterward_has_no_split(byte_tokenizer: Any) -> None:
     assert TokenTexts(byte_tokenizer).split(list(b"a ."), "a.") is None
 
 

@@ -245,7 +245,7 @@ def test_slow_groups_do_not_wait_for_each_other(pool: RewardPool, group_of: Grou
     assert done[2] - done[1] > 0.5
 
 
-def test_a_bad_group_does_not_spoil_its_neighbours(pool: RewardPool, group_of: GroupOf) -> None:
+def test_a_bad_group_does_not_spoil_its_neighbors(pool: RewardPool, group_of: GroupOf) -> None:
     pool._seconds_a_group = 1e-4
 
     async def together() -> list[Any]:

@@ -85,7 +85,7 @@ def test_each_setting_by_hand(settings: dict[str, Any], rewards: list[float], gr
     assert result.greedy_rewards.tolist() == greedy
 
 
-def test_normalising_divides_by_the_standard_deviation_unless_told_not_to() -> None:
+def test_normalizing_divides_by_the_standard_deviation_unless_told_not_to() -> None:
     # Of two values it is their distance over the square root of 2, so both are as far from the mean as 1 / sqrt(2).
     half = 0.5**0.5
     np.testing.assert_allclose(shape({"normalize": "group"}).rewards, [half, -half, -half, half], rtol=1e-5)

@@ -58,7 +58,7 @@ def page(contents: Mapping[str, Any], *, title: str) -> str:
     parts = {
         "policy": policy,
         "title": html.escape(title),
-        "licence": _asset("vendor/uplot/LICENSE").strip(),
+        "license": _asset("vendor/uplot/LICENSE").strip(),
         "style": style,
         "script": script,
         "data": embedded_json(contents),

@@ -114,12 +114,12 @@ class Browser {
     const colorings = [...view.colorings.map(([name, { label }]) => [name, label]), ["none", "nothing"]];
     const orders = view.orders.map((name) => [name, ORDERS[name][0]]);
     const chooser = (name, options, chosen) => select(options, chosen, (value) => this.choose(name, value));
-    const filter = this.filterBox.parentNode ?? labelled("filter", this.filterBox);
+    const filter = this.filterBox.parentNode ?? labeled("filter", this.filterBox);
     const others = [
-      runs.length > 1 ? labelled("run", chooser("run", runs, view.runNumber)) : null,
-      labelled("iteration", chooser("step", steps, view.step)),
-      labelled("order", chooser("sort", orders, view.order)),
-      labelled("colour by", chooser("color", colorings, view.coloring)),
+      runs.length > 1 ? labeled("run", chooser("run", runs, view.runNumber)) : null,
+      labeled("iteration", chooser("step", steps, view.step)),
+      labeled("order", chooser("sort", orders, view.order)),
+      labeled("color by", chooser("color", colorings, view.coloring)),
     ].filter((one) => one !== null);
     // The box keeps its place in the document, or it would lose the reader's cursor at each letter.
     for (const old of [...this.controls.children]) if (old !== filter) old.remove();
@@ -167,7 +167,7 @@ class Browser {
   }
 }
 
-// Neighbours of one group share a card, so that what was written to the same prompt can be compared.
+// Neighbors of one group share a card, so that what was written to the same prompt can be compared.
 function groupElements(rows, table, coloring, scale) {
   const cards = [];
   let last = null;

@@ -36,8 +36,8 @@ class Curves {
       element(
         "div",
         { class: "controls" },
-        labelled("over", select(axes, this.axis, choose("axis", "x"))),
-        labelled("smoothing", select(SMOOTHING, this.smoothing, choose("smoothing", "smooth"))),
+        labeled("over", select(axes, this.axis, choose("axis", "x"))),
+        labeled("smoothing", select(SMOOTHING, this.smoothing, choose("smoothing", "smooth"))),
         element("span", { class: "hint mouse", text: "Drag across a chart to zoom, double-click to see all of it." }),
       ),
       this.grid,

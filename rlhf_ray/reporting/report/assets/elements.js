@@ -25,7 +25,7 @@ function seriesColor(index) {
   return color(`--series-${index % SERIES_COLORS}`);
 }
 
-function labelled(label, control) {
+function labeled(label, control) {
   return element("label", { class: "control" }, element("span", { text: label }), control);
 }
 

@@ -9,7 +9,7 @@
   const sections = [runs.root, differencesSection(data), curves.root, browser.root, settingsSection(data)];
   document.getElementById("page").append(...sections.filter((section) => section !== null));
   curves.draw(runs.visible);
-  // Colours are drawn into the charts and tokens, so another theme needs another drawing.
+  // Colors are drawn into the charts and tokens, so another theme needs another drawing.
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
     curves.draw();
     if (browser.runs.length) browser.draw();

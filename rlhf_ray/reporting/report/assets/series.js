@@ -50,7 +50,7 @@ function label(chart, curve, run, alone) {
   return chart.curves.length > 1 ? `${run.name} \u00b7 ${curve.label}` : run.name;
 }
 
-// The exponential mean, without the pull towards the first value that it has in the beginning.
+// The exponential mean, without the pull toward the first value that it has in the beginning.
 function smooth(values, weight) {
   let [mean, share] = [0, 0];
   return values.map((value) => {

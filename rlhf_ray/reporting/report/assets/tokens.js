@@ -1,6 +1,6 @@
 "use strict";
 
-// Colours of tokens. A colouring says what number a token has, where that number lies on its scale, and what the scale is.
+// Colors of tokens. A coloring says what number a token has, where that number lies on its scale, and what the scale is.
 
 const COLORINGS = {
   advantage: {
@@ -110,7 +110,7 @@ function completionElement(row, group, coloring, scale) {
   const made = element("div", { class: "completion", dir: "auto" });
   const shaded = coloring !== null && coloring.has(row, group);
   if (!row.texts) {
-    const whole = appendVisible(element("span", { class: "untokenised" }), row.text);
+    const whole = appendVisible(element("span", { class: "untokenized" }), row.text);
     if (shaded) whole.style.backgroundColor = scale.shade(coloring.value(row, group, 0));
     made.append(whole);
     return made;
