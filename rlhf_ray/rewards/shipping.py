@@ -7,6 +7,7 @@ import inspect
 import os
 import pickle
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import cast
@@ -17,6 +18,9 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.functions import NamedReward
 
 __all__ = ["pack", "pack_rewards", "unpack", "unpack_rewards"]
+
+# What is carried by value is the same for all threads: one must not end that while another one pickles.
+_PICKLING = threading.RLock()
 
 
 def pack_rewards(rewards: Sequence[NamedReward]) -> tuple[bytes, ...]:
@@ -66,13 +70,14 @@ def _carried_by_value(value: object) -> Iterator[None]:
     """Within, cloudpickle writes out the module of ``value`` instead of naming it, where only this process has it."""
     names = {name for name in _module_names(value) if not _importable(name)}
     modules = [sys.modules[name] for name in names if name in sys.modules]
-    for module in modules:
-        cloudpickle.register_pickle_by_value(module)
-    try:
-        yield
-    finally:
+    with _PICKLING:
         for module in modules:
-            cloudpickle.unregister_pickle_by_value(module)
+            cloudpickle.register_pickle_by_value(module)
+        try:
+            yield
+        finally:
+            for module in modules:
+                cloudpickle.unregister_pickle_by_value(module)
 
 
 def _module_names(value: object) -> set[str]:

@@ -74,7 +74,7 @@ class RolloutApp:
     def start(self) -> None:
         """Begin to deploy the replicas in a thread and return at once; :meth:`wait_ready` waits for them."""
         thread = ThreadPoolExecutor(1, "rollout-app")
-        self._deploying = thread.submit(self._deploy)
+        self._deploying = thread.submit(deploy, self._target)
         thread.shutdown(wait=False)
 
     def wait_ready(self) -> Any:
@@ -123,9 +123,9 @@ class RolloutApp:
         stop_all(*steps)
         self._ended = True
 
-    def _deploy(self) -> Any:
+    def _target(self) -> serve.RunTarget:
         application = self._deployment().bind(self._spec, self._bridge)
-        return deploy(serve.RunTarget(application, name=self.name, route_prefix=None, logging_config=QUIET))
+        return serve.RunTarget(application, name=self.name, route_prefix=None, logging_config=QUIET)
 
     def _look(self) -> tuple[Any, str]:
         """The application's status, and what Serve says of it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -33,13 +34,17 @@ def start_serve() -> None:
             _started = _controller()
 
 
-def deploy(target: serve.RunTarget) -> Any:
-    """Begin to deploy an application, and start Serve where it does not run; returns the application's handle."""
+def deploy(make: Callable[[], serve.RunTarget]) -> Any:
+    """Begin to deploy an application, and start Serve where it does not run; returns the application's handle.
+
+    Args:
+        make: Makes the application, which only one thread at a time can: Serve changes what pickle does meanwhile.
+    """
     with _LOCK:
         start_serve()
         # Not serve.run: nothing but the end of the cluster ends its wait.
         (handle,) = serve.run_many(
-            [target], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
+            [make()], wait_for_ingress_deployment_creation=False, wait_for_applications_running=False
         )
     return handle
 

@@ -3,13 +3,15 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.rewards import resolve_rewards
+from rlhf_ray.rewards import resolve_rewards, shipping
 from rlhf_ray.rewards.shipping import pack, pack_rewards, unpack, unpack_rewards
 from rlhf_ray.settings import RewardSettings
 
@@ -56,6 +58,23 @@ def test_packing_leaves_no_module_marked() -> None:
     before = cloudpickle.list_registry_pickle_by_value()
     pack_rewards(resolve_rewards(RewardSettings(functions=[lambda **columns: [1.0]])))
     assert cloudpickle.list_registry_pickle_by_value() == before
+
+
+def test_threads_may_pack_the_same_lone_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "shared_rewards.py"
+    path.write_text("def score(*, completion_ids, **columns):\n    return [1.0 for _ in completion_ids]\n")
+    rewards = resolve_rewards(RewardSettings(functions=[f"{path}:score"]))
+    dumps = shipping.cloudpickle.dumps
+
+    def slow_dumps(value: object) -> bytes:
+        time.sleep(0.02)
+        return dumps(value)
+
+    monkeypatch.setattr(shipping.cloudpickle, "dumps", slow_dumps)
+    with ThreadPoolExecutor(4) as threads:
+        packed = list(threads.map(lambda _: pack_rewards(rewards), range(8)))
+    assert len(packed) == 8
+    assert len({len(parcel) for (parcel,) in packed}) == 1, "one names the file instead of carrying it"
 
 
 def test_what_cannot_travel_is_refused_by_name() -> None:

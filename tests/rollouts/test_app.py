@@ -36,10 +36,17 @@ class FakeServe:
         return SimpleNamespace(_actor_id=SimpleNamespace(hex=lambda: f"serve {self.number}"))
 
     def start(self, **_: Any) -> None:
-        assert self._busy.acquire(blocking=False), "two threads start Serve at once"
-        time.sleep(0.01)
+        self._alone()
         if not self.running:
             self.running, self.number = True, self.number + 1
+
+    def deployment(self) -> Any:
+        self._alone()
+        return SimpleNamespace(bind=lambda *_: None)
+
+    def _alone(self) -> None:
+        assert self._busy.acquire(blocking=False), "two threads use Serve at once"
+        time.sleep(0.01)
         self._busy.release()
 
     def run_many(self, targets: list[Any], **_: Any) -> list[Any]:
@@ -67,7 +74,7 @@ def fake_serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     monkeypatch.setattr(ray, "get_actor", fake.get_actor)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(serve_instance, "_started", None)
-    monkeypatch.setattr(RolloutApp, "_deployment", lambda self: SimpleNamespace(bind=lambda *_: None))
+    monkeypatch.setattr(RolloutApp, "_deployment", lambda self: fake.deployment())
     return fake
 
 
