@@ -34,7 +34,7 @@ in float32 on CPUs, with real engines and learners (vLLM 0.32, transformers 5.19
 of the engine and the learner differ by less than 1e-3 before and after a publication, and that policy and critic got
 gradients. A family that does not work is refused by a `ConfigError` that says why, before anything starts; one that is
 marked "CPUs" only where engines run on CPUs. "Unknown" is not refused: the tiny model could not be run, which may be
-the fault of how it was made, or was not. Nothing here was run on GPUs.
+the fault of how it was made. Nothing here was run on GPUs.
 """
 
 
@@ -74,9 +74,7 @@ def outcome(family: str) -> str:
         where = "CPUs: " if "resources.device" in error.remedy else ""
         reason = error.remedy.partition("do not work: ")[2] or error.remedy
         return f"refused: {where}{reason.rpartition('; ')[0]}"
-    if family in WORKING:
-        return "works"
-    return f"unknown: {UNKNOWN[family]}" if family in UNKNOWN else "unknown: not run"
+    return "works" if family in WORKING else f"unknown: {UNKNOWN[family]}"
 
 
 if __name__ == "__main__":

@@ -34,15 +34,23 @@ logger = logging.getLogger(__name__)
 NOT_SERVED: dict[str, str] = {
     **dict.fromkeys(
         (
+            "bamba",
+            "biogpt",
             "codegen",
+            "diffllama",
             "gpt_neo",
             "gpt_neox_japanese",
+            "minimax",
+            "modernbert-decoder",
             "mpt",
             "openai-gpt",
+            "recurrent_gemma",
             "rwkv",
             "xglm",
             "xlm",
             "xlnet",
+            "xlstm",
+            "zamba",
         ),
         "vLLM has no class for it and cannot run that of transformers",
     ),
@@ -83,8 +91,16 @@ NOT_ON_CPUS: dict[str, str] = {
         "vLLM's module of it imports torchvision, which its CPU build goes without",
     ),
     **dict.fromkeys(
-        ("lfm2_moe",),
+        (
+            "jetmoe",
+            "lfm2_moe",
+            "zaya",
+        ),
         "vLLM's CPU build samples from another distribution than the model's",
+    ),
+    **dict.fromkeys(
+        ("gemma3n_text",),
+        "vLLM's CPU build samples from another distribution than the model's after new weights came",
     ),
 }
 # The engine reserves the cache at start-up, so a CPU engine must not take what the learners need.
