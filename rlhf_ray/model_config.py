@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_causal",
+    "check_critic_vocabulary",
     "check_unquantized",
     "check_vocabulary",
     "context_length",
@@ -125,6 +126,21 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
             tokens[0][0],
         )
     return size
+
+
+def check_critic_vocabulary(
+    path: str, critic: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> None:
+    """Refuse a critic that cannot read what the policy writes.
+
+    Raises:
+        ConfigError: Its embedding ends before the tokens that tokenizer and policy share.
+    """
+    size, of_policy = (int(one.get_text_config().vocab_size) for one in (critic, config))
+    last = max((token for token in tokenizer.get_vocab().values() if token < of_policy), default=-1)
+    if last >= size:
+        remedy = f"its embedding ends with token {size - 1}, and the policy's tokens with {last}"
+        raise ConfigError("model.critic_path", path, f"{remedy}; name a critic with the policy's vocabulary")
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -15,6 +15,7 @@ from model_families import NOT_TRIED, causal_families, tiny_config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.model_config import (
     check_causal,
+    check_critic_vocabulary,
     check_vocabulary,
     context_length,
     keeps_states,
@@ -134,3 +135,13 @@ def test_tokens_that_the_model_has_no_embedding_for_are_told(caplog: pytest.LogC
         assert check_vocabulary(tokenizer, config) == last
     assert "the tokenizer has 1 tokens that the model has no embedding for, from" in caplog.text
     assert f"(id {last}) on" in caplog.text
+
+
+def test_a_critic_need_not_have_rows_that_no_token_uses() -> None:
+    tokenizer = load_tokenizer(model_path())
+    tokens = 1 + max(tokenizer.get_vocab().values())
+    # As of two sizes of one family: the embedding of the larger one is filled up further.
+    padded, exact = (AutoConfig.for_model("llama", vocab_size=size) for size in (tokens + 128, tokens))
+    check_critic_vocabulary("critic", exact, tokenizer, padded)
+    with pytest.raises(ConfigError, match=r"model\.critic_path = 'critic': its embedding ends with token"):
+        check_critic_vocabulary("critic", AutoConfig.for_model("llama", vocab_size=tokens - 1), tokenizer, padded)

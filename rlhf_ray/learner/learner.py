@@ -267,9 +267,11 @@ class Learner:
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
         self._check_finite("published", dtype)
         policy, keep = self.policy, dist.get_rank() == 0
-        yield from gather_buckets(policy.checkpoint_parameters(), dtype=dtype, keep=keep)
-        # Nobody trains them, but an engine that reloads a layer wants all of it.
-        yield from gather_buckets(policy.checkpoint_buffers().items(), dtype=torch.float32, keep=keep)
+        # Nobody trains buffers, but an engine that reloads a layer wants all of it.
+        return itertools.chain(
+            gather_buckets(policy.checkpoint_parameters(), dtype=dtype, keep=keep),
+            gather_buckets(policy.checkpoint_buffers().items(), dtype=torch.float32, keep=keep),
+        )
 
     def weight_source(self) -> ShardedSource:
         """The policy as vLLM's NCCL trainer engine reads it."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from rlhf_ray.learner.layout import Microbatch
 from rlhf_ray.learner.lora import adapters_off
@@ -114,6 +115,8 @@ class LogprobHead(nn.Linear):  # type: ignore[misc]
             with self.asked(question):
                 answer = model(input_ids=ids, use_cache=False).logits
         except (RuntimeError, ValueError, TypeError, IndexError):  # The model reshapes its logits.
+            if isinstance(model, FSDPModule):
+                model.reset_iter_state()  # After half a pass reshard() would leave the root gathered.
             return False
         finally:
             reshard(model)

@@ -282,7 +282,7 @@ def _load(
         raise ConfigError(
             field, path, f"its {name} is {list(found)} where {type(model).__name__} needs {list(wanted)}; use another"
         )
-    if damaged := first_nonfinite(model.named_parameters()):
+    if damaged := first_nonfinite(model.state_dict().items()):  # Buffers of a checkpoint are published too.
         raise ConfigError(field, path, f"its {damaged} holds numbers that are not finite; use another")
     # For an export: a critic that began as a policy still calls itself one.
     model.config.architectures = [type(model).__name__]

@@ -128,6 +128,11 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
         ConfigError,
         r"model\.critic_path = '.*folder': its weights are quantized \(awq\)",
     ),
+    "critic of a smaller vocabulary": (
+        lambda: model_of("critic_path", model_type="qwen2", vocab_size=200),
+        ConfigError,
+        r"model\.critic_path = '.*folder': its embedding ends with token 199, and the policy's tokens with 25\d",
+    ),
     "model without a context length": (
         lambda: model_of(model_type="bloom"),
         ConfigError,

@@ -191,6 +191,28 @@ def test_every_trainable_parameter_moves(name: str, models: Path) -> None:
         assert [each for each in weights if torch.equal(weights[each], after[each])] == []
 
 
+def test_every_parameter_moves_where_a_probe_was_broken_off(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model reshapes its logits, and so cannot have the head that answers in their place."""
+    from transformers import Qwen2ForCausalLM
+
+    forward = Qwen2ForCausalLM.forward
+
+    def reshaping(model: Any, **inputs: Any) -> Any:
+        output = forward(model, **inputs)
+        output.logits = output.logits.view(*output.logits.shape[:-1], model.config.vocab_size)
+        return output
+
+    monkeypatch.setattr(Qwen2ForCausalLM, "forward", reshaping)
+    learner = Learner(runs.make_spec(models, Scenario()))
+    before = trainable(learner.policy)
+
+    runs.update(learner, Scenario(), 0)
+
+    assert learner._score._head is None
+    after = trainable(learner.policy)
+    assert [each for each in before if torch.equal(before[each], after[each])] == []
+
+
 def trainable(trained: TrainedModel) -> dict[str, torch.Tensor]:
     named = trained.model.named_parameters()
     return {name: one.detach().full_tensor().clone() for name, one in named if one.requires_grad}

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner import models as module
@@ -171,6 +172,20 @@ def test_a_checkpoint_with_weights_that_are_not_finite_is_refused(
     with pytest.raises(ConfigError, match=r"its model\.norm\.weight holds numbers that are not") as caught:
         load(path, **OPTIONS)
     assert (caught.value.field, caught.value.value) == (field, path)
+
+
+def test_a_checkpoint_with_a_buffer_that_is_not_finite_is_refused(tmp_path: Path) -> None:
+    """A bias of a router is no parameter, and is published all the same."""
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "moe_intermediate_size": 8, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "num_experts_per_tok": 2}
+    sizes |= {"n_routed_experts": 4, "first_k_dense_replace": 0, "vocab_size": 40}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("glm4_moe", **sizes))
+    name = "model.layers.0.mlp.gate.e_score_correction_bias"
+    model.get_buffer(name)[1] = float("nan")
+    model.save_pretrained(tmp_path)
+
+    with pytest.raises(ConfigError, match=rf"its {name} holds numbers that are not finite"):
+        load_policy(str(tmp_path), **OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def _load(reward: RewardModelReward, device: str) -> PreTrainedModel:
     if absent := sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}):
         remedy = f"the folder lacks weights of a trained reward model ({', '.join(absent[:3])}); name one that has them"
         raise ConfigError("reward_model.path", reward.path, remedy)
-    if damaged := first_nonfinite(model.named_parameters()):
+    if damaged := first_nonfinite(model.state_dict().items()):
         remedy = f"its {damaged} is not finite: the file is damaged, or dtype is too narrow for it"
         raise ConfigError("reward_model.path", reward.path, remedy)
     compute_heads_in_float32(model)
