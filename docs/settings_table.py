@@ -24,9 +24,9 @@ this one.
 
 The same sections and names hold in Python (`PPOConfig().training(lr=1e-6)`), in YAML (`training: {lr: 1e-6}`) and on
 the command line (`training.lr=1e-6`). Defaults are written as in YAML; `null` is Python's `None`. A name that does not
-exist is an error that names the nearest one, and `rlhf-ray config` prints every setting of a run. Values are YAML 1.2:
-only `true` and `false` are booleans, and a number that YAML 1.1 reads differently, such as `010`, is an error.
-`algorithm=GRPO` on the command line takes the place of the file's `algorithm`.
+exist is an error that names the setting that was meant, where one is. `rlhf-ray config` prints every setting of a run.
+Values are YAML 1.2: only `true` and `false` are booleans, and a number that YAML 1.1 reads differently, such as `010`,
+is an error. `algorithm=GRPO` on the command line takes the place of the file's `algorithm`.
 
 Defaults are those of a language model, with their source where they are published ones. A run that names neither
 `model.path` nor `data.path` trains the built-in model on the built-in task, and takes the quickstart's preset: the

@@ -245,7 +245,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         raise ConfigError("data.eval_path", None, "there is nothing to measure on: name a held-out set, --data FILE")
     # The best checkpoint of a run may be that on a set which is not measured here.
     config.checkpointing(best_metric=None, interval=0, path=None)
-    with tempfile.TemporaryDirectory(prefix="rlhf-ray-") as folder:
+    # What cannot be deleted must not take the place of the error that ended the run.
+    with tempfile.TemporaryDirectory(prefix="rlhf-ray-", ignore_cleanup_errors=True) as folder:
         run_dir = str(Path(folder) / "run")
         config.reporting(run_dir=run_dir, tensorboard=False, wandb_project=None, mlflow_experiment=None)
         config.reporting(completions_interval=0, timeline_interval=0)

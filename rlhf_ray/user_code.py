@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf_ray.errors import ConfigError
 
-__all__ = ["bound_arguments", "load_reference"]
+__all__ = ["bound_arguments", "load_reference", "nearest"]
 
 
 def load_reference(reference: str, *, field: str, value: object) -> Callable[..., Any]:
@@ -34,8 +34,7 @@ def load_reference(reference: str, *, field: str, value: object) -> Callable[...
     module = _load_file(source, field, value) if source.endswith(".py") else _load_module(source, field, value)
     if not hasattr(module, attribute):
         public = [key for key, item in vars(module).items() if callable(item) and not key.startswith("_")]
-        near = next(iter(get_close_matches(attribute, public, n=1, cutoff=0.0)), None)
-        raise ConfigError(field, value, f"{source} has no {attribute!r}; nearest: {near!r}")
+        raise ConfigError(field, value, f"{source} has no {attribute!r}{nearest(attribute, public)}")
     function: Callable[..., Any] = getattr(module, attribute)
     if not callable(function):
         raise ConfigError(field, value, f"{attribute} is no function but {type(function).__name__}")
@@ -49,6 +48,12 @@ def bound_arguments(function: object) -> set[str]:
         names.update(function.keywords, list(inspect.signature(function.func).parameters)[: len(function.args)])
         function = function.func
     return names
+
+
+def nearest(name: str, options: Iterable[str]) -> str:
+    """``; nearest: 'option'`` for a message about a ``name`` that is spelled much like one of them, else nothing."""
+    close = get_close_matches(name, list(options), n=1)
+    return f"; nearest: {close[0]!r}" if close else ""
 
 
 def _load_module(name: str, field: str, value: object) -> ModuleType:

@@ -262,6 +262,21 @@ def test_evaluate_prints_metrics_and_leaves_no_files(
     assert (algo.iteration, algo.stopped, algo.restored) == (0, 1, None)
 
 
+def test_a_folder_that_cannot_be_deleted_hides_no_error_of_an_evaluation(
+    algorithm: type[FakeAlgorithm], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object, **options: object) -> None:
+        raise OSError("Directory not empty")
+
+    def evaluate(self: FakeAlgorithm) -> None:
+        raise RewardError("no group has a reward")
+
+    monkeypatch.setattr(os, "rmdir", fails)
+    monkeypatch.setattr(algorithm, "evaluate", evaluate)
+    assert cli.main(["evaluate"]) == 1
+    assert capsys.readouterr().err == "error: no group has a reward\n"
+
+
 def test_evaluate_takes_a_checkpoint_with_the_settings_of_its_run(algorithm: type[FakeAlgorithm]) -> None:
     run = Path("runs/first")
     checkpoint = run / "checkpoints" / "step_000002"

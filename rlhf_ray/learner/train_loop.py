@@ -222,7 +222,7 @@ class _Worker:
         if folder.local is not None:
             self._learner.load(str(folder.local))
         else:
-            with tempfile.TemporaryDirectory(prefix="rlhf-ray-checkpoint-") as here:
+            with tempfile.TemporaryDirectory(prefix="rlhf-ray-checkpoint-", ignore_cleanup_errors=True) as here:
                 for name in folder.files():
                     folder.download(name, Path(here) / name)
                 self._learner.load(here)

@@ -12,10 +12,10 @@ from typing import Any
 import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.arguments import Parameters
-from rlhf_ray.rewards.registry import build_reward, is_factory, nearest
+from rlhf_ray.rewards.registry import build_reward, is_factory
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.settings import REWARD_ARGUMENTS, RewardFunction, RewardSettings, RewardSpec
-from rlhf_ray.user_code import bound_arguments, load_reference
+from rlhf_ray.user_code import bound_arguments, load_reference, nearest
 
 __all__ = ["NamedReward", "resolve_rewards", "reward_models"]
 
@@ -107,9 +107,8 @@ def _bind(function: RewardFunction, arguments: Mapping[str, Any], field: str, va
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for argument in arguments:
         if argument not in parameters and not takes_any:
-            raise ConfigError(
-                field, value, f"the function takes no {argument!r}; nearest: {nearest(argument, parameters)!r}"
-            )
+            remedy = f"the function takes no {argument!r}{nearest(argument, parameters)} (all: {', '.join(parameters)})"
+            raise ConfigError(field, value, remedy)
         if argument in bound_arguments(function):
             raise ConfigError(field, value, f"the function has a value for {argument!r} already: leave it out")
     return functools.partial(function, **arguments)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -13,6 +12,7 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.rewards.arguments import Parameters
 from rlhf_ray.settings import RewardFunction
 from rlhf_ray.untrusted_text import shortened
+from rlhf_ray.user_code import nearest
 
 if TYPE_CHECKING:
     from rlhf_ray.rewards.functions import NamedReward
@@ -23,7 +23,6 @@ __all__ = [
     "built_in",
     "built_in_names",
     "is_factory",
-    "nearest",
     "register",
     "row_check",
     "with_row_check",
@@ -84,7 +83,7 @@ def build_reward(name: str, arguments: Mapping[str, Any], *, field: str, value: 
         raise ConfigError(
             field,
             value,
-            f"no built-in reward is called {name!r}; nearest: {nearest(name, _FACTORIES)!r} "
+            f"no built-in reward is called {name!r}{nearest(name, _FACTORIES)} "
             f"(all: {', '.join(built_in_names())}; your own: 'module:function' or 'file.py:function'; "
             f"a model: {{name: reward_model, path: {name}}})",
         )
@@ -132,11 +131,6 @@ def _check_row(function: RewardFunction) -> RowCheck | None:
     return getattr(function, "check_row", None)
 
 
-def nearest(name: str, options: Iterable[str]) -> str | None:
-    """The option spelled most like ``name``; none where there are no options."""
-    return next(iter(difflib.get_close_matches(name, list(options), n=1, cutoff=0.0)), None)
-
-
 def _check_arguments(
     name: str, factory: Callable[..., RewardFunction], arguments: Mapping[str, Any], *, field: str, value: object
 ) -> None:
@@ -147,7 +141,7 @@ def _check_arguments(
             raise ConfigError(
                 field,
                 value,
-                f"{name} takes no argument {argument!r}; nearest: {nearest(str(argument), parameters)!r} "
+                f"{name} takes no argument {argument!r}{nearest(str(argument), parameters)} "
                 f"(all: {', '.join(parameters)})",
             )
         if not _has_type(given, hints[argument]):

@@ -12,6 +12,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
+from rlhf_ray.untrusted_text import shortened
+
 __all__ = ["engine_failure", "exceptions_in", "root_cause"]
 
 _ERROR_LINE = re.compile(r"(?:^|\s)((?:\w+\.)*\w*(?:Error|Exception|Interrupt|Exit): .+)$")
@@ -25,6 +27,8 @@ _WRAPPERS = (
     "Traceback",
 )
 _LOG_BYTES = 64 * 1024
+# An engine's error may quote its whole configuration, or the prompts of a batch.
+_LONGEST = 1000
 
 
 def exceptions_in(lines: Iterable[str]) -> list[str]:
@@ -44,10 +48,10 @@ def engine_failure(error: BaseException) -> str:
 
     What failed in this process is the error itself; what failed in the engine's own is in the log.
     """
-    own = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    if any(wrapper in own for wrapper in _WRAPPERS):
-        return root_cause(_own_log()) or own
-    return own
+    cause = f"{type(error).__name__}: {error}"
+    if any(wrapper in cause for wrapper in _WRAPPERS):
+        cause = root_cause(_own_log()) or cause
+    return shortened(cause, _LONGEST)
 
 
 def _own_log() -> list[str]:

@@ -170,13 +170,19 @@ def test_the_field_has_the_index() -> None:
         ("./nowhere/rewards.py:f", "there is no file /"),
         ("rewards.py", "'rewards.py:function'"),
         ({"last_number": True}, "a mapping needs a name"),
-        ({"name": "gsm8k", "last": 1}, "nearest: 'last_number'"),
+        ("json:rewards", "json has no 'rewards'"),
+        ({"name": "gsm8k", "last": 1}, "gsm8k takes no argument 'last' (all: answer_column, last_number)"),
         (3, "must be a callable"),
         (gsm8k, "gsm8k makes reward functions and is none: write gsm8k()"),
     ],
 )
 def test_wrong_sources(source: object, remedy: str) -> None:
     assert remedy in refusal(source).remedy
+
+
+@pytest.mark.parametrize("source", ["org/none", "json:rewards", {"name": "gsm8k", "penalty": 1}])
+def test_what_only_looks_alike_is_not_suggested(source: object) -> None:
+    assert "nearest" not in refusal(source).remedy
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from ray import cloudpickle
 from rlhf_ray import rewards
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.rewards import resolve_rewards
-from rlhf_ray.rewards.registry import build_reward, built_in_names, is_factory, nearest, row_check, with_row_check
+from rlhf_ray.rewards.registry import build_reward, built_in_names, is_factory, row_check, with_row_check
 from rlhf_ray.settings import RewardSettings
 
 FIELD = "rewards.functions[0]"
@@ -61,7 +61,7 @@ def test_arguments_reach_the_factory() -> None:
     ("name", "arguments", "remedy"),
     [
         ("gsm8", {}, r"nearest: 'gsm8k'"),
-        ("qqq", {}, r"nearest: .*all: exact_match, format"),
+        ("org/none", {}, r"called 'org/none' \(all: exact_match, format"),
         ("gsm8k", {"lastnumber": True}, r"no argument 'lastnumber'; nearest: 'last_number'"),
         ("gsm8k", {"last_number": "yes"}, r"last_number must be bool, not str"),
         ("gsm8k", {"answer_column": True}, r"answer_column must be str, not bool"),
@@ -112,11 +112,6 @@ def test_every_reward_with_a_check_looks_at_a_row() -> None:
         check(row | {"answer": "about 7"})
     with pytest.raises(DataError, match=r"^gsm8k: the reward reads the dataset column 'answer', which is not there"):
         check({"rubric": "r", "gold": 1})
-
-
-def test_nearest() -> None:
-    assert nearest("reward_fn", ["load", "reward"]) == "reward"
-    assert nearest("anything", []) is None
 
 
 def test_a_row_is_checked_by_parameters_and_by_the_functions_own_check() -> None:

@@ -22,6 +22,15 @@ def test_an_error_of_this_process_speaks_for_itself_in_one_line() -> None:
     assert engine_failure(error) == "ValueError: 1 validation error for ModelConfig quantization: 'no-such-thing'"
 
 
+@pytest.mark.parametrize("in_log", [False, True])
+def test_a_long_error_is_cut(monkeypatch: pytest.MonkeyPatch, in_log: bool) -> None:
+    monkeypatch.setattr(start_failure, "_own_log", lambda: ["ERROR ValueError: " + "x" * 50_000])
+    error = RuntimeError("Engine core proc died") if in_log else ValueError("x" * 50_000)
+    message = engine_failure(error)
+    assert message.startswith("ValueError: xxx")
+    assert len(message) < 1100
+
+
 def test_an_engine_that_died_is_explained_by_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
     log = ["ERROR [core.py:1] torch.OutOfMemoryError: CUDA out of memory", "EngineDeadError: EngineCore encountered an"]
     monkeypatch.setattr(start_failure, "_own_log", lambda: log)
