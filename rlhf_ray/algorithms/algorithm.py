@@ -11,6 +11,7 @@ import copy
 import logging
 import math
 import os
+import threading
 import time
 import weakref
 from collections.abc import Callable
@@ -56,6 +57,8 @@ __all__ = ["Algorithm"]
 
 _LOG = logging.getLogger(__name__)
 _LIVE: weakref.WeakSet[Algorithm] = weakref.WeakSet()
+# transformers imports its classes when they are first named, which two threads must not do at once.
+_CHECKING = threading.Lock()
 
 
 class Algorithm(Trainable):  # type: ignore[misc]
@@ -92,7 +95,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
     def setup(self, config: dict[str, Any]) -> None:
         """Check everything, then start learners, replicas and reward workers side by side."""
         self._use(self._checked(config))
-        inputs = check_inputs(self.settings)
+        with _CHECKING:
+            inputs = check_inputs(self.settings)
         self._evaluator = evaluator(self.settings, inputs)
         self._first_position = inputs.prompts.state()
         _LIVE.add(self)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -447,3 +450,21 @@ def test_a_start_that_failed_can_be_repeated_with_the_same_command(
     algorithm.stop()
     with pytest.raises(ConfigError, match="already holds a run"):
         build(run_config(tmp_path / "run"))
+
+
+def test_algorithms_built_in_threads_check_their_inputs_in_turn(
+    parts: FakeParts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checking = threading.Lock()
+
+    def check(settings: Any) -> Any:
+        assert checking.acquire(blocking=False), "two threads import transformers at once"
+        time.sleep(0.05)
+        checking.release()
+        return SimpleNamespace(prompts=parts.prompts)
+
+    monkeypatch.setattr(module, "check_inputs", check)
+    with ThreadPoolExecutor(3) as threads:
+        algorithms = list(threads.map(lambda name: build(run_config(tmp_path / name)), "abc"))
+    for algorithm in algorithms:
+        algorithm.stop()

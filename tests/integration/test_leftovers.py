@@ -131,11 +131,15 @@ def test_two_algorithms_that_are_built_at_once_share_the_ray_that_one_of_them_st
     for thread in threads:
         thread.join()
     first, second = built["first"], built["second"]
-    assert isinstance(first, Algorithm), first
-    assert isinstance(second, Algorithm), second
-    first.train()
-    first.stop()
-    assert second.train()["learner"]["sampling_logprob_diff_max"] < 1e-3
-    assert second.train()["learner"]["policy_version"] == 2
-    second.stop()
+    try:
+        assert isinstance(first, Algorithm), first
+        assert isinstance(second, Algorithm), second
+        first.train()
+        first.stop()
+        assert second.train()["learner"]["sampling_logprob_diff_max"] < 1e-3
+        assert second.train()["learner"]["policy_version"] == 2
+    finally:
+        for one in (first, second):
+            if isinstance(one, Algorithm):
+                one.stop()
     assert not ray.is_initialized()
