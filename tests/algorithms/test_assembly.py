@@ -24,6 +24,7 @@ class Part:
         self._calls = calls
         self._fails = fails
         self.name = self.bridge = self.handle = self.attend = None
+        self.num_rows = 1
         for method in ("start", "wait_ready", "open", "close", "stop"):
             setattr(self, method, self._noting(method))
 
