@@ -160,7 +160,7 @@ def test_a_collective_that_lost_a_peer_ends_the_process_that_would_wait_for_ever
 ) -> None:
     told: list[str] = []
     failing = {"died": {"b": RayActorError()}, "raised": {"b": ValueError("size mismatch for w")}, "late": {}}[how]
-    replicas = ("a", "b") if how == "late" else ("a",)
+    replicas = ("a",) if how == "died" else ("a", "b")
     if how == "late":
         monkeypatch.setattr(module, "_START_TIMEOUT_S", 0.1)
         monkeypatch.setattr(module, "_TIMEOUT_S", 0.1)
