@@ -20,18 +20,19 @@ import json, os, socket, sys, time
 import torch
 import datasets, transformers
 from rlhf_ray import ConfigError, DataError
-from rlhf_ray.model_config import load_model_config
 from rlhf_ray.learner.models import load_critic, load_policy
+from rlhf_ray.model_config import load_model_config
 from rlhf_ray.prompts.huggingface import HubSource
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
-KERNEL = {"kernels": ("eager",), "trust_remote_code": False}
+TRUST = {"trust_remote_code": False}
+KERNEL = {"kernels": ("eager",)} | TRUST
 LOOK_UPS = {
     "tokenizer": lambda: load_tokenizer("owner/missing"),
-    "policy": lambda: load_model_config("model.path", "owner/missing", trust_remote_code=False),
-    "critic": lambda: load_model_config("model.critic_path", "owner/missing", trust_remote_code=False),
+    "policy": lambda: load_model_config("model.path", "owner/missing", **TRUST),
+    "critic": lambda: load_model_config("model.critic_path", "owner/missing", **TRUST),
     "weights of the policy": lambda: load_policy("owner/missing", **KERNEL),
     "weights of the critic": lambda: load_critic("owner/missing", **KERNEL),
     "reward model": lambda: check_reward_model(RewardModelReward("owner/missing"), "rewards.functions[0]"),
@@ -56,8 +57,8 @@ if hub := sys.modules.get("rlhf_ray.hub"):
     hub._STATE.asked_at = None
 result["silent"] = phase()
 started = time.monotonic()
-config = load_model_config("model.path", "owner/cached", trust_remote_code=False)
-result["cached"] = [len(load_tokenizer("owner/cached")), config.hidden_size]
+cached = load_model_config("model.path", "owner/cached", **TRUST)
+result["cached"] = [len(load_tokenizer("owner/cached")), cached.hidden_size]
 result["cached_s"] = time.monotonic() - started
 print(json.dumps(result))
 """

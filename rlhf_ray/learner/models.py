@@ -98,7 +98,8 @@ def load_critic(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool)
     field = "model.critic_path"
     causal_names: set[str] = set()
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        with hub_lookup(path):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
         with suppress(ValueError):  # A classification model of a family that has no other.
             causal = _without_weights(AutoModelForCausalLM, config, trust_remote_code)
             # What the policy takes: of some families that also read images it is a language model alone.

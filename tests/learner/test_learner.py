@@ -717,18 +717,26 @@ def test_kl_in_the_reward_is_taken_off_every_token(
 
 
 @pytest.mark.parametrize("advantage", ["gae", "dr_grpo"])
-@pytest.mark.parametrize(("kl_clip", "penalty"), [(None, 2971.958), (10.0, 10.0)])
+@pytest.mark.parametrize(
+    ("estimator", "measured", "kl_clip", "penalty"),
+    [("k3", 2971.958, None, 2971.958), ("k3", 2971.958, 10.0, 10.0), ("k1", -8.0, 2.0, -2.0)],
+)
 def test_a_cap_bounds_the_kl_of_a_token_in_the_reward(
-    advantage: str, kl_clip: float | None, penalty: float, make_learner: Callable[..., Learner]
+    advantage: str,
+    estimator: str,
+    measured: float,
+    kl_clip: float | None,
+    penalty: float,
+    make_learner: Callable[..., Learner],
 ) -> None:
-    settings = {"kl_coef": 0.5, "kl_estimator": "k3", "gamma": 1.0, "lambda_": 1.0, "whiten_advantages": False}
+    settings = {"kl_coef": 0.5, "kl_estimator": estimator, "gamma": 1.0, "lambda_": 1.0, "whiten_advantages": False}
     learner = make_learner(advantage=advantage, kl_clip=kl_clip, **settings)
     batch = replace(runs.make_batch(4, seed=3), truncated=np.zeros(4, dtype=np.bool_))
     own, estimates = estimates_of(learner, batch)
     estimates.ref_logprobs = estimates.proximal_logprobs.clone()
     learner._credit.assign(own, estimates, MetricSums())
     without = estimates.advantages[0, 0].item()
-    estimates.ref_logprobs[0, 0] += 8.0  # k3 at d = -8
+    estimates.ref_logprobs[0, 0] += 8.0  # d = -8
     metrics = MetricSums()
 
     learner._credit.assign(own, estimates, metrics)
@@ -739,7 +747,7 @@ def test_a_cap_bounds_the_kl_of_a_token_in_the_reward(
     assert estimates.advantages[0, 0].item() - without == pytest.approx(-0.5 * penalty * share, rel=1e-5)
     figures = metrics.merge(num_steps=1)
     tokens = int(estimates.mask.sum())
-    assert figures["kl_to_reference"] == pytest.approx(2971.958 / tokens, rel=1e-5)
+    assert figures["kl_to_reference"] == pytest.approx(measured / tokens, rel=1e-5)
     assert figures.get("kl_clip_fraction") == (None if kl_clip is None else pytest.approx(1.0 / tokens))
 
 
