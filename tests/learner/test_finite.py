@@ -95,6 +95,8 @@ CASES: dict[str, tuple[str, Spoil, dict[str, Any]]] = {
         {"advantage": "zscore", "whiten_advantages": False},
     ),
     "loss": ("policy loss not finite, first in sequence", lambda _, batch: batch, {"loss": "endless"}),
+    # Its square is beyond float32; the policy alone could be trained by it.
+    "value loss": ("value loss not finite, first in sequence", of_completion("rewards", 1e30), {}),
     "gradient": (
         "gradient of the policy not finite, although all that it was computed from is",
         lambda _, batch: batch,

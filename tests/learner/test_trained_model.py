@@ -77,6 +77,20 @@ def test_learning_rate_factor_by_hand(
     assert found == pytest.approx(factor)
 
 
+@pytest.mark.parametrize("moment", ["exp_avg", "exp_avg_sq"])
+def test_a_moment_that_is_not_finite_is_named(moment: str) -> None:
+    """The weights may still be finite: the next step would spoil them."""
+    model = line([1.0, 2.0])
+    one = trained(model)
+    model.weight.grad = torch.ones(1, 2)
+    step(one)
+    assert one.nonfinite() is None
+    one._optimizer.state[model.weight][moment][0, 1] = torch.inf
+
+    assert one.nonfinite() == f"{moment} of weight"
+    assert one.nonfinite(torch.float32) is None, "moments are not published"
+
+
 def test_gradient_is_clipped_to_the_norm_and_the_norm_before_is_returned() -> None:
     model = line([1.0, 2.0])
     model.weight.grad = torch.tensor([[3.0, 4.0]])
