@@ -8,9 +8,9 @@ does so for all. A figure is the median of the rounds, a ratio that of the ratio
   most 500 tokens;
 - ``short``: 64 prompts of 4 completions by the quickstart's model, about 4 tokens each.
 
-rlhf_ray has its own defaults. ``trl`` is TRL as fast as its settings let it: without gradient checkpointing, which it
-has on by default, and with the fastest of the microbatches of 8, 16, 32, 64 and 256 sequences. ``trl defaults`` is TRL
-as it comes: with gradient checkpointing and microbatches of 8.
+rlhf_ray has no gradient checkpointing, and microbatches of 4,096 tokens. ``trl`` is TRL as fast as its settings let it:
+without gradient checkpointing, which it has on by default, and with the fastest of the microbatches of 8, 16, 32, 64
+and 256 sequences. ``trl defaults`` is TRL as it comes: with gradient checkpointing and microbatches of 8.
 
 ``raw`` is what no system can avoid: a bare vLLM engine writes the same completions, then a bare PyTorch loop makes the
 same forward and backward passes over sequences of those lengths. ``at once`` is the same two side by side, each on half
@@ -118,7 +118,7 @@ def prepare(regime: Regime, folder: Path) -> None:
 
 
 def ours(regime: Regime, folder: Path, steps: int, *, staleness: int) -> Figures:
-    """rlhf_ray, as a user runs it."""
+    """rlhf_ray, through its public interface."""
     from rlhf_ray import GRPOConfig
 
     config = (

@@ -16,6 +16,7 @@ import torch
 
 from rlhf_ray import AlgorithmConfig, ConfigError, config, plugins
 from rlhf_ray.reporting.metrics import METRICS, metric_for
+from rlhf_ray.settings import quickstart_preset
 from rlhf_ray.validation import section_types, setting_types
 
 
@@ -123,6 +124,10 @@ def test_the_configuration_of_a_page_is_a_valid_one(block: Block) -> None:
     exec(compile(configured.replace(".build()", ".validate()"), block.page.name, "exec"), names)
     assert isinstance(names["algo"], AlgorithmConfig)
     assert TABLES.page_of(type(names["algo"])) == block.page
+    # Who adds a model of their own must not take numbers of the quickstart's along.
+    preset = quickstart_preset()
+    given = [(section, name, value) for section, own in names["algo"]._given.items() for name, value in own.items()]
+    assert not [named for named in given if preset[named[0]].get(named[1]) == named[2]]
 
 
 @pytest.mark.parametrize("block", blocks("yaml", *PAGES), ids=str)

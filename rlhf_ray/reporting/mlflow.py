@@ -22,6 +22,7 @@ Item = TypeVar("Item")
 
 # What one request of MLflow's protocol may hold.
 _MOST_METRICS, _MOST_PARAMS, _LONGEST_PARAM = 1000, 100, 6000
+_NOT_IN_A_DATABASE = re.compile(r"\?|%[0-9A-Fa-f]{2}")
 _NOT_IN_A_NAME = re.compile(r"[^\w\-. :/]")
 
 
@@ -39,7 +40,15 @@ class MlflowReporter(Reporter):
             ConfigError: MLflow is not installed, or the tracking server cannot be used.
         """
         reporting = settings.reporting
-        uri = reporting.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{run_dir.mlflow}"
+        uri = reporting.mlflow_uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if not uri:
+            uri = f"sqlite:///{run_dir.mlflow}"
+            # MLflow reads them as a URI does: it writes elsewhere, or retries for minutes to open what is not there.
+            if found := _NOT_IN_A_DATABASE.search(uri):
+                remedy = f"MLflow opens no database below a folder with {found[0]!r} in its path"
+                raise ConfigError(
+                    "reporting.run_dir", str(run_dir.path), f"{remedy}; name another, or set reporting.mlflow_uri"
+                )
         try:
             from mlflow import MlflowClient
             from mlflow.exceptions import MlflowException

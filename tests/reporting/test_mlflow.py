@@ -55,6 +55,20 @@ def test_the_database_may_be_another_one(run_dir: RunDirectory, result: dict[str
     assert (tmp_path / "all.db").exists()
 
 
+@pytest.mark.parametrize("name", ["50%41", "what?"])
+def test_a_folder_that_mlflow_cannot_open_is_a_wrong_setting(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=r"reporting\.run_dir = .* below a folder with .* set reporting\.mlflow_uri"):
+        MlflowReporter().start(settings(), RunDirectory.at(tmp_path / name))
+
+
+def test_a_folder_may_have_letters_of_any_script(tmp_path: Path, result: dict[str, Any]) -> None:
+    directory = RunDirectory.create(str(tmp_path / "läuft #1 50% 実験"), algorithm="PPO")
+    directory.write_config("algorithm: PPO\n")
+    reported(MlflowReporter(), directory, result)
+    assert directory.mlflow.exists()
+
+
 def test_a_server_that_cannot_be_used_is_a_wrong_setting(run_dir: RunDirectory) -> None:
     with pytest.raises(ConfigError, match="MLflow cannot use it") as caught:
         MlflowReporter().start(settings("nonsense://nowhere"), run_dir)
