@@ -154,6 +154,13 @@ def test_such_an_update_can_be_skipped_until_there_are_too_many(case: str, updat
     assert learner._credit.kl_coef == coefficient
 
 
+def test_only_steps_in_a_row_are_counted(updated: Any) -> None:
+    """One of two steps of each update is made."""
+    _, update = updated("NaN of the engine", nonfinite_updates="skip")
+
+    assert [update()["skipped_updates"] for _ in range(MOST_SKIPPED + 1)] == [1.0] * (MOST_SKIPPED + 1)
+
+
 def test_a_reward_without_a_mean_starts_no_critic(models: Path) -> None:
     scenario = Scenario(training={"value_init": "reward_mean", "nonfinite_updates": "skip"}, critic="policy")
     learner = Learner(runs.make_spec(models, scenario))
