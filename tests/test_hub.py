@@ -27,6 +27,7 @@ from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
+transformers.AutoTokenizer, transformers.AutoModelForCausalLM  # Imports take seconds of their own.
 TRUST = {"trust_remote_code": False}
 KERNEL = {"kernels": ("eager",)} | TRUST
 LOOK_UPS = {

@@ -154,6 +154,26 @@ def test_such_an_update_can_be_skipped_until_there_are_too_many(case: str, updat
     assert learner._credit.kl_coef == coefficient
 
 
+def test_neither_model_steps_where_the_gradient_of_the_critic_alone_is_not_finite(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = Learner(runs.make_spec(models, Scenario()))
+    before = copy.deepcopy(learner.state())
+    monkeypatch.setattr(learner.critic, "grad_norm", lambda: torch.tensor(math.inf))
+
+    with pytest.raises(LearnerError, match=r"^gradient of the critic not finite, although all"):
+        runs.update(learner, Scenario(), 0)
+
+    assert runs.same_state(before, learner.state())
+
+
+def test_only_steps_in_a_row_are_counted(updated: Any) -> None:
+    """One of two steps of each update is made."""
+    _, update = updated("NaN of the engine", nonfinite_updates="skip")
+
+    assert [update()["skipped_updates"] for _ in range(MOST_SKIPPED + 1)] == [1.0] * (MOST_SKIPPED + 1)
+
+
 def test_a_reward_without_a_mean_starts_no_critic(models: Path) -> None:
     scenario = Scenario(training={"value_init": "reward_mean", "nonfinite_updates": "skip"}, critic="policy")
     learner = Learner(runs.make_spec(models, scenario))
