@@ -203,6 +203,11 @@ class Learner:
         self._proximal_comes_first = self._kl_in_reward or training.m2po_threshold is not None
         self._skipped_in_a_row = 0
 
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps of policy and critic since the run began, restarts included."""
+        return sum(model.steps_taken for model in self._models().values())
+
     def update(
         self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True, keep_advantages: bool = False
     ) -> dict[str, float]:

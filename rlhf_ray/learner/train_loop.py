@@ -38,6 +38,7 @@ __all__ = ["lost_a_peer", "train_loop"]
 _LOG = logging.getLogger(__name__)
 _POLL_S = 30.0
 _TELL_TIMEOUT_S = 10.0
+_READ_WEIGHTS = frozenset({"update", "publish", "send", "save", "export"})
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -120,6 +121,8 @@ class _Worker:
         self.version = 0
         """Of the policy that this rank holds."""
         self._updated: tuple[int, UpdateResult] | None = None
+        self._broken_off: str | None = None
+        """Why weights are those of no version: an update ended after some of its steps, and no state was kept."""
         self._sender: Any = None
         # The bridge names objects that this process owns; they live as long as these references.
         self._published: list[Any] = []
@@ -128,6 +131,8 @@ class _Worker:
     def execute(self, command: Command) -> Any:
         """Carry out one command and return this rank's answer."""
         argument = command.argument(self._rank)
+        if self._broken_off is not None and command.verb in _READ_WEIGHTS:
+            raise LearnerError(self._broken_off)
         if command.verb == "save":
             return self._save(argument, command.command_id)
         return getattr(self, f"_{command.verb}")(argument)
@@ -146,12 +151,16 @@ class _Worker:
         if self._updated is not None and self._updated[0] == version == self.version:
             # Whoever asked did not wait for the answer (Ctrl-C in a notebook, a time limit), and asks again.
             return self._updated[1]
+        steps_before = self._learner.steps_taken
         try:
             figures = self._learner.update(
                 ray.get(batch), plan, update_policy=update_policy, keep_advantages=with_advantages
             )
         except LearnerError as error:
-            raise LearnerError(f"policy version {version}: {error}") from error
+            message = f"policy version {version}: {error}"
+            if self._learner.steps_taken != steps_before:
+                self._undo_steps(message)
+            raise LearnerError(message) from error
         self.version = version
         self._keep_state()
         self._updated = version, UpdateResult(figures=figures, advantages=self._learner.advantages)
@@ -226,7 +235,7 @@ class _Worker:
                 for name in folder.files():
                     folder.download(name, Path(here) / name)
                 self._learner.load(here)
-        self.version = version
+        self.version, self._broken_off = version, None
         self._keep_state()
 
     def _recall(self, version: int) -> bool:
@@ -237,8 +246,14 @@ class _Worker:
         if not all(found):
             return False
         self._learner.restore_state(state)
-        self.version = version
+        self.version, self._broken_off = version, None
         return True
+
+    def _undo_steps(self, message: str) -> None:
+        """After an update that ended between two steps: go back to the version before, or let nothing read weights."""
+        if not (self._keeps_state and self._recall(self.version)):
+            remedy = "its first steps cannot be undone, since no state was kept: restore a checkpoint, or start again"
+            self._broken_off = f"{message} ({remedy})"
 
     def _keep_state(self) -> None:
         if self._keeps_state:
@@ -272,7 +287,7 @@ class _Worker:
         if spec.on_gpu:
             torch.cuda.empty_cache()
         self._learner = Learner(spec)
-        self.version = 0
+        self.version, self._broken_off = 0, None
 
     def _export(self, folder: str) -> None:
         self._learner.export(folder)

@@ -105,6 +105,7 @@ def test_an_update_that_is_asked_for_anew_is_made_once_a_version() -> None:
     class Learner:
         advantages = None
         updates = 0
+        steps_taken = 0
 
         def update(self, batch: str, plan: str, **_: Any) -> dict[str, float]:
             self.updates += 1
@@ -139,12 +140,57 @@ def test_an_update_that_is_refused_makes_no_version_and_no_state_to_keep(monkeyp
         raise LearnerError("advantages not finite")
 
     worker = Worker(Bridge())
-    worker._learner, worker._updated = SimpleNamespace(update=refuse), None
+    worker._learner, worker._updated = SimpleNamespace(update=refuse, steps_taken=7), None
     monkeypatch.setattr(worker, "_keep_state", lambda: pytest.fail("kept"))
 
     with pytest.raises(LearnerError, match=r"^policy version 1: advantages not finite"):
         worker._update(("batch", "plan", True, False, 1))
     assert worker.version == 0
+
+
+class HalfAnUpdate:
+    """Takes a step, and finds that the next one must not be made."""
+
+    def __init__(self) -> None:
+        self.steps_taken = 4
+        self.restored: list[str] = []
+        self.restore_state = self.restored.append
+        self.load = self.restored.append
+        self.state = dict
+
+    def update(self, *_: Any, **__: Any) -> None:
+        self.steps_taken += 1
+        raise LearnerError("gradient not finite")
+
+
+@pytest.fixture
+def broken_off(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> module._Worker:
+    """A rank whose update ended after a step; the parameter is the state that was kept before."""
+    monkeypatch.setattr(module, "Learner", lambda spec: HalfAnUpdate())
+    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, one: found.__setitem__(0, one))
+    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False), Bridge(), 0)
+    worker.version = 3
+    monkeypatch.setattr(worker, "_reach_keeper", lambda method, *_: request.param if method == "kept_state" else None)
+    with pytest.raises(LearnerError, match="policy version 4: gradient not finite"):
+        worker._update(("batch", "plan", True, False, 4))
+    return worker
+
+
+@pytest.mark.parametrize("broken_off", ["state of version 3"], indirect=True)
+def test_steps_of_an_update_that_is_broken_off_are_undone(broken_off: module._Worker) -> None:
+    assert broken_off._learner.restored == ["state of version 3"]
+    assert broken_off.version == 3
+    assert broken_off._broken_off is None
+
+
+@pytest.mark.parametrize("broken_off", [None], indirect=True)
+@pytest.mark.parametrize("verb", ["update", "publish", "send", "save", "export"])
+def test_weights_of_half_an_update_are_read_by_nothing(broken_off: module._Worker, verb: str) -> None:
+    with pytest.raises(LearnerError, match=r"gradient not finite .*restore a checkpoint"):
+        broken_off.execute(order(verb))
+    broken_off._load((SimpleNamespace(local="checkpoint"), 2))
+    assert (broken_off.version, broken_off._broken_off) == (2, None)
 
 
 class CyclicLearner:
