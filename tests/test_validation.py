@@ -169,7 +169,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"data.path": [], "rewards.functions": ["gsm8k"]}, "data.path", "a list of files"),
     ({**GSM8K, "data.eval_path": ["a.jsonl", 3]}, "data.eval_path", "a list of files"),
     ({"data.prompt_template": "Q: {question}"}, "data.prompt_template", "write {prompt}"),
-    ({"data.path": "train.jsonl"}, "rewards.functions", "gsm8k"),
+    ({"model.path": "owner/model", "data.path": "train.jsonl"}, "rewards.functions", "gsm8k"),
     ({**GSM8K, "model.path": None}, "model.path", "no model to train on it; name a folder or a hub id"),
     ({"data.eval_path": "test.jsonl"}, "rewards.functions", ".rewards(my_reward)"),
     ({"rewards.functions": ["gsm8k", "exact_mach"]}, "rewards.functions[1]", "'exact_match'"),

@@ -8,7 +8,8 @@ import os
 import socket
 import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -126,12 +127,32 @@ def connect(address: str | None, **options: Any) -> None:
     logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
     before = processes_of_ray()
     try:
-        # For a cluster that ends with this run a dashboard's start-up is lost; `ray start --head` has one.
-        ray.init(address=address, include_dashboard=False if joined is None else None, **options)
+        with _own_process_groups():
+            # For a cluster that ends with this run a dashboard's start-up is lost; `ray start --head` has one.
+            ray.init(address=address, include_dashboard=False if joined is None else None, **options)
     except Exception as error:
         ray.shutdown()
         _end([process for process in processes_of_ray() if process not in before], grace_s=0.0)
         raise _explained(error, address, joined) from error
+
+
+@contextmanager
+def _own_process_groups() -> Iterator[None]:
+    """Within, Ray's services are started in process groups of their own.
+
+    ``timeout`` and process managers send SIGTERM to a whole group. Ray would end under this process, which has to stop
+    the run first; of Ctrl-C Ray takes care by itself.
+    """
+    start = services.ConsolePopen.__init__
+
+    def start_in_own_group(self: Any, *arguments: Any, **options: Any) -> None:
+        start(self, *arguments, process_group=0, **options)
+
+    services.ConsolePopen.__init__ = start_in_own_group
+    try:
+        yield
+    finally:
+        services.ConsolePopen.__init__ = start
 
 
 def _start_ray_when_called(allowed: bool) -> None:

@@ -116,7 +116,8 @@ class Checkpoint:
         try:
             manifest = json.loads(self.folder.read(_MANIFEST))
         except (FileNotFoundError, NotADirectoryError):
-            raise self._refusal(f"{_MANIFEST}, which is written last, is missing") from None
+            remedy = "name a folder that save_to_path() wrote, or one of a run's checkpoints/"
+            raise self._refusal(f"{_MANIFEST}, which is written last, is missing; {remedy}") from None
         except ValueError:
             raise self._refusal(f"{_MANIFEST} is cut short or is not JSON") from None
         if not isinstance(manifest, dict) or manifest.pop("format", None) != _FORMAT:

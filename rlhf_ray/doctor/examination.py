@@ -154,7 +154,7 @@ def _inputs(settings: Settings) -> Check:
     except ConfigError as error:
         return failed(error.field, repr(error.value), error.remedy)
     except DataError as error:
-        return failed("data", str(error), "correct the data section")
+        return failed("data", str(error), "correct the data, or the section that names it")
     return passed("data, rewards", "can be read")
 
 

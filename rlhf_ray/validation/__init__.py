@@ -63,6 +63,7 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     data_and_rewards.check_data_source,
     data_and_rewards.check_csv_types,
     data_and_rewards.check_prompt_template,
+    data_and_rewards.check_model_for_data,
     data_and_rewards.check_rewards_given,
     data_and_rewards.check_reward_names,
     data_and_rewards.check_reward_weights,
@@ -87,5 +88,4 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     devices_and_folders.check_tensor_parallel,
     devices_and_folders.check_weight_transfer,
     devices_and_folders.check_model_folders,
-    data_and_rewards.check_model_for_data,
 )

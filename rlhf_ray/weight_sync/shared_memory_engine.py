@@ -23,6 +23,7 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from rlhf_ray.weight_sync.buckets import unpack_bucket
+from rlhf_ray.weight_sync.engine_process import end_with_parent
 from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout, under_each_name
 
 __all__ = ["NcclTransferEngine", "SharedMemoryExtension", "SharedMemoryTransferEngine"]
@@ -210,6 +211,8 @@ class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
 class SharedMemoryExtension:
     """Named in ``worker_extension_cls`` so that vLLM imports, and so registers, this module in its own process."""
 
+
+end_with_parent()
 
 for _name, _engine in (
     ("rlhf_ray_shared_memory", SharedMemoryTransferEngine),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -163,8 +164,11 @@ def test_an_interrupted_update_is_not_made_twice(
 def test_a_killed_replica_is_survived_and_comes_back_with_the_newest_weights(algorithm: Algorithm) -> None:
     algorithm.train()
     victim = next(actor for actor in list_actors(filters=[("state", "=", "ALIVE")]) if "RolloutReplica" in actor.name)
+    engines = psutil.Process(victim.pid).children(recursive=True)
     os.kill(victim.pid, signal.SIGKILL)
     result = algorithm.train()
+    assert engines
+    assert psutil.wait_procs(engines, timeout=30)[1] == []
     assert result["rollouts"]["num_groups"] == 12
     assert result["learner"]["sampling_logprob_diff_max"] < 1e-3
     deadline = time.monotonic() + 240
