@@ -132,13 +132,15 @@ def test_a_missing_file_is_named_in_full(tmp_path: Path, monkeypatch: pytest.Mon
     ("attribute", "remedy"),
     [
         ("scorde", "has no 'scorde'; nearest: 'scored'"),
-        # Public functions only.
-        ("_hiden", "nearest: 'scored'"),
         ("limit", "limit is no function but int"),
     ],
 )
 def test_what_is_wrong_in_a_file(file: Path, attribute: str, remedy: str) -> None:
     assert remedy in error_of(f"{file}:{attribute}").remedy
+
+
+def test_a_private_function_is_not_suggested(file: Path) -> None:
+    assert error_of(f"{file}:_hiden").remedy.endswith("has no '_hiden'")
 
 
 @pytest.mark.parametrize(
