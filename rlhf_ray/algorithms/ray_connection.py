@@ -8,8 +8,10 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -53,6 +55,7 @@ class RayConnection:
         self._sessions: set[object] = set()
         self._is_ours = False
         self._raylets: list[psutil.Process] = []
+        self._left = threading.Event()
 
     @property
     def ends_ray(self) -> bool:
@@ -71,7 +74,9 @@ class RayConnection:
                 self._sessions.clear()  # What they were connected to is gone.
                 self._is_ours, self._raylets = True, []
                 before = processes_of_ray("raylet")
-                connect(address, **options)
+                self._left.set()
+                self._left = threading.Event()
+                _call_in_lasting_thread(partial(connect, address, **options), self._left)
                 self._raylets = [raylet for raylet in processes_of_ray("raylet") if raylet not in before]
             elif not self._sessions:
                 self._is_ours, self._raylets = False, []
@@ -91,7 +96,32 @@ class RayConnection:
                 ray.shutdown()
                 _end(workers, grace_s=_GRACE_S)
                 self._raylets = []
+            self._left.set()
             _start_ray_when_called(True)
+
+
+def _call_in_lasting_thread(call: Callable[[], None], until: threading.Event) -> None:
+    """Make a call in a thread that lives until an event, or in the main thread, which lives as long as the process.
+
+    Ray has the kernel end its services with their parent, which is the thread that started them: a Ray that a thread
+    builds an algorithm on would be killed when that thread ends.
+    """
+    if threading.current_thread() is threading.main_thread():
+        call()
+        return
+    called: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            call()
+            called.set_result(None)
+        except BaseException as error:
+            called.set_exception(error)
+            return
+        until.wait()
+
+    threading.Thread(target=run, name="ray-connection", daemon=True).start()
+    called.result()
 
 
 def cluster_to_join(address: str | None) -> str | None:

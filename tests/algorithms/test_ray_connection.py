@@ -284,6 +284,29 @@ def test_sessions_in_threads_start_one_ray_and_end_it_once(
     assert ray.inits == ray.shutdowns
 
 
+def test_the_thread_that_starts_ray_outlives_the_one_that_builds(
+    fake_ray: Callable[..., FakeRay], environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel ends Ray's services with the thread that started them."""
+    ray, connection = fake_ray(starts=True), RayConnection()
+    starters: list[threading.Thread] = []
+
+    def recorded(*arguments: Any, **options: Any) -> None:
+        starters.append(threading.current_thread())
+        connect(*arguments, **options)
+
+    monkeypatch.setattr(module, "connect", recorded)
+    building = threading.Thread(target=connection.join, args=("run", None))
+    building.start()
+    building.join()
+    (starter,) = starters
+    assert ray.running
+    assert starter.is_alive()
+    connection.leave("run")
+    starter.join(5)
+    assert not starter.is_alive()
+
+
 # --- errors where Ray is not available ---
 
 
