@@ -69,6 +69,8 @@ class Inputs:
     eos_token_ids: tuple[int, ...]
     """What ends a completion, besides ``rollouts.stop_token_ids``."""
     max_prompt_tokens: int
+    vocabulary_size: int
+    """Tokens that the policy has an embedding for."""
     prompts: PromptStream
 
 
@@ -163,6 +165,7 @@ def check_inputs(settings: Settings) -> Inputs:
         model_config=config,
         eos_token_ids=eos,
         max_prompt_tokens=prompt_tokens,
+        vocabulary_size=vocabulary_size,
         prompts=prompts,
     )
 
@@ -177,7 +180,7 @@ def evaluator(settings: Settings, inputs: Inputs) -> Evaluator:
             tokenizer_path=inputs.tokenizer_path,
             max_prompt_tokens=inputs.max_prompt_tokens,
             limit=settings.evaluation.num_prompts,
-            vocabulary_size=inputs.model_config.get_text_config().vocab_size,
+            vocabulary_size=inputs.vocabulary_size,
             trust_remote_code=settings.model.trust_remote_code,
         )
 
