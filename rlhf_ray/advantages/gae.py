@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from rlhf_ray.advantages.padding import blank, checked_mask, widened
 
 __all__ = ["gae"]
+
+# Of float32 numbers times this nothing is left beside another one, and their quotients by it are finite in float64.
+_SMALLEST_POWER = 1e-100
 
 
 def gae(
@@ -59,16 +64,34 @@ def gae(
     mask = checked_mask(mask, ndim=2, rewards=rewards, values=values)
     _check_coefficients(gamma=gamma, lam=lam)
     rewards, values = blank(rewards.detach(), mask), blank(values.detach(), mask)
-    next_values = _bootstrap_values(bootstrap, values)
-    next_advantages = torch.zeros_like(next_values)
-    columns = []
-    for reward, value, real in reversed(list(zip(rewards.unbind(1), values.unbind(1), mask.unbind(1), strict=True))):
-        step = reward + gamma * next_values - value + gamma * lam * next_advantages
-        next_advantages = torch.where(real, step, next_advantages)
-        next_values = torch.where(real, value, next_values)
-        columns.append(next_advantages)
-    advantages = blank(torch.stack(columns[::-1], dim=1), mask) if columns else torch.zeros_like(values)
+    # Unmasked tokens side by side, the last one in column 1, and what follows it in column 0.
+    places = (mask.sum(dim=1, keepdim=True) + 1 - mask.cumsum(dim=1)) * mask
+    rewards_of, values_of = (
+        x.new_zeros(x.shape[0], x.shape[1] + 1, dtype=torch.float64).scatter_(1, places, x.double())
+        for x in (rewards, values)
+    )
+    values_of[:, 0] = _bootstrap_values(bootstrap, values)
+    deltas = rewards_of[:, 1:].add_(values_of[:, :-1], alpha=gamma).sub_(values_of[:, 1:])
+    sums = _discounted_sums(deltas, gamma * lam)
+    advantages = blank(sums.gather(1, (places - 1).clamp_(min=0)).to(values.dtype), mask)
     return advantages, advantages + values
+
+
+def _discounted_sums(x: Tensor, factor: float) -> Tensor:
+    """``y_t = x_t + factor * y_(t-1)`` along rows of ``[B, T]`` float64, by as many kernels whatever T is.
+
+    A running sum of ``x_t / factor^t``, multiplied by ``factor^t``: as exact as the recursion while the powers are
+    numbers. So it restarts where they get too small, and what lies further back than one restart no longer counts.
+    """
+    if factor == 0.0 or x.numel() == 0:
+        return x
+    width = x.shape[1]
+    block = width if factor == 1.0 else min(width, max(1, int(math.log(_SMALLEST_POWER) / math.log(factor))))
+    powers = factor ** torch.arange(block, dtype=x.dtype, device=x.device)
+    blocks = torch.nn.functional.pad(x, (0, -width % block)).unflatten(1, (-1, block))
+    sums = (blocks / powers).cumsum_(dim=2).mul_(powers)
+    sums[:, 1:] += sums[:, :-1, -1:] * (factor * powers)
+    return sums.flatten(1)[:, :width]
 
 
 def _check_coefficients(**coefficients: float) -> None:

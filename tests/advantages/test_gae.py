@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_ray.advantages import gae
 
@@ -190,3 +191,66 @@ def test_wrong_shapes_and_coefficients_are_refused():
         gae(row, row, EVERYTHING, gamma=1.5, lam=1.0)
     with pytest.raises(ValueError, match=r"lam = -0\.1"):
         gae(row, row, EVERYTHING, gamma=1.0, lam=-0.1)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts what is dispatched within."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.95, 1.0])
+def test_a_longer_row_takes_no_more_kernels(lam):
+    counts = []
+    for width in (16, 4096):
+        row = torch.zeros(2, width)
+        with Kernels() as kernels:
+            gae(row, row, torch.ones_like(row), gamma=1.0, lam=lam, bootstrap=torch.zeros(2))
+        counts.append(kernels.count)
+
+    assert counts[0] == counts[1] < 100
+
+
+# With a factor of 0.9 a row of 16,384 is made of eight blocks, with 0.01 of 328, with 1e-60 of one for each token.
+@pytest.mark.parametrize(
+    ("gamma", "lam"), [(1.0, 1.0), (1.0, 0.95), (0.999, 1.0), (0.9, 1.0), (0.1, 0.1), (1e-30, 1e-30), (0.0, 1.0)]
+)
+def test_long_rows_are_exact_to_float32(gamma, lam):
+    generator = torch.Generator().manual_seed(0)
+    rewards, values = (torch.randn(2, 16384, generator=generator) for _ in range(2))
+    mask = torch.rand(2, 16384, generator=generator) < 0.9
+    mask[1, 9000:] = False
+    bootstrap = torch.tensor([8.0, -3.0])
+    advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=bootstrap)
+
+    for row in range(2):
+        tokens = mask[row].nonzero()[:, 0].tolist()
+        advantage, value = 0.0, bootstrap[row].item()
+        wanted = []
+        for token in reversed(tokens):
+            now = values[row, token].item()
+            advantage = rewards[row, token].item() + gamma * value - now + gamma * lam * advantage
+            value = now
+            wanted.append(advantage)
+        by_recursion = torch.tensor(wanted[::-1], dtype=torch.float64)
+        largest = by_recursion.abs().max().item()
+        torch.testing.assert_close(advantages[row, tokens].double(), by_recursion, rtol=2e-7, atol=1e-7 * largest)
+        torch.testing.assert_close(returns[row, tokens], advantages[row, tokens] + values[row, tokens])
+
+
+@pytest.mark.parametrize("size", [1e-38, 1e30])
+@pytest.mark.parametrize("lam", [0.01, 0.5, 1.0])
+def test_numbers_of_any_size_neither_overflow_nor_vanish(size, lam):
+    # One reward at the end, which a value of 0 everywhere hands on: A_t = size * lam^(T - 1 - t).
+    rewards = torch.zeros(1, 600)
+    rewards[0, -1] = size
+    advantages, _ = gae(rewards, torch.zeros(1, 600), torch.ones(1, 600), gamma=1.0, lam=lam)
+
+    wanted = torch.tensor([size * lam ** (599 - t) for t in range(600)], dtype=torch.float64).float()
+    torch.testing.assert_close(advantages[0], wanted, rtol=1e-6, atol=1e-45)
