@@ -1,10 +1,11 @@
-"""Peak memory of log-probabilities, forward and backward: chunked (entropies included), beside the plain way (without).
+"""Log-probabilities, forward and backward: rows per second and peak memory over sizes of a chunk, and of whole logits.
 
-8,192 tokens, a vocabulary of 131,072, hidden states of 896 (those of a model of half a billion parameters), float32 on
-CPU. The plain way with entropies did not fit into 23 GB. Each way runs in a process of its own; what counts is how far
-its peak resident memory grows beyond inputs and weights.
+A vocabulary of 131,072 and hidden states of 896 (those of a model of half a billion parameters): 1,024 rows in float32
+on a CPU, 16,384 in bfloat16 on a GPU. Chunked answers include entropies with a gradient, whole logits have none. Each
+way runs in a process of its own; what counts is how far its peak memory grows beyond inputs and weights: resident
+memory on a CPU, allocated memory on a GPU.
 
-    python benchmarks/logprob_memory.py
+    python benchmarks/logprob_memory.py                # writes results/logprob_memory.json, or logprob_memory_gpu.json
 """
 
 from __future__ import annotations
@@ -20,46 +21,73 @@ from provenance import write_result
 
 from rlhf_ray.losses import chunked_logprobs_and_entropy, token_logprobs
 
-TOKENS, VOCABULARY, HIDDEN = 8192, 131072, 896
-WAYS = ("plain", "chunked")
+VOCABULARY, HIDDEN = 131072, 896
+ON_GPU = torch.cuda.is_available()
+ROWS, DTYPE, DEVICE = (16384, torch.bfloat16, "cuda") if ON_GPU else (1024, torch.float32, "cpu")
+# Of the logits of a chunk; 0: all at once, without chunks.
+POWERS = (0, 24, 25, 26, 27, 28, 29) if ON_GPU else (0, 22, 23, 24, 25, 26)
 
 
-def run(way: str) -> tuple[float, float]:
+def run(power: int) -> tuple[float, float]:
     """GiB beyond the inputs, and seconds, of one forward and backward pass."""
     torch.manual_seed(0)
-    hidden = torch.randn(TOKENS, HIDDEN, requires_grad=True)
-    weight = torch.randn(VOCABULARY, HIDDEN).div_(30.0).requires_grad_()
-    targets = torch.randint(0, VOCABULARY, (TOKENS,))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    hidden = torch.randn(ROWS, HIDDEN, device=DEVICE, dtype=DTYPE, requires_grad=True)
+    weight = torch.randn(VOCABULARY, HIDDEN, device=DEVICE).div_(30.0).to(DTYPE).requires_grad_()
+    targets = torch.randint(0, VOCABULARY, (ROWS,), device=DEVICE)
+
+    def once() -> None:
+        if power == 0:
+            token_logprobs(hidden @ weight.T, targets).mean().backward()
+        else:
+            logprobs, entropies = chunked_logprobs_and_entropy(
+                hidden, weight, targets, entropy_gradient=True, max_logits=2**power
+            )
+            assert entropies is not None
+            (logprobs.mean() + 0.01 * entropies.mean()).backward()
+        hidden.grad = weight.grad = None
+        _peak()  # Waits for a GPU.
+
+    if ON_GPU:
+        once()  # Loads kernels.
+        torch.cuda.reset_peak_memory_stats()
+    before = _peak()
     started = time.perf_counter()
-    if way == "plain":
-        token_logprobs(hidden @ weight.T, targets).mean().backward()
-    else:
-        logprobs, entropies = chunked_logprobs_and_entropy(hidden, weight, targets, entropy_gradient=True)
-        (logprobs.mean() + 0.01 * entropies.mean()).backward()
-    seconds = time.perf_counter() - started
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20, seconds
+    once()
+    return _peak() - before, time.perf_counter() - started
+
+
+def _peak() -> float:
+    if ON_GPU:
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated()) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
-    """Measure both, print, write results/logprob_memory.json."""
+    """Measure all, print, write the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
-    way = parser.parse_args().way
-    if way is not None:
-        print("RESULT", *run(way))
+    parser.add_argument("--power", type=int, help=argparse.SUPPRESS)
+    power = parser.parse_args().power
+    if power is not None:
+        print("RESULT", *run(power))
         return
     found: dict[str, dict[str, float]] = {}
-    for name in WAYS:
-        command = [sys.executable, __file__, "--way", name]
+    for power in POWERS:
+        command = [sys.executable, __file__, "--power", str(power)]
         output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         memory, seconds = map(float, output.split("RESULT")[1].split())
-        found[name] = {"peak_gib": memory, "seconds": seconds}
-        print(f"{name:<10}{memory:>8.2f} GiB beyond inputs and weights {seconds:>8.1f} s")
-    share = found["chunked"]["peak_gib"] / found["plain"]["peak_gib"]
-    print(f"chunked takes {share:.3f} of the plain way's memory")
-    result = {"tokens": TOKENS, "vocabulary": VOCABULARY, "hidden": HIDDEN, "ways": found, "share": share}
-    print("written to", write_result("logprob_memory", result))
+        name = f"2^{power}" if power else "whole"
+        found[name] = {"peak_gib": memory, "seconds": seconds, "rows_per_s": ROWS / seconds}
+        print(f"{name:<8}{memory:>8.2f} GiB beyond inputs and weights {ROWS / seconds:>10.0f} rows/s", flush=True)
+    result = {
+        "device": torch.cuda.get_device_name() if ON_GPU else "cpu",
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "rows": ROWS,
+        "vocabulary": VOCABULARY,
+        "hidden": HIDDEN,
+        "logits_per_chunk": found,
+    }
+    print("written to", write_result("logprob_memory_gpu" if ON_GPU else "logprob_memory", result))
 
 
 if __name__ == "__main__":

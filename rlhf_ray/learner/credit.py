@@ -76,7 +76,8 @@ class CreditAssignment:
             if training.kl_clip is not None:
                 means["kl_clip_fraction"] = (penalty.abs() > training.kl_clip).float()
                 penalty = penalty.clamp(-training.kl_clip, training.kl_clip)
-            metrics.add({name: aggregate(x, mask, "token_mean") for name, x in means.items()}, float(mask.sum()))
+            tokens = float(batch.loss_lengths.sum())
+            metrics.add({name: aggregate(x, mask, "token_mean") for name, x in means.items()}, tokens)
         rewards = torch.tensor(batch.rewards, device=self._device)
         if self._plugin.per_completion:
             advantages, returns = self._of_completions(batch, rewards, penalty, mask), None
@@ -154,7 +155,7 @@ def gathered_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, count)
-    sizes = [int(size) for size in counts]
+    sizes: list[int] = torch.cat(counts).tolist()
     padded = rows.new_zeros(max(sizes), rows.shape[1])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]

@@ -46,6 +46,12 @@ class Microbatch:
     """``[B]`` where the state after the last token lies in the flattened ``input_ids``."""
     mask: torch.Tensor
     """``[B, T]`` bool, true at completion tokens that enter the losses."""
+    scored: torch.Tensor
+    """``[N]`` where these tokens lie in the flattened ``[B, T]``: what the mask says, without asking the device."""
+    num_fresh: int
+    """Of these tokens, those of completions that the policy that is trained wrote from the first token to the last."""
+    num_by_staleness: tuple[tuple[int, int], ...]
+    """Versions that these tokens are behind, and how many are."""
     num_tokens: int
     """Tokens in the forward pass, padding included."""
 
@@ -61,9 +67,11 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
         completion = np.asarray([1])
         tokens = np.zeros(2, dtype=np.int32)
         mask = np.zeros((1, 1), dtype=np.bool_)
+        num_fresh, distances = 0, np.zeros(0, dtype=np.int32)
     else:
         prompt, completion, tokens = selected.prompt_lengths, selected.completion_lengths, selected.token_ids
         mask = selected.loss_mask()
+        num_fresh, distances = int(selected.loss_lengths[selected.fresh].sum()), selected.staleness[selected.in_loss]
     lengths = (prompt + completion).astype(np.int64)
     starts = _starts(lengths, packed=packed)
     ids, positions = _input_ids(tokens, lengths, packed=packed)
@@ -84,6 +92,9 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
         value_index=tensor(np.where(mask, states, 0)),
         last_index=tensor(starts + lengths - 1),
         mask=torch.from_numpy(mask).to(device),
+        scored=tensor(np.flatnonzero(mask)),
+        num_fresh=num_fresh,
+        num_by_staleness=tuple((int(each), int((distances == each).sum())) for each in np.unique(distances)),
         num_tokens=int(ids.size),
     )
 

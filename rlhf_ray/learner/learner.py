@@ -24,13 +24,14 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_ray.advantages import kl
+from rlhf_ray.advantages.padding import blank
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.credit import CreditAssignment, merged_moments
 from rlhf_ray.learner.estimates import Estimates, put, take
 from rlhf_ray.learner.finite import MOST_SKIPPED, FiniteGuard
 from rlhf_ray.learner.layout import Microbatch, lay_out, unpad_completions
-from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
+from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer, usable_head
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import (
@@ -55,6 +56,7 @@ from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequ
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
+from rlhf_ray.losses.chunked_logprobs import sums_halves_in_float32
 from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.types import Float32Array
@@ -148,7 +150,7 @@ class Learner:
             "trust_remote_code": spec.trust_remote_code,
         }
 
-        def sharded(model: PreTrainedModel, *, trained: bool = True) -> PreTrainedModel:
+        def sharded(model: PreTrainedModel, *, trained: bool = True, **more: Any) -> PreTrainedModel:
             return shard(
                 model,
                 mesh,
@@ -156,6 +158,7 @@ class Learner:
                 gradient_checkpointing=spec.gradient_checkpointing and trained,
                 compile_backend=spec.compile_backend,
                 offload=spec.offload_optimizer if trained else spec.offload_reference,
+                **more,
             )
 
         def scorer(*, trained: bool) -> TokenScorer:
@@ -165,9 +168,10 @@ class Learner:
             if not trained:
                 freeze(model, compute_dtype)
             head = LogprobHead.adopt(model)
-            model = sharded(model, trained=trained)
-            if head is not None and not head.can_answer(model, device, compute_dtype):
-                head = None
+            # Engines sample from weights of that type, too.
+            in_half = head is not None and sums_halves_in_float32(device)
+            model = sharded(model, trained=trained, head_dtype=compute_dtype if in_half else torch.float32)
+            head = usable_head(model, head, device, compute_dtype)
             return TokenScorer(model, head, temperature=spec.temperature)
 
         training = self._training
@@ -429,9 +433,9 @@ class Learner:
             if len(micro.rows):
                 estimates.bootstrap[micro.rows] = values[micro.last_index]
         if proximal:
-            put(estimates.proximal_logprobs, micro, self._score(micro)[0])
+            put(estimates.proximal_logprobs, micro, self._score.logprobs(micro))
         if self._reference is not None and estimates.ref_logprobs is not None:
-            put(estimates.ref_logprobs, micro, self._reference(micro)[0])
+            put(estimates.ref_logprobs, micro, self._reference.logprobs(micro))
 
     def _mask_far_tokens(self, plan: RankPlan, estimates: Estimates, threshold: float) -> None:
         estimates.kept = estimates.mask.clone()
@@ -503,7 +507,7 @@ class Learner:
         # FSDP averages gradients over ranks; the global denominator wants their sum.
         (loss * self._world_size).backward()
         metrics.add_loss("value_loss", loss)
-        metrics.add(means, float(micro.mask.sum()))
+        metrics.add(means, len(micro.scored))
 
     def _backward_policy(
         self,
@@ -528,7 +532,8 @@ class Learner:
         if self._spec.max_staleness > 0:
             kept = None if estimates.kept is None else take(estimates.kept, micro)
             weights, of_weights = stale_weights(self._training, proximal, sampling, micro.mask, kept)
-            for of_distance, tokens in staleness_metrics(proximal, sampling, staleness, micro.mask):
+            by_distance = staleness_metrics(proximal, sampling, staleness, micro.mask, micro.num_by_staleness)
+            for of_distance, tokens in by_distance:
                 metrics.add(of_distance, tokens)
         terms = PolicyTerms(
             logprobs=logprobs,
@@ -548,7 +553,7 @@ class Learner:
         if terms.ref_logprobs is not None and not self._kl_in_reward:
             penalty = kl(terms.proximal_logprobs, terms.ref_logprobs, estimator=self._training.kl_estimator)
             means["kl_to_reference"] = aggregate(penalty, micro.mask, "token_mean")
-        metrics.add(means, float(micro.mask.sum()))
+        metrics.add(means, len(micro.scored))
         if first:
             self._compare_logprobs(micro, estimates, logprobs.detach(), terms.proximal_logprobs, metrics)
 
@@ -562,16 +567,16 @@ class Learner:
     ) -> None:
         """Exactness: the engine's log-probabilities against ours, and the first ratio against 1."""
         # An engine keeps what it computed of earlier tokens under older weights: one stale token touches all others.
-        fresh = micro.mask & take(estimates.fresh, micro)
-        if fresh.any():
-            difference = (logprobs - take(estimates.sampling_logprobs, micro)).abs()[fresh]
+        if micro.num_fresh:
+            fresh = micro.mask & take(estimates.fresh, micro)
+            difference = blank((logprobs - take(estimates.sampling_logprobs, micro)).abs(), fresh)
+            mean = aggregate(difference, fresh, "token_mean")
             metrics.add(
-                {"sampling_logprob_diff_mean": difference.mean(), "sampling_logprob_diff_max": difference.max()},
-                float(fresh.sum()),
+                {"sampling_logprob_diff_mean": mean, "sampling_logprob_diff_max": difference.max()}, micro.num_fresh
             )
-        if self._kl_in_reward and micro.mask.any():  # Elsewhere they are one tensor.
-            deviation = ((logprobs - proximal).exp() - 1.0).abs()[micro.mask]
-            metrics.add({"first_ratio_deviation_max": deviation.max()}, float(micro.mask.sum()))
+        if self._kl_in_reward:  # Elsewhere they are one tensor.
+            deviation = blank(((logprobs - proximal).exp() - 1.0).abs(), micro.mask)
+            metrics.add({"first_ratio_deviation_max": deviation.max()}, len(micro.scored))
 
     def _values(self, micro: Microbatch) -> torch.Tensor:
         """``[tokens of input_ids]``, the critic's value of the state after each token."""

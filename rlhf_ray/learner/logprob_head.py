@@ -1,133 +1,171 @@
 """The policy's output layer on a learner rank: answers with log-probabilities of given tokens instead of logits.
 
-The layer runs inside the model's own forward pass, where FSDP has gathered its weights, and sees the hidden states of
-the tokens that enter the losses alone. Whole logits, ``[tokens, V]``, never exist.
+The layer is called within one forward pass of the model, where FSDP has gathered its weights, with the hidden states
+before the tokens that enter the losses alone. Whole logits, ``[tokens, V]``, never exist.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import logging
+from contextlib import nullcontext
+from functools import cache
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from rlhf_ray.learner.layout import Microbatch
 from rlhf_ray.learner.lora import adapters_off
 from rlhf_ray.learner.models import reshard
-from rlhf_ray.losses import (
-    chunked_logprobs_and_entropy,
-    token_entropy,
-    token_logprobs,
-    token_logprobs_and_entropy,
-)
+from rlhf_ray.losses import chunked_logprobs_and_entropy, token_entropy, token_logprobs, token_logprobs_and_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LogprobHead", "Question", "TokenScorer"]
+__all__ = ["LogprobHead", "TokenScorer", "usable_head"]
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Question:
-    """Which tokens' log-probabilities are wanted."""
-
-    rows: Tensor
-    """``[N]`` where the states before them lie among the flattened hidden states that reach the layer."""
-    targets: Tensor
-    """``[N]`` the tokens."""
-    temperature: float
-    entropy_gradient: bool
+_LOG = logging.getLogger(__name__)
+# Of log-probabilities of the same rows, whose hidden states are equal but for what two passes differ by.
+_TOLERANCE, _TOLERANCE_IN_HALF_PRECISION = 1e-4, 2e-3
 
 
 class LogprobHead(nn.Linear):  # type: ignore[misc]
-    """A linear layer that, while asked, returns ``[N, 2]``: log-probability and entropy of each token asked for.
+    """A linear layer that gives logits, or log-probabilities and entropies of given tokens, in float32 each.
 
-    It computes in float32 whatever reaches it: logits in bfloat16 would be rounded to 8 bits. A weight that is tied to
-    the embedding is the one that :func:`rlhf_ray.learner.models.shard` gathers, in the type of the other layers.
+    Logits in bfloat16 would be rounded to 8 bits. A weight that is tied to the embedding is the one that
+    :func:`rlhf_ray.learner.models.shard` gathers, in the type of the other layers.
     """
-
-    _question: Question | None
 
     @classmethod
     def adopt(cls, model: PreTrainedModel) -> LogprobHead | None:
-        """Turn a model's output layer into one before it is sharded, with the same weights under the same names.
+        """Put one in the place of a model's output layer before it is sharded, with its weights under their names.
 
         Returns:
-            The layer, which answers where :meth:`can_answer`; ``None`` where it is not a plain linear one.
+            The layer, of which :func:`usable_head` says whether it may be used; ``None`` where the model's is not a
+            plain linear one.
         """
         layer = model.get_output_embeddings()
         if type(layer) is not nn.Linear:
             return None
-        layer._question = None
-        layer.__class__ = cls
-        assert isinstance(layer, cls)
-        return layer
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Answer the question that is open, or give logits."""
-        weight, bias = self.weight.float(), None if self.bias is None else self.bias.float()
-        question = self._question
-        if question is None:
-            return nn.functional.linear(hidden.float(), weight, bias)
-        answers = chunked_logprobs_and_entropy(
-            hidden.flatten(0, -2)[question.rows].float(),
-            weight,
-            question.targets,
-            bias=bias,
-            temperature=question.temperature,
-            entropy_gradient=question.entropy_gradient,
+        head = cls(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
+        head.weight, head.bias = layer.weight, layer.bias
+        owner, name = next(
+            (owner, name) for owner in model.modules() for name, one in owner.named_children() if one is layer
         )
-        return torch.stack(answers, dim=-1)
+        setattr(owner, name, head)
+        return head
 
-    @contextmanager
-    def asked(self, question: Question) -> Iterator[None]:
-        """Within, a forward pass of the model returns the answer as its ``logits``."""
-        self._question = question
-        try:
-            yield
-        finally:
-            self._question = None
-
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def can_answer(
-        self, model: PreTrainedModel, device: torch.device, compute_dtype: torch.dtype = torch.float32
-    ) -> bool:
-        """Whether the (sharded) model's logits are a linear function of its last hidden states; a collective.
-
-        Where they are not (soft caps, scales) the plain way remains. Nothing in a configuration tells: both ways are
-        compared on a few tokens.
-
-        Args:
-            model: The layer's model; all ranks call this in step.
-            device: Where it computes.
-            compute_dtype: And in what.
-        """
-        tolerance = 1e-4 if compute_dtype == torch.float32 else 2e-2
-        ids = (torch.arange(8, device=device) % self.out_features)[None, :]
-        rows = torch.arange(7, device=device)
-        question = Question(rows=rows, targets=ids[0, 1:], temperature=1.0, entropy_gradient=False)
-        logits = model(input_ids=ids, use_cache=False).logits
-        try:
-            with self.asked(question):
-                answer = model(input_ids=ids, use_cache=False).logits
-        except (RuntimeError, ValueError, TypeError, IndexError):  # The model reshapes its logits.
-            if isinstance(model, FSDPModule):
-                model.reset_iter_state()  # After half a pass reshard() would leave the root gathered.
-            return False
-        finally:
-            reshard(model)
-        if logits.ndim != 3 or answer.shape != (7, 2):
-            return False
-        expected = token_logprobs_and_entropy(logits[0, :-1], ids[0, 1:])
-        return all(
-            torch.allclose(given.float(), wanted.float(), atol=tolerance)
-            for given, wanted in zip(answer.unbind(-1), expected, strict=True)
-            if wanted is not None
+    def forward(
+        self,
+        states: Tensor,
+        targets: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = True,
+        entropy_gradient: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """Logits of ``[..., H]``; of ``[N, H]`` and targets what :func:`chunked_logprobs_and_entropy` gives."""
+        if targets is None:
+            bias = None if self.bias is None else self.bias.float()
+            return nn.functional.linear(states.float(), self.weight.float(), bias)
+        return chunked_logprobs_and_entropy(
+            states,
+            self.weight,
+            targets,
+            bias=self.bias,
+            temperature=temperature,
+            with_entropy=with_entropy,
+            entropy_gradient=entropy_gradient,
         )
+
+
+def usable_head(
+    model: PreTrainedModel, head: LogprobHead | None, device: torch.device, compute_dtype: torch.dtype = torch.float32
+) -> LogprobHead | None:
+    """Let the (sharded) model score tokens by its head, where that gives what its logits do; a collective.
+
+    Elsewhere (soft caps, scales) the way through whole logits remains, and the log says so. Nothing in a configuration
+    tells: both ways are compared on a few tokens.
+
+    Args:
+        model: All ranks call this in step.
+        head: What :meth:`LogprobHead.adopt` gave of it.
+        device: Where it computes.
+        compute_dtype: And in what.
+
+    Returns:
+        The head; ``None`` where it may not be used.
+    """
+    if head is None:
+        reason: str | None = f"its output layer is of type {type(model.get_output_embeddings()).__name__}"
+    else:
+        model.score_tokens = MethodType(_score_tokens, model)
+        # FSDP gathers what no unit of its own holds in what it knows as a forward pass.
+        register_fsdp_forward_method(model, "score_tokens")
+        reason = _difference(model, head, device, compute_dtype)
+    if dist.is_initialized():  # Where one rank goes another way than the others, collectives never end.
+        reasons: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(reasons, reason)
+        reason = next((one for one in reasons if one is not None), None)
+    if reason is None:
+        return head
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _log_once(f"{type(model).__name__}: log-probabilities take whole logits, more memory: {reason}")
+    return None
+
+
+@cache
+def _log_once(message: str) -> None:
+    _LOG.warning(message)
+
+
+def _score_tokens(
+    model: PreTrainedModel, head: LogprobHead, inputs: dict[str, Any], rows: Tensor, targets: Tensor, **asked: Any
+) -> tuple[Tensor, Tensor | None]:
+    """A forward pass of the model that ends in :meth:`LogprobHead.forward`, as ``asked``.
+
+    Args:
+        model: The model, whose method this becomes.
+        head: Its output layer.
+        inputs: Of the backbone.
+        rows: ``[N]`` where the states before the tokens lie among the flattened hidden states.
+        targets: ``[N]`` the tokens.
+        asked: Keywords of the head.
+    """
+    hidden = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)[0]
+    answers: tuple[Tensor, Tensor | None] = head(hidden.flatten(0, -2).index_select(0, rows), targets, **asked)
+    return answers
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _difference(
+    model: PreTrainedModel, head: LogprobHead, device: torch.device, compute_dtype: torch.dtype
+) -> str | None:
+    """Why the head does not give what the model's logits do; ``None``: it does."""
+    ids = torch.arange(8, device=device) % head.out_features
+    targets = ids.roll(-1)
+    # Twice: routers of experts may differ by rounding from pass to pass.
+    logits, again = (model(input_ids=ids[None], use_cache=False).logits for _ in range(2))
+    try:
+        answers = model.score_tokens(head, {"input_ids": ids[None]}, torch.arange(8, device=device), targets)
+    except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(model, FSDPModule):
+            model.reset_iter_state()  # After half a pass reshard() would leave the root gathered.
+        return f"its backbone and output layer cannot be called one after the other ({type(error).__name__}: {error})"
+    finally:
+        reshard(model)
+    if logits.shape != (1, 8, head.out_features):
+        return f"its logits are of shape {tuple(logits.shape)}"
+    wanted, noisy = (torch.stack(token_logprobs_and_entropy(one[0], targets)) for one in (logits, again))
+    given = torch.stack(answers)
+    tolerance = _TOLERANCE if compute_dtype == torch.float32 else _TOLERANCE_IN_HALF_PRECISION
+    difference = float((given - wanted).abs().max())
+    if difference <= tolerance + 4.0 * float((noisy - wanted).abs().max()):
+        return None
+    return f"its logits are not its output layer's product with the last hidden states, by up to {difference:.2g} nats"
 
 
 class TokenScorer:
@@ -135,7 +173,7 @@ class TokenScorer:
 
     Args:
         model: The (sharded) model.
-        head: Its output layer, adopted; ``None``: go through whole logits.
+        head: What :func:`usable_head` gave; ``None``: go through whole logits.
         temperature: Sampling temperature.
         without_adapters: Whether LoRA adapters are switched off: the policy as it was before training.
     """
@@ -162,38 +200,49 @@ class TokenScorer:
 
         The entropies carry a gradient only with ``entropy_gradient``.
         """
-        # An empty microbatch asks for one token and throws the answer away: other ranks' collectives need a partner.
-        is_empty = not micro.mask.any()
-        rows = micro.completion_index.flatten()[:1] if is_empty else micro.completion_index[micro.mask]
+        logprobs, entropies = self._answers(micro, with_entropy=True, entropy_gradient=entropy_gradient)
+        assert entropies is not None
+        return _spread(logprobs, micro), _spread(entropies, micro)
+
+    def logprobs(self, micro: Microbatch) -> Tensor:
+        """The log-probabilities alone, with less work."""
+        return _spread(self._answers(micro, with_entropy=False, entropy_gradient=False)[0], micro)
+
+    def _answers(
+        self, micro: Microbatch, *, with_entropy: bool, entropy_gradient: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """``[N]`` each, of the tokens that enter the losses.
+
+        An empty microbatch asks for one token, whose answer :func:`_spread` throws away: other ranks' collectives need
+        a partner.
+        """
+        places = micro.scored if len(micro.scored) else micro.scored.new_zeros(1)
+        rows = micro.completion_index.flatten()[places]
         targets = micro.targets.flatten()[rows]
-        if self._head is None:
-            logits = self._logits(micro).flatten(0, -2)[rows]
-            logprobs = token_logprobs(logits, targets, temperature=self._temperature)
-            with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-                entropies = token_entropy(logits, temperature=self._temperature)
-        else:
-            question = Question(
-                rows=rows, targets=targets, temperature=self._temperature, entropy_gradient=entropy_gradient
-            )
-            with self._head.asked(question):
-                logprobs, entropies = self._logits(micro).unbind(-1)
-        if not entropy_gradient:
-            entropies = entropies.detach()
-        if is_empty:
-            logprobs, entropies = 0.0 * logprobs, 0.0 * entropies
-            return logprobs.expand(micro.mask.shape), entropies.expand(micro.mask.shape)
-        return _spread(logprobs, micro.mask), _spread(entropies, micro.mask)
-
-    def _logits(self, micro: Microbatch) -> Tensor:
-        inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "logits_to_keep": micro.kept}
+        inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids}
         with self._adapters(self.model):
-            output = self.model(**inputs, use_cache=False)
-        logits: Tensor = output.logits
-        return logits
+            if self._head is not None:
+                states = micro.value_index.flatten()[places]
+                answers: tuple[Tensor, Tensor | None] = self.model.score_tokens(
+                    self._head,
+                    inputs,
+                    states,
+                    targets,
+                    temperature=self._temperature,
+                    with_entropy=with_entropy,
+                    entropy_gradient=entropy_gradient,
+                )
+                return answers
+            logits = self.model(**inputs, logits_to_keep=micro.kept, use_cache=False).logits.flatten(0, -2)[rows]
+        logprobs = token_logprobs(logits, targets, temperature=self._temperature)
+        if not with_entropy:
+            return logprobs, None
+        with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
+            return logprobs, token_entropy(logits, temperature=self._temperature)
 
 
-def _spread(answers: Tensor, mask: Tensor) -> Tensor:
-    """``[N]`` to where the mask is true in ``[B, T]``, zeros elsewhere."""
-    spread = answers.new_zeros(mask.shape)
-    spread[mask] = answers
-    return spread
+def _spread(answers: Tensor, micro: Microbatch) -> Tensor:
+    """``[N]`` to where the mask is true in ``[B, T]``, zeros elsewhere; where it is nowhere, the answer times zero."""
+    if not len(micro.scored):
+        return (0.0 * answers).expand(micro.mask.shape)
+    return answers.new_zeros(micro.mask.numel()).scatter(0, micro.scored, answers).view(micro.mask.shape)

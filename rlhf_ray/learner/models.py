@@ -207,6 +207,7 @@ def shard(
     mesh: DeviceMesh,
     *,
     compute_dtype: torch.dtype,
+    head_dtype: torch.dtype = torch.float32,
     gradient_checkpointing: bool = False,
     compile_backend: str | None = None,
     offload: bool = False,
@@ -216,7 +217,8 @@ def shard(
     The model may be on the CPU: FSDP moves it to the mesh's device unit by unit, so that no GPU ever holds all of it.
 
     Trained weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced
-    in float32. Heads compute in float32 whatever the rest does: bfloat16 would round their answers to 8 bits. With
+    in float32. Heads get their weights in ``head_dtype``, and answer in float32 whatever the rest does: bfloat16 would
+    round their answers to 8 bits. With
     ``offload`` weights and gradients, and so the optimizer's state, stay in CPU memory.
     """
     kwargs: dict[str, Any] = {"mesh": mesh}
@@ -231,9 +233,9 @@ def shard(
         _checkpoint_in_evaluation_mode(model)
     if compute_dtype != torch.float32:
         kwargs["mp_policy"] = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-        in_float32 = MixedPrecisionPolicy(param_dtype=torch.float32, reduce_dtype=torch.float32)
+        of_heads = MixedPrecisionPolicy(param_dtype=head_dtype, reduce_dtype=torch.float32)
         for head in heads(model):  # Gathered until the backward pass, which begins there.
-            fully_shard(head, **kwargs | {"mp_policy": in_float32, "reshard_after_forward": False})
+            fully_shard(head, **kwargs | {"mp_policy": of_heads, "reshard_after_forward": False})
     for layer in _decoder_layers(model):
         if compile_backend is not None:
             # Before it is sharded: FSDP's hooks stay outside of the graph. Lengths differ in every microbatch.

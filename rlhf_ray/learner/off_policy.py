@@ -7,6 +7,7 @@ policy makes the token than the policy that sampled it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -97,13 +98,16 @@ def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float) -> 
 
 
 def staleness_metrics(
-    proximal_logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, staleness: torch.Tensor, mask: torch.Tensor
+    proximal_logprobs: torch.Tensor,
+    sampling_logprobs: torch.Tensor,
+    staleness: torch.Tensor,
+    mask: torch.Tensor,
+    num_by_staleness: Iterable[tuple[int, int]],
 ) -> list[tuple[dict[str, Any], float]]:
     """How far the sampling policy is from the proximal one, by version distance: means and numbers of tokens."""
     gaps = (proximal_logprobs - sampling_logprobs).abs()
     found = []
-    for distance in staleness[mask].unique().tolist():
-        chosen = mask & (staleness == distance)
-        mean = aggregate(gaps, chosen, "token_mean")
-        found.append(({f"proximal_logprob_diff_by_staleness/{distance:.0f}": mean}, float(chosen.sum())))
+    for distance, tokens in num_by_staleness:
+        mean = aggregate(gaps, mask & (staleness == distance), "token_mean")
+        found.append(({f"proximal_logprob_diff_by_staleness/{distance}": mean}, float(tokens)))
     return found

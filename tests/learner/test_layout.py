@@ -104,6 +104,22 @@ def test_tokens_that_are_left_out_are_read_by_the_model_alone(packed: bool) -> N
 
 
 @pytest.mark.parametrize("packed", [False, True])
+def test_what_the_mask_says_is_known_without_the_device(packed: bool) -> None:
+    batch = replace(
+        THREE,
+        fresh=np.asarray([True, False, True]),
+        staleness=np.asarray([0, 0, 3, 1, 0, 0], dtype=np.int32),
+        loss_starts=np.asarray([0, 1, 0], dtype=np.int32),
+    )
+
+    micro = lay_out(batch, (0, 1, 2), packed=packed, device=CPU)
+
+    assert micro.scored.tolist() == micro.mask.flatten().nonzero().flatten().tolist() == [0, 1, 4, 5, 6]
+    assert micro.num_fresh == 2 + 1
+    assert micro.num_by_staleness == ((0, 4), (1, 1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
 def test_a_single_token_completion(packed: bool) -> None:
     micro = lay_out(batch_of(([5, 6, 7], [8])), (0,), packed=packed, device=CPU)
 
@@ -121,7 +137,8 @@ def test_an_empty_microbatch_is_a_dummy_of_two_tokens_that_counts_nowhere(packed
     assert micro.kept.tolist() == [0]
     assert micro.targets.shape == (1, 1)
     assert micro.mask.tolist() == [[False]]
-    assert len(micro.rows) == 0
+    assert len(micro.rows) == len(micro.scored) == micro.num_fresh == 0
+    assert micro.num_by_staleness == ()
     assert micro.completion_index.tolist() == micro.value_index.tolist() == [[0]]
     if packed:
         assert micro.position_ids is not None

@@ -22,6 +22,7 @@ import pytest
 import torch
 from learner_scenarios import RESUMED, SCENARIOS, Outcome, RankResult, Scenario
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_ray
 from rlhf_ray.learner.batch import SequenceBatch
@@ -99,7 +100,7 @@ def policy_forwards(make_learner: Callable[..., Learner]) -> Callable[[Scenario]
     def count(scenario: Scenario) -> int:
         learner = make_learner(scenario)
         calls: list[int] = []
-        handle = learner.policy.model.register_forward_hook(lambda *_: calls.append(1))
+        handle = learner.policy.model.base_model.register_forward_hook(lambda *_: calls.append(1))
         runs.update(learner, scenario, 0)
         handle.remove()
         return len(calls)
@@ -192,18 +193,24 @@ def test_every_trainable_parameter_moves(name: str, models: Path) -> None:
 
 
 def test_every_parameter_moves_where_a_probe_was_broken_off(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model reshapes its logits, and so cannot have the head that answers in their place."""
-    from transformers import Qwen2ForCausalLM
+    """The backbone wants an argument that only the model itself passes on, and asks for it at its end."""
+    from transformers import Qwen2Model
 
-    forward = Qwen2ForCausalLM.forward
+    forward = Qwen2Model.forward
 
-    def reshaping(model: Any, **inputs: Any) -> Any:
-        output = forward(model, **inputs)
-        output.logits = output.logits.view(*output.logits.shape[:-1], model.config.vocab_size)
+    def demanding(backbone: Any, **inputs: Any) -> Any:
+        output = forward(backbone, **inputs)
+        inputs["attention_mask"]
         return output
 
-    monkeypatch.setattr(Qwen2ForCausalLM, "forward", reshaping)
-    learner = Learner(runs.make_spec(models, Scenario()))
+    def picky(backbone: Any, *args: Any, **inputs: Any) -> Any:
+        try:
+            return demanding(backbone, *args, **inputs)
+        except KeyError as error:
+            raise TypeError("attention_mask is missing") from error
+
+    monkeypatch.setattr(Qwen2Model, "forward", picky)
+    learner = Learner(runs.make_spec(models, Scenario(training={"advantage": "grpo"})))
     before = trainable(learner.policy)
 
     runs.update(learner, Scenario(), 0)
@@ -298,6 +305,56 @@ def test_both_ranks_refuse_what_one_of_them_cannot_use(
     assert refusals.pop().startswith(f"rewards not finite, first in sequence 3 of the batch, of group {group}; ")
 
 
+# The host waits for the device a few times a step, however many microbatches there are.
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: numbers that it reads, and sizes that the numbers decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.count += name in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2")
+        if name in ("index", "index_put", "index_put_", "_index_put_impl_"):
+            self.count += any(index is not None and index.dtype == torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["kl_in_reward", "kl_in_loss", "stale", "stale_m2po", "lora", "packed", "masked"])
+def test_more_microbatches_make_the_host_wait_no_more_often(
+    name: str, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import masking_utils
+
+    waits, find, tolist = Waits(), masking_utils.find_packed_sequence_indices, torch.Tensor.tolist
+
+    def found(positions: torch.Tensor) -> Any:
+        waits.count -= 1  # Waits once a forward pass, in transformers.
+        return find(positions)
+
+    def listed(tensor: torch.Tensor) -> Any:  # On a CPU it dispatches nothing.
+        waits.count += 1
+        return tolist(tensor)
+
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", found)
+    monkeypatch.setattr(torch.Tensor, "tolist", listed)
+    learner = runs.build(models, SCENARIOS[name])
+    counts, microbatches = [], []
+    for scenario in (SCENARIOS[name], runs.in_small_microbatches(SCENARIOS[name])):
+        plan = runs.plan_of(runs.batch_of(scenario, 0), scenario, 0)
+        microbatches.append(sum(len(minibatch.microbatches) for minibatch in plan.ranks[0].minibatches))
+        waits.count = 0
+        with waits:
+            runs.update(learner, scenario, 0)
+        counts.append(waits.count)
+
+    assert microbatches[1] >= 3 * microbatches[0]
+    assert counts[1] == counts[0]
+
+
 # Heads compute in float32, whatever the layers below them do.
 
 
@@ -343,8 +400,8 @@ def test_logprobs_are_those_of_a_float32_head(
     policy.save_pretrained(tmp_path)
     scenario = replace(runs.IN_BFLOAT16, spec=runs.IN_BFLOAT16.spec | {"policy_path": str(tmp_path)})
     learner = make_learner(scenario, kl_in="loss")
-    if not adopted:
-        learner._score._head = None
+    if not adopted:  # As the reference, which is a model of the same class.
+        learner._score._head = learner._reference._head = None
     head, seen = learner.policy.model.lm_head, []
     weight = head.weight.full_tensor().detach()
     weight = weight.bfloat16().float() if tied else weight  # The embedding is gathered in bfloat16, for both.
@@ -362,6 +419,37 @@ def test_logprobs_are_those_of_a_float32_head(
     if not tied:
         assert not on_bfloat16_grid(head.weight.grad.full_tensor())
     # The reference rounds what the policy rounds, and nothing else.
+    assert runs.update(learner, replace(scenario, num_minibatches=1), 0)["kl_to_reference"] == 0.0
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_gpu_gathers_the_output_layer_in_the_type_that_engines_have_it_in(
+    tied: bool, models: Path, tmp_path: Path, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import Qwen2ForCausalLM
+
+    monkeypatch.setattr("rlhf_ray.learner.learner.sums_halves_in_float32", lambda device: True)
+    policy = Qwen2ForCausalLM.from_pretrained(models / "policy")
+    policy.config.tie_word_embeddings = tied
+    if not tied:
+        policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach().flip(0) * 1.0001)
+    policy.save_pretrained(tmp_path)
+    scenario = replace(runs.IN_BFLOAT16, spec=runs.IN_BFLOAT16.spec | {"policy_path": str(tmp_path)})
+    learner, gathered, seen = make_learner(scenario, kl_in="loss"), [], []
+    head = learner.policy.model.lm_head
+    head.register_forward_hook(lambda layer, *_: gathered.append(layer.weight.dtype))
+    weight = head.weight.full_tensor().detach().bfloat16().float()
+    states_below_the_head(learner.policy.model, seen)
+    micro = one_microbatch(runs.make_batch(5, seed=1))
+
+    logprobs, _ = learner._score(micro)
+    logprobs.sum().backward()
+
+    assert gathered == [torch.bfloat16]
+    wanted = torch.log_softmax(seen[0].detach().float()[:, micro.kept] @ weight.T / 0.8, dim=-1)
+    wanted = wanted.gather(-1, micro.targets[..., None]).flatten()[micro.completion_index] * micro.mask
+    torch.testing.assert_close(logprobs, wanted, rtol=1e-6, atol=2e-6)
+    assert head.weight.grad.dtype == head.weight.dtype == torch.float32
     assert runs.update(learner, replace(scenario, num_minibatches=1), 0)["kl_to_reference"] == 0.0
 
 
@@ -430,7 +518,7 @@ def test_a_critic_that_warms_up_asks_nothing_of_the_policy(make_learner: Callabl
     learner = make_learner(scenario, kl_coef=0.1, kl_in="loss")
     calls: list[int] = []
     for scorer in (learner._score, learner._reference):
-        scorer.model.register_forward_hook(lambda *_: calls.append(1))
+        scorer.model.base_model.register_forward_hook(lambda *_: calls.append(1))
 
     figures = runs.update(learner, scenario, 0)
 

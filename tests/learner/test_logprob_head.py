@@ -5,12 +5,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.layout import lay_out
-from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
+from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer, _log_once, usable_head
 
 CPU = torch.device("cpu")
 SIZES: dict[str, Any] = {
@@ -38,8 +39,7 @@ def model_of(kind: str, **changes: Any) -> PreTrainedModel:
 
 def adopted_head(model: PreTrainedModel) -> LogprobHead | None:
     """As a learner does, but for sharding the model."""
-    head = LogprobHead.adopt(model)
-    return head if head is not None and head.can_answer(model, CPU) else None
+    return usable_head(model, LogprobHead.adopt(model), CPU)
 
 
 def batch() -> SequenceBatch:
@@ -138,9 +138,89 @@ def test_an_empty_microbatch_still_reaches_every_weight() -> None:
     assert all(parameter.grad is not None and not parameter.grad.any() for parameter in model.parameters())
 
 
-def test_outside_a_question_the_model_gives_logits() -> None:
+def test_the_model_itself_still_gives_logits() -> None:
     model, plain = model_of("qwen2"), model_of("qwen2")
     assert adopted_head(model) is not None
     ids = torch.arange(3, 9)[None]
 
     torch.testing.assert_close(model(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_the_way_through_whole_logits_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    _log_once.cache_clear()
+    model = model_of("gemma2", final_logit_softcapping=5.0).bfloat16()
+    for _ in range(2):
+        assert usable_head(model, LogprobHead.adopt(model), CPU, torch.bfloat16) is None
+        model.lm_head.__class__ = torch.nn.Linear  # To be adopted anew.
+
+    (record,) = caplog.records
+    assert "Gemma2ForCausalLM: log-probabilities take whole logits" in record.message
+    assert "not its output layer's product with the last hidden states" in record.message
+
+
+class RoundsByRows(TorchDispatchMode):
+    """Products that are rounded in another way with another number of rows, as on GPUs in half precision."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket.__name__ == "mm":
+            noise = torch.randn(result.shape, generator=torch.Generator().manual_seed(len(result)))
+            result = result * (1.0 + 2.0**-6 * noise).to(result.dtype)
+        return result
+
+
+def test_rounding_that_depends_on_the_number_of_rows_keeps_no_model_from_its_head() -> None:
+    model = model_of("qwen2").bfloat16()
+    with RoundsByRows():
+        assert usable_head(model, LogprobHead.adopt(model), CPU, torch.bfloat16) is not None
+
+
+def test_an_output_layer_of_another_kind_is_named_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    class Scaled(torch.nn.Linear):
+        pass
+
+    model = model_of("qwen2", tie_word_embeddings=False)
+    model.lm_head = Scaled(16, 40, bias=False)
+
+    assert adopted_head(model) is None
+    assert "its output layer is of type Scaled" in caplog.text
+
+
+def test_a_backbone_that_differs_from_pass_to_pass_by_rounding_keeps_its_head() -> None:
+    model = model_of("qwen2").bfloat16()
+    generator = torch.Generator().manual_seed(0)
+
+    def rounded_anew(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        return output * (1.0 + 2**-8 * torch.randn(output.shape, generator=generator)).bfloat16()
+
+    model.model.norm.register_forward_hook(rounded_anew)
+
+    assert usable_head(model, LogprobHead.adopt(model), CPU, torch.bfloat16) is not None
+
+
+def test_any_of_the_tokens_can_be_asked_for() -> None:
+    model = model_of("qwen2")
+    head = adopted_head(model)
+    assert head is not None
+    ids = torch.arange(3, 9)[None]
+    rows, targets = torch.tensor([0, 2, 3]), torch.tensor([4, 6, 9])
+
+    logprobs, entropies = model.score_tokens(head, {"input_ids": ids}, rows, targets, temperature=0.5)
+    part, nothing = model.score_tokens(
+        head, {"input_ids": ids}, rows[1:], targets[1:], temperature=0.5, with_entropy=False
+    )
+
+    wanted = torch.log_softmax(model(input_ids=ids).logits[0, rows] / 0.5, dim=-1)
+    torch.testing.assert_close(logprobs, wanted.gather(-1, targets[:, None])[:, 0])
+    torch.testing.assert_close(entropies, -(wanted.exp() * wanted).sum(-1))
+    torch.testing.assert_close(part, logprobs[1:])
+    assert nothing is None
+
+
+def test_log_probabilities_alone_are_those_that_come_with_entropies() -> None:
+    model = model_of("qwen2")
+    micro = lay_out(batch(), [0, 1, 2], packed=False, device=CPU)
+    for head in (adopted_head(model), None):
+        score = TokenScorer(model, head, temperature=0.7)
+
+        assert torch.equal(score.logprobs(micro), score(micro)[0])

@@ -78,7 +78,7 @@ def test_weights_that_are_all_masked_away_are_no_samples() -> None:
 
 
 def test_distance_is_measured_by_version() -> None:
-    found = staleness_metrics(PROXIMAL, SAMPLING, torch.tensor([[2.0, 0.0], [2.0, 5.0]]), MASK)
+    found = staleness_metrics(PROXIMAL, SAMPLING, torch.tensor([[2.0, 0.0], [2.0, 5.0]]), MASK, ((0, 1), (2, 2)))
 
     assert [(next(iter(means)), tokens) for means, tokens in found] == [
         ("proximal_logprob_diff_by_staleness/0", 1.0),
@@ -90,7 +90,7 @@ def test_distance_is_measured_by_version() -> None:
 
 
 def test_an_empty_microbatch_says_nothing() -> None:
-    assert staleness_metrics(PROXIMAL, SAMPLING, torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool)) == []
+    assert staleness_metrics(PROXIMAL, SAMPLING, torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool), ()) == []
 
 
 @pytest.mark.usefixtures("one_rank")

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_ray.losses import chunked_logprobs_and_entropy, token_logprobs_and_entropy
 
@@ -257,3 +259,100 @@ def test_bad_input(
             torch.zeros(targets, dtype=torch.int64),
             temperature=temperature,
         )
+
+
+def test_without_entropies_the_logprobs_are_the_same() -> None:
+    hidden, weight, bias, targets = case()
+    logprobs, entropies = chunked_logprobs_and_entropy(hidden, weight, targets, bias=bias, with_entropy=False)
+
+    assert entropies is None
+    assert torch.equal(logprobs, chunked_logprobs_and_entropy(hidden, weight, targets, bias=bias)[0])
+
+
+class Shapes(TorchDispatchMode):
+    """Counts the tensors of a shape and dtype that operations make, views and results in place left out."""
+
+    def __init__(self, *shape: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.made, self._wanted = 0, (torch.Size(shape), dtype)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and (result.shape, result.dtype) == self._wanted:
+            given = {x.untyped_storage().data_ptr() for x in (*args, *(kwargs or {}).values()) if isinstance(x, Tensor)}
+            self.made += result.untyped_storage().data_ptr() not in given
+        return result
+
+
+def test_the_gradient_of_a_weight_that_is_not_trained_is_not_computed() -> None:
+    hidden, weight, _, targets = case()
+    with Shapes(*weight.shape, dtype=weight.dtype) as weights:
+        chunked_logprobs_and_entropy(hidden.requires_grad_(), weight, targets)[0].sum().backward()
+
+    assert hidden.grad is not None
+    assert weights.made == 0
+
+
+@pytest.fixture
+def halves_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products of half-precision matrices as GPUs have them: float32, with checks as in PyTorch's Blas.cpp."""
+    library = torch.library.Library("aten", "IMPL")
+
+    def mm(left: Tensor, right: Tensor, out_dtype: torch.dtype) -> Tensor:
+        assert (
+            left.dtype == right.dtype and left.dtype in (torch.bfloat16, torch.float16) and out_dtype == torch.float32
+        )
+        return left.float() @ right.float()
+
+    def addmm_out(target: Tensor, left: Tensor, right: Tensor, out_dtype: torch.dtype, *, out: Tensor) -> Tensor:
+        assert target.dtype in (out_dtype, left.dtype) and out.dtype == out_dtype
+        return out.copy_(target + mm(left, right, out_dtype))
+
+    library.impl("mm.dtype", mm, "CPU")
+    library.impl("addmm.dtype_out", addmm_out, "CPU")
+    monkeypatch.setattr("rlhf_ray.losses.chunked_logprobs.sums_halves_in_float32", lambda device: True)
+    yield
+    library._destroy()
+
+
+@pytest.mark.usefixtures("halves_summed_in_float32")
+@pytest.mark.parametrize("entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_products_of_a_gpu_are_those_of_a_float32_head(dtype: torch.dtype, entropy: bool) -> None:
+    hidden, weight, bias, targets = case()
+    results = []
+    for exact in (False, True):
+        # The same numbers in float32: of half-precision operands alone are products taken in half precision.
+        leaves = [x.to(dtype).to(torch.float32 if exact else dtype).requires_grad_() for x in (hidden, weight, bias)]
+        logprobs, entropies = chunked_logprobs_and_entropy(
+            leaves[0],
+            leaves[1],
+            targets,
+            bias=leaves[2],
+            temperature=0.7,
+            entropy_gradient=entropy,
+            max_logits=5 * len(weight),
+        )
+        assert entropies is not None
+        weights = torch.linspace(-1.0, 1.0, len(hidden))
+        (logprobs * weights + (entropies * weights.flip(0) if entropy else 0.0)).mean().backward()
+        assert all(leaf.grad is not None and leaf.grad.dtype == leaf.dtype for leaf in leaves)
+        results.append((logprobs.detach(), entropies.detach(), *(leaf.grad.float() for leaf in leaves)))
+
+    (logprobs, entropies, *grads), (wanted, wanted_entropies, *wanted_grads) = results
+    torch.testing.assert_close(logprobs, wanted, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(entropies, wanted_entropies, rtol=1e-6, atol=1e-6)
+    for given, exact_grad in zip(grads, wanted_grads, strict=True):
+        torch.testing.assert_close(given, exact_grad, rtol=2e-2, atol=2e-2 * float(exact_grad.abs().max()))
+
+
+@pytest.mark.usefixtures("halves_summed_in_float32")
+def test_a_gpu_makes_no_float32_copy_of_the_weight() -> None:
+    hidden, weight = torch.ones(1000, 3).bfloat16().requires_grad_(), torch.zeros(2, 3).bfloat16().requires_grad_()
+    targets = torch.zeros(1000, dtype=torch.int64)
+    with Shapes(2, 3, dtype=torch.float32) as weights:
+        chunked_logprobs_and_entropy(hidden, weight, targets, max_logits=4)[0].sum().backward()
+
+    # In bfloat16 the sum would end at 128.
+    assert weight.grad is not None and weight.grad.flatten().tolist() == [500.0] * 3 + [-500.0] * 3
+    assert weights.made == 1, "one in which the gradient is summed"
