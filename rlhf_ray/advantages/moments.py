@@ -56,7 +56,9 @@ class Moments:
         if numbers.numel() == 0:
             return cls()
         mean = numbers.mean()
-        return cls(count=float(numbers.numel()), mean=float(mean), m2=float((numbers - mean).square().sum()))
+        # Read at once: each number would make the host wait for the device.
+        of_all, m2 = torch.stack([mean, (numbers - mean).square().sum()]).tolist()
+        return cls(count=float(numbers.numel()), mean=of_all, m2=m2)
 
     def __add__(self, other: Moments) -> Moments:
         if not self.count or not other.count:

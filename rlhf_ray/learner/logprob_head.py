@@ -219,7 +219,9 @@ class TokenScorer:
         places = micro.scored if len(micro.scored) else micro.scored.new_zeros(1)
         rows = micro.completion_index.flatten()[places]
         targets = micro.targets.flatten()[rows]
-        inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids}
+        inputs = {"input_ids": micro.input_ids}
+        if micro.position_ids is not None:  # Not every backbone takes them.
+            inputs["position_ids"] = micro.position_ids
         with self._adapters(self.model):
             if self._head is not None:
                 states = micro.value_index.flatten()[places]
