@@ -72,3 +72,19 @@ def test_an_empty_microbatch_counts_for_nothing() -> None:
 
 def test_nothing_merges_to_nothing() -> None:
     assert MetricSums().merge(1) == {}
+
+
+def test_all_that_is_on_the_device_is_read_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sums, reads, tolist = MetricSums(), [], torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (reads.append(len(tensor)), tolist(tensor))[1])
+    monkeypatch.setattr(torch.Tensor, "__float__", lambda _: pytest.fail("a number was read by itself"))
+    for step in range(5):
+        sums.add({"entropy": torch.tensor(float(step)), "ratio_max": torch.tensor(2.0 * step)}, 2.0)
+        sums.add_loss("policy_loss", torch.tensor(1.0, requires_grad=True))
+    sums.add({"of_another_type": torch.tensor(0.1, dtype=torch.float64)}, 1.0)
+    assert reads == []
+
+    merged = sums.merge(5)
+
+    assert reads == [15, 1]
+    assert merged == {"entropy": 2.0, "ratio_max": 8.0, "policy_loss": 1.0, "of_another_type": 0.1}
