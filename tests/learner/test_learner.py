@@ -386,19 +386,24 @@ def test_values_and_their_gradient_are_those_of_a_float32_head(make_learner: Cal
     torch.testing.assert_close(gradient, states.sum(dim=0), rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("adopted", [True, False])
-def test_logprobs_are_those_of_a_float32_head(
-    tied: bool, adopted: bool, models: Path, tmp_path: Path, make_learner: Callable[..., Learner]
-) -> None:
+def in_bfloat16(models: Path, folder: Path, *, tied: bool) -> Scenario:
+    """Of a policy whose output layer is tied to the embedding, or is another one that bfloat16 would round."""
     from transformers import Qwen2ForCausalLM
 
     policy = Qwen2ForCausalLM.from_pretrained(models / "policy")
     policy.config.tie_word_embeddings = tied
     if not tied:
         policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach().flip(0) * 1.0001)
-    policy.save_pretrained(tmp_path)
-    scenario = replace(runs.IN_BFLOAT16, spec=runs.IN_BFLOAT16.spec | {"policy_path": str(tmp_path)})
+    policy.save_pretrained(folder)
+    return replace(runs.IN_BFLOAT16, spec=runs.IN_BFLOAT16.spec | {"policy_path": str(folder)})
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("adopted", [True, False])
+def test_logprobs_are_those_of_a_float32_head(
+    tied: bool, adopted: bool, models: Path, tmp_path: Path, make_learner: Callable[..., Learner]
+) -> None:
+    scenario = in_bfloat16(models, tmp_path, tied=tied)
     learner = make_learner(scenario, kl_in="loss")
     if not adopted:  # As the reference, which is a model of the same class.
         learner._score._head = learner._reference._head = None
@@ -426,15 +431,8 @@ def test_logprobs_are_those_of_a_float32_head(
 def test_a_gpu_gathers_the_output_layer_in_the_type_that_engines_have_it_in(
     tied: bool, models: Path, tmp_path: Path, make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers import Qwen2ForCausalLM
-
     monkeypatch.setattr("rlhf_ray.learner.learner.sums_halves_in_float32", lambda device: True)
-    policy = Qwen2ForCausalLM.from_pretrained(models / "policy")
-    policy.config.tie_word_embeddings = tied
-    if not tied:
-        policy.lm_head.weight = torch.nn.Parameter(policy.lm_head.weight.detach().flip(0) * 1.0001)
-    policy.save_pretrained(tmp_path)
-    scenario = replace(runs.IN_BFLOAT16, spec=runs.IN_BFLOAT16.spec | {"policy_path": str(tmp_path)})
+    scenario = in_bfloat16(models, tmp_path, tied=tied)
     learner, gathered, seen = make_learner(scenario, kl_in="loss"), [], []
     head = learner.policy.model.lm_head
     head.register_forward_hook(lambda layer, *_: gathered.append(layer.weight.dtype))
