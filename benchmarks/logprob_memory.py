@@ -1,9 +1,9 @@
 """Log-probabilities, forward and backward: rows per second and peak memory over sizes of a chunk, and of whole logits.
 
-A vocabulary of 131,072 and hidden states of 896 (those of a model of half a billion parameters): 512 rows in float32 on
-a CPU, 16,384 in bfloat16 on a GPU. Chunked answers include entropies with a gradient, whole logits have none. Each way
-runs in a process of its own; what counts is how far its peak memory grows beyond inputs and weights: resident memory on
-a CPU, allocated memory on a GPU.
+A vocabulary of 131,072 and hidden states of 896 (those of a model of half a billion parameters): 2,048 rows in float32
+on a CPU, 16,384 in bfloat16 on a GPU. Chunked answers include entropies with a gradient, whole logits have none. Each
+way runs in a process of its own; what counts is how far its peak memory grows beyond inputs and weights: resident
+memory on a CPU, allocated memory on a GPU.
 
     python benchmarks/logprob_memory.py                # writes results/logprob_memory.json, or logprob_memory_gpu.json
 """
@@ -23,7 +23,7 @@ from rlhf_ray.losses import chunked_logprobs_and_entropy, token_logprobs
 
 VOCABULARY, HIDDEN = 131072, 896
 ON_GPU = torch.cuda.is_available()
-ROWS, DTYPE, DEVICE = (16384, torch.bfloat16, "cuda") if ON_GPU else (512, torch.float32, "cpu")
+ROWS, DTYPE, DEVICE = (16384, torch.bfloat16, "cuda") if ON_GPU else (2048, torch.float32, "cpu")
 # Of the logits of a chunk; 0: all at once, without chunks.
 POWERS = (0, 24, 25, 26, 27, 28, 29) if ON_GPU else (0, 22, 24, 25, 26)
 
