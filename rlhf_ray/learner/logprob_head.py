@@ -185,9 +185,8 @@ class TokenScorer:
         return _spread(logprobs, micro.mask), _spread(entropies, micro.mask)
 
     def _logits(self, micro: Microbatch) -> Tensor:
-        inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "logits_to_keep": micro.kept}
         with self._adapters(self.model):
-            output = self.model(**inputs, use_cache=False)
+            output = self.model(**micro.model_inputs(), logits_to_keep=micro.kept)
         logits: Tensor = output.logits
         return logits
 
