@@ -14,7 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.hub import hub_lookup
-from rlhf_ray.learner.varlen_attention import VARLEN, register, unsupported
+from rlhf_ray.learner.varlen_attention import VARLEN, flash_kernel, register, unsupported
 from rlhf_ray.model_weights import first_nonfinite, heads
 from rlhf_ray.weight_sync.buckets import full_tensor
 
@@ -48,8 +48,9 @@ def attention_kernels(setting: str, device: torch.device, compute_dtype: torch.d
     if device.type == "cuda" and compute_dtype != torch.float32:
         from transformers.utils import is_flash_attn_2_available
 
+        of_torch = (VARLEN,) if flash_kernel() is not None else ()
         of_package = ("flash_attention_2",) if is_flash_attn_2_available() else ()
-        return (VARLEN, *of_package, "sdpa", "eager")
+        return (*of_torch, *of_package, "sdpa", "eager")
     return ("sdpa", "eager")
 
 

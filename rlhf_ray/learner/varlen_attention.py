@@ -2,12 +2,14 @@
 
 transformers calls it by the name ``varlen``, with the lengths that :meth:`Microbatch.model_inputs` passes to the model.
 No mask is registered under that name, so transformers builds none: what a mask says must reach the function as
-arguments (:func:`unsupported`), and it raises on those that it does not honor. Where there is no kernel (CPUs, float32,
-heads wider than 256) the same is computed sequence by sequence.
+arguments (:func:`unsupported`), and it raises on those that it does not honor. Where there is no kernel (CPUs, GPUs
+before Ampere, float32, heads wider than 256) the same is computed sequence by sequence.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -18,10 +20,11 @@ from rlhf_ray.errors import ConfigError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["VARLEN", "register", "unsupported"]
+__all__ = ["VARLEN", "flash_kernel", "register", "unsupported"]
 
 VARLEN: Final = "varlen"
 _WIDEST_HEAD = 256
+_FIRST_CAPABILITY = (8, 0)
 _HALF_PRECISION = (torch.bfloat16, torch.float16)
 # What families pass to any attention and none computes with; cumulative lengths of keys are those of queries.
 _WITHOUT_INFLUENCE = (
@@ -30,10 +33,28 @@ _WITHOUT_INFLUENCE = (
 )
 
 
+# Set by register(): a compiled layer reads a global, and could not look the kernel up.
+_kernel: Callable[..., Tensor] | None = None
+
+
+def flash_kernel() -> Callable[..., Tensor] | None:
+    """PyTorch's kernel, where this version has it with all that is asked of it and this process's GPU runs it."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if not {"enable_gqa", "window_size", "scale"} <= inspect.signature(varlen_attn).parameters.keys():
+        return None
+    runs = torch.cuda.is_available() and torch.cuda.get_device_capability() >= _FIRST_CAPABILITY
+    return varlen_attn if runs else None
+
+
 def register() -> None:
-    """Make the function known to transformers, in this process."""
+    """Make the function known to transformers, in this process, whose GPU is set."""
     from transformers import AttentionInterface
 
+    global _kernel
+    _kernel = flash_kernel()
     AttentionInterface.register(VARLEN, _attention)
 
 
@@ -106,10 +127,11 @@ def _attention(
     left = -1 if sliding_window is None or sliding_window >= max_length_q else sliding_window - 1
     value_width = value.shape[-1]
     padded = -(-max(width, value_width) // 8) * 8  # Zeros change no product.
-    attend: Any = _kernel() if _has_kernel(query, padded) else _sequence_by_sequence
-    flat = [nn.functional.pad(t.transpose(1, 2).flatten(0, 1), (0, padded - t.shape[-1])) for t in (query, key, value)]
+    attend: Callable[..., Tensor] = _sequence_by_sequence
+    if _kernel is not None and _is_for_kernel(query, padded):
+        attend = _kernel
     answer = attend(
-        *flat,
+        *(_with_width(tensor.transpose(1, 2).flatten(0, 1), padded) for tensor in (query, key, value)),
         cu_seq_lens_q,
         cu_seq_lens_q,
         max_length_q,
@@ -121,13 +143,12 @@ def _attention(
     return answer[..., :value_width].unflatten(0, (rows, length)).contiguous(), None
 
 
-def _kernel() -> Any:
-    from torch.nn.attention.varlen import varlen_attn
+def _with_width(tensor: Tensor, width: int) -> Tensor:
+    missing = width - tensor.shape[-1]
+    return nn.functional.pad(tensor, (0, missing)) if missing else tensor  # Else a copy of the same.
 
-    return varlen_attn
 
-
-def _has_kernel(query: Tensor, width: int) -> bool:
+def _is_for_kernel(query: Tensor, width: int) -> bool:
     return query.is_cuda and query.dtype in _HALF_PRECISION and width <= _WIDEST_HEAD
 
 

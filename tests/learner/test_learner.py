@@ -309,13 +309,12 @@ def test_models_in_cpu_memory_learn_the_same(name: str, on_one_rank: Callable[[s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["kl_in_loss", "packed_with_an_idle_rank"])
-def test_compiled_layers_learn_the_same(name: str, on_one_rank: Callable[[str], Outcome], models: Path) -> None:
+def test_compiled_layers_learn_the_same(on_one_rank: Callable[[str], Outcome], models: Path) -> None:
     """By PyTorch's backend that traces as the others do and generates no code: inductor takes a minute."""
-    scenario = replace(SCENARIOS[name], spec={"compile_backend": "aot_eager"})
+    scenario = replace(SCENARIOS["kl_in_loss"], spec={"compile_backend": "aot_eager"})
     torch._dynamo.utils.counters.clear()
 
-    assert_same(runs.run(scenario, models), on_one_rank(name))
+    assert_same(runs.run(scenario, models), on_one_rank("kl_in_loss"))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 

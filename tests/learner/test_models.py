@@ -49,12 +49,16 @@ def test_attention_kernels(
     setting: str, device: str, dtype: torch.dtype, kernels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(module, "flash_kernel", lambda: print)
     assert attention_kernels(setting, torch.device(device), dtype) == kernels
 
 
 def test_gpus_need_no_package_to_pack(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
-    assert attention_kernels("auto", torch.device("cuda"), torch.bfloat16) == ("varlen", "sdpa", "eager")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for capability, kernels in (((8, 0), ("varlen", "sdpa", "eager")), ((7, 5), ("sdpa", "eager"))):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda found=capability: found)
+        assert attention_kernels("auto", torch.device("cuda"), torch.bfloat16) == kernels
 
 
 @pytest.mark.parametrize("family, kernel", [("qwen2", "varlen"), ("gemma2", "eager"), ("gpt_oss", "eager")])

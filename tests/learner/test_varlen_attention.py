@@ -116,8 +116,8 @@ def test_the_kernel_of_gpus_is_called_as_it_documents(
 
     query, key, value = tensors(width=12, value_width=10)
     expected = by_definition(query, key, value, 12**-0.5, window)
-    monkeypatch.setattr(module, "_has_kernel", lambda query, width: width == 16)
-    monkeypatch.setattr(module, "_kernel", lambda: kernel)
+    monkeypatch.setattr(module, "_is_for_kernel", lambda query, width: width == 16)
+    monkeypatch.setattr(module, "_kernel", kernel)
 
     answer, _ = _attention(nn.Module(), query, key, value, None, sliding_window=window, **packed())
 
@@ -125,16 +125,31 @@ def test_the_kernel_of_gpus_is_called_as_it_documents(
     assert calls == [{"scale": 12**-0.5, "window_size": passed, "enable_gqa": True}]
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_compiled_it_computes_the_same(window: int | None) -> None:
+    compiled = torch.compile(_attention, backend="aot_eager", dynamic=True)
+    query, key, value = tensors()
+
+    answer, _ = compiled(nn.Module(), query, key, value, None, scaling=0.3, sliding_window=window, **packed())
+    gradients = torch.autograd.grad(answer.square().sum(), (query, key, value))
+
+    expected = by_definition(query, key, value, 0.3, window)
+    torch.testing.assert_close(answer, expected, rtol=0, atol=1e-6)
+    wanted = torch.autograd.grad(expected.square().sum(), (query, key, value))
+    for one, other in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-5)
+
+
 def test_the_kernel_has_half_precision_and_heads_up_to_its_limit() -> None:
     class OnGpu:
         is_cuda = True
         dtype = torch.bfloat16
 
-    assert module._has_kernel(OnGpu(), 256)  # type: ignore[arg-type]
-    assert not module._has_kernel(OnGpu(), 264)  # type: ignore[arg-type]
+    assert module._is_for_kernel(OnGpu(), 256)  # type: ignore[arg-type]
+    assert not module._is_for_kernel(OnGpu(), 264)  # type: ignore[arg-type]
     OnGpu.dtype = torch.float32
-    assert not module._has_kernel(OnGpu(), 64)  # type: ignore[arg-type]
-    assert not module._has_kernel(torch.zeros(1, dtype=torch.bfloat16), 64)
+    assert not module._is_for_kernel(OnGpu(), 64)  # type: ignore[arg-type]
+    assert not module._is_for_kernel(torch.zeros(1, dtype=torch.bfloat16), 64)
 
 
 @pytest.mark.parametrize(
