@@ -14,7 +14,7 @@ from rlhf_ray.model_config import check_causal
 from rlhf_ray.rollouts.engine_spec import check_served
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from model_families import NOT_TRIED, UNKNOWN, WORKING, causal_families, tiny_config
+from model_families import APART_BY_VARLEN, NOT_TRIED, UNKNOWN, WORKING, causal_families, tiny_config
 
 INTRODUCTION = """\
 # Models
@@ -34,7 +34,9 @@ in float32 on CPUs, with real engines and learners (vLLM 0.32, transformers 5.19
 of the engine and the learner differ by less than 1e-3 before and after a publication, and that policy and critic got
 gradients. A family that does not work is refused by a `ConfigError` that says why, before anything starts; one that is
 marked "CPUs" only where engines run on CPUs. "Unknown" is not refused: the tiny model could not be run, which may be
-the fault of how it was made. Nothing here was run on GPUs.
+the fault of how it was made. **Packed** says whether the attention that learners on GPUs pack rows with
+([packed rows](clusters.md#one-gpu-node)) gives, on CPUs, what separate sequences give; rows of other families are
+padded. Nothing here was run on GPUs.
 """
 
 
@@ -42,14 +44,15 @@ def models_page() -> str:
     """Return the whole page."""
     others = ", ".join(f"`{family}`" for family in NOT_TRIED)
     end = f"\nFamilies that no tiny model was made of, so that nothing is known: {others}.\n"
-    return INTRODUCTION + "\n| family | critic | PPO |\n|---|---|---|\n" + "\n".join(rows()) + "\n" + end
+    return INTRODUCTION + "\n| family | critic | packed | PPO |\n|---|---|---|---|\n" + "\n".join(rows()) + "\n" + end
 
 
 def rows() -> Iterator[str]:
     """Yield a table row per family."""
     for family in causal_families():
         if family not in NOT_TRIED:
-            yield f"| `{family}` | {critic(family)} | {outcome(family)} |"
+            packed = "yes" if family in APART_BY_VARLEN else "no"
+            yield f"| `{family}` | {critic(family)} | {packed} | {outcome(family)} |"
 
 
 def critic(family: str) -> str:

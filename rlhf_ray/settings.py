@@ -83,9 +83,9 @@ class ModelSettings:
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute type; auto: bfloat16 on GPUs, float32 on CPUs; trained weights are kept in float32"
     )
-    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = setting(
+    attn_implementation: str = setting(
         "auto",
-        "attention kernel of the learner; auto: flash attention with packed rows where it is installed, else sdpa",
+        "attention of the learner: varlen (PyTorch's flash attention, packed rows), sdpa, eager, flex_attention, flash_attention_2, 3 or 4 (of a package), or a kernel of the hub such as kernels-community/flash-attn2; auto: varlen on GPUs in bfloat16 where the model allows it, else sdpa",
     )
     trust_remote_code: bool = setting(False, "run code that ships with the model")
     lora_rank: int = setting(0, "rank of LoRA adapters, which alone are trained; 0: all weights of the policy are")

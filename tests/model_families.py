@@ -182,6 +182,20 @@ UNKNOWN = {
     "zamba2": "vLLM refuses the tiny configuration",
 }
 
+# Those whose packed sequences PyTorch's flash attention keeps apart: learners on GPUs pad nothing.
+APART_BY_VARLEN = (
+    *("afmoe", "apertus", "arcee", "aria_text", "axk1", "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe"),
+    *("ctrl", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "ernie4_5", "ernie4_5_moe"),
+    *("exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma3_text", "gemma3n_text", "gemma4", "gemma4_text"),
+    *("gemma4_unified", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2"),
+    *("gpt_bigcode", "gpt_neox", "granite", "granitemoe", "granitemoeshared", "helium", "hrm_text"),
+    *("hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "jais2", "jetmoe", "laguna", "llama"),
+    *("longcat_flash", "mellum", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral"),
+    *("modernbert-decoder", "nanochat", "nemotron_h", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi"),
+    *("phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3", "solar_open"),
+    *("starcoder2", "youtu"),
+)
+
 
 def causal_families() -> list[str]:
     """The model types that transformers has a causal language model for."""

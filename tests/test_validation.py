@@ -265,11 +265,17 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
         "less than training.iterations (3)",
     ),
     ({"training.iterations": 3, "training.lr_warmup_steps": 13}, "training.lr_warmup_steps", "at most 12"),
-    (
-        {"model.attn_implementation": "flash_attention_2", "resources.device": "cpu"},
-        "model.attn_implementation",
-        "needs a GPU",
+    *(
+        ({"model.attn_implementation": kernel, **on_cpus}, "model.attn_implementation", "needs learners on GPUs")
+        for kernel in ("flash_attention_2", "flex_attention")
+        for on_cpus in ({"resources.device": "cpu"}, {"learners.num_gpus_per_learner": 0})
     ),
+    (
+        {"model.attn_implementation": "varlength"},
+        "model.attn_implementation",
+        "use auto, varlen, sdpa, eager, flex_att",
+    ),
+    ({"model.attn_implementation": "owner/flash"}, "model.attn_implementation", "pip install kernels"),
     (
         {"model.attn_implementation": "flash_attention_2", "model.dtype": "float32"},
         "model.attn_implementation",
@@ -328,6 +334,8 @@ POSSIBLE: list[dict[str, Any]] = [
     {"rollouts.max_prompt_tokens": 92, "learners.max_tokens_per_microbatch": 100},
     {"training.iterations": 3, "training.lr_warmup_steps": 4, "training.critic_warmup_iterations": 2},
     {"model.attn_implementation": "flash_attention_2", "model.dtype": "bfloat16"},
+    {"model.attn_implementation": "flex_attention", "model.dtype": "float32"},
+    {"model.attn_implementation": "varlen", "resources.device": "cpu"},
     {"rollouts.weight_transfer": "nccl", "resources.device": "cuda", "learners.num_gpus_per_learner": 1},
     {"rollouts.engine_args": {"max_num_seqs": 64}},
     {"training.kl_coef": 0.01, "training.kl_in": "loss", "training.kl_estimator": "abs"},

@@ -45,7 +45,7 @@ from rlhf_ray.schedule import Schedule
 from rlhf_ray.settings import Settings
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt, SamplingSettings
-from rlhf_ray.validation import check_advantage, check_loss
+from rlhf_ray.validation import check_advantage, check_attention_device, check_loss
 from rlhf_ray.weight_sync.publications import Publications
 from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, Publisher
 
@@ -353,6 +353,7 @@ def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> Lea
     """What the learners need of the settings."""
     learners, model = settings.learners, settings.model
     dtype, schedule = _dtype(settings, session), Schedule.of(settings)
+    check_attention_device(model.attn_implementation, on_gpu=session.learners_on_gpu, dtype=dtype)
     return LearnerSpec(
         training=settings.training,
         policy_path=inputs.policy_path,

@@ -1,14 +1,16 @@
 """Lays a microbatch out as the model reads it, and reads per-token results back.
 
-Two layouts, one interface: rows padded on the right without a mask (CPU: a causal model never looks at what comes
-after), or one packed row whose positions restart at 0 (GPU: flash attention keeps the sequences apart). Results come
-back as ``[B, T]``: row b holds the T completion tokens of sequence b from the left; ``mask`` says which are real.
+Two layouts, one interface: rows padded on the right without a mask (a causal model never looks at what comes after),
+or one packed row whose positions restart at 0, with its sequences' cumulative lengths (attention that reads these keeps
+them apart). Results come back as ``[B, T]``: row b holds the T completion tokens of sequence b from the left; ``mask``
+says which are real.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,10 @@ class Microbatch:
     """``[B, L]`` padded or ``[1, sum(L)]`` packed."""
     position_ids: torch.Tensor | None
     """Like ``input_ids`` when packed, restarting at 0; ``None`` when padded."""
+    cu_seq_lens: torch.Tensor | None
+    """``[B + 1]`` int32, where each sequence of a packed row begins, and the row's end; ``None`` when padded."""
+    max_length: int
+    """Tokens of the longest sequence, known on the host."""
     kept: torch.Tensor
     """``[K]`` columns of ``input_ids`` whose logits are needed: those before a completion token."""
     targets: torch.Tensor
@@ -54,6 +60,19 @@ class Microbatch:
     """Versions that these tokens are behind, and how many are."""
     num_tokens: int
     """Tokens in the forward pass, padding included."""
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward pass.
+
+        From position ids alone transformers would look for the sequences in every layer, and wait for the device.
+        """
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, "use_cache": False}
+        if self.position_ids is not None:  # Not every backbone takes them.
+            inputs["position_ids"] = self.position_ids
+        if self.cu_seq_lens is not None:
+            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.cu_seq_lens)
+            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), self.max_length)
+        return inputs
 
 
 def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: torch.device) -> Microbatch:
@@ -86,6 +105,8 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
         rows=tensor(np.asarray(rows)),
         input_ids=tensor(ids),
         position_ids=tensor(positions) if packed else None,
+        cu_seq_lens=tensor(np.append(starts, ids.size)).int() if packed else None,
+        max_length=int(lengths.max()),
         kept=tensor(kept),
         targets=tensor(targets),
         completion_index=tensor(np.where(mask, index, 0)),

@@ -8,10 +8,11 @@ ranks call the same methods in step.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +53,12 @@ from rlhf_ray.learner.off_policy import (
     stale_weights,
     staleness_metrics,
 )
-from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequences
+from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequences, takes_lengths
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.losses.chunked_logprobs import sums_halves_in_float32
+from rlhf_ray.model_weights import heads
 from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.types import Float32Array
@@ -70,6 +72,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Learner", "LearnerSpec"]
 
+_LOG = logging.getLogger(__name__)
 _GRAD_NORMS = {"policy": "grad_norm", "critic": "critic_grad_norm"}
 _REMEDY = "the weights are those before this step, which training.nonfinite_updates = skip leaves out"
 
@@ -177,7 +180,6 @@ class Learner:
         training = self._training
         self._saving: dist.ProcessGroup | None = None
         self._score = scorer(trained=True)
-        self.packed = self._can_pack()
         self.policy = TrainedModel(
             self._score.model,
             training,
@@ -194,6 +196,7 @@ class Learner:
                 max_grad_norm=training.critic_max_grad_norm,
                 total_steps=spec.total_steps,
             )
+        self.packed = self._can_pack()
         self.advantages: tuple[Float32Array, ...] | None = None
         self._credit = CreditAssignment(training, spec.advantage.loaded(), device)
         self._objective = PolicyObjective(training, spec.loss.loaded())
@@ -356,16 +359,42 @@ class Learner:
 
     def _can_pack(self) -> bool:
         """Whether rows are packed, on all ranks or none."""
-        model, dtype = self._score.model, getattr(torch, self._spec.dtype)
-        apart = skips_other_sequences(model.config._attn_implementation) and keeps_sequences_apart(
-            self._score,
-            vocabulary_size=model.get_input_embeddings().num_embeddings,
-            device=self._device,
-            compute_dtype=dtype,
-        )
+        probed: dict[PreTrainedModel, Callable[[Microbatch], Sequence[torch.Tensor]]]
+        probed = {self._score.model: self._score}
+        if self.critic is not None:
+            probed[self.critic.model] = self._states_at_head
+        kernels = [model.config._attn_implementation for model in probed]
+        apart: list[bool] = []
+        if all(map(skips_other_sequences, kernels)) and all(map(takes_lengths, probed)):
+            apart = [
+                keeps_sequences_apart(
+                    score,
+                    vocabulary_size=model.get_input_embeddings().num_embeddings,
+                    device=self._device,
+                    compute_dtype=getattr(torch, self._spec.dtype),
+                )
+                for model, score in probed.items()
+            ]
+        for model in probed:
+            reshard(model)
         answers: list[Any] = [None] * self._world_size
-        dist.all_gather_object(answers, apart)
-        return all(answers)
+        dist.all_gather_object(answers, apart != [] and all(apart))
+        packed = all(answers)
+        if dist.get_rank() == 0:
+            level = logging.WARNING if self._device.type == "cuda" and not packed else logging.INFO
+            _LOG.log(level, "learners read %s rows, attention by %s", "packed" if packed else "padded", kernels[0])
+        return packed
+
+    def _states_at_head(self, micro: Microbatch) -> tuple[torch.Tensor]:
+        """``[B, T, H]``, what the critic's head reads before each completion token: a new head answers 0 to all."""
+        assert self.critic is not None
+        states: list[torch.Tensor] = []
+        hook = heads(self.critic.model)[-1].register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+        try:
+            self._values(micro)
+        finally:
+            hook.remove()
+        return (states[0].flatten(0, -2)[micro.value_index].float(),)
 
     def _check_finite(self, purpose: str, dtype: torch.dtype | None = None) -> None:
         """Check weights and moments, or the policy's weights as they are in a type; a collective.
@@ -581,8 +610,7 @@ class Learner:
     def _values(self, micro: Microbatch) -> torch.Tensor:
         """``[tokens of input_ids]``, the critic's value of the state after each token."""
         assert self.critic is not None
-        output = self.critic.model(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
-        return output.logits.float().flatten()
+        return self.critic.model(**micro.model_inputs()).logits.float().flatten()
 
 
 def _share_of_cores(*, beside_engines: bool) -> int:

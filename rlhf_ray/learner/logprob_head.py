@@ -135,7 +135,7 @@ def _score_tokens(
         targets: ``[N]`` the tokens.
         asked: Keywords of the head.
     """
-    hidden = getattr(model, model.base_model_prefix)(**inputs, use_cache=False)[0]
+    hidden = getattr(model, model.base_model_prefix)(**inputs)[0]
     answers: tuple[Tensor, Tensor | None] = head(hidden.flatten(0, -2).index_select(0, rows), targets, **asked)
     return answers
 
@@ -150,7 +150,8 @@ def _difference(
     # Twice: routers of experts may differ by rounding from pass to pass.
     logits, again = (model(input_ids=ids[None], use_cache=False).logits for _ in range(2))
     try:
-        answers = model.score_tokens(head, {"input_ids": ids[None]}, torch.arange(8, device=device), targets)
+        inputs = {"input_ids": ids[None], "use_cache": False}
+        answers = model.score_tokens(head, inputs, torch.arange(8, device=device), targets)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         if isinstance(model, FSDPModule):
             model.reset_iter_state()  # After half a pass reshard() would leave the root gathered.
@@ -219,9 +220,7 @@ class TokenScorer:
         places = micro.scored if len(micro.scored) else micro.scored.new_zeros(1)
         rows = micro.completion_index.flatten()[places]
         targets = micro.targets.flatten()[rows]
-        inputs = {"input_ids": micro.input_ids}
-        if micro.position_ids is not None:  # Not every backbone takes them.
-            inputs["position_ids"] = micro.position_ids
+        inputs = micro.model_inputs()
         with self._adapters(self.model):
             if self._head is not None:
                 states = micro.value_index.flatten()[places]
@@ -235,7 +234,7 @@ class TokenScorer:
                     entropy_gradient=entropy_gradient,
                 )
                 return answers
-            logits = self.model(**inputs, logits_to_keep=micro.kept, use_cache=False).logits.flatten(0, -2)[rows]
+            logits = self.model(**inputs, logits_to_keep=micro.kept).logits.flatten(0, -2)[rows]
         logprobs = token_logprobs(logits, targets, temperature=self._temperature)
         if not with_entropy:
             return logprobs, None

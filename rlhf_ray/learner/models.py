@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.hub import hub_lookup
+from rlhf_ray.learner.varlen_attention import VARLEN, flash_kernel, register, unsupported
 from rlhf_ray.model_weights import first_nonfinite, heads
 from rlhf_ray.weight_sync.buckets import full_tensor
 
@@ -38,15 +40,17 @@ _MIN_UNIT_PARAMETERS = 2**20
 def attention_kernels(setting: str, device: torch.device, compute_dtype: torch.dtype) -> tuple[str, ...]:
     """Resolve ``model.attn_implementation``: what to load a model with, the next one where it does not have that.
 
-    ``auto`` is flash attention, which has no float32 kernel, on GPUs where it is installed; then SDPA, then eager.
+    ``auto`` on GPUs is PyTorch's flash attention, which has no float32 kernel; where a model asks for more than that
+    does, the flash attention of a package, if it is installed; then SDPA, then eager.
     """
     if setting != "auto":
         return (setting,)
     if device.type == "cuda" and compute_dtype != torch.float32:
         from transformers.utils import is_flash_attn_2_available
 
-        if is_flash_attn_2_available():
-            return ("flash_attention_2", "sdpa", "eager")
+        of_torch = (VARLEN,) if flash_kernel() is not None else ()
+        of_package = ("flash_attention_2",) if is_flash_attn_2_available() else ()
+        return (*of_torch, *of_package, "sdpa", "eager")
     return ("sdpa", "eager")
 
 
@@ -164,9 +168,42 @@ def _names(model: PreTrainedModel) -> set[str]:
     return {*parameters, *revert_weight_conversion(model, parameters)}
 
 
-def _without_weights(auto_class: Any, config: PretrainedConfig, trust_remote_code: bool) -> PreTrainedModel:
+def _without_weights(
+    auto_class: Any, config: PretrainedConfig, trust_remote_code: bool, **kwargs: Any
+) -> PreTrainedModel:
     with torch.device("meta"):
-        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        if hasattr(auto_class, "from_config"):
+            return auto_class.from_config(config, trust_remote_code=trust_remote_code, **kwargs)
+        return auto_class._from_config(config, **kwargs)
+
+
+def _first_kernel(
+    auto_class: Any, config: PretrainedConfig, kernels: tuple[str, ...], trust_remote_code: bool
+) -> str | None:
+    """The first kernel that a model computes the same with as it was trained; ``None``: it cannot be built at all.
+
+    Raises:
+        ConfigError: There is none.
+    """
+
+    def refusal(kernel: str) -> str | None:
+        try:
+            built = _without_weights(auto_class, copy.deepcopy(config), trust_remote_code, attn_implementation=kernel)
+        except (ValueError, ImportError, KeyError) as error:  # A family's own table of kernels.
+            return str(error)
+        return unsupported(built, kernel)
+
+    if VARLEN in kernels:
+        register()
+    reasons = []
+    for kernel in kernels:
+        if (reason := refusal(kernel)) is None:
+            return kernel
+        reasons.append(reason)
+    if refusal("eager") is not None:
+        return None
+    remedy = f"the {config.model_type} family does not have it ({reasons[0]}); use auto or eager"
+    raise ConfigError("model.attn_implementation", kernels[0], remedy)
 
 
 def head_is_new(critic: PreTrainedModel) -> bool:
@@ -263,22 +300,24 @@ def _load(
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers says of the names in its files."""
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
-    kernel, *others = kernels
     try:
         with hub_lookup(path):
+            from transformers import AutoConfig
+
+            config = kwargs.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             model, info = auto_class.from_pretrained(
                 path,
                 dtype=torch.float32,
-                attn_implementation=kernel,
+                attn_implementation=_first_kernel(auto_class, config, kernels, trust_remote_code),
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
                 # Not to load them: the error that follows here names them, transformers' own points to its log.
                 ignore_mismatched_sizes=True,
                 **kwargs,
             )
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
-        if others and isinstance(error, ValueError):  # Not every architecture has every kernel.
-            return _load(auto_class, field, path, tuple(others), trust_remote_code, **kwargs)
         raise ConfigError(field, path, f"cannot be loaded as {auto_class.__name__}: {error}") from error
     if info["mismatched_keys"]:
         name, found, wanted = min(info["mismatched_keys"])

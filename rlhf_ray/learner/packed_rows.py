@@ -1,23 +1,23 @@
 """Before the first update: whether a model keeps sequences apart that are packed into one row.
 
-Flash attention does so by positions that restart at 0. Layers with a state of their own (convolutions, recurrences),
-and attention that never hears of positions, let a sequence see those before it. Nothing in a configuration says so.
+Attention does so by cumulative lengths. Layers with a state of their own (convolutions, recurrences), and models that
+do not hand the lengths on, let a sequence see those before it. Nothing in a configuration says so.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import inspect
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.layout import lay_out
+from rlhf_ray.learner.layout import Microbatch, lay_out
+from rlhf_ray.learner.varlen_attention import VARLEN
 
-if TYPE_CHECKING:
-    from rlhf_ray.learner.logprob_head import TokenScorer
-
-__all__ = ["keeps_sequences_apart", "skips_other_sequences"]
+__all__ = ["keeps_sequences_apart", "skips_other_sequences", "takes_lengths"]
 
 _LENGTH = 16
 # Routers of experts and tiles of half-precision products see other neighbors; a leak changes far more.
@@ -27,17 +27,28 @@ _TOLERANCE_IN_HALF_PRECISION = 3e-2
 
 def skips_other_sequences(kernel: str) -> bool:
     """Whether attention over a packed row costs no more than over its sequences; others compute the whole square."""
-    return kernel == "flash_attention_2"
+    return kernel in (VARLEN, "flex_attention") or "flash" in kernel
+
+
+def takes_lengths(model: nn.Module) -> bool:
+    """Whether a model's forward pass accepts what :meth:`Microbatch.model_inputs` passes it of a packed row."""
+    return any(
+        one.kind is inspect.Parameter.VAR_KEYWORD for one in inspect.signature(model.forward).parameters.values()
+    )
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def keeps_sequences_apart(
-    score: TokenScorer, *, vocabulary_size: int, device: torch.device, compute_dtype: torch.dtype
+    score: Callable[[Microbatch], Sequence[torch.Tensor]],
+    *,
+    vocabulary_size: int,
+    device: torch.device,
+    compute_dtype: torch.dtype,
 ) -> bool:
-    """Whether a sequence's log-probabilities are the same whatever is packed before it; a collective with FSDP.
+    """Whether what a model answers for a sequence is the same whatever is packed before it; a collective with FSDP.
 
     Args:
-        score: The model.
+        score: The model: its first answer is ``[B, T]`` or ``[B, T, ...]``.
         vocabulary_size: Token ids are below it.
         device: Where the model is.
         compute_dtype: What it computes in.
@@ -45,11 +56,13 @@ def keeps_sequences_apart(
     first, second, same = np.random.default_rng(0).integers(vocabulary_size, size=(3, _LENGTH), dtype=np.int32)
     scored = [_last_of_row(score, np.stack([before, same]), device) for before in (first, second)]
     tolerance = _TOLERANCE.get(compute_dtype, _TOLERANCE_IN_HALF_PRECISION)
-    return bool((scored[0] - scored[1]).abs().max() <= tolerance)
+    return bool((scored[0] - scored[1]).abs().max() <= tolerance * scored[0].abs().max().clamp(min=1.0))
 
 
-def _last_of_row(score: TokenScorer, sequences: np.ndarray, device: torch.device) -> torch.Tensor:
-    """Log-probabilities of the last of some sequences in one packed row, of all its tokens but the first."""
+def _last_of_row(
+    score: Callable[[Microbatch], Sequence[torch.Tensor]], sequences: np.ndarray, device: torch.device
+) -> torch.Tensor:
+    """The answers for the last of some sequences in one packed row, of all its tokens but the first."""
     count, length = sequences.shape
     ones = np.ones(count, dtype=np.int32)
     completion_tokens = count * (length - 1)

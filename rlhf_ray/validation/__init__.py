@@ -23,6 +23,7 @@ from rlhf_ray.validation import (
     rollouts,
     training_and_losses,
 )
+from rlhf_ray.validation.devices_and_folders import check_attention_device
 from rlhf_ray.validation.ranges import RANGES, check_not_empty, check_range
 from rlhf_ray.validation.training_and_losses import check_advantage, check_loss
 from rlhf_ray.validation.value_types import check_resolved, section_types, setting_types, typed_value
@@ -30,6 +31,7 @@ from rlhf_ray.validation.value_types import check_resolved, section_types, setti
 __all__ = [
     "RANGES",
     "check_advantage",
+    "check_attention_device",
     "check_loss",
     "section_types",
     "setting_types",
@@ -82,7 +84,7 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     rollouts.check_dynamic_sampling,
     training_and_losses.check_critic_warmup,
     training_and_losses.check_lr_warmup,
-    devices_and_folders.check_flash_attention,
+    devices_and_folders.check_attention,
     devices_and_folders.check_lora,
     devices_and_folders.check_learner_gpus,
     devices_and_folders.check_tensor_parallel,

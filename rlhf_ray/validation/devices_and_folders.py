@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -11,7 +12,8 @@ from rlhf_ray.model_path import looks_local
 from rlhf_ray.settings import Settings
 
 __all__ = [
-    "check_flash_attention",
+    "check_attention",
+    "check_attention_device",
     "check_learner_gpus",
     "check_lora",
     "check_model_folders",
@@ -20,15 +22,37 @@ __all__ = [
 ]
 
 
-def check_flash_attention(settings: Settings) -> None:
-    """Flash attention has a GPU and a dtype that it knows."""
+_ON_ANY_DEVICE: Final = ("auto", "varlen", "sdpa", "eager")
+_ON_GPUS: Final = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_OF_THE_HUB: Final = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?(:\w+)?")
+
+
+def check_attention(settings: Settings) -> None:
+    """The attention exists, and has the device and the dtype that it needs."""
     kernel = settings.model.attn_implementation
-    if kernel != "flash_attention_2":
+    is_of_the_hub = _OF_THE_HUB.fullmatch(kernel) is not None
+    if not (is_of_the_hub or kernel in _ON_ANY_DEVICE or kernel in _ON_GPUS):
+        choices = ", ".join((*_ON_ANY_DEVICE, *_ON_GPUS))
+        remedy = f"use {choices}, or a kernel of the hub such as kernels-community/flash-attn2"
+        raise ConfigError("model.attn_implementation", kernel, remedy)
+    if is_of_the_hub and find_spec("kernels") is None:
+        raise ConfigError("model.attn_implementation", kernel, "needs the package kernels: pip install kernels")
+    on_cpus = settings.resources.device == "cpu" or settings.learners.num_gpus_per_learner == 0
+    check_attention_device(kernel, on_gpu=not on_cpus, dtype=settings.model.dtype)
+
+
+def check_attention_device(kernel: str, *, on_gpu: bool, dtype: str) -> None:
+    """The learners can compute an attention: again when it is known what ``auto`` means.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    if kernel in _ON_ANY_DEVICE:
         return
-    if settings.resources.device == "cpu":
-        raise ConfigError("model.attn_implementation", kernel, "flash attention needs a GPU; use auto or sdpa")
-    if settings.model.dtype == "float32":
-        remedy = "flash attention has no float32 kernel; set model.dtype to bfloat16, or use auto or sdpa"
+    if not on_gpu:
+        raise ConfigError("model.attn_implementation", kernel, "needs learners on GPUs; use auto, varlen or sdpa")
+    if dtype == "float32" and "flash" in kernel:
+        remedy = "flash attention has no float32 kernel; set model.dtype to bfloat16, or use auto, varlen or sdpa"
         raise ConfigError("model.attn_implementation", kernel, remedy)
 
 

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -62,7 +61,7 @@ class Scenario:
     spoiled: int | None = None
     """A sequence with a number that is not finite, which changes nothing else: the reward of its greedy completion."""
     packed: bool = False
-    """Whether microbatches are packed rows, which SDPA reads too, in more time than flash attention."""
+    """Whether microbatches are packed rows, which attention by cumulative lengths reads."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,6 +138,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "stale_loglinear": Scenario(training={"proximal": "loglinear"}, spec={"max_staleness": 3}, stale=True),
     "packed": Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2, packed=True),
+    "packed_with_an_idle_rank": Scenario(num_sequences=3, num_minibatches=1, small_max_tokens=1, packed=True),
     "skipped": Scenario(training={"nonfinite_updates": "skip"}, spoiled=3),
     "small_critic": Scenario(critic="small_critic"),
     # Of a family without a class for token classification.
@@ -222,6 +222,8 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "keeps_state": False,
         "num_threads": 1,
     }
+    if scenario.packed:
+        arguments["attn_implementation"] = "varlen"
     return LearnerSpec(**arguments | scenario.spec)
 
 
@@ -297,9 +299,8 @@ def update(learner: Learner, scenario: Scenario, number: int, *, keep_advantages
 
 
 def build(folder: Path, scenario: Scenario) -> Learner:
-    """A learner that packs rows where the scenario does, if its model keeps packed sequences apart."""
-    with patch("rlhf_ray.learner.learner.skips_other_sequences", return_value=scenario.packed):
-        learner = Learner(make_spec(folder, scenario))
+    """A learner that packs rows where the scenario does."""
+    learner = Learner(make_spec(folder, scenario))
     assert learner.packed == scenario.packed
     return learner
 

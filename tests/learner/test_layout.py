@@ -51,6 +51,9 @@ def test_padded_by_hand() -> None:
 
     assert micro.input_ids.tolist() == [[10, 11, 12, 13, 14], [20, 21, 22, 23, 0], [30, 31, 32, 0, 0]]
     assert micro.position_ids is None
+    assert micro.cu_seq_lens is None
+    assert micro.model_inputs() == {"input_ids": micro.input_ids, "position_ids": None, "use_cache": False}
+    assert micro.max_length == 5
     # The first completion token that anybody has is at column 1, so logits are needed from column 0 on.
     assert micro.kept.tolist() == [0, 1, 2, 3]
     assert micro.targets.tolist() == [[11, 12, 13, 14], [21, 22, 23, 0], [31, 32, 0, 0]]
@@ -67,6 +70,13 @@ def test_packed_by_hand() -> None:
     assert micro.input_ids.tolist() == [[10, 11, 12, 13, 14, 20, 21, 22, 23, 30, 31, 32]]
     assert micro.position_ids is not None
     assert micro.position_ids.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 1, 2]]
+    assert micro.cu_seq_lens is not None
+    assert micro.cu_seq_lens.dtype == torch.int32
+    assert micro.cu_seq_lens.tolist() == [0, 5, 9, 12]
+    inputs = micro.model_inputs()
+    assert (inputs["max_length_q"], inputs["max_length_k"]) == (5, 5)
+    assert inputs["cu_seq_lens_q"] is inputs["cu_seq_lens_k"] is micro.cu_seq_lens
+    assert inputs["position_ids"] is micro.position_ids
     assert micro.kept.tolist() == [2, 3, 5, 6, 7, 10]
     assert micro.targets.tolist() == [[13, 14, 21, 22, 23, 32]]
     assert micro.completion_index[micro.mask].tolist() == [0, 1, 2, 3, 4, 5]
@@ -143,6 +153,8 @@ def test_an_empty_microbatch_is_a_dummy_of_two_tokens_that_counts_nowhere(packed
     if packed:
         assert micro.position_ids is not None
         assert micro.position_ids.tolist() == [[0, 1]]
+        assert micro.cu_seq_lens is not None
+        assert (micro.cu_seq_lens.tolist(), micro.max_length) == ([0, 2], 2)
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -23,6 +23,10 @@ import torch
 from learner_scenarios import RESUMED, SCENARIOS, Outcome, RankResult, Scenario
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from model_families import tiny_config
 
 import rlhf_ray
 from rlhf_ray.learner.batch import SequenceBatch
@@ -170,13 +174,85 @@ def test_small_microbatches_change_nothing_on_one_rank(
 
 
 def test_packed_rows_learn_the_same_as_padded_ones(
-    on_one_rank: Callable[[str], Outcome], two_ranks: tuple[Path, RankResult, RankResult], models: Path
+    on_one_rank: Callable[[str], Outcome],
+    two_ranks: tuple[Path, RankResult, RankResult],
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     padded = runs.run(replace(SCENARIOS["packed"], packed=False), models)
+    monkeypatch.setattr("rlhf_ray.learner.learner.skips_other_sequences", lambda kernel: True)
+    by_block_mask = runs.run(replace(SCENARIOS["packed"], spec={"attn_implementation": "sdpa"}), models)
 
-    for packed in (on_one_rank("packed"), two_ranks[1].outcomes["packed"]):
+    for packed in (on_one_rank("packed"), two_ranks[1].outcomes["packed"], by_block_mask):
+        assert packed.figures[-1]["value_loss"] == pytest.approx(padded.figures[-1]["value_loss"], rel=1e-6)
         assert_same_weights(packed.policy, padded.policy, 1e-6)
         assert_same_weights(packed.critic, padded.critic, 1e-6)
+
+
+def test_packed_rows_are_read_as_padded_ones(make_learner: Callable[..., Learner]) -> None:
+    """Log-probabilities and values, whatever the other sequences of the row hold; the longest alone, too."""
+    learner = make_learner(Scenario(packed=True))
+    batch = runs.make_batch(9, seed=5)
+    ends = np.cumsum(batch.lengths)
+    garbage = batch.token_ids.copy()
+    garbage[: ends[7]] = 3
+    longest = int(batch.lengths.argmax())
+
+    def read(batch: SequenceBatch, rows: range, *, packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        micro = lay_out(batch, rows, packed=packed, device=CPU)
+        return learner._score(micro)[0], learner._values(micro)[micro.value_index] * micro.mask
+
+    with torch.no_grad():
+        for rows in (range(9), range(longest, longest + 1)):
+            both = zip(read(batch, rows, packed=True), read(batch, rows, packed=False), strict=True)
+            for packed, padded in both:
+                torch.testing.assert_close(packed, padded, rtol=1e-6, atol=1e-6)
+        one, other = (read(each, range(9), packed=True) for each in (batch, replace(batch, token_ids=garbage)))
+    assert not torch.equal(one[0][7], other[0][7])
+    assert all(torch.equal(mine[8], theirs[8]) for mine, theirs in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_sliding_windows_in_packed_rows_learn_the_same(checkpointing: bool, tmp_path: Path) -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": runs.VOCABULARY, "bos_token_id": 0, "eos_token_id": 1, "num_key_value_heads": 2}
+    MistralForCausalLM(MistralConfig(**sizes, **tokens, sliding_window=4, initializer_range=0.2)).save_pretrained(
+        tmp_path / "policy"
+    )
+    scenario = Scenario(critic="policy", num_epochs=2, packed=True, spec={"gradient_checkpointing": checkpointing})
+
+    packed, padded = (runs.run(each, tmp_path) for each in (scenario, replace(scenario, packed=False)))
+
+    assert_same_weights(packed.policy, padded.policy, 1e-6)
+    assert_same_weights(packed.critic, padded.critic, 1e-6)
+
+
+def test_a_critic_that_mixes_packed_sequences_gets_padded_rows(models: Path, tmp_path: Path) -> None:
+    """Convolutions read the tokens before a sequence, whatever its attention does; a new head shows nothing of it."""
+    (tmp_path / "policy").symlink_to(models / "policy")
+    AutoModelForCausalLM.from_config(tiny_config("lfm2")).save_pretrained(tmp_path / "critic")
+
+    assert not Learner(runs.make_spec(tmp_path, Scenario(packed=True))).packed
+
+
+def test_lengths_stay_integers_in_half_precision(models: Path) -> None:
+    scenario = Scenario(num_minibatches=1, packed=True, spec={"dtype": "bfloat16"})
+
+    packed, padded = (runs.run(each, models) for each in (scenario, replace(scenario, packed=False)))
+
+    assert packed.figures[0]["grad_norm"] == pytest.approx(padded.figures[0]["grad_norm"], rel=0.05)
+
+
+def test_ranks_say_once_what_rows_they_read(models: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="rlhf_ray.learner"):
+        runs.build(models, Scenario(packed=True))
+        runs.build(models, Scenario())
+
+    said = [record.message for record in caplog.records if record.name == "rlhf_ray.learner.learner"]
+    assert said == ["learners read packed rows, attention by varlen", "learners read padded rows, attention by sdpa"]
 
 
 @pytest.mark.parametrize("name", ["token_mean", "packed", "kl_in_loss", "grpo", "stale", "lora", "small_critic"])

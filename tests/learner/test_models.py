@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from model_families import tiny_config
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner import models as module
@@ -34,7 +38,8 @@ def changed_copy(folder: Path, target: Path, *, drop: str = "", **added: torch.T
     [
         ("auto", "cpu", torch.bfloat16, ("sdpa", "eager")),
         ("eager", "cpu", torch.float32, ("eager",)),
-        ("auto", "cuda", torch.bfloat16, ("flash_attention_2", "sdpa", "eager")),
+        ("auto", "cuda", torch.bfloat16, ("varlen", "flash_attention_2", "sdpa", "eager")),
+        ("varlen", "cpu", torch.float32, ("varlen",)),
         # Flash attention has no float32 kernel.
         ("auto", "cuda", torch.float32, ("sdpa", "eager")),
         ("flash_attention_2", "cuda", torch.bfloat16, ("flash_attention_2",)),
@@ -44,7 +49,37 @@ def test_attention_kernels(
     setting: str, device: str, dtype: torch.dtype, kernels: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(module, "flash_kernel", lambda: print)
     assert attention_kernels(setting, torch.device(device), dtype) == kernels
+
+
+def test_gpus_need_no_package_to_pack(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for capability, kernels in (((8, 0), ("varlen", "sdpa", "eager")), ((7, 5), ("sdpa", "eager"))):
+        monkeypatch.setattr("torch.cuda.get_device_capability", lambda found=capability: found)
+        assert attention_kernels("auto", torch.device("cuda"), torch.bfloat16) == kernels
+
+
+@pytest.mark.parametrize("family, kernel", [("qwen2", "varlen"), ("gemma2", "eager"), ("gpt_oss", "eager")])
+@pytest.mark.parametrize("load", [load_policy, load_critic])
+def test_soft_caps_and_sinks_are_never_dropped(load: Any, family: str, kernel: str, tmp_path: Path) -> None:
+    """SDPA reads neither; transformers says so of sinks alone."""
+    AutoModelForCausalLM.from_config(tiny_config(family)).save_pretrained(tmp_path)
+
+    model = load(str(tmp_path), kernels=("varlen", "sdpa", "eager"), trust_remote_code=False)
+
+    assert model.config._attn_implementation == kernel
+    if kernel == "eager":
+        with pytest.raises(ConfigError, match=f"the {family} family does not have it") as caught:
+            load(str(tmp_path), kernels=("sdpa",), trust_remote_code=False)
+        assert caught.value.field == "model.attn_implementation"
+
+
+@pytest.mark.parametrize("kernel", ["flash_attention_3", "no_such_kernel"])
+def test_a_kernel_that_cannot_be_loaded_is_named(models: Path, kernel: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.attn_implementation.*qwen2 family does not have it"):
+        load_policy(str(models / "policy"), kernels=(kernel,), trust_remote_code=False)
 
 
 def test_a_model_without_the_first_kernel_is_loaded_with_the_next(
@@ -55,7 +90,7 @@ def test_a_model_without_the_first_kernel_is_loaded_with_the_next(
     monkeypatch.setattr(Qwen2ForCausalLM, "_supports_sdpa", False)
     policy = load_policy(str(models / "policy"), kernels=("sdpa", "eager"), trust_remote_code=False)
     assert policy.config._attn_implementation == "eager"
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="does not support an attention implementation"):
         load_policy(str(models / "policy"), kernels=("sdpa",), trust_remote_code=False)
 
 
