@@ -274,7 +274,7 @@ class Learner:
         policy, keep = self.policy, dist.get_rank() == 0
         # Nobody trains buffers, but an engine that reloads a layer wants all of it.
         return itertools.chain(
-            gather_buckets(policy.checkpoint_parameters(), dtype=dtype, keep=keep),
+            gather_buckets(policy.checkpoint_parameters(dtype=dtype), dtype=dtype, keep=keep),
             gather_buckets(policy.checkpoint_buffers().items(), dtype=torch.float32, keep=keep),
         )
 
@@ -286,7 +286,7 @@ class Learner:
         policy = self.policy
         self._check_finite("published", dtype)
         return ShardedSource(
-            policy.checkpoint_parameters,
+            lambda: policy.checkpoint_parameters(dtype=dtype),
             policy.checkpoint_shapes(),
             dtype,
             device=self._device,

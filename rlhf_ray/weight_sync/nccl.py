@@ -51,7 +51,7 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
         parameters: Gives name and (sharded) tensor, in the same order on every rank.
         shapes: Name and full shape of each, in the same order.
         dtype: Type on the wire.
-        device: Where they are sent from; offloaded weights are gathered on the CPU.
+        device: Where they are sent from.
         buffers: What else a checkpoint holds, by name: sent after them, in its own type.
     """
 
@@ -85,11 +85,11 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters():
-            full = full_tensor(parameter.detach())
+            full = full_tensor(parameter.detach(), self._dtype).to(self._device)
             if full.is_cuda:
                 # It may have been made in the stream of the tensor before, and must not be freed there under this one.
                 full.record_stream(torch.cuda.current_stream())
-            yield name, full.to(self._device, self._dtype)
+            yield name, full
         for name, buffer in self._buffers.items():
             yield name, buffer.to(self._device)
 

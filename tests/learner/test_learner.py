@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankResult, RankResult]:
     """The folder that two ranks wrote to, and what each left behind."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    for name in ("policy", "critic", "small_critic", "made_critic"):
+    for name in ("policy", "critic", "small_critic", "made_critic", "experts", "transposed"):
         (folder / name).symlink_to(models / name)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
     started = [
@@ -1136,6 +1136,22 @@ def test_only_rank_zero_holds_the_published_bytes(
     assert all(torch.equal(unpacked[name], weight) for name, weight in wanted.items())
     assert [layout for layout, _ in second.buckets] == [layout for layout, _ in first.buckets]
     assert all(pieces is None for _, pieces in second.buckets)
+
+
+@pytest.mark.parametrize("name", runs.PUBLISHED)
+def test_what_two_ranks_publish_is_gathered_in_the_wire_type(
+    name: str, two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    _, *ranks = two_ranks
+    for rank, wire in enumerate(result.wires[name] for result in ranks):
+        for gathered in wire.gathered_bytes:
+            assert gathered.pop(torch.bfloat16) == wire.size_bytes
+            # Adapters are merged in float32, here and where the merged weights are looked at first.
+            assert sum(gathered.values()) <= 2 * wire.adapter_bytes
+            assert (wire.adapter_bytes > 0) == ("adapted" in name)
+        for published in (wire.source, wire.buckets)[: 2 - rank]:
+            assert published.keys() == wire.wanted.keys()
+            assert all(torch.equal(published[key], weight) for key, weight in wire.wanted.items())
 
 
 def test_published_weights_are_cast_to_the_wire_type(models: Path) -> None:
