@@ -157,6 +157,8 @@ SCENARIOS: dict[str, Scenario] = {
         training={"advantage": "grpo", "m2po_threshold": 4.0}, spec={"max_staleness": 3}, stale=True, num_epochs=2
     ),
     "stale_loglinear": Scenario(training={"proximal": "loglinear"}, spec={"max_staleness": 3}, stale=True),
+    # Nothing is stale, and engines sample from what they have rounded the weights to.
+    "quantized": Scenario(training={"behavior_cap": 1.5}, spec={"quantized_sampler": True}, num_epochs=2),
     "packed": Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2, packed=True),
     "skipped": Scenario(training={"nonfinite_updates": "skip"}, spoiled=3),
     "small_critic": Scenario(critic="small_critic"),
