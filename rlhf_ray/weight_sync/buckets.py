@@ -94,12 +94,12 @@ def on_mesh(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Ten
     mesh = getattr(tensor, "device_mesh", None)
     if mesh is None or any(one.is_partial() for one in tensor.placements):
         return tensor if dtype is None else tensor.to(dtype)
-    local = tensor.to_local()
-    wanted = local.to(mesh.device_type, dtype or local.dtype)
-    if wanted is local:
+    dtype = dtype or tensor.dtype
+    if (tensor.device.type, tensor.dtype) == (mesh.device_type, dtype):
         return tensor
+    local = tensor.to_local().to(mesh.device_type, dtype)
     return type(tensor).from_local(
-        wanted, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 

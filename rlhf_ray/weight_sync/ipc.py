@@ -10,6 +10,7 @@ import math
 import pickle
 from typing import Any
 
+import torch
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo, IPCTrainerWeightTransferEngine
 
 from rlhf_ray.weight_sync.buckets import DEFAULT_BUCKET_BYTES
@@ -37,6 +38,11 @@ class IpcSender(NcclSender):
     """The learner ranks' side of a publication; made on every rank."""
 
     _client_class = IpcClient
+
+    def send(self, version: int, replica_ids: tuple[str, ...]) -> None:
+        """As :meth:`NcclSender.send`; the engine on this GPU can then have the memory that it took."""
+        super().send(version, replica_ids)
+        torch.cuda.empty_cache()
 
     def _joined(self, client: ReplicaClient, *, num_workers: int) -> IPCTrainerWeightTransferEngine:
         # A buffer holds whole tensors, and there is one of them.

@@ -227,6 +227,7 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
     emptied: list[int] = []
     monkeypatch.setattr(module.torch.cuda, "empty_cache", lambda: emptied.append(len(CyclicLearner.alive)))
     CyclicLearner.found.clear()
+    CyclicLearner.alive.clear()
     spec = SimpleNamespace(keeps_state=True, on_gpu=on_gpu)
     worker = module._Worker(spec, Bridge(), 0)
     states = StateKeeper()

@@ -174,6 +174,16 @@ def test_a_tied_weight_that_comes_once_is_loaded_under_each_name(monkeypatch: py
     assert [name for name, _ in replicas.engines["a"].model.given] == ["embed", "again", "table"]
 
 
+def test_the_memory_of_a_round_is_left_to_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    replicas = Replicas("a")
+    calls_before: list[int] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls_before.append(len(replicas.calls)))
+    sender_to(replicas, WEIGHTS, monkeypatch).send(1, ("a",))
+
+    assert replicas.calls[-1][0] == "finish_update"
+    assert calls_before == [len(replicas.calls)]
+
+
 def test_a_closed_sender_connects_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     replicas = Replicas("a")
     sender = sender_to(replicas, WEIGHTS, monkeypatch)
