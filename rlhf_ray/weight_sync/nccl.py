@@ -20,15 +20,18 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm.distributed.weight_transfer.base import ParamMeta, TrainerWeightTransferEngine, WeightSource
+from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
 from rlhf_ray.rollouts.engine import LoadReport
 from rlhf_ray.weight_sync.buckets import DEFAULT_BUCKET_BYTES, full_tensor
 from rlhf_ray.weight_sync.replica_lost import ReplicaLostError
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
 __all__ = ["NcclSender", "ReplicaClient", "ShardedSource", "rank_offsets"]
 
@@ -282,7 +285,7 @@ class NcclSender:
         self._group = replica_ids
 
     def _joined(self, client: ReplicaClient, *, num_workers: int) -> TrainerWeightTransferEngine:
-        """VLLM's trainer engine, when all workers have joined."""
+        """The trainer's engine, when all workers have joined."""
         import ray
 
         info = NCCLTrainerInitInfo(
