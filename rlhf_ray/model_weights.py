@@ -34,7 +34,7 @@ def first_nonfinite(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dt
     """The name of the first tensor that holds NaN or infinity; ``None``: all are finite.
 
     Args:
-        tensors: Names and tensors of one device.
+        tensors: Names and tensors.
         dtype: Take the numbers as they are in this type; ``None``: in their own.
     """
     names, finite = [], []
@@ -44,7 +44,7 @@ def first_nonfinite(tensors: Iterable[tuple[str, torch.Tensor]], dtype: torch.dt
             limit = torch.finfo(dtype or tensor.dtype).max
             names.append(name)
             finite.append((low >= -limit) & (high <= limit))
-    answers = torch.stack(finite).tolist() if finite else []
+    answers = torch.stack([one.to(finite[0].device) for one in finite]).tolist() if finite else []
     return next((name for name, is_finite in zip(names, answers, strict=True) if not is_finite), None)
 
 

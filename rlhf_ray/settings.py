@@ -33,6 +33,19 @@ __all__ = [
     "quickstart_preset",
 ]
 
+QuantizationName = Literal[
+    "fp8",
+    "fp8_per_tensor",
+    "fp8_per_block",
+    "fp8_per_channel",
+    "mxfp8",
+    "mxfp4",
+    "int8_per_channel_weight_only",
+    "nvfp4_per_token",
+]
+"""What vLLM quantizes an ordinary checkpoint to; its other names are those of checkpoints that are quantized already."""
+_QUANTIZING_ENGINE_ARGS: Final = ("quantization_config", "kv_cache_dtype")
+
 RewardFunction = Callable[..., Any]
 RewardSpec = str | RewardFunction | Mapping[str, Any]
 
@@ -180,13 +193,33 @@ class RolloutSettings:
         None, "threads of a CPU engine; unset: its share of all cores but one, or of half of them if max_staleness > 0"
     )
     enforce_eager: bool = setting(False, "skip CUDA graph capture")
-    weight_transfer: Literal["auto", "shared_memory", "nccl"] = setting(
-        "auto", "how weights reach the engines; auto: nccl when learners and engines are on GPUs"
+    weight_transfer: Literal["auto", "shared_memory", "nccl", "ipc"] = setting(
+        "auto",
+        "how weights reach the engines; auto: nccl when learners and engines are on GPUs of their own, else shared_memory; ipc: within each GPU that a learner and an engine share",
+    )
+    quantization: QuantizationName | None = setting(
+        None,
+        "what an engine rounds weights to when it loads them, by vLLM's name; learners train and send them unrounded, and the loss corrects for the difference; unset: nothing",
     )
     engine_args: dict[str, Any] = setting({}, "further vLLM AsyncEngineArgs, passed as they are")
     timeout_s: float = setting(3600.0, "longest wait for one group, in seconds", quickstart=600.0)
     stall_timeout_s: float = setting(1800.0, "longest time without progress of any group, in seconds")
     startup_timeout_s: float = setting(900.0, "longest wait for the replicas to start, in seconds")
+
+    @property
+    def quantized_by(self) -> tuple[str, Any] | None:
+        """The setting, and its value, that makes engines compute more coarsely than learners; ``None``: none does."""
+        arguments = ((f"engine_args.{name}", self.engine_args.get(name)) for name in _QUANTIZING_ENGINE_ARGS)
+        asked = [("quantization", self.quantization), *arguments]
+        return next(((f"rollouts.{name}", value) for name, value in asked if value not in (None, "auto")), None)
+
+    @property
+    def is_off_policy(self) -> bool:
+        """Whether completions may come from another policy than the trained one, which the loss then corrects for.
+
+        Compute types alone make no other policy: engines and learners have one, ``model.dtype``, and differ in rounding.
+        """
+        return self.max_staleness > 0 or self.quantized_by is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,13 +311,14 @@ class TrainingSettings:
         "the policy that ratios are clipped against: as it was before the update, or between it and the sampling policy on a line of log-probabilities, which saves a forward pass",
     )
     behavior_weights: Literal["token", "sequence", "none"] = setting(
-        "token", "weight of stale data, p(proximal) / p(sampling): of each token, of the whole completion, or none"
+        "token",
+        "weight of data that another policy sampled (stale, or a quantized engine's), p(proximal) / p(sampling): of each token, of the whole completion, or none",
     )
     behavior_mode: Literal["truncate", "mask"] = setting(
         "truncate", "what happens to a weight outside behavior_floor and behavior_cap: the bound, or 0"
     )
-    behavior_cap: float = setting(5.0, "largest weight of stale data")
-    behavior_floor: float | None = setting(None, "smallest weight of stale data; unset: 0")
+    behavior_cap: float = setting(5.0, "largest such weight")
+    behavior_floor: float | None = setting(None, "smallest such weight; unset: 0")
     m2po_threshold: float | None = setting(
         None,
         "mean squared log-ratio, proximal against sampling policy, that the tokens of a minibatch may have; the furthest are left out of the policy loss until it holds (M2PO; 0.04 in its paper); unset: off",

@@ -9,8 +9,9 @@ from typing import Any, get_args
 import pytest
 
 from rlhf_ray import ConfigError, PPOConfig
+from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import Settings, TrainingSettings
-from rlhf_ray.validation import RANGES, section_types, setting_types, typed_value, validate
+from rlhf_ray.validation import RANGES, check_loss, section_types, setting_types, typed_value, validate
 
 NUMBERS = {int, float}
 # Checked by a function of their own, because the remedy is not a range.
@@ -229,6 +230,17 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
         "training.proximal",
         "use recompute",
     ),
+    (
+        {"training.proximal": "loglinear", "rollouts.quantization": "fp8"},
+        "training.proximal",
+        "with rollouts.quantization it is not; use recompute",
+    ),
+    (
+        {"training.proximal": "loglinear", "rollouts.engine_args": {"kv_cache_dtype": "fp8"}},
+        "training.proximal",
+        "with rollouts.engine_args.kv_cache_dtype it is not",
+    ),
+    ({"rollouts.engine_args": {"quantization": "fp8"}}, "rollouts.engine_args.quantization", "rollouts.quantization"),
     ({"rollouts.engine_args": {"seed": 1}}, "rollouts.engine_args.seed", "set debugging.seed"),
     ({"rollouts.engine_args": {"model": "x"}}, "rollouts.engine_args.model", "set model.path"),
     ({"rollouts.engine_args": {"dtype": "half"}}, "rollouts.engine_args.dtype", "set model.dtype"),
@@ -286,6 +298,12 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"learners.num_gpus_per_learner": 1, "resources.device": "cpu"}, "learners.num_gpus_per_learner", "device is cpu"),
     ({"rollouts.tensor_parallel_size": 2, "resources.device": "cpu"}, "rollouts.tensor_parallel_size", "use 1"),
     ({"rollouts.weight_transfer": "nccl", "resources.device": "cpu"}, "rollouts.weight_transfer", "needs GPUs"),
+    ({"rollouts.weight_transfer": "ipc", "resources.device": "cpu"}, "rollouts.weight_transfer", "ipc needs GPUs"),
+    (
+        {"rollouts.weight_transfer": "ipc", "rollouts.max_paused_replicas": 2},
+        "rollouts.max_paused_replicas",
+        "ipc sends to all replicas at once",
+    ),
     (
         {"rollouts.weight_transfer": "nccl", "rollouts.max_paused_replicas": 2},
         "rollouts.max_paused_replicas",
@@ -338,6 +356,10 @@ POSSIBLE: list[dict[str, Any]] = [
     {"model.attn_implementation": "varlen", "resources.device": "cpu"},
     {"rollouts.weight_transfer": "nccl", "resources.device": "cuda", "learners.num_gpus_per_learner": 1},
     {"rollouts.engine_args": {"max_num_seqs": 64}},
+    # What masks data of another policy has such data where engines are quantized, too.
+    {"rollouts.quantization": "fp8_per_block", "training.m2po_threshold": 0.04},
+    {"rollouts.engine_args": {"kv_cache_dtype": "fp8"}, "training.m2po_threshold": 0.04},
+    {"rollouts.weight_transfer": "ipc", "resources.device": "cuda"},
     {"training.kl_coef": 0.01, "training.kl_in": "loss", "training.kl_estimator": "abs"},
     {"training.kl_coef": 0.01, "training.kl_clip": 10.0},
 ]
@@ -346,6 +368,27 @@ POSSIBLE: list[dict[str, Any]] = [
 @pytest.mark.parametrize("changes", POSSIBLE)
 def test_possible_combinations(changes: dict[str, Any]) -> None:
     validate(settings(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"rollouts.max_staleness": 1}, "rollouts.max_staleness"),
+        ({"rollouts.max_staleness": 1, "rollouts.quantization": "fp8"}, "rollouts.max_staleness"),
+        ({"rollouts.quantization": "fp8"}, "rollouts.quantization"),
+        ({"rollouts.engine_args": {"kv_cache_dtype": "fp8"}}, "rollouts.engine_args.kv_cache_dtype"),
+        ({"rollouts.engine_args": {"kv_cache_dtype": "auto"}}, None),
+        ({"rollouts.quantization": "fp8", "training.behavior_weights": "none"}, None),
+    ],
+)
+def test_a_loss_that_cannot_correct_for_another_sampler_is_refused(changes: dict[str, Any], field: str | None) -> None:
+    plugin = Plugin(name="mine", asks_for=("logprobs", "old_logprobs", "advantages", "mask"), function=len)
+    if field is None:
+        check_loss(plugin, settings(changes))
+        return
+    with pytest.raises(ConfigError, match="has no parameter behavior_weights") as caught:
+        check_loss(plugin, settings(changes))
+    assert caught.value.field == field
 
 
 def test_a_dataset_object_is_a_data_source() -> None:

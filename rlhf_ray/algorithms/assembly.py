@@ -38,7 +38,14 @@ from rlhf_ray.rewards.stage import RewardStage, reward_stage
 from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
-from rlhf_ray.rollouts.engine_spec import check_served, engine_spec, eos_token_ids, max_prompt_tokens
+from rlhf_ray.rollouts.engine_spec import (
+    check_quantization,
+    check_served,
+    engine_spec,
+    eos_token_ids,
+    max_prompt_tokens,
+    weight_transfer,
+)
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
@@ -47,7 +54,7 @@ from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt, SamplingSettings
 from rlhf_ray.validation import check_advantage, check_attention_device, check_loss
 from rlhf_ray.weight_sync.publications import Publications
-from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, Publisher
+from rlhf_ray.weight_sync.publisher import DirectPublisher, ObjectStorePublisher, Publisher
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -127,6 +134,7 @@ def check_inputs(settings: Settings) -> Inputs:
     config = load_model_config("model.path", policy_path, trust_remote_code=trust)
     check_causal("model.path", policy_path, config)
     check_served(policy_path, config, on_cpus=_runs_on_cpus(settings))
+    check_quantization(settings.rollouts.quantization, on_cpus=_runs_on_cpus(settings))
     if critic_path is not None:
         critic = load_model_config("model.critic_path", critic_path, trust_remote_code=trust)
         check_critic_vocabulary(critic_path, critic, tokenizer, config)
@@ -237,10 +245,10 @@ def _started_parts(
     _wait(learners, app, rewards, reporters)
     if session.lease is not None:
         session.lease.started()
-    nccl = _uses_nccl(settings, session)
+    sends = _weight_transfer(settings, session) != "shared_memory"
     publisher: Publisher = (
-        NcclPublisher(source=learners, handle=app.handle)
-        if nccl
+        DirectPublisher(source=learners, handle=app.handle)
+        if sends
         else ObjectStorePublisher(source=learners, handle=app.handle, max_paused=settings.rollouts.max_paused_replicas)
     )
     streams = GroupStreams(app.handle.options(stream=True).generate.remote, num_replicas=settings.rollouts.num_replicas)
@@ -275,7 +283,7 @@ def _started_parts(
         publications=Publications(
             publisher,
             published=controller.published,
-            beside_training=settings.rollouts.max_staleness > 0 and not nccl,
+            beside_training=settings.rollouts.max_staleness > 0 and not sends,
         ),
     )
 
@@ -385,6 +393,8 @@ def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> Lea
         timeline=settings.reporting.timeline_interval > 0,
         keeps_state=settings.fault_tolerance.keeps_state,
         num_threads=learners.num_threads,
+        weight_transfer=_weight_transfer(settings, session),
+        quantized_sampler=settings.rollouts.quantized_by is not None,
     )
 
 
@@ -448,11 +458,9 @@ def _dtype(settings: Settings, session: RaySession) -> str:
     return settings.model.dtype
 
 
-def _uses_nccl(settings: Settings, session: RaySession) -> bool:
-    from rlhf_ray.rollouts.engine_spec import weight_transfer
-
+def _weight_transfer(settings: Settings, session: RaySession) -> str:
     between_gpus = session.on_gpu and session.learners_on_gpu
-    return weight_transfer(settings.rollouts.weight_transfer, between_gpus=between_gpus) == "nccl"
+    return weight_transfer(settings.rollouts.weight_transfer, between_gpus=between_gpus)
 
 
 def _expanded(path: str | None) -> str | None:

@@ -51,7 +51,9 @@ class CheckpointFormat:
         ]
         """Name and full shape of each tensor that :meth:`tensors` yields for engines, in its order."""
 
-    def tensors(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def tensors(
+        self, *, every_name: bool = True, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield a checkpoint's tensors, adapters merged: parameters as they are, sharded; what is converted gathered.
 
         Each comes once. A gather is a collective, so every rank must iterate to the end.
@@ -59,28 +61,34 @@ class CheckpointFormat:
         Args:
             every_name: Whether a tied weight comes under all its names, joined, as engines are sent it; else under its
                 first one, as a checkpoint has it.
+            dtype: What is gathered is gathered in this type: conversions move numbers and compute none; ``None``: in
+                its own.
         """
         parameters = merged_parameters(self._model, every_name=every_name)
-        return self._published(parameters) if every_name else self._stored(parameters)
+        return self._published(parameters, dtype) if every_name else self._stored(parameters, dtype)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds beside parameters, such as the biases that balance a router's experts."""
         stored = self._model.state_dict().keys()
         return self._converted({name: buffer for name, buffer in self._model.named_buffers() if name in stored})
 
-    def _published(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _published(
+        self, parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """For engines, of parameters under every name."""
         once = ((name, parameter) for name, parameter in parameters if name not in self._repeated)
-        return ((self._joined.get(name, name), tensor) for name, tensor in self._stored(once))
+        return ((self._joined.get(name, name), tensor) for name, tensor in self._stored(once, dtype))
 
-    def _stored(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    def _stored(
+        self, parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         waiting: dict[Names, dict[str, torch.Tensor]] = {}
         for name, parameter in parameters:
             group = self._groups.get(name)
             if group is None:
                 yield self._names[name], parameter
                 continue
-            waiting.setdefault(group, {})[name] = full_tensor(parameter.detach())
+            waiting.setdefault(group, {})[name] = full_tensor(parameter.detach(), dtype)
             if len(waiting[group]) == len(group):
                 yield from self._pieces(waiting.pop(group))
         for gathered in waiting.values():  # The rest of their groups is tied to others.

@@ -149,7 +149,7 @@ class LearnerGroup:
         return published
 
     def send(self, replica_ids: tuple[str, ...]) -> int | None:
-        """Send the policy to the replicas over NCCL; returns its size in bytes.
+        """Send the policy to the replicas over NCCL or ipc; returns its size in bytes.
 
         ``None`` where the learners died on the way, perhaps because a replica did, and stand again: whom to send to is
         then to be found out anew.

@@ -47,10 +47,10 @@ from rlhf_ray.learner.models import (
 )
 from rlhf_ray.learner.objective import PolicyObjective, PolicyTerms
 from rlhf_ray.learner.off_policy import (
+    correction_weights,
     effective_sample_size,
     loglinear_proximal,
     m2po_kept,
-    stale_weights,
     staleness_metrics,
 )
 from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequences, takes_lengths
@@ -106,7 +106,7 @@ class LearnerSpec:
     """Sampling temperature: log-probabilities are those of the distribution sampled from."""
     max_new_tokens: int
     max_staleness: int
-    """Versions that data may lag behind the policy; 0: there is nothing to correct."""
+    """Versions that data may lag behind the policy."""
     total_steps: int
     """Optimizer steps of the run."""
     policy_steps: int
@@ -118,6 +118,15 @@ class LearnerSpec:
     """Whether ranks keep a copy of their state outside of their processes, after every update."""
     num_threads: int | None
     """CPU threads of a rank; none: its share of the machine's cores."""
+    weight_transfer: str = "nccl"
+    """How ranks send weights to replicas themselves: ``nccl`` or ``ipc``."""
+    quantized_sampler: bool = False
+    """Whether engines compute more coarsely than learners, and so sample from another policy."""
+
+    @property
+    def off_policy(self) -> bool:
+        """Whether the sampler may be another policy than the trained one, so that the loss corrects for it."""
+        return self.max_staleness > 0 or self.quantized_sampler
 
     @property
     def device(self) -> torch.device:
@@ -281,7 +290,7 @@ class Learner:
         policy, keep = self.policy, dist.get_rank() == 0
         # Nobody trains buffers, but an engine that reloads a layer wants all of it.
         return itertools.chain(
-            gather_buckets(policy.checkpoint_parameters(), dtype=dtype, keep=keep),
+            gather_buckets(policy.checkpoint_parameters(dtype=dtype), dtype=dtype, keep=keep),
             gather_buckets(policy.checkpoint_buffers().items(), dtype=torch.float32, keep=keep),
         )
 
@@ -293,7 +302,7 @@ class Learner:
         policy = self.policy
         self._check_finite("published", dtype)
         return ShardedSource(
-            policy.checkpoint_parameters,
+            lambda: policy.checkpoint_parameters(dtype=dtype),
             policy.checkpoint_shapes(),
             dtype,
             device=self._device,
@@ -558,9 +567,9 @@ class Learner:
             proximal = loglinear_proximal(logprobs, sampling, staleness)
         weights: torch.Tensor | None = None
         of_weights: dict[str, torch.Tensor] = {}
-        if self._spec.max_staleness > 0:
+        if self._spec.off_policy:
             kept = None if estimates.kept is None else take(estimates.kept, micro)
-            weights, of_weights = stale_weights(self._training, proximal, sampling, micro.mask, kept)
+            weights, of_weights = correction_weights(self._training, proximal, sampling, micro.mask, kept)
             by_distance = staleness_metrics(proximal, sampling, staleness, micro.mask, micro.num_by_staleness)
             for of_distance, tokens in by_distance:
                 metrics.add(of_distance, tokens)

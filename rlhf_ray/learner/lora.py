@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.weight_sync.buckets import on_mesh
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -128,12 +129,15 @@ def tied_names(model: PreTrainedModel) -> list[list[str]]:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    first, second = layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
-    if isinstance(first, DTensor):
+    first, second, weight = (
+        on_mesh(tensor.detach()) for tensor in (layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, weight)
+    )
+    if layer.fan_in_fan_out:  # GPT-2's layers have their weights the other way round.
+        first, second = second.T, first.T
+    if isinstance(weight, DTensor):  # What is gathered is the small matrices, not their product.
         first = first.redistribute(placements=[Replicate()] * len(first.placements))
-    product = second @ first
-    # GPT-2's layers have their weights the other way round.
-    return weight + layer.scaling[_ADAPTER] * (product.T if layer.fan_in_fan_out else product)
+        second = second.redistribute(placements=weight.placements)
+    return weight + layer.scaling[_ADAPTER] * (second @ first)
 
 
 def _adapted(model: PreTrainedModel) -> dict[str, Any]:

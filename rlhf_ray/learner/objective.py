@@ -26,7 +26,7 @@ class PolicyTerms:
     ref_logprobs: torch.Tensor | None
     advantages: torch.Tensor
     behavior_weights: torch.Tensor | None
-    """Correct stale data; ``None`` where it is not corrected."""
+    """Correct for another sampling policy; ``None`` where nothing is corrected."""
     mask: torch.Tensor
 
 

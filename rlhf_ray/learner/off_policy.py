@@ -1,4 +1,6 @@
-"""Stage 5 on a learner rank: log-probabilities of stale tokens -> proximal policy and weights that correct for them.
+"""Log-probabilities of tokens that another policy sampled -> proximal policy and weights that correct for it.
+
+That other policy is an earlier version, or what a quantized engine makes of the weights.
 
 Decoupled PPO ("AReaL: A Large-Scale Asynchronous Reinforcement Learning System for Language Reasoning",
 arXiv:2505.24298): ratios are clipped against a proximal policy, and each loss is weighted by how much likelier that
@@ -17,7 +19,7 @@ from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.losses import aggregate, behavior_weights, m2po_mask
 from rlhf_ray.settings import TrainingSettings
 
-__all__ = ["effective_sample_size", "loglinear_proximal", "m2po_kept", "stale_weights", "staleness_metrics"]
+__all__ = ["correction_weights", "effective_sample_size", "loglinear_proximal", "m2po_kept", "staleness_metrics"]
 
 
 def loglinear_proximal(
@@ -36,7 +38,7 @@ def loglinear_proximal(
     return sampling_logprobs + share * (logprobs.detach() - sampling_logprobs)
 
 
-def stale_weights(
+def correction_weights(
     training: TrainingSettings,
     proximal_logprobs: torch.Tensor,
     sampling_logprobs: torch.Tensor,

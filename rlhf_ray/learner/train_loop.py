@@ -116,6 +116,7 @@ class _Worker:
         self._learner = Learner(spec)
         self._bridge = bridge
         self._rank = rank
+        self._spec = spec
         self._keeps_state = spec.keeps_state
         self._keeper: Any = None
         self.version = 0
@@ -180,12 +181,15 @@ class _Worker:
         return manifest, refs
 
     def _send(self, argument: tuple[str, str, int, tuple[str, ...]]) -> int:
+        # Here, since it imports vLLM.
+        from rlhf_ray.weight_sync.ipc import IpcSender
         from rlhf_ray.weight_sync.nccl import NcclSender
 
         app_name, deployment_name, tensor_parallel_size, replica_ids = argument
         source = self._learner.weight_source()
         if self._sender is None:
-            self._sender = NcclSender(
+            sender_class = IpcSender if self._spec.weight_transfer == "ipc" else NcclSender
+            self._sender = sender_class(
                 app_name=app_name,
                 deployment_name=deployment_name,
                 rank=self._rank,

@@ -132,12 +132,14 @@ class TrainedModel:
             tensors = itertools.chain(self.model.named_parameters(), self._moments())
         return first_nonfinite(((name, _local(tensor)) for name, tensor in tensors), dtype)
 
-    def checkpoint_parameters(self, *, every_name: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
+    def checkpoint_parameters(
+        self, *, every_name: bool = True, dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under all their names, or one.
 
-        A collective: every rank iterates to the end.
+        A collective, in ``dtype`` where one is given: every rank iterates to the end.
         """
-        return self._format.tensors(every_name=every_name)
+        return self._format.tensors(every_name=every_name, dtype=dtype)
 
     def checkpoint_buffers(self) -> dict[str, torch.Tensor]:
         """Tensors by checkpoint name that are stored beside the parameters, and never trained."""

@@ -134,7 +134,7 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "learner/behavior_weight_mean",
         "ratio",
-        "token mean of the weight of stale data, proximal / sampling policy within its bounds (max_staleness above 0)",
+        "token mean of the weight of stale data, or of a quantized engine's, proximal / sampling within its bounds",
     ),
     Metric("learner/behavior_ratio_max", "ratio", "largest proximal / sampling ratio, before the bounds"),
     Metric("learner/behavior_clip_fraction", "fraction", "tokens whose ratio lies outside the bounds / tokens"),
@@ -147,7 +147,7 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("learner/lr", "1/step", "learning rate of the policy at the last optimizer step"),
     Metric("learner/critic_lr", "1/step", "learning rate of the critic at the last optimizer step"),
-    # The three below are taken at the first optimizer step; the first two where learner and engine hold one policy.
+    # The three below are taken at the first optimizer step; the first two where learner and engine hold one version.
     Metric(
         "learner/sampling_logprob_diff_mean",
         "nats",

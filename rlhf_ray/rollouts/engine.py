@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from rlhf_ray.errors import RolloutError
+from rlhf_ray.errors import ConfigError, RolloutError
 from rlhf_ray.types import Completion, Prompt, SamplingSettings, VersionSpan
 from rlhf_ray.untrusted_text import shortened
 from rlhf_ray.weight_sync.buckets import ByteArray
@@ -33,7 +33,7 @@ class EngineSpec:
     """Environment of the replica's process."""
     eos_token_ids: tuple[int, ...]
     weight_transfer: str
-    """``shared_memory`` or ``nccl``."""
+    """``shared_memory``, ``nccl`` or ``ipc``."""
     tensor_parallel_size: int
     on_gpu: bool
     timeline: bool = False
@@ -54,6 +54,12 @@ class RolloutEngine:
     """Draws completions with log-probabilities and policy versions; loads published weights between tokens."""
 
     def __init__(self, spec: EngineSpec) -> None:
+        import torch
+
+        name = spec.engine_args.get("quantization")
+        if name is not None and not spec.on_gpu and not torch.cpu._is_amx_tile_supported():
+            # vLLM finds no kernel, in a process of its own and in an error of many lines.
+            raise ConfigError("rollouts.quantization", name, "needs a GPU, or a CPU with AMX; leave it out")
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NOT_ON_CPUS",
     "NOT_SERVED",
+    "check_quantization",
     "check_served",
     "engine_spec",
     "eos_token_ids",
@@ -111,10 +112,25 @@ _MAX_SEQUENCES = 1024
 _MIN_STEP_TOKENS = 8192
 
 
-def weight_transfer(setting: str, *, between_gpus: bool) -> str:
-    """Resolve ``rollouts.weight_transfer``: NCCL where replicas and learners are on GPUs, else shared memory."""
+def weight_transfer(setting: str, *, between_gpus: bool, colocated: bool = False) -> str:
+    """Resolve ``rollouts.weight_transfer``: NCCL where replicas and learners are on GPUs, else shared memory.
+
+    Args:
+        setting: The setting.
+        between_gpus: Whether replicas and learners are on GPUs.
+        colocated: Whether each learner shares its GPU with a replica: NCCL refuses two ranks on one.
+
+    Raises:
+        ConfigError: NCCL is asked for on shared GPUs, or ipc elsewhere.
+    """
     if setting == "auto":
-        return "nccl" if between_gpus else "shared_memory"
+        return "nccl" if between_gpus and not colocated else "shared_memory"
+    if setting == "nccl" and colocated:
+        remedy = "NCCL refuses two ranks on one GPU, which learners and replicas share; use ipc or shared_memory"
+        raise ConfigError("rollouts.weight_transfer", setting, remedy)
+    if setting == "ipc" and not (colocated and between_gpus):
+        remedy = "weights stay on a GPU only where a learner and a replica share it; use auto"
+        raise ConfigError("rollouts.weight_transfer", setting, remedy)
     return setting
 
 
@@ -218,6 +234,17 @@ def check_served(model_path: str, config: PretrainedConfig, *, on_cpus: bool) ->
             raise ConfigError("model.path", model_path, f"rollouts of {kind} models do not work: {reason}; {remedy}")
 
 
+def check_quantization(name: str | None, *, on_cpus: bool) -> None:
+    """Refuse what vLLM's CPU build has no kernels for.
+
+    Raises:
+        ConfigError: It has none.
+    """
+    if on_cpus and name not in (None, "fp8_per_block"):
+        remedy = "vLLM's CPU build quantizes to fp8_per_block alone; use that, or set resources.device = cuda"
+        raise ConfigError("rollouts.quantization", name, remedy)
+
+
 def engine_spec(
     model: ModelSettings,
     rollouts: RolloutSettings,
@@ -233,6 +260,7 @@ def engine_spec(
     on_gpu: bool,
     learners_on_gpu: bool,
     dtype: str,
+    colocated: bool = False,
 ) -> EngineSpec:
     """Derive the engine's arguments.
 
@@ -250,15 +278,18 @@ def engine_spec(
         on_gpu: Whether replicas run on GPUs.
         learners_on_gpu: Whether learners run on GPUs.
         dtype: ``float32`` or ``bfloat16``.
+        colocated: Whether each learner shares its GPU with a replica.
 
     Raises:
         ConfigError: vLLM cannot run such a model, or the model names no token that ends a completion.
     """
     check_served(model_path, config, on_cpus=not on_gpu)
+    check_quantization(rollouts.quantization, on_cpus=not on_gpu)
     max_length = prompt_tokens + longest_completion(rollouts, evaluation)[1]
     sequences = math.ceil(groups_in_flight / rollouts.num_replicas) * rollouts.group_size
     sequences = min(sequences, _MAX_SEQUENCES)
-    transfer = weight_transfer(rollouts.weight_transfer, between_gpus=on_gpu and learners_on_gpu)
+    between_gpus = on_gpu and learners_on_gpu
+    transfer = weight_transfer(rollouts.weight_transfer, between_gpus=between_gpus, colocated=colocated)
     arguments: dict[str, Any] = {
         "model": model_path,
         "tokenizer": tokenizer_path,
@@ -269,6 +300,7 @@ def engine_spec(
         "max_num_seqs": max(sequences, rollouts.group_size),
         "tensor_parallel_size": rollouts.tensor_parallel_size,
         "enforce_eager": rollouts.enforce_eager,
+        "quantization": rollouts.quantization,
         # Prompts are token ids; only stop strings need text, and so the tokenizer.
         "skip_tokenizer_init": not rollouts.stop,
         # The log-probability of the distribution sampled from: after temperature, not before.

@@ -93,7 +93,7 @@ class RolloutReplica:
         return self._report()
 
     async def init_weight_transfer(self, init_infos: dict[str, dict[str, Any]]) -> LoadReport:
-        """Join the transfer group under this replica's own rank offset (NCCL), unless it came too late for that."""
+        """Join the transfer group, over NCCL under this replica's own rank offset, unless it came too late for that."""
         info = init_infos.get(self.replica_id)
         self._in_group = info is not None
         if info is not None:
@@ -104,7 +104,7 @@ class RolloutReplica:
         return self._report()
 
     async def begin_update(self) -> LoadReport:
-        """Pause for weights that the learners are about to send (NCCL)."""
+        """Pause for weights that the learners are about to send (NCCL, ipc)."""
         if self._in_group:
             await self._updating.acquire()
             self._in_transfer = True
@@ -113,14 +113,14 @@ class RolloutReplica:
         return self._report()
 
     async def apply_update(self, update: dict[str, Any]) -> LoadReport:
-        """Receive weights from the learners (NCCL)."""
+        """Receive weights from the learners (NCCL, ipc)."""
         if self._in_group:
             async with self._failing():
                 await self._engine.apply_update(update)
         return self._report()
 
     async def finish_update(self, version: int) -> LoadReport:
-        """Resume under what was received (NCCL)."""
+        """Resume under what was received (NCCL, ipc)."""
         if self._in_group:
             async with self._failing():
                 await self._engine.finish_update(version)
@@ -130,7 +130,7 @@ class RolloutReplica:
         return self._report()
 
     async def abandon_update(self) -> LoadReport:
-        """End this replica if it waits for learners that died while they sent weights (NCCL); Serve starts another."""
+        """End this replica if it waits for learners that died while they sent weights; Serve starts another."""
         if self._in_transfer:
             _LOG.error("the learners died while they sent weights, and this replica ends with half of them")
             os._exit(1)

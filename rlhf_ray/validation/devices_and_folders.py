@@ -85,17 +85,17 @@ def check_tensor_parallel(settings: Settings) -> None:
 
 
 def check_weight_transfer(settings: Settings) -> None:
-    """NCCL has GPUs at both ends and sends to all replicas at once."""
+    """NCCL and ipc have GPUs at both ends and send to all replicas at once."""
     transfer = settings.rollouts.weight_transfer
-    if transfer != "nccl":
+    if transfer not in ("nccl", "ipc"):
         return
     if settings.resources.device == "cpu":
-        raise ConfigError("rollouts.weight_transfer", transfer, "nccl needs GPUs; use auto or shared_memory")
+        raise ConfigError("rollouts.weight_transfer", transfer, f"{transfer} needs GPUs; use auto or shared_memory")
     if settings.learners.num_gpus_per_learner == 0:
-        remedy = "nccl needs learners on GPUs; use auto, or set learners.num_gpus_per_learner to 1"
+        remedy = f"{transfer} needs learners on GPUs; use auto, or set learners.num_gpus_per_learner to 1"
         raise ConfigError("rollouts.weight_transfer", transfer, remedy)
     if settings.rollouts.max_paused_replicas is not None:
-        remedy = "nccl sends to all replicas at once; use None, or rollouts.weight_transfer shared_memory"
+        remedy = f"{transfer} sends to all replicas at once; use None, or rollouts.weight_transfer shared_memory"
         raise ConfigError("rollouts.max_paused_replicas", settings.rollouts.max_paused_replicas, remedy)
 
 

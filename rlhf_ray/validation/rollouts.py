@@ -24,6 +24,7 @@ _FIXED_ENGINE_ARGS: Final[Mapping[str, str]] = {
     "max_model_len": "set rollouts.max_prompt_tokens and rollouts.max_new_tokens, which it follows from",
     "seed": "set debugging.seed, which the seed of every completion follows from",
     "weight_transfer_config": "set rollouts.weight_transfer",
+    "quantization": "set rollouts.quantization",
     "worker_extension_cls": "leave it out; the weight transfer needs it",
     "logprobs_mode": "leave it out; the learner needs the log-probabilities of the distribution sampled from",
     "skip_tokenizer_init": "leave it out; prompts and completions are token ids already",
@@ -40,8 +41,8 @@ def check_trainable_sampling(settings: Settings) -> None:
 
 
 def check_off_policy(settings: Settings) -> None:
-    """What corrects or masks stale data has stale data, and the forward pass it needs."""
-    training = settings.training
+    """What corrects or masks data of another policy has such data, and the forward pass it needs."""
+    training, quantized_by = settings.training, settings.rollouts.quantized_by
     if settings.rollouts.partial_rollouts and settings.rollouts.max_staleness == 0:
         remedy = "with rollouts.max_staleness=0 nothing that is carried over may be trained on; set it to 1 or more"
         raise ConfigError("rollouts.partial_rollouts", True, remedy)
@@ -51,7 +52,10 @@ def check_off_policy(settings: Settings) -> None:
     if training.m2po_threshold is not None and training.proximal == "loglinear":
         remedy = "m2po_threshold needs the forward pass that this saves; use recompute"
         raise ConfigError("training.proximal", training.proximal, remedy)
-    if training.m2po_threshold is not None and settings.rollouts.max_staleness == 0:
+    if training.proximal == "loglinear" and quantized_by is not None:
+        remedy = f"it takes the sampling policy for an earlier version; with {quantized_by[0]} it is not; use recompute"
+        raise ConfigError("training.proximal", training.proximal, remedy)
+    if training.m2po_threshold is not None and not settings.rollouts.is_off_policy:
         remedy = "it masks stale data, and with rollouts.max_staleness=0 there is none; leave it out"
         raise ConfigError("training.m2po_threshold", training.m2po_threshold, remedy)
 

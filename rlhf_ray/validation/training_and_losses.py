@@ -51,15 +51,22 @@ def check_loss(plugin: Plugin, settings: Settings) -> None:
     """Refuse settings that the loss would ignore.
 
     Raises:
-        ConfigError: A dual clip is given to a loss that has none, or data may be stale and the loss cannot correct it.
+        ConfigError: A dual clip is given to a loss that has none, or another policy than the trained one may sample and
+            the loss cannot correct for it.
     """
-    training, staleness = settings.training, settings.rollouts.max_staleness
-    if staleness > 0 and training.behavior_weights != "none" and "behavior_weights" not in plugin.asks_for:
+    training, rollouts = settings.training, settings.rollouts
+    corrects = training.behavior_weights == "none" or "behavior_weights" in plugin.asks_for
+    if rollouts.is_off_policy and not corrects:
+        sampler, without = "stale data", "use rollouts.max_staleness=0"
+        field, value = "rollouts.max_staleness", rollouts.max_staleness
+        if rollouts.quantized_by is not None and rollouts.max_staleness == 0:
+            sampler, without = "what a quantized engine samples", "leave it out"
+            field, value = rollouts.quantized_by
         remedy = (
-            f"the loss {plugin.name} has no parameter behavior_weights, so it would not correct stale data; add it, or "
-            "use rollouts.max_staleness=0, or say training.behavior_weights='none'"
+            f"the loss {plugin.name} has no parameter behavior_weights, so it would not correct {sampler}; add it, or "
+            f"{without}, or say training.behavior_weights='none'"
         )
-        raise ConfigError("rollouts.max_staleness", staleness, remedy)
+        raise ConfigError(field, value, remedy)
     dual_clip = settings.training.dual_clip
     if dual_clip is not None and "dual_clip" not in plugin.asks_for:
         raise ConfigError("training.dual_clip", dual_clip, f"the loss {plugin.name} has no dual clip; leave it out")

@@ -15,7 +15,7 @@ import torch
 
 from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout
 
-__all__ = ["DEFAULT_BUCKET_BYTES", "full_tensor", "gather_buckets", "unpack_bucket"]
+__all__ = ["DEFAULT_BUCKET_BYTES", "full_tensor", "gather_buckets", "on_mesh", "unpack_bucket"]
 
 DEFAULT_BUCKET_BYTES = 256 * 1024 * 1024
 # Views into a bucket must start on an address that every dtype can be read from.
@@ -37,7 +37,7 @@ def gather_buckets(
 
     Args:
         parameters: Checkpoint name and (sharded or full) tensor, in the same order on every rank.
-        dtype: Type on the wire; floating-point tensors are cast to it.
+        dtype: Type on the wire; floating-point tensors are cast to it before they are gathered.
         keep: Whether this rank wants the bytes (rank 0) or only takes part in the gathers.
         bucket_bytes: Size limit of a bucket in bytes.
 
@@ -53,9 +53,9 @@ def gather_buckets(
         if tensors and filled + size > bucket_bytes:
             yield _layout(tensors), pieces if keep else None
             tensors, pieces, filled = [], [], 0
-        full = full_tensor(parameter.detach())
+        full = full_tensor(parameter.detach(), wire_dtype)
         if keep:
-            pieces.append(full.to("cpu", wire_dtype).contiguous().view(-1).view(torch.uint8).numpy())
+            pieces.append(full.cpu().contiguous().view(-1).view(torch.uint8).numpy())
         tensors.append(
             TensorLayout(
                 name=name,
@@ -78,10 +78,29 @@ def unpack_bucket(layout: BucketLayout, data: ByteArray) -> Iterator[tuple[str, 
         yield tensor.name, piece.view(getattr(torch, tensor.dtype)).view(tensor.shape)
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """Gather a sharded tensor, a collective; one that is not sharded is returned as it is."""
+def full_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Gather a sharded tensor, a collective; one that is not sharded is returned, both in ``dtype`` if one is given."""
+    tensor = on_mesh(tensor, dtype)
     gather = getattr(tensor, "full_tensor", None)
     return gather() if gather is not None else tensor
+
+
+def on_mesh(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Cast this rank's shard, and move it to where its mesh communicates: an offloaded one is in CPU memory.
+
+    A collective then carries the bytes of ``dtype``, over NCCL where there are GPUs. A cast after the gather would give
+    the same numbers: it rounds each by itself.
+    """
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None or any(one.is_partial() for one in tensor.placements):
+        return tensor if dtype is None else tensor.to(dtype)
+    dtype = dtype or tensor.dtype
+    if (tensor.device.type, tensor.dtype) == (mesh.device_type, dtype):
+        return tensor
+    local = tensor.to_local().to(mesh.device_type, dtype)
+    return type(tensor).from_local(
+        local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def _layout(tensors: list[TensorLayout]) -> BucketLayout:

@@ -17,21 +17,27 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
 from rlhf_ray.rollouts.engine import LoadReport
-from rlhf_ray.weight_sync.buckets import full_tensor
+from rlhf_ray.weight_sync.buckets import DEFAULT_BUCKET_BYTES, full_tensor
 from rlhf_ray.weight_sync.replica_lost import ReplicaLostError
+
+if TYPE_CHECKING:
+    from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine
 
 __all__ = ["NcclSender", "ReplicaClient", "ShardedSource", "rank_offsets"]
 
 _LOG = logging.getLogger(__name__)
+# vLLM packs tensors into buffers of this size, and says so of each that is larger, such as an embedding.
+warnings.filterwarnings("ignore", message=r"Tensor '.*exceeds buffer_size_bytes", category=UserWarning)
 _TIMEOUT_S = 600.0
 # A rendezvous and one small collective; NCCL itself would wait for a lost peer for ever.
 _START_TIMEOUT_S = 180.0
@@ -51,7 +57,7 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
         parameters: Gives name and (sharded) tensor, in the same order on every rank.
         shapes: Name and full shape of each, in the same order.
         dtype: Type on the wire.
-        device: Where they are sent from; offloaded weights are gathered on the CPU.
+        device: Where they are sent from.
         buffers: What else a checkpoint holds, by name: sent after them, in its own type.
     """
 
@@ -85,11 +91,11 @@ class ShardedSource(WeightSource):  # type: ignore[misc]
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self._parameters():
-            full = full_tensor(parameter.detach())
+            full = full_tensor(parameter.detach(), self._dtype).to(self._device)
             if full.is_cuda:
                 # It may have been made in the stream of the tensor before, and must not be freed there under this one.
                 full.record_stream(torch.cuda.current_stream())
-            yield name, full.to(self._device, self._dtype)
+            yield name, full
         for name, buffer in self._buffers.items():
             yield name, buffer.to(self._device)
 
@@ -203,6 +209,20 @@ def _stuck(client: ReplicaClient, *, is_late: bool, limit_s: float) -> str | Non
     return f"not done within {limit_s:g} s" if is_late else None
 
 
+@contextmanager
+def _stream_kept() -> Iterator[None]:
+    """Leave this thread in its CUDA stream: vLLM's communicator makes one of its own the current one.
+
+    Memory that was cached in the stream before would be of no use to the one after it.
+    """
+    stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        if stream is not None:
+            torch.cuda.set_stream(stream)
+
+
 class NcclSender:
     """The learner ranks' side of a publication; made on every rank.
 
@@ -214,6 +234,8 @@ class NcclSender:
         tensor_parallel_size: Engine workers a replica.
         tell: Told why this process ends, where it does: a collective that has lost a peer never returns.
     """
+
+    _client_class = ReplicaClient
 
     def __init__(
         self,
@@ -232,17 +254,18 @@ class NcclSender:
         self._tensor_parallel_size = tensor_parallel_size
         self._tell = tell
         self._group: tuple[str, ...] = ()
-        self._engine: NCCLTrainerWeightTransferEngine | None = None
+        self._engine: TrainerWeightTransferEngine | None = None
 
     def send(self, version: int, replica_ids: tuple[str, ...]) -> None:
         """Send the current weights as ``version`` to exactly these replicas; called on every rank, in step."""
-        if self._engine is None or replica_ids != self._group:
-            self._connect(replica_ids)
-        assert self._engine is not None
-        client: ReplicaClient = self._engine.client
-        client.version = version
-        with self._ended_if_stuck(client, f"sending version {version}", limit_s=_TIMEOUT_S):
-            self._engine.send_weights()
+        with _stream_kept():
+            if self._engine is None or replica_ids != self._group:
+                self._connect(replica_ids)
+            assert self._engine is not None
+            client: ReplicaClient = self._engine.client
+            client.version = version
+            with self._ended_if_stuck(client, f"sending version {version}", limit_s=_TIMEOUT_S):
+                self._engine.send_weights()
 
     def close(self) -> None:
         """Leave the group, if there is one."""
@@ -252,25 +275,29 @@ class NcclSender:
 
     def _connect(self, replica_ids: tuple[str, ...]) -> None:
         """Join a new group: at the first publication, and after a replica was replaced."""
-        import ray
         from ray import serve
 
         self.close()
         handle = serve.get_deployment_handle(self._deployment_name, self._app_name)
-        client = ReplicaClient(handle, list(replica_ids), self._tensor_parallel_size)
-        with self._ended_if_stuck(client, "connecting learners and replicas over NCCL", limit_s=_START_TIMEOUT_S):
-            self._engine = NCCLTrainerWeightTransferEngine.trainer_init(
-                NCCLTrainerInitInfo(
-                    rank=self._rank,
-                    # Not what the host's name resolves to, which is often a loopback address.
-                    master_address=ray.util.get_node_ip_address(),
-                    master_port=_free_port(),
-                    world_size=1 + len(replica_ids) * self._tensor_parallel_size,
-                ),
-                client=client,
-                source=self._source,
-            )
+        client = self._client_class(handle, list(replica_ids), self._tensor_parallel_size)
+        with self._ended_if_stuck(client, "connecting learners and replicas", limit_s=_START_TIMEOUT_S):
+            self._engine = self._joined(client, num_workers=len(replica_ids) * self._tensor_parallel_size)
         self._group = replica_ids
+
+    def _joined(self, client: ReplicaClient, *, num_workers: int) -> TrainerWeightTransferEngine:
+        """The trainer's engine, when all workers have joined."""
+        import ray
+
+        info = NCCLTrainerInitInfo(
+            rank=self._rank,
+            # Not what the host's name resolves to, which is often a loopback address.
+            master_address=ray.util.get_node_ip_address(),
+            master_port=_free_port(),
+            world_size=1 + num_workers,
+            # vLLM's own 1 GiB is held several times over at both ends; the workers are told this one.
+            packed_buffer_size_bytes=DEFAULT_BUCKET_BYTES,
+        )
+        return NCCLTrainerWeightTransferEngine.trainer_init(info, client=client, source=self._source)
 
     def _ended_if_stuck(self, client: ReplicaClient, purpose: str, *, limit_s: float) -> AbstractContextManager[None]:
         # The other ranks wait for rank 0 alone, and end with it.

@@ -1,7 +1,8 @@
 """Publishes the learners' policy to every replica and checks what they acknowledge.
 
 Consumes an updated policy; produces replicas that all serve the new version. Between CPUs the buckets go through the
-object store and shared memory; between GPUs the learners send them over NCCL (nccl.py).
+object store and shared memory; between GPUs the learners send them, over NCCL (nccl.py) or within each that they share
+with a replica (ipc.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rlhf_ray.rollouts.engine import LoadReport
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
-__all__ = ["NcclPublisher", "ObjectStorePublisher", "Publication", "Publisher", "checked_pause"]
+__all__ = ["DirectPublisher", "ObjectStorePublisher", "Publication", "Publisher", "checked_pause"]
 
 _LOG = logging.getLogger(__name__)
 _TIMEOUT_S = 600.0
@@ -35,7 +36,7 @@ class WeightSource(Protocol):
         ...
 
     def send(self, replica_ids: tuple[str, ...]) -> int | None:
-        """Send the policy to the replicas over NCCL; its size in bytes, ``None`` where the learners died meanwhile."""
+        """Send the policy to the replicas; its size in bytes, ``None`` where the learners died meanwhile."""
         ...
 
     def take_replica_failures(self) -> list[ReplicaFailure]:
@@ -217,8 +218,11 @@ class ObjectStorePublisher(_Publisher):
         yield None
 
 
-class NcclPublisher(_Publisher):
-    """Publication from GPU to GPU, which keeps the learners; a replica that died meanwhile is not in the new group."""
+class DirectPublisher(_Publisher):
+    """Publication from GPU to GPU, over NCCL or within each that is shared, which keeps the learners.
+
+    A replica that died meanwhile is not in the new group.
+    """
 
     def gather(self, version: int) -> Callable[[], Publication]:
         """See :meth:`Publisher.gather`."""

@@ -1,13 +1,17 @@
 """Engine side of a publication: vLLM weight-transfer engines that map buckets from shared memory.
 
 vLLM's own backends need GPUs. On CPUs an engine is told which memory the replica has written (shared_buckets.py) and
-how, maps it and loads the views through vLLM's layer-wise reload. On GPUs weights come over NCCL, to all replicas at
-once; one that starts later gets its first ones through shared memory too, since nobody else needs them. Both are
-registered when vLLM imports this module, which ``worker_extension_cls`` makes it do inside the engine's own process.
+how, maps it and loads the views through vLLM's layer-wise reload. On GPUs weights come over NCCL, or from a learner on
+the same GPU, to all replicas at once; one that starts later gets its first ones through shared memory too, since nobody
+else needs them.
+
+All are registered when vLLM imports this module, which ``worker_extension_cls`` makes it do inside the engine's own
+process.
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,13 +24,14 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
 from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 
 from rlhf_ray.weight_sync.buckets import unpack_bucket
 from rlhf_ray.weight_sync.engine_process import end_with_parent
 from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout, under_each_name
 
-__all__ = ["NcclTransferEngine", "SharedMemoryExtension", "SharedMemoryTransferEngine"]
+__all__ = ["IpcTransferEngine", "NcclTransferEngine", "SharedMemoryExtension", "SharedMemoryTransferEngine"]
 
 
 @dataclass
@@ -101,11 +106,11 @@ class _Constants:
     which may follow from weights.
     """
 
-    def __init__(self, model: torch.nn.Module, quantization: str | None) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self._kept: list[tuple[torch.nn.Module, str, torch.Tensor]] = [
             (layer, name, buffer.clone())
-            for layer in ([] if quantization else model.modules())
-            if any(parameter is not None for parameter in layer._parameters.values())
+            for layer in model.modules()
+            if any(parameter is not None for parameter in layer._parameters.values()) and not _is_quantized(layer)
             for name, buffer in layer.named_buffers(recurse=False)
         ]
 
@@ -113,6 +118,11 @@ class _Constants:
         """After a reload."""
         for layer, name, buffer in self._kept:
             getattr(layer, name).copy_(buffer)
+
+
+def _is_quantized(layer: torch.nn.Module) -> bool:
+    method = getattr(layer, "quant_method", None)
+    return method is not None and not type(method).__name__.startswith("Unquantized")
 
 
 def _forget_expert_kernels(model: torch.nn.Module) -> None:
@@ -147,7 +157,7 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
 
         if self.device.type == "cpu":
             _forget_expert_kernels(self.model)
-        self._constants = _Constants(self.model, self.model_config.quantization)
+        self._constants = _Constants(self.model)
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
@@ -171,18 +181,13 @@ class SharedMemoryTransferEngine(WeightTransferEngine[SharedMemoryInitInfo, Shar
         self._buckets.clear()
 
 
-class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
-    """vLLM's NCCL engine, which also loads a bucket from shared memory where an update describes one."""
+class _BucketsToo(WeightTransferEngine[Any, Any]):  # type: ignore[misc]
+    """Makes an engine of vLLM's also load a bucket from shared memory where an update describes one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         _load_tied_weights(self.model)
         self._buckets = _Buckets()
-
-    def init_transfer_engine(self, init_info: Any) -> None:
-        """Join the learners' group; another one is left, whose GPU memory nothing else would free."""
-        super().shutdown()
-        super().init_transfer_engine(init_info)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         """Receive what the learners send, or load one bucket."""
@@ -193,7 +198,7 @@ class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
 
     def start_weight_update(self) -> None:
         """Begin vLLM's layer-wise reload."""
-        self._constants = _Constants(self.model, self.model_config.quantization)
+        self._constants = _Constants(self.model)
         super().start_weight_update()
 
     def finish_weight_update(self) -> None:
@@ -203,9 +208,27 @@ class NcclTransferEngine(NCCLWeightTransferEngine):  # type: ignore[misc]
         self._buckets.clear()
 
     def shutdown(self) -> None:
-        """Leave the learners' group."""
+        """Let go of what the learners sent, and of their group."""
         super().shutdown()
         self._buckets.clear()
+
+
+class NcclTransferEngine(_BucketsToo, NCCLWeightTransferEngine):  # type: ignore[misc]
+    """vLLM's NCCL engine, which also loads buckets."""
+
+    def init_transfer_engine(self, init_info: Any) -> None:
+        """Join the learners' group; another one is left, whose GPU memory nothing else would free."""
+        NCCLWeightTransferEngine.shutdown(self)
+        super().init_transfer_engine(init_info)
+
+
+class IpcTransferEngine(_BucketsToo, IPCWeightTransferEngine):  # type: ignore[misc]
+    """vLLM's ipc engine, which also loads buckets."""
+
+    def parse_update_info(self, update_dict: dict[str, Any]) -> Any:
+        """Take back what opens the learners' buffers (ipc.py)."""
+        handles: bytes = update_dict["ipc_handles"]
+        return super().parse_update_info(update_dict | {"ipc_handles": pickle.loads(handles)})
 
 
 class SharedMemoryExtension:
@@ -217,6 +240,7 @@ end_with_parent()
 for _name, _engine in (
     ("rlhf_ray_shared_memory", SharedMemoryTransferEngine),
     ("rlhf_ray_nccl", NcclTransferEngine),
+    ("rlhf_ray_ipc", IpcTransferEngine),
 ):
     if _name not in WeightTransferEngineFactory._registry:
         WeightTransferEngineFactory.register_engine(_name, _engine)

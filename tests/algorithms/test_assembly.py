@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray import PPOConfig
 from rlhf_ray.algorithms import assembly as module
-from rlhf_ray.algorithms.assembly import Parts, start_parts
+from rlhf_ray.algorithms.assembly import Parts, learner_spec, start_parts
 from rlhf_ray.errors import RolloutError
+from rlhf_ray.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.settings import Settings
 
 ENDS = ["publications", "controller", "prompts", "rewards", "app", "learners", "session"]
@@ -112,3 +114,27 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
     for name in there:
         assert f"{name}.stop" in calls
     assert "prompts.close" in calls
+
+
+@pytest.mark.parametrize(
+    ("changes", "off_policy"),
+    [
+        ({}, False),
+        ({"rollouts.max_staleness": 1}, True),
+        ({"rollouts.quantization": "fp8"}, True),
+        ({"rollouts.engine_args": {"kv_cache_dtype": "fp8"}}, True),
+        ({"rollouts.engine_args": {"quantization_config": {"linear": {"weight": "mxfp8"}}}}, True),
+        ({"rollouts.engine_args": {"kv_cache_dtype": "auto", "max_num_seqs": 8}}, False),
+    ],
+)
+def test_learners_correct_wherever_another_policy_samples(changes: dict[str, Any], off_policy: bool) -> None:
+    inputs: Any = SimpleNamespace(
+        policy_path="policy", critic_path=None, advantage=advantage_plugin("gae", {}), loss=loss_plugin("ppo", {})
+    )
+    session: Any = SimpleNamespace(on_gpu=True, learners_on_gpu=True)
+
+    spec = learner_spec(PPOConfig.from_dict(changes).settings, inputs, session)
+
+    assert spec.off_policy == off_policy
+    assert spec.weight_transfer == "nccl"
+    assert (spec.dtype, spec.wire_dtype) == ("bfloat16", "bfloat16")

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
@@ -27,7 +28,7 @@ from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.learner.update_result import UpdateResult
 from rlhf_ray.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.settings import TrainingSettings
-from rlhf_ray.weight_sync.buckets import ByteArray
+from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
 VOCABULARY = 64
@@ -76,6 +77,8 @@ class RankResult:
     """What this rank was given of the weights before any update."""
     refusal: str
     """What this rank said of ``REFUSED``."""
+    wires: dict[str, Wire]
+    """What of the models in ``PUBLISHED`` was gathered for publications in bfloat16, and given."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,6 +92,22 @@ class Outcome:
     """The last update, with the advantages of this rank's sequences."""
     sequences: tuple[int, ...]
     """Which sequences of the last batch those are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wire:
+    """Two publications of one policy, through buckets and as vLLM's trainer engines read them."""
+
+    gathered_bytes: list[dict[torch.dtype, int]]
+    """Of each: what collectives brought together, by its type."""
+    size_bytes: int
+    """Of what is sent."""
+    adapter_bytes: int
+    """Of the adapters, which a merge may gather in float32."""
+    buckets: Weights
+    source: Weights
+    wanted: Weights
+    """Gathered in float32 and rounded then."""
 
 
 SCENARIOS: dict[str, Scenario] = {
@@ -137,6 +156,8 @@ SCENARIOS: dict[str, Scenario] = {
         training={"advantage": "grpo", "m2po_threshold": 4.0}, spec={"max_staleness": 3}, stale=True, num_epochs=2
     ),
     "stale_loglinear": Scenario(training={"proximal": "loglinear"}, spec={"max_staleness": 3}, stale=True),
+    # Nothing is stale, and engines sample from what they have rounded the weights to.
+    "quantized": Scenario(training={"behavior_cap": 1.5}, spec={"quantized_sampler": True}, num_epochs=2),
     "packed": Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2, packed=True),
     "packed_with_an_idle_rank": Scenario(num_sequences=3, num_minibatches=1, small_max_tokens=1, packed=True),
     "skipped": Scenario(training={"nonfinite_updates": "skip"}, spoiled=3),
@@ -158,11 +179,15 @@ def in_small_microbatches(scenario: Scenario) -> Scenario:
 def save_models(folder: Path) -> None:
     """Write ``policy`` (tied embeddings, dropout) and ``critic`` (a head of its own) as Hugging Face folders."""
     from transformers import (
+        GPT2Config,
+        GPT2LMHeadModel,
         Olmo2Config,
         Olmo2ForCausalLM,
         Qwen2Config,
         Qwen2ForCausalLM,
         Qwen2ForTokenClassification,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
     )
 
     torch.manual_seed(3)
@@ -189,6 +214,11 @@ def save_models(folder: Path) -> None:
     )
     of_another_family = Olmo2Config(**config.to_dict() | {"layer_types": None, "architectures": None})
     Olmo2ForCausalLM(of_another_family).save_pretrained(folder / "made_critic")
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "layer_types": None}
+    experts = Qwen3MoeConfig(**config.to_dict() | sizes | {"architectures": None, "tie_word_embeddings": False})
+    Qwen3MoeForCausalLM(experts).save_pretrained(folder / "experts")
+    transposed = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=1)
+    GPT2LMHeadModel(transposed).save_pretrained(folder / "transposed")
 
 
 def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
@@ -355,6 +385,56 @@ def refusal(folder: Path) -> str:
     return "no refusal"
 
 
+_LORA = LoraSpec(rank=4, alpha=8.0, targets=(), seed=5)
+# Tied weights, experts that checkpoints hold one by one, and adapters on weights of either way round.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "policy": {},
+    "experts": {},
+    "policy, adapted": {"lora": _LORA},
+    "transposed, adapted": {"lora": _LORA},
+}
+
+
+class Gathers(TorchDispatchMode):  # type: ignore[misc]
+    """Counts the bytes that collectives bring together of sharded tensors, by type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes: dict[torch.dtype, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(one, DTensor) for one in types):
+            return NotImplemented
+        if func is torch.ops._c10d_functional.all_gather_into_tensor.default:
+            whole = args[0].nbytes * dist.get_world_size()
+            self.bytes[args[0].dtype] = self.bytes.get(args[0].dtype, 0) + whole
+        return func(*args, **(kwargs or {}))
+
+
+def wire_of(folder: Path, name: str) -> Wire:
+    """Publish a policy after an update, in bfloat16."""
+    spec = {"policy_path": str(folder / name.split(",")[0]), "wire_dtype": "bfloat16"} | PUBLISHED[name]
+    learner = Learner(make_spec(folder, Scenario(spec=spec)))
+    update(learner, Scenario(), 0)
+    buckets: Weights = {}
+    with Gathers() as first:
+        for layout, pieces in learner.weight_buckets():
+            for tensor, piece in zip(layout.tensors, pieces or (), strict=pieces is not None):
+                buckets[tensor.name] = torch.from_numpy(piece).view(getattr(torch, tensor.dtype)).view(tensor.shape)
+    source = learner.weight_source()
+    with Gathers() as second:
+        given = dict(source)
+    adapters = [p.numel() for key, p in learner.policy.model.named_parameters() if ".lora_" in key]
+    return Wire(
+        gathered_bytes=[first.bytes, second.bytes],
+        size_bytes=source.size_bytes(),
+        adapter_bytes=4 * sum(adapters),
+        buckets=buckets,
+        source=given,
+        wanted={key: full_tensor(p.detach()).bfloat16() for key, p in learner.policy.checkpoint_parameters()},
+    )
+
+
 def same_state(first: Any, second: Any) -> bool:
     """Whether two of :meth:`Learner.state` are equal bit for bit."""
     if isinstance(first, dict):
@@ -382,7 +462,13 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     learner = Learner(make_spec(folder, Scenario()))
     buckets = list(learner.weight_buckets())
     learner.export(str(folder / "export"))
-    result = RankResult(outcomes=outcomes, in_large_microbatches=large, buckets=buckets, refusal=refusal(folder))
+    result = RankResult(
+        outcomes=outcomes,
+        in_large_microbatches=large,
+        buckets=buckets,
+        refusal=refusal(folder),
+        wires={name: wire_of(folder, name) for name in PUBLISHED},
+    )
     torch.save(result, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
 

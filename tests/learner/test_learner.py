@@ -49,7 +49,7 @@ CPU = torch.device("cpu")
 def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, RankResult, RankResult]:
     """The folder that two ranks wrote to, and what each left behind."""
     folder = tmp_path_factory.mktemp("two_ranks")
-    for name in ("policy", "critic", "small_critic", "made_critic"):
+    for name in ("policy", "critic", "small_critic", "made_critic", "experts", "transposed"):
         (folder / name).symlink_to(models / name)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
     started = [
@@ -648,6 +648,45 @@ def test_stale_tokens_are_weighted_and_their_distance_reported(
     assert figures[1]["grad_norm"] == pytest.approx(2 * figures[0]["grad_norm"], rel=1e-4)
     assert figures[1]["proximal_logprob_diff_by_staleness/3"] == pytest.approx(np.log(2), abs=1e-5)
     assert "behavior_weight_mean" not in figures[0]
+
+
+def test_what_a_quantized_engine_samples_is_corrected_for(
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    plain_logprobs: Callable[[SequenceBatch, float], Iterator[torch.Tensor]],
+) -> None:
+    """The gradient is that of ``-sum(w A log p) / tokens``, ``w = min(p / sampled, cap)``; without a version apart."""
+    from transformers import AutoModelForCausalLM
+
+    batch = sampled_by_the_policy(runs.make_batch(9, seed=5), plain_logprobs)
+    rounding = np.random.default_rng(0).normal(0.0, 0.7, len(batch.sampling_logprobs)).astype(np.float32)
+    batch = replace(batch, sampling_logprobs=batch.sampling_logprobs + rounding)
+    training = {"advantage": "grpo", "behavior_cap": 1.5, "max_grad_norm": None}
+    scenario = Scenario(num_minibatches=1, training=training, spec={"quantized_sampler": True})
+    learner = Learner(runs.make_spec(models, scenario))
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(trained: TrainedModel, grad_norm: torch.Tensor) -> None:
+        gradients.update({name: p.grad.full_tensor().clone() for name, p in trained.model.named_parameters()})
+
+    monkeypatch.setattr(TrainedModel, "step", keep)
+    share, plan = runs.share_of(batch, scenario)
+    figures = learner.update(share, plan, keep_advantages=True)
+
+    policy = AutoModelForCausalLM.from_pretrained(models / "policy").eval()
+    advantages = np.concatenate(learner.advantages)
+    logprobs = torch.cat(list(completion_logprobs(policy, share, 0.8)))
+    weights = (logprobs.detach() - torch.tensor(share.sampling_logprobs)).exp()
+    assert (weights > 1.5).any()
+    loss = -(weights.clamp(max=1.5) * torch.tensor(advantages) * logprobs).sum() / len(logprobs)
+    loss.backward()
+    wanted = dict(policy.named_parameters())
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, wanted[name].grad, rtol=1e-4, atol=1e-6)
+    assert figures["behavior_weight_mean"] == pytest.approx(float(weights.clamp(max=1.5).mean()), abs=1e-5)
+    assert figures["sampling_logprob_diff_max"] == pytest.approx(np.abs(rounding).max(), abs=1e-4)
+    assert 0.0 < figures["effective_sample_size"] < 1.0
 
 
 def test_engine_and_learner_are_compared_on_fresh_completions_alone(
@@ -1300,6 +1339,22 @@ def test_only_rank_zero_holds_the_published_bytes(
     assert all(pieces is None for _, pieces in second.buckets)
 
 
+@pytest.mark.parametrize("name", runs.PUBLISHED)
+def test_what_two_ranks_publish_is_gathered_in_the_wire_type(
+    name: str, two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    _, *ranks = two_ranks
+    for rank, wire in enumerate(result.wires[name] for result in ranks):
+        for gathered in wire.gathered_bytes:
+            assert gathered.pop(torch.bfloat16) == wire.size_bytes
+            # Adapters are merged in float32, here and where the merged weights are looked at first.
+            assert sum(gathered.values()) <= 2 * wire.adapter_bytes
+            assert (wire.adapter_bytes > 0) == ("adapted" in name)
+        for published in (wire.source, wire.buckets)[: 2 - rank]:
+            assert published.keys() == wire.wanted.keys()
+            assert all(torch.equal(published[key], weight) for key, weight in wire.wanted.items())
+
+
 def test_published_weights_are_cast_to_the_wire_type(models: Path) -> None:
     learner = Learner(runs.make_spec(models, Scenario(spec={"wire_dtype": "bfloat16"})))
 
@@ -1319,17 +1374,16 @@ def plain_logprobs(models: Path) -> Callable[[SequenceBatch, float], Iterator[to
     from transformers import AutoModelForCausalLM
 
     policy = AutoModelForCausalLM.from_pretrained(models / "policy").eval()
+    return lambda batch, temperature: (one.detach() for one in completion_logprobs(policy, batch, temperature))
 
-    def compute(batch: SequenceBatch, temperature: float) -> Iterator[torch.Tensor]:
-        for index in range(len(batch)):
-            row = batch.select([index])
-            ids = torch.tensor(row.token_ids, dtype=torch.int64)
-            with torch.no_grad():
-                logits = policy(ids[None]).logits[0].double()
-            logprobs = torch.log_softmax(logits / temperature, dim=-1)[:-1].gather(-1, ids[1:, None])[:, 0]
-            yield logprobs[int(row.prompt_lengths[0]) - 1 :].float()
 
-    return compute
+def completion_logprobs(policy: Any, batch: SequenceBatch, temperature: float) -> Iterator[torch.Tensor]:
+    for index in range(len(batch)):
+        row = batch.select([index])
+        ids = torch.tensor(row.token_ids, dtype=torch.int64)
+        logits = policy(ids[None]).logits[0].double()
+        logprobs = torch.log_softmax(logits / temperature, dim=-1)[:-1].gather(-1, ids[1:, None])[:, 0]
+        yield logprobs[int(row.prompt_lengths[0]) - 1 :].float()
 
 
 @pytest.mark.parametrize("packed", [False, True])

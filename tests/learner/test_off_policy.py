@@ -7,10 +7,10 @@ import torch
 
 from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.learner.off_policy import (
+    correction_weights,
     effective_sample_size,
     loglinear_proximal,
     m2po_kept,
-    stale_weights,
     staleness_metrics,
 )
 from rlhf_ray.losses import m2po_mask
@@ -22,7 +22,7 @@ MASK = torch.tensor([[True, True], [True, False]])
 
 
 def weights_of(**training: object) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    return stale_weights(TrainingSettings(**training), PROXIMAL, SAMPLING, MASK)
+    return correction_weights(TrainingSettings(**training), PROXIMAL, SAMPLING, MASK)
 
 
 def test_the_loglinear_policy_lies_on_the_line_by_version() -> None:
@@ -124,8 +124,8 @@ def test_one_rank_keeps_what_the_mask_of_the_whole_minibatch_keeps(threshold: fl
 def test_tokens_that_are_not_kept_weigh_nothing() -> None:
     kept = torch.tensor([[True, False], [True, False]])
 
-    weights, metrics = stale_weights(TrainingSettings(), PROXIMAL, SAMPLING, MASK, kept)
-    alone, _ = stale_weights(TrainingSettings(behavior_weights="none"), PROXIMAL, SAMPLING, MASK, kept)
+    weights, metrics = correction_weights(TrainingSettings(), PROXIMAL, SAMPLING, MASK, kept)
+    alone, _ = correction_weights(TrainingSettings(behavior_weights="none"), PROXIMAL, SAMPLING, MASK, kept)
 
     torch.testing.assert_close(weights, torch.tensor([[2.0, 0.0], [0.25, 0.0]]))
     assert alone is not None

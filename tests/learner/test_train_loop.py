@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -217,9 +218,17 @@ class Sender:
         self._closed.append(self._learner.closed)
 
 
-def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
+    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "Learner", CyclicLearner)
-    spec = SimpleNamespace(keeps_state=True, on_gpu=False)
+    # What is freed goes back to the GPU before anything new is built there.
+    emptied: list[int] = []
+    monkeypatch.setattr(module.torch.cuda, "empty_cache", lambda: emptied.append(len(CyclicLearner.alive)))
+    CyclicLearner.found.clear()
+    CyclicLearner.alive.clear()
+    spec = SimpleNamespace(keeps_state=True, on_gpu=on_gpu)
     worker = module._Worker(spec, Bridge(), 0)
     states = StateKeeper()
     asyncio.run(states.keep_state(0, 3, "weights"))
@@ -232,8 +241,30 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(monke
 
     assert CyclicLearner.found == [0, 0]
     assert closed == [False]
+    assert emptied == [0] * on_gpu
     assert asyncio.run(states.kept_state(0, 3)) is None
     assert (worker._sender, worker.version) == (None, 0)
+
+
+@pytest.mark.parametrize("transfer", ["nccl", "ipc"])
+def test_weights_are_sent_the_way_that_is_set(transfer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[tuple[str, int, tuple[str, ...]]] = []
+
+    def sender(way: str) -> Any:
+        return lambda **_: SimpleNamespace(send=lambda version, replicas: sent.append((way, version, replicas)))
+
+    for way, name in (("nccl", "NcclSender"), ("ipc", "IpcSender")):
+        monkeypatch.setitem(sys.modules, f"rlhf_ray.weight_sync.{way}", SimpleNamespace(**{name: sender(way)}))
+    source = SimpleNamespace(size_bytes=lambda: 12)
+    monkeypatch.setattr(module, "Learner", lambda spec: SimpleNamespace(weight_source=lambda: source))
+    bridge = SimpleNamespace(set_version=Call(lambda version: None))
+    worker = module._Worker(SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer=transfer), bridge, 0)
+    worker.version = 4
+
+    send = Command(verb="send", arguments=(("app", "deployment", 1, ("a", "b")),), group=GROUP)
+
+    assert worker.execute(send) == 12
+    assert sent == [(transfer, 4, ("a", "b"))]
 
 
 def test_a_new_bridge_hears_again_what_a_rank_has_saved() -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_ray.rollouts.engine import _completion
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine, _completion
 from rlhf_ray.types import VersionSpan
 
 
@@ -46,3 +47,19 @@ def test_a_length_limit_is_a_truncation() -> None:
 def test_a_log_probability_that_is_missing_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="2 log-probabilities for 3 tokens"):
         _completion(choice(logprobs=SimpleNamespace(logprobs=[-0.5, -1.0])), 3)
+
+
+def test_a_cpu_without_kernels_for_quantized_weights_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
+    spec = EngineSpec(
+        engine_args={"quantization": "fp8_per_block"},
+        env={},
+        eos_token_ids=(1,),
+        weight_transfer="shared_memory",
+        tensor_parallel_size=1,
+        on_gpu=False,
+    )
+
+    with pytest.raises(ConfigError, match="needs a GPU, or a CPU with AMX") as caught:
+        RolloutEngine(spec)
+    assert caught.value.field == "rollouts.quantization"

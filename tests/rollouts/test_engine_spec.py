@@ -4,7 +4,7 @@ import json
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from tokenizers import Tokenizer, models
@@ -14,7 +14,7 @@ from rlhf_ray import hub
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.engine_spec import engine_spec, eos_token_ids, max_prompt_tokens, weight_transfer
-from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
+from rlhf_ray.settings import EvaluationSettings, ModelSettings, QuantizationName, RolloutSettings
 
 CONFIG = Qwen2Config(
     vocab_size=64,
@@ -298,19 +298,58 @@ def test_an_engine_over_several_gpus_runs_its_workers_on_ray() -> None:
 
 
 @pytest.mark.parametrize(
-    ("setting", "on_gpu", "learners_on_gpu", "resolved"),
+    ("setting", "on_gpu", "learners_on_gpu", "colocated", "resolved"),
     [
-        ("auto", False, False, "shared_memory"),
-        ("auto", True, True, "nccl"),
-        ("auto", True, False, "shared_memory"),
-        ("shared_memory", True, True, "shared_memory"),
-        ("nccl", True, True, "nccl"),
+        ("auto", False, False, False, "shared_memory"),
+        ("auto", True, True, False, "nccl"),
+        ("auto", True, False, False, "shared_memory"),
+        # NCCL has no two ranks on one GPU.
+        ("auto", True, True, True, "shared_memory"),
+        ("auto", False, False, True, "shared_memory"),
+        ("shared_memory", True, True, False, "shared_memory"),
+        ("shared_memory", True, True, True, "shared_memory"),
+        ("nccl", True, True, False, "nccl"),
+        ("ipc", True, True, True, "ipc"),
     ],
 )
-def test_weight_transfer(setting: Any, on_gpu: bool, learners_on_gpu: bool, resolved: str) -> None:
-    assert weight_transfer(setting, between_gpus=on_gpu and learners_on_gpu) == resolved
-    spec = spec_of(RolloutSettings(weight_transfer=setting), on_gpu=on_gpu, learners_on_gpu=learners_on_gpu)
+def test_weight_transfer(setting: Any, on_gpu: bool, learners_on_gpu: bool, colocated: bool, resolved: str) -> None:
+    assert weight_transfer(setting, between_gpus=on_gpu and learners_on_gpu, colocated=colocated) == resolved
+    spec = spec_of(
+        RolloutSettings(weight_transfer=setting), on_gpu=on_gpu, learners_on_gpu=learners_on_gpu, colocated=colocated
+    )
     assert spec.weight_transfer == resolved
+    assert spec.engine_args["weight_transfer_config"] == {"backend": f"rlhf_ray_{resolved}"}
+
+
+@pytest.mark.parametrize(
+    ("setting", "between_gpus", "colocated", "remedy"),
+    [
+        ("nccl", True, True, "use ipc or shared_memory"),
+        ("ipc", True, False, "only where a learner and a replica share it"),
+        ("ipc", False, True, "only where a learner and a replica share it"),
+    ],
+)
+def test_a_transfer_that_cannot_work_is_refused(setting: str, between_gpus: bool, colocated: bool, remedy: str) -> None:
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        weight_transfer(setting, between_gpus=between_gpus, colocated=colocated)
+    assert caught.value.field == "rollouts.weight_transfer"
+
+
+def test_engines_quantize_to_what_vllm_has_a_name_for() -> None:
+    from vllm.config.quantization import ONLINE_QUANT_SHORTHAND_NAMES
+
+    # One of its names asks for a configuration; fp8 is per tensor where the checkpoint is not quantized.
+    assert {*get_args(QuantizationName)} == {*ONLINE_QUANT_SHORTHAND_NAMES, "fp8"} - {"online"}
+    for name in get_args(QuantizationName):
+        assert spec_of(RolloutSettings(quantization=name), on_gpu=True).engine_args["quantization"] == name
+    assert spec_of(RolloutSettings(), on_gpu=True).engine_args["quantization"] is None
+
+
+def test_cpus_quantize_to_what_they_have_kernels_for() -> None:
+    assert spec_of(RolloutSettings(quantization="fp8_per_block")).engine_args["quantization"] == "fp8_per_block"
+    with pytest.raises(ConfigError, match="fp8_per_block alone") as caught:
+        spec_of(RolloutSettings(quantization="fp8"))
+    assert caught.value.field == "rollouts.quantization"
 
 
 def test_users_engine_arguments_come_last() -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
-from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets, unpack_bucket
+from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets, unpack_bucket
 from rlhf_ray.weight_sync.manifest import BucketLayout
 from rlhf_ray.weight_sync.shared_buckets import SharedBuckets
 
@@ -135,6 +139,19 @@ def test_unpacked_tensors_are_views() -> None:
     data[:] = 0
 
     assert tensor.tolist() == [0.0, 0.0]
+
+
+def test_an_offloaded_tensor_is_gathered_where_its_mesh_communicates(tmp_path: Path) -> None:
+    # A GPU learner may keep its shards in CPU memory; the network of its mesh is that of the GPUs.
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        offloaded = distribute_tensor(torch.ones(5, 3), DeviceMesh("cpu", [0]), [Shard(0)])
+        offloaded.device_mesh._device_type = "meta"
+
+        assert offloaded.to_local().device.type == "cpu"
+        assert full_tensor(offloaded).device.type == "meta"
+    finally:
+        dist.destroy_process_group()
 
 
 def test_no_parameters_make_no_bucket() -> None:

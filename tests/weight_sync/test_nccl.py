@@ -192,6 +192,61 @@ def test_a_collective_that_lost_a_peer_ends_the_process_that_would_wait_for_ever
     assert {"died": "replicas b", "raised": "size mismatch for w", "late": "not done within"}[how] in message
 
 
+@pytest.mark.parametrize("where", ["connect", "send", "nowhere"])
+def test_the_training_thread_stays_in_its_stream(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # vLLM's communicator makes a stream of its own the current one; memory that was cached in the other is lost there.
+    streams = ["training"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+
+    def communicate(here: str) -> Any:
+        return lambda client: torch.cuda.set_stream("vLLM's") if here == where else None
+
+    sender = connected(
+        Handle("a"), monkeypatch, connect=communicate("connect"), send=communicate("send"), tell=lambda text: None
+    )
+    sender.send(3, ("a",))
+
+    assert torch.cuda.current_stream() == "training"
+    assert ("vLLM's" in streams) == (where != "nowhere")
+
+
+def test_an_error_leaves_the_training_thread_in_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = ["training"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+
+    def fail(client: ReplicaClient) -> None:
+        torch.cuda.set_stream("vLLM's")
+        raise ValueError("no such layer")
+
+    sender = connected(Handle("a"), monkeypatch, connect=fail, send=nothing, tell=lambda text: None)
+    with pytest.raises(ValueError, match="no such layer"):
+        sender.send(3, ("a",))
+    assert streams[-1] == "training"
+
+
+def test_both_ends_pack_into_buffers_of_256_mib(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.distributed.weight_transfer import nccl_engine
+
+    from rlhf_ray.weight_sync.shared_memory_engine import NcclTransferEngine
+
+    handle = Handle("a", "b")
+    trainer_engine = module.NCCLTrainerWeightTransferEngine
+    sender = connected(handle, monkeypatch, connect=nothing, send=nothing, tell=lambda text: None)
+    monkeypatch.setattr(module, "NCCLTrainerWeightTransferEngine", trainer_engine)
+    monkeypatch.setattr(nccl_engine, "open_trainer_endpoint", lambda info: SimpleNamespace(destroy=lambda: None))
+    monkeypatch.setattr(trainer_engine, "send_weights", lambda self: None)
+
+    sender.send(1, ("a", "b"))
+
+    ((_, infos),) = [call for call in handle.asked if call[0] == "init_weight_transfer"]
+    sizes = [NcclTransferEngine.init_info_cls(**info).packed_buffer_size_bytes for info in infos.values()]
+    assert sizes == [sender._engine.packed_buffer_size_bytes] * 2 == [256 * 1024**2] * 2
+
+
 def test_an_error_that_is_raised_in_time_ends_nothing(ended: threading.Event, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     handle = Handle("a", failing={"b": ValueError("no such layer")})

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, OwnerDiedError, RayActorError, RayTas
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.rollouts.engine import LoadReport
 from rlhf_ray.weight_sync.manifest import BucketLayout, WeightManifest
-from rlhf_ray.weight_sync.publisher import NcclPublisher, ObjectStorePublisher, checked_pause
+from rlhf_ray.weight_sync.publisher import DirectPublisher, ObjectStorePublisher, checked_pause
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
 Answer = LoadReport | BaseException
@@ -207,7 +207,7 @@ def test_nccl_publication_goes_to_the_replicas_that_are_there() -> None:
     before = [report("b", version=0), RayActorError(), report("a", version=0)]
     handle = Handle(before, [report("a", pause_s=0.2), report("b", pause_s=0.1)])
 
-    publication = NcclPublisher(source=learners, handle=handle).gather(1)()
+    publication = DirectPublisher(source=learners, handle=handle).gather(1)()
 
     assert learners.sent_to == [("a", "b")]
     assert handle.asked == [("status",), ("status",)]
@@ -219,7 +219,7 @@ def test_nccl_publication_goes_to_the_replicas_that_are_there() -> None:
 def test_a_replica_that_comes_while_weights_are_sent_pulls_them_itself() -> None:
     handle = Handle([report("a", version=0)], [report("a"), report("new", version=0)])
 
-    assert NcclPublisher(source=Learners(), handle=handle).gather(1)().replica_ids == {"a"}
+    assert DirectPublisher(source=Learners(), handle=handle).gather(1)().replica_ids == {"a"}
 
 
 @pytest.mark.usefixtures("no_pauses")
@@ -234,7 +234,7 @@ def test_after_a_death_on_the_way_weights_are_sent_to_those_that_are_there_then(
         [report("c"), report("d")],
     )
 
-    publication = NcclPublisher(source=learners, handle=handle).gather(1)()
+    publication = DirectPublisher(source=learners, handle=handle).gather(1)()
 
     assert learners.sent_to == [("a", "b"), ("c", "d")]
     assert [method for method, *_ in handle.asked] == ["status", "abandon_update", "abandon_update", "status", "status"]
@@ -245,14 +245,14 @@ def test_after_a_death_on_the_way_weights_are_sent_to_those_that_are_there_then(
 def test_deaths_without_end_are_an_error() -> None:
     handle = Handle(*[[report("a", version=0)]] * 6)
     with pytest.raises(WeightSyncError, match="died 3 times while version 1 was sent"):
-        NcclPublisher(source=Learners(deaths=9), handle=handle).gather(1)()
+        DirectPublisher(source=Learners(deaths=9), handle=handle).gather(1)()
 
 
 def test_nccl_publication_is_checked_like_any_other() -> None:
     handle = Handle([report("a", version=0)], [report("a", version=0)])
 
     with pytest.raises(WeightSyncError, match="serves version 0 after version 1"):
-        NcclPublisher(source=Learners(), handle=handle).gather(1)()
+        DirectPublisher(source=Learners(), handle=handle).gather(1)()
 
 
 # What replicas say of their failures.
@@ -271,7 +271,7 @@ def test_the_same_error_of_a_replica_in_two_tries_ends_a_publication_over_nccl()
     ]
     handle = Handle(*[[report("a", version=0)]] * 6)
     with pytest.raises(WeightSyncError, match="replica c failed like another one before it: RuntimeError: size mism"):
-        NcclPublisher(source=learners, handle=handle).gather(1)()
+        DirectPublisher(source=learners, handle=handle).gather(1)()
     assert len(learners.sent_to) == 2
 
 
@@ -280,14 +280,14 @@ def test_deaths_of_different_causes_are_told_with_the_last_of_them() -> None:
     learners.told = [[told("a", "ValueError: x")], [], [told("b", "OSError: y")]]
     handle = Handle(*[[report("a", version=0)]] * 6)
     with pytest.raises(WeightSyncError, match="died 3 times while version 1 was sent; replica b: OSError: y"):
-        NcclPublisher(source=learners, handle=handle).gather(1)()
+        DirectPublisher(source=learners, handle=handle).gather(1)()
 
 
 def test_an_error_that_does_not_come_again_costs_a_try() -> None:
     learners = Learners(deaths=1)
     learners.told = [[told("a", "RuntimeError: out of memory")]]
     handle = Handle([report("a", version=0)], [], [report("b", version=0)], [report("b", version=0)], [report("b")])
-    assert NcclPublisher(source=learners, handle=handle).gather(1)().replica_ids == {"b"}
+    assert DirectPublisher(source=learners, handle=handle).gather(1)().replica_ids == {"b"}
 
 
 @pytest.mark.usefixtures("no_pauses")

@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.quickstart import model_path
-from rlhf_ray.rollouts.engine import RolloutEngine
+from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine
 from rlhf_ray.rollouts.engine_spec import engine_spec
 from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
-from rlhf_ray.types import Prompt, SamplingSettings
+from rlhf_ray.types import Completion, Prompt, SamplingSettings
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
 from rlhf_ray.weight_sync.manifest import WeightManifest, joined_names
 
@@ -45,6 +45,7 @@ KINDS: dict[str, dict[str, int]] = {
     "qwen3": HEADS,
 }
 IN_EVERY_RUN = ("qwen3_moe", "gemma2")
+PROMPT = [17, 11, 18]
 
 
 @pytest.mark.parametrize(
@@ -58,21 +59,7 @@ IN_EVERY_RUN = ("qwen3_moe", "gemma2")
 )
 def test_an_engine_is_given_weights(kind: str, transfer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = str(saved_model(kind, tmp_path))
-    spec = engine_spec(
-        ModelSettings(),
-        RolloutSettings(max_new_tokens=8, weight_transfer=transfer),
-        EvaluationSettings(),
-        config=AutoConfig.from_pretrained(path),
-        eos_token_ids=(AutoConfig.from_pretrained(path).eos_token_id,),
-        on_gpu=False,
-        learners_on_gpu=False,
-        model_path=path,
-        tokenizer_path=path,
-        prompt_tokens=8,
-        groups_in_flight=1,
-        seed=0,
-        dtype="float32",
-    )
+    spec = spec_of(path, RolloutSettings(max_new_tokens=8, weight_transfer=transfer))
     assert spec.weight_transfer == transfer
     for name, value in spec.env.items():
         monkeypatch.setenv(name, value)
@@ -98,12 +85,64 @@ def test_an_engine_is_given_weights(kind: str, transfer: str, tmp_path: Path, mo
     asyncio.run(test())
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cpu._is_amx_tile_supported(), reason="vLLM's CPU kernels of fp8 need AMX")
+def test_a_quantized_engine_rounds_the_weights_that_it_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(saved_model("quantized", tmp_path))
+    spec = spec_of(path, RolloutSettings(max_new_tokens=8, quantization="fp8_per_block"))
+    for name, value in spec.env.items():
+        monkeypatch.setenv(name, value)
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    other = AutoModelForCausalLM.from_config(model.config)
+
+    async def sampled(*published: Any) -> np.ndarray:
+        engine = RolloutEngine(spec)
+        try:
+            await engine.start(version=0)
+            for version, weights in enumerate(published):
+                await engine.load_weights(*publication(weights, version))
+            return (await completion_of(engine)).sampling_logprobs
+        finally:
+            engine.shutdown()
+
+    async def test() -> None:
+        fresh, back, elsewhere = await sampled(), await sampled(other, model), await sampled(other)
+        # Bit for bit what an engine is that starts with them.
+        np.testing.assert_array_equal(back, fresh)
+        assert np.abs(elsewhere[:1] - fresh[:1]).max() > 1e-3
+
+    asyncio.run(test())
+
+
+def spec_of(path: str, rollouts: RolloutSettings) -> EngineSpec:
+    config = AutoConfig.from_pretrained(path)
+    return engine_spec(
+        ModelSettings(),
+        rollouts,
+        EvaluationSettings(),
+        config=config,
+        eos_token_ids=(config.eos_token_id,),
+        on_gpu=False,
+        learners_on_gpu=False,
+        model_path=path,
+        tokenizer_path=path,
+        prompt_tokens=8,
+        groups_in_flight=1,
+        seed=0,
+        dtype="float32",
+    )
+
+
 def saved_model(kind: str, folder: Path) -> Path:
     """A small model with random weights and the quickstart's tokenizer."""
     torch.manual_seed(0)
     quickstart = AutoConfig.from_pretrained(model_path())
     tokens = {name: getattr(quickstart, name) for name in ("vocab_size", "eos_token_id", "pad_token_id")}
-    config = AutoConfig.for_model(kind, bos_token_id=None, **tokens, **KINDS[kind])
+    sizes = KINDS.get(kind, HEADS | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64})
+    kind = kind if kind in KINDS else "llama"
+    config = AutoConfig.for_model(kind, bos_token_id=None, **tokens, **sizes)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(model_path()).save_pretrained(folder)
     return folder
@@ -116,15 +155,20 @@ def scale(model: Any, factor: float) -> None:
         parameter.mul_(factor)
 
 
+async def completion_of(engine: RolloutEngine) -> Completion:
+    prompt = Prompt(prompt_id=0, token_ids=np.asarray(PROMPT, dtype=np.int32), text="", columns={})
+    (completion,) = await engine.generate(
+        prompt, SamplingSettings(group_size=1, max_new_tokens=8, temperature=1.0), seed=0
+    )
+    return completion
+
+
 async def written(engine: RolloutEngine, model: Any) -> np.ndarray:
     """Log-probabilities of a completion, which the model in transformers agrees with."""
-    ids = [17, 11, 18]
-    prompt = Prompt(prompt_id=0, token_ids=np.asarray(ids, dtype=np.int32), text="", columns={})
-    sampling = SamplingSettings(group_size=1, max_new_tokens=8, temperature=1.0)
-    (completion,) = await engine.generate(prompt, sampling, seed=0)
+    completion = await completion_of(engine)
     assert {span.version for span in completion.version_spans} == {engine.version}
     tokens = torch.tensor(completion.token_ids, dtype=torch.int64)
-    logits = model(torch.cat([torch.tensor(ids), tokens])[None]).logits[0, len(ids) - 1 : -1]
+    logits = model(torch.cat([torch.tensor(PROMPT), tokens])[None]).logits[0, len(PROMPT) - 1 : -1]
     wanted = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     np.testing.assert_allclose(completion.sampling_logprobs, wanted.detach().numpy(), atol=1e-4)
     return completion.sampling_logprobs
@@ -186,12 +230,18 @@ def test_a_weight_that_is_sent_once_is_loaded_under_each_of_its_names(
 def test_constants_outlive_a_reload() -> None:
     from rlhf_ray.weight_sync.shared_memory_engine import _Constants
 
-    model = nn.Sequential(nn.BatchNorm1d(2), nn.Linear(2, 2))
-    model[0].running_mean.fill_(7.0)
-    kept, of_quantized = _Constants(model, None), _Constants(model, "fp8")
-    model[0].running_mean = torch.full((2,), torch.nan)
+    class UnquantizedMethod:
+        """Named as vLLM's are."""
 
-    of_quantized.put_back()
-    assert model[0].running_mean.isnan().all()
-    kept.put_back()
-    assert model[0].running_mean.tolist() == [7.0, 7.0]
+    model = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(3)))
+    # In a quantized model too, but for the layers that are quantized.
+    model[1].quant_method, model[2].quant_method = UnquantizedMethod(), object()
+    for layer in model:
+        layer.running_mean.fill_(7.0)
+    constants = _Constants(model)
+    for layer in model:
+        layer.running_mean = torch.full((2,), torch.nan)
+
+    constants.put_back()
+
+    assert [layer.running_mean.tolist() == [7.0, 7.0] for layer in model] == [True, True, False]
