@@ -38,7 +38,7 @@ from rlhf_ray.rewards.stage import RewardStage, reward_stage
 from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
-from rlhf_ray.rollouts.engine_spec import check_served, engine_spec, eos_token_ids, max_prompt_tokens
+from rlhf_ray.rollouts.engine_spec import check_served, engine_spec, eos_token_ids, max_prompt_tokens, vllm_build
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.schedule import Schedule
@@ -230,7 +230,7 @@ def _started_parts(
     if session.lease is not None:
         session.lease.watch(app.name, learners.bridge)
     learners.start()
-    app.start()
+    app.start(after=learners.wait_placed)
     # The dataset is read in this thread while the others wait for processes.
     inputs.prompts.open()
     rewards.progress = training_progress(settings, inputs)
@@ -436,9 +436,10 @@ def _runs_on_cpus(settings: Settings) -> bool:
     import torch
 
     resources = settings.resources
-    if resources.device == "auto" and cluster_to_join(resources.ray_address) is None:
-        return not torch.cuda.is_available()
-    return resources.device == "cpu"
+    if resources.device != "auto":
+        return resources.device == "cpu"
+    no_gpus_here = cluster_to_join(resources.ray_address) is None and not torch.cuda.is_available()
+    return no_gpus_here or vllm_build() == "cpu"
 
 
 def _dtype(settings: Settings, session: RaySession) -> str:

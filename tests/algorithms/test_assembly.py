@@ -25,11 +25,11 @@ class Part:
         self._fails = fails
         self.name = self.bridge = self.handle = self.attend = None
         self.num_rows = 1
-        for method in ("start", "wait_ready", "open", "close", "stop"):
+        for method in ("start", "wait_placed", "wait_ready", "open", "close", "stop"):
             setattr(self, method, self._noting(method))
 
     def _noting(self, method: str) -> Callable[[], None]:
-        def call() -> None:
+        def call(**_: Any) -> None:
             self._calls.append(f"{self._name}.{method}")
             if (error := self._fails.get(f"{self._name}.{method}")) is not None:
                 raise error

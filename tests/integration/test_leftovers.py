@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,12 @@ def tiny_config(run_dir: Path) -> PPOConfig:
 
 
 @pytest.fixture(scope="module")
-def users_ray() -> Iterator[None]:
+def users_ray(fake_gpus: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """A cluster that no session here started, and none may end."""
     if ray.is_initialized():
         ray.shutdown()
-    ray.init(num_cpus=2, num_gpus=1, log_to_driver=False, namespace="rlhf_ray")
+    with fake_gpus():
+        ray.init(num_cpus=2, num_gpus=1, log_to_driver=False, namespace="rlhf_ray")
     yield
     ray.shutdown()
 
