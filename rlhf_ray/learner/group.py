@@ -316,7 +316,10 @@ class LearnerGroup:
                 raise LearnerError(f"the learners ended when asked {purpose}: {self._error!r}") from self._error
 
     def _is_placed(self) -> bool:
-        group = ray.get(self.bridge.placement_group.remote(), timeout=_STOP_TIMEOUT_S)
+        try:
+            group = ray.get(self.bridge.placement_group.remote(), timeout=_STOP_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:  # A bridge that is itself still starting.
+            return False
         return group is not None and placement_group_table(group).get("state") == "CREATED"
 
     def _late(self) -> LearnerError:

@@ -51,4 +51,5 @@ def keeper_on(node_id: str) -> Any:
         return here.current_actor
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": there, "max_restarts": -1, "max_task_retries": -1}
-    return ray.remote(**options, runtime_env=worker_env())(StateKeeper).remote()
+    options["runtime_env"] = worker_env()
+    return ray.remote(**options)(StateKeeper).remote()

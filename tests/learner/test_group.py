@@ -75,9 +75,15 @@ def test_places_are_waited_for_where_several_nodes_have_some(
 ) -> None:
     cluster_of(monkeypatch, *gpus)
     states = iter(["PENDING", "REMOVED", "PENDING", "CREATED"])
-    groups = iter([None, "first", "first", "second", "second"])
+    groups = iter(["starting", None, "first", "first", "second", "second"])
+
+    def answer(group: str | None) -> str | None:
+        return fail() if group == "starting" else group
+
     monkeypatch.setattr(module, "placement_group_table", lambda group: {"state": next(states)})
-    group_of(Actor(placement_group=lambda: next(groups)), monkeypatch, on_gpu=on_gpu).wait_placed(threading.Event())
+    group_of(Actor(placement_group=lambda: answer(next(groups))), monkeypatch, on_gpu=on_gpu).wait_placed(
+        threading.Event()
+    )
     assert list(states) == ([] if waits else ["PENDING", "REMOVED", "PENDING", "CREATED"])
 
 
@@ -116,7 +122,7 @@ def test_a_start_that_is_late_tells_whether_the_learners_have_their_places(
         group.wait_ready()
 
 
-def fail(*_: Any) -> None:
+def fail(*_: Any) -> Any:
     raise ray.exceptions.GetTimeoutError("no answer")
 
 
