@@ -133,7 +133,7 @@ def node_resources() -> list[dict[str, float]]:
 
 
 def check_nodes(settings: Settings, shares: Shares, nodes: Sequence[Mapping[str, float]], *, on_gpu: bool) -> None:
-    """Refuse what the cluster has, but no single node: an actor is on one, and so are the GPUs of a replica.
+    """Refuse what the cluster has in all and its nodes do not: an actor is on one node, and so are a replica's GPUs.
 
     Args:
         settings: The run's settings.
@@ -142,32 +142,33 @@ def check_nodes(settings: Settings, shares: Shares, nodes: Sequence[Mapping[str,
         on_gpu: Whether replicas run on GPUs.
 
     Raises:
-        ConfigError: Ray would wait for such a node until the time is over.
+        ConfigError: Ray would wait for such nodes until the time is over.
     """
-    replica_gpus = settings.rollouts.tensor_parallel_size if on_gpu else 0
-    learner_gpus = int(on_gpu and settings.learners.num_gpus_per_learner != 0)
-    sizes = ", ".join(f"{node.get('CPU', 0.0):g} CPUs and {node.get('GPU', 0.0):g} GPUs" for node in nodes)
-    if replica_gpus:
-        at_once = sum(int(node.get("GPU", 0.0) // replica_gpus) for node in nodes)
-        if at_once < settings.rollouts.num_replicas:
-            raise ConfigError(
-                "rollouts.tensor_parallel_size",
-                replica_gpus,
-                f"the GPUs of a replica must be on one node, and the nodes ({sizes}) hold {at_once} such replicas at "
-                f"once, not rollouts.num_replicas = {settings.rollouts.num_replicas}; lower either",
-            )
-    asked: list[tuple[str, Any, float, float]] = [
-        ("resources.cpus_per_replica", shares.replica, shares.replica, replica_gpus),
-        ("resources.cpus_per_learner", shares.learner, shares.learner, learner_gpus),
-        ("resources.cpus_per_reward_worker", shares.reward_worker, shares.reward_worker, 0),
+    rollouts, learners, worker_cpus = settings.rollouts, settings.learners, shares.reward_worker
+    replica_gpus = rollouts.tensor_parallel_size if on_gpu else 0
+    learner_gpus = int(on_gpu and learners.num_gpus_per_learner != 0)
+    asked: list[tuple[str, Any, int, float, float]] = [
+        ("rollouts.tensor_parallel_size", rollouts.tensor_parallel_size, rollouts.num_replicas, 0, replica_gpus),
+        ("resources.cpus_per_replica", shares.replica, rollouts.num_replicas, shares.replica, replica_gpus),
+        ("resources.cpus_per_learner", shares.learner, learners.num_learners, shares.learner, learner_gpus),
+        ("resources.cpus_per_reward_worker", worker_cpus, settings.rewards.num_workers, worker_cpus, 0),
     ]
     for model in reward_models(settings.rewards):
         gpus = model.gpus_per_worker(on_gpu=on_gpu)
-        asked.append(("rewards.functions", model.path, shares.reward_worker, gpus))
-    for field, value, cpus, gpus in asked:
-        if not any(node.get("CPU", 0.0) >= cpus and node.get("GPU", 0.0) >= gpus for node in nodes):
-            remedy = f"no node has {cpus:g} CPUs and {gpus:g} GPUs, which each must find on one; there are {sizes}"
-            raise ConfigError(field, value, f"{remedy}; lower it")
+        asked.append(("rewards.functions", model.path, model.num_workers, worker_cpus, gpus))
+    for field, value, count, cpus, gpus in asked:
+        needs = [(name, amount) for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0]
+        # Sums of fractions are a little off.
+        rooms = (min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needs) for node in nodes if needs)
+        if needs and (at_once := sum(rooms)) < count:
+            sizes = ", ".join(f"{node.get('CPU', 0.0):g} CPUs and {node.get('GPU', 0.0):g} GPUs" for node in nodes)
+            each = " and ".join(f"{amount:g} {name}s" for name, amount in needs)
+            raise ConfigError(
+                field,
+                value,
+                f"{count} actors need {each} each, on one node, and the nodes ({sizes}) hold {at_once} such at once; "
+                "lower it, or their number",
+            )
 
 
 # Of all sessions in this process.

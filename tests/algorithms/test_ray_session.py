@@ -203,7 +203,7 @@ def test_the_gpus_of_a_replica_are_on_one_node(
     if fits:
         check_nodes(settings, SHARES, nodes, on_gpu=True)
     else:
-        with pytest.raises(ConfigError, match=r"hold \d such replicas at once") as caught:
+        with pytest.raises(ConfigError, match=r"hold \d such at once") as caught:
             check_nodes(settings, SHARES, nodes, on_gpu=True)
         assert (caught.value.field, caught.value.value) == ("rollouts.tensor_parallel_size", tensor_parallel)
 
@@ -212,17 +212,27 @@ def test_the_gpus_of_a_replica_are_on_one_node(
 def test_an_actor_finds_its_cpus_on_one_node(kind: str) -> None:
     shares = replace(SHARES, **{kind: 6.0})
     check_nodes(settings_of(), shares, [node(4), node(8)], on_gpu=False)
-    with pytest.raises(ConfigError, match=r"no node has 6 CPUs and 0 GPUs.*4 CPUs and 0 GPUs, 4 CPUs") as caught:
+    message = r"1 actors need 6 CPUs each.*nodes \(4 CPUs and 0 GPUs, 4 CPUs and 0 GPUs\) hold 0"
+    with pytest.raises(ConfigError, match=message) as caught:
         check_nodes(settings_of(), shares, [node(4), node(4)], on_gpu=False)
     assert (caught.value.field, caught.value.value) == (f"resources.cpus_per_{kind}", 6.0)
 
 
+def test_all_actors_find_their_cpus_at_once() -> None:
+    settings, tenths = settings_of(replicas=3), Shares(replica=0.1, learner=0.1, reward_worker=0.1)
+    check_nodes(settings, tenths, [node(0.3)], on_gpu=False)  # 0.3 / 0.1 is less than 3.
+    shares = replace(SHARES, replica=6.0)
+    check_nodes(settings, shares, [node(12), node(8)], on_gpu=False)
+    with pytest.raises(ConfigError, match=r"3 actors need 6 CPUs each.*hold 2 such at once"):
+        check_nodes(settings, shares, [node(11), node(11)], on_gpu=False)
+
+
 def test_an_actor_finds_cpus_and_gpus_on_the_same_node() -> None:
     shares = replace(SHARES, learner=6.0)
-    with pytest.raises(ConfigError, match="no node has 6 CPUs and 1 GPUs"):
+    with pytest.raises(ConfigError, match="need 6 CPUs and 1 GPUs each"):
         check_nodes(settings_of(), shares, [node(8), node(4, 8)], on_gpu=True)
     with_model = with_reward_models(RewardModelReward("rm", num_gpus=2.0))
-    with pytest.raises(ConfigError, match="no node has 1 CPUs and 2 GPUs") as caught:
+    with pytest.raises(ConfigError, match="need 1 CPUs and 2 GPUs each") as caught:
         check_nodes(with_model, SHARES, [node(8, 1), node(8, 1)], on_gpu=False)
     assert caught.value.field == "rewards.functions"
 
