@@ -124,7 +124,7 @@ class FileSource:
             with prompt_context():
                 files = FileDatasource(paths, file_format=self.file_format, csv_types=self.csv_types)
                 dataset = ray.data.read_datasource(
-                    files, num_cpus=NUM_CPUS, ray_remote_args={"runtime_env": worker_env()}, compute=few_tasks
+                    files, num_cpus=NUM_CPUS, runtime_env=worker_env(), compute=few_tasks
                 )
             return RowStore.from_dataset(dataset)
 

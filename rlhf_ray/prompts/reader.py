@@ -99,7 +99,7 @@ class PromptReader:
             dataset = ray.data.read_datasource(
                 rows,
                 num_cpus=NUM_CPUS,
-                ray_remote_args={"runtime_env": worker_env()},
+                runtime_env=worker_env(),
                 compute=one_task,
                 override_num_blocks=-(-(stop - start) // _PROMPTS_A_TASK),
             ).map_batches(
