@@ -6,6 +6,7 @@ starts.
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -306,16 +307,24 @@ def training_sampling(settings: Settings) -> SamplingSettings:
 
 def _wait(learners: LearnerGroup, app: RolloutApp, rewards: RewardStage, reporters: ReporterSet) -> None:
     """Wait for all three; the first that fails ends the wait for the others."""
+    stopped = threading.Event()
+
+    def start_rewards() -> None:
+        learners.wait_placed(stopped)  # Reward models may take GPUs too.
+        if not stopped.is_set():
+            rewards.start()
+
     with ThreadPoolExecutor(3, "start-up") as pool:
         pending = {
             pool.submit(learners.wait_ready): "learners",
             pool.submit(app.wait_ready): "rollout replicas",
-            pool.submit(rewards.start): "reward workers",
+            pool.submit(start_rewards): "reward workers",
         }
         try:
             _report_progress(pending, reporters)
         except BaseException:
             # The other waits end when what they wait for is stopped.
+            stopped.set()
             stop_all(("reward workers", rewards.stop), ("rollout replicas", app.stop), ("learners", learners.stop))
             raise
 
