@@ -126,7 +126,7 @@ def test_learners_without_room_end_the_start_with_an_error_of_their_own(parts: C
     app.start(after=learners.wait_placed)
     with pytest.raises(LearnerError, match=r"no room for 4 of 0.1 CPUs and 1 GPU each; .* 3 GPUs are free"):
         app.wait_ready()
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 120
     assert not app._begun
 
 
