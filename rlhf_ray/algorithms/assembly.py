@@ -6,6 +6,7 @@ starts.
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,7 @@ from rlhf_ray.rollouts.engine_spec import (
     engine_spec,
     eos_token_ids,
     max_prompt_tokens,
+    vllm_build,
     weight_transfer,
 )
 from rlhf_ray.rollouts.flow import RolloutFlow
@@ -238,7 +240,7 @@ def _started_parts(
     if session.lease is not None:
         session.lease.watch(app.name, learners.bridge)
     learners.start()
-    app.start()
+    app.start(after=learners.wait_placed)
     # The dataset is read in this thread while the others wait for processes.
     inputs.prompts.open()
     rewards.progress = training_progress(settings, inputs)
@@ -314,16 +316,24 @@ def training_sampling(settings: Settings) -> SamplingSettings:
 
 def _wait(learners: LearnerGroup, app: RolloutApp, rewards: RewardStage, reporters: ReporterSet) -> None:
     """Wait for all three; the first that fails ends the wait for the others."""
+    stopped = threading.Event()
+
+    def start_rewards() -> None:
+        learners.wait_placed(stopped)  # Reward models may take GPUs too.
+        if not stopped.is_set():
+            rewards.start()
+
     with ThreadPoolExecutor(3, "start-up") as pool:
         pending = {
             pool.submit(learners.wait_ready): "learners",
             pool.submit(app.wait_ready): "rollout replicas",
-            pool.submit(rewards.start): "reward workers",
+            pool.submit(start_rewards): "reward workers",
         }
         try:
             _report_progress(pending, reporters)
         except BaseException:
             # The other waits end when what they wait for is stopped.
+            stopped.set()
             stop_all(("reward workers", rewards.stop), ("rollout replicas", app.stop), ("learners", learners.stop))
             raise
 
@@ -447,9 +457,10 @@ def _runs_on_cpus(settings: Settings) -> bool:
     import torch
 
     resources = settings.resources
-    if resources.device == "auto" and cluster_to_join(resources.ray_address) is None:
-        return not torch.cuda.is_available()
-    return resources.device == "cpu"
+    if resources.device != "auto":
+        return resources.device == "cpu"
+    no_gpus_here = cluster_to_join(resources.ray_address) is None and not torch.cuda.is_available()
+    return no_gpus_here or vllm_build() == "cpu"
 
 
 def _dtype(settings: Settings, session: RaySession) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
@@ -15,11 +16,13 @@ from rlhf_ray.algorithms.trial_lease import TrialLease
 from rlhf_ray.algorithms.trial_room import Room
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.functions import reward_models
+from rlhf_ray.rollouts.engine_spec import vllm_build
 from rlhf_ray.settings import Settings
 from rlhf_ray.stopping import stop_all
 
-__all__ = ["RaySession", "Shares", "cpu_shares", "resolve_device"]
+__all__ = ["RaySession", "Shares", "check_nodes", "choose_device", "cpu_shares", "node_resources", "resolve_device"]
 
+_LOG = logging.getLogger(__name__)
 
 # Left free on a small machine: Ray Data's readers and whatever else asks for a little.
 _SPARE_CPUS = 0.2
@@ -70,13 +73,32 @@ def cpu_shares(settings: Settings, cluster_cpus: float) -> Shares:
     return Shares(replica=replica, learner=learner, reward_worker=reward_worker)
 
 
+def choose_device(settings: Settings, gpus: float) -> tuple[bool, str]:
+    """Whether replicas run on GPUs, in a cluster that offers ``gpus``, and why."""
+    device = settings.resources.device
+    if device != "auto":
+        return device == "cuda", f"resources.device is {device}"
+    if gpus == 0:
+        return False, "Ray offers no GPUs"
+    if vllm_build() == "cpu":
+        return False, f"the installed vLLM is its CPU build, so the {gpus:g} GPUs that Ray offers are not used"
+    return True, f"Ray offers {gpus:g} GPUs"
+
+
 def resolve_device(settings: Settings, gpus: float) -> bool:
-    """Whether replicas run on GPUs, in a cluster that has ``gpus``.
+    """Whether replicas run on GPUs, in a cluster that offers ``gpus``.
 
     Raises:
-        ConfigError: The run asks for more than that.
+        ConfigError: The run asks for more than that, or the installed vLLM does not run on CPUs.
     """
-    on_gpu = settings.resources.device == "cuda" or (settings.resources.device == "auto" and gpus > 0)
+    on_gpu, reason = choose_device(settings, gpus)
+    if not on_gpu and vllm_build() == "cuda":
+        raise ConfigError(
+            "resources.device",
+            settings.resources.device,
+            f"replicas would run on CPUs ({reason}), which the installed vLLM, a CUDA build, cannot; install "
+            "rlhf-ray[cpu], or let Ray have GPUs",
+        )
     if settings.learners.num_gpus_per_learner and not on_gpu:
         raise ConfigError(
             "learners.num_gpus_per_learner",
@@ -103,6 +125,50 @@ def resolve_device(settings: Settings, gpus: float) -> bool:
             f"{gpus:g}; lower num_gpus (0: on CPUs) or num_workers of the reward models",
         )
     return on_gpu
+
+
+def node_resources() -> list[dict[str, float]]:
+    """What each living node of the cluster has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def check_nodes(settings: Settings, shares: Shares, nodes: Sequence[Mapping[str, float]], *, on_gpu: bool) -> None:
+    """Refuse what the cluster has in all and its nodes do not: an actor is on one node, and so are a replica's GPUs.
+
+    Args:
+        settings: The run's settings.
+        shares: CPUs reserved.
+        nodes: From :func:`node_resources`.
+        on_gpu: Whether replicas run on GPUs.
+
+    Raises:
+        ConfigError: Ray would wait for such nodes until the time is over.
+    """
+    rollouts, learners, worker_cpus = settings.rollouts, settings.learners, shares.reward_worker
+    replica_gpus = rollouts.tensor_parallel_size if on_gpu else 0
+    learner_gpus = int(on_gpu and learners.num_gpus_per_learner != 0)
+    asked: list[tuple[str, Any, int, float, float]] = [
+        ("rollouts.tensor_parallel_size", rollouts.tensor_parallel_size, rollouts.num_replicas, 0, replica_gpus),
+        ("resources.cpus_per_replica", shares.replica, rollouts.num_replicas, shares.replica, replica_gpus),
+        ("resources.cpus_per_learner", shares.learner, learners.num_learners, shares.learner, learner_gpus),
+        ("resources.cpus_per_reward_worker", worker_cpus, settings.rewards.num_workers, worker_cpus, 0),
+    ]
+    for model in reward_models(settings.rewards):
+        gpus = model.gpus_per_worker(on_gpu=on_gpu)
+        asked.append(("rewards.functions", model.path, model.num_workers, worker_cpus, gpus))
+    for field, value, count, cpus, gpus in asked:
+        needs = [(name, amount) for name, amount in (("CPU", cpus), ("GPU", gpus)) if amount > 0]
+        # Sums of fractions are a little off.
+        rooms = (min(int(node.get(name, 0.0) / amount + 1e-6) for name, amount in needs) for node in nodes if needs)
+        if needs and (at_once := sum(rooms)) < count:
+            sizes = ", ".join(f"{node.get('CPU', 0.0):g} CPUs and {node.get('GPU', 0.0):g} GPUs" for node in nodes)
+            each = " and ".join(f"{amount:g} {name}s" for name, amount in needs)
+            raise ConfigError(
+                field,
+                value,
+                f"{count} actors need {each} each, on one node, and the nodes ({sizes}) hold {at_once} such at once; "
+                "lower it, or their number",
+            )
 
 
 # Of all sessions in this process.
@@ -134,12 +200,17 @@ class RaySession:
         self.lease: TrialLease | None = None
         self._quieten(settings.debugging.log_level)
         try:
-            self.on_gpu = resolve_device(settings, ray.cluster_resources().get("GPU", 0.0))
+            gpus = ray.cluster_resources().get("GPU", 0.0)
+            self.on_gpu = resolve_device(settings, gpus)
             """Whether replicas run on GPUs."""
+            unexpected = gpus > 0 and not self.on_gpu and settings.resources.device == "auto"
+            device, reason = "GPUs" if self.on_gpu else "CPUs", choose_device(settings, gpus)[1]
+            _LOG.log(logging.WARNING if unexpected else logging.INFO, "the run uses %s: %s", device, reason)
             self.learners_on_gpu = self.on_gpu and settings.learners.num_gpus_per_learner != 0
             """Whether learners run on GPUs."""
             cpus = ray.cluster_resources().get("CPU", 0.0)
             self.shares = cpu_shares(settings, cpus) if trial is None else self._leased(settings, cpus - trial.cpus)
+            check_nodes(settings, self.shares, node_resources(), on_gpu=self.on_gpu)
         except BaseException:
             self.stop()  # Or the next session here would take this cluster for the user's.
             raise

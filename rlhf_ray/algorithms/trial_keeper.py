@@ -20,6 +20,7 @@ from ray.util import remove_placement_group
 from rlhf_ray.algorithms.trial_room import Answer, Room, TrialRoom
 from rlhf_ray.rollouts.serve_instance import end_unused_serve, start_serve
 from rlhf_ray.stopping import stop_all
+from rlhf_ray.worker_env import worker_env
 
 __all__ = ["TrialKeeper", "trial_keeper"]
 
@@ -160,6 +161,7 @@ def trial_keeper() -> Any:
         "max_concurrency": 16,
         # Neither inside the placement group of the trial that happens to be the first.
         "scheduling_strategy": "DEFAULT",
+        "runtime_env": worker_env(),
     }
     return ray.remote(TrialKeeper).options(**options).remote()
 

@@ -36,40 +36,43 @@ def check_ray(settings: Settings) -> Check:
     return judge_resources(settings, found, address=joined)
 
 
-def judge_resources(settings: Settings, found: Mapping[str, float], *, address: str | None) -> Check:
-    """Compare a cluster's resources with those that the settings reserve.
+def judge_resources(settings: Settings, found: Mapping[str, Any], *, address: str | None) -> Check:
+    """Compare a cluster's resources with those that the settings reserve, and tell the device that the run would use.
 
     Args:
         settings: The run's settings.
-        found: ``ray.cluster_resources()``.
+        found: ``ray.cluster_resources()``, and those of each node as ``nodes``.
         address: Where the cluster is; none: started here.
     """
-    from rlhf_ray.algorithms.ray_session import cpu_shares, resolve_device
+    from rlhf_ray.algorithms.ray_session import check_nodes, choose_device, cpu_shares, resolve_device
 
     cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
     place = "starts here" if address is None else f"joined {address}"
     store = in_units(found.get("object_store_memory", 0.0))
     detail = f"{place}: {cpus:g} CPUs, {gpus:g} GPUs, {store} object store"
     try:
-        resolve_device(settings, gpus)
+        on_gpu = resolve_device(settings, gpus)
         shares = cpu_shares(settings, cpus)
+        check_nodes(settings, shares, found["nodes"], on_gpu=on_gpu)
     except ConfigError as error:
         return failed("Ray", f"{detail}; {error.field} = {error.value!r}", error.remedy)
     reserved = f"{shares.replica:g} a replica, {shares.learner:g} a learner, {shares.reward_worker:g} a reward worker"
-    return passed("Ray", f"{detail}; CPUs reserved: {reserved}")
+    device = f"the run uses {'GPUs' if on_gpu else 'CPUs'}: {choose_device(settings, gpus)[1]}"
+    return passed("Ray", f"{detail}; CPUs reserved: {reserved}; {device}")
 
 
 def _look(address: str | None) -> dict[str, Any]:
     import ray
 
     from rlhf_ray.algorithms.ray_connection import connect
+    from rlhf_ray.algorithms.ray_session import node_resources
 
     # As a run does it: without an address Ray joins the cluster on its record, and starts one only where there is none.
     try:
         connect(address, log_to_driver=False)
     except ConfigError as error:
         return {"field": error.field, "value": str(error.value), "remedy": error.remedy}
-    resources = dict(ray.cluster_resources())
+    resources = {**ray.cluster_resources(), "nodes": node_resources()}
     ray.shutdown()
     return resources
 

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_ray.algorithms.ray_session import choose_device
 from rlhf_ray.doctor.check import Check, Status, failed, passed, warned
 from rlhf_ray.doctor.cluster import check_ray
 from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
@@ -64,7 +65,7 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     yield check_cores(machine)
     yield check_open_files(machine)
     yield check_gpus(settings, machine, torch_sees=_torch_gpus())
-    on_gpu = settings.resources.device == "cuda" or (settings.resources.device == "auto" and bool(machine.gpus))
+    on_gpu, _ = choose_device(settings, len(machine.gpus))
     say("starting Ray")
     yield check_ray(settings)
     say("reading the model")

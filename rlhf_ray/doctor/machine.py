@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import resource
 import shutil
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_ray.doctor.check import Check, failed, in_units, passed, warned
+from rlhf_ray.doctor.driver import GPU, Driver
+from rlhf_ray.rollouts.engine_spec import vllm_build
 from rlhf_ray.settings import Settings
 
-__all__ = ["GPU", "Machine", "check_cores", "check_gpus", "check_open_files", "check_shared_memory"]
+__all__ = ["Machine", "check_cores", "check_gpus", "check_open_files", "check_shared_memory"]
 
 _GIB = 1024**3
 _SHARED_MEMORY = Path("/dev/shm")
@@ -20,15 +21,6 @@ _LEAST_SHARED_MEMORY = _GIB // 2
 _LEAST_OPEN_FILES = 4096
 # An idle GPU's driver and display hold less than the rest; an engine asks for 0.9 of it.
 _MOSTLY_FREE = 0.9
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class GPU:
-    """One NVIDIA GPU."""
-
-    name: str
-    memory_bytes: int
-    free_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,7 +35,13 @@ class Machine:
     """Size of /dev/shm; ``None`` where there is none."""
     open_files: int
     """Soft limit of open files a process."""
-    gpus: tuple[GPU, ...]
+    driver: Driver | None
+    """NVIDIA's; ``None``: there are no GPUs."""
+
+    @property
+    def gpus(self) -> tuple[GPU, ...]:
+        """The GPUs of this machine."""
+        return self.driver.gpus if self.driver is not None else ()
 
     @classmethod
     def here(cls) -> Machine:
@@ -55,7 +53,7 @@ class Machine:
             available_bytes=available,
             shared_memory_bytes=shutil.disk_usage(_SHARED_MEMORY).total if _SHARED_MEMORY.is_dir() else None,
             open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-            gpus=_gpus(),
+            driver=Driver.here(),
         )
 
 
@@ -98,21 +96,27 @@ def check_gpus(settings: Settings, machine: Machine, *, torch_sees: int) -> Chec
         machine: This machine.
         torch_sees: ``torch.cuda.device_count()``.
     """
-    name, gpus, device = "GPUs", machine.gpus, settings.resources.device
-    if not gpus:
+    name, driver, gpus, device = "GPUs", machine.driver, machine.gpus, settings.resources.device
+    if driver is None:
         if device == "cuda" and settings.resources.ray_address is None:
             return failed(name, "none here, resources.device is cuda", "set resources.device=cpu, or join a cluster")
-        return passed(name, "none, the run uses CPUs" if device != "cuda" else "none here; the cluster's are used")
-    detail = f"{len(gpus)} x {gpus[0].name}, {in_units(min(gpu.memory_bytes for gpu in gpus))}"
+        return passed(name, "none here" if device != "cuda" else "none here; the cluster's are used")
+    free = f"{in_units(min(gpu.free_bytes for gpu in gpus))} of {in_units(min(gpu.memory_bytes for gpu in gpus))} free"
+    detail = f"{len(gpus)} x {gpus[0].name}, {free}, driver {driver.version}"
     if device == "cpu":
         return passed(name, f"{detail}, not used (resources.device is cpu)")
+    if torch_sees == 0 and driver.too_old:
+        check = failed if device == "cuda" or vllm_build() == "cuda" else warned
+        return check(name, f"{detail}; {driver.too_old}", "update the driver and install rlhf-ray[gpu]")
+    if torch_sees == 0 and device == "auto" and vllm_build() == "cpu":
+        return warned(name, f"{detail}, not used by the CPU builds of vLLM and torch", "install rlhf-ray[gpu]")
     if torch_sees == 0:
         remedy = "install the CUDA builds (rlhf-ray[gpu]), or set resources.device=cpu"
         return failed(name, f"{detail}, but this torch sees none", remedy)
     if busy := [index for index, gpu in enumerate(gpus) if gpu.free_bytes < _MOSTLY_FREE * gpu.memory_bytes]:
-        free = ", ".join(f"GPU {index}: {in_units(gpus[index].free_bytes)} free" for index in busy)
+        in_use = ", ".join(f"GPU {index}: {in_units(gpus[index].free_bytes)} free" for index in busy)
         remedy = "end what holds their memory (nvidia-smi), or hide them with CUDA_VISIBLE_DEVICES"
-        return warned(name, f"{detail}; in use: {free}", remedy)
+        return warned(name, f"{detail}; in use: {in_use}", remedy)
     return passed(name, detail)
 
 
@@ -139,23 +143,6 @@ def _memory() -> tuple[int, int]:
         if limit.isdigit() and usage.isdigit() and int(limit) < total:
             return int(limit), min(available, int(limit) - int(usage))
     return total, available
-
-
-def _gpus() -> tuple[GPU, ...]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits"]
-    if shutil.which(query[0]) is None:
-        return ()
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (subprocess.SubprocessError, OSError):
-        # A driver that does not answer offers no GPU; torch_sees tells the same story.
-        return ()
-    return tuple(_gpu(line) for line in answer.splitlines() if line.count(",") == 2)
-
-
-def _gpu(line: str) -> GPU:
-    name, total, free = (part.strip() for part in line.split(","))
-    return GPU(name=name, memory_bytes=int(total) * 1024**2, free_bytes=int(free) * 1024**2)
 
 
 def _lines(path: Path) -> list[str]:

@@ -24,6 +24,7 @@ from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
+from rlhf_ray.worker_env import worker_env
 
 # A publication for a replica that starts waits for the update that is under way, whose own limit is the Algorithm's.
 _SNAPSHOT_TIMEOUT_S = 7200.0
@@ -350,5 +351,6 @@ def bridge_actor(world_size: int) -> Any:
         "max_task_retries": -1,
         # Ray puts actors that need nothing on any node, and elsewhere at the next start.
         "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
+        "runtime_env": worker_env(),
     }
     return ray.remote(**options)(Bridge).remote(world_size)

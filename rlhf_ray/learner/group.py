@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.util import remove_placement_group
+from ray.util import placement_group_table, remove_placement_group
 
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import LearnerError
@@ -28,6 +28,7 @@ from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
+from rlhf_ray.worker_env import worker_env
 
 __all__ = ["LearnerGroup", "StateLostError"]
 
@@ -102,6 +103,23 @@ class LearnerGroup:
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
         self._thread.start()
 
+    def wait_placed(self, stopped: threading.Event) -> None:
+        """Wait until every rank has its place, so that replicas, which Serve spreads, leave all ranks one node.
+
+        Returns at once where only one node can hold ranks; ends early when ``stopped`` is set.
+
+        Raises:
+            LearnerError: The cluster has no room for them, or they ended.
+        """
+        name, ends_at = "GPU" if self._spec.on_gpu else "CPU", time.monotonic() + self._startup_timeout_s
+        if sum(node["Alive"] and node["Resources"].get(name, 0.0) > 0 for node in ray.nodes()) < 2:
+            return
+        while not self._is_placed() and not stopped.wait(_POLL_S):
+            if self._ended.is_set():
+                raise LearnerError(f"the learners ended before they had started: {self._error!r}") from self._error
+            if time.monotonic() > ends_at:
+                raise self._late()
+
     def wait_ready(self) -> None:
         """Wait until every rank has loaded its models.
 
@@ -110,10 +128,7 @@ class LearnerGroup:
         """
         ready = self._await(self.bridge.wait_ready.remote(self._startup_timeout_s, after=self._name), "to start")
         if ready is None:
-            raise LearnerError(
-                f"the learners did not start within learners.startup_timeout_s = {self._startup_timeout_s:g} s; "
-                "are there enough CPUs and GPUs in the cluster?"
-            )
+            raise self._late()
         self._name = ready
         self._controller = ray.get(self.bridge.controller.remote())
         self.packed = all(self._execute("layout", (None,), recalls=False))
@@ -300,6 +315,24 @@ class LearnerGroup:
             if self._ended.is_set():
                 raise LearnerError(f"the learners ended when asked {purpose}: {self._error!r}") from self._error
 
+    def _is_placed(self) -> bool:
+        try:
+            group = ray.get(self.bridge.placement_group.remote(), timeout=_STOP_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError:  # A bridge that is itself still starting.
+            return False
+        return group is not None and placement_group_table(group).get("state") == "CREATED"
+
+    def _late(self) -> LearnerError:
+        message = f"the learners did not start within learners.startup_timeout_s = {self._startup_timeout_s:g} s"
+        if self._is_placed():
+            return LearnerError(f"{message}; they have their CPUs and GPUs, and were still loading their models")
+        free = ray.available_resources()
+        each = f"{self._num_cpus:g} CPUs{' and 1 GPU' if self._spec.on_gpu else ''}"
+        return LearnerError(
+            f"{message}: the cluster has no room for {self.num_learners} of {each} each; "
+            f"{free.get('CPU', 0.0):g} CPUs and {free.get('GPU', 0.0):g} GPUs are free"
+        )
+
     def _fit(self) -> None:
         try:
             self._trainer().fit()
@@ -334,6 +367,7 @@ class LearnerGroup:
                 # Or Ray reads the path as a URI, in which #, ? and % have a meaning.
                 storage_filesystem=LocalFileSystem(),
                 callbacks=[announce_controller(self.bridge)],
+                worker_runtime_env=worker_env(),
                 failure_config=FailureConfig(max_failures=self._max_restarts),
             ),
         )

@@ -37,6 +37,7 @@ from rlhf_ray.learner.lora import LoraSpec, add_adapters
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import (
     attention_kernels,
+    fix_sdpa_kernels,
     freeze,
     head_is_new,
     load_critic,
@@ -151,8 +152,9 @@ class Learner:
         self._spec = spec
         self._training = spec.training
         device = spec.device
-        if device.type == "cpu":
-            torch.set_num_threads(spec.num_threads or _share_of_cores(beside_engines=spec.max_staleness > 0))
+        fix_sdpa_kernels()
+        if (num_threads := _num_threads(spec)) is not None:
+            torch.set_num_threads(num_threads)
         self._device = device
         self._world_size = dist.get_world_size()
         mesh = init_device_mesh(device.type, (self._world_size,))
@@ -622,10 +624,17 @@ class Learner:
         return self.critic.model(**micro.model_inputs()).logits.float().flatten()
 
 
-def _share_of_cores(*, beside_engines: bool) -> int:
-    """Cores a rank of this machine; Ray sets PyTorch's own default to one."""
+def _num_threads(spec: LearnerSpec) -> int | None:
+    """CPU threads of a rank whose CPU computes: models or optimizers are there; ``None``: PyTorch's own default.
+
+    That default is one, by Ray. Unset, a rank takes its share of the machine's cores, or of half of them where engines
+    on CPUs sample at the same time.
+    """
+    if spec.num_threads is not None or (spec.on_gpu and not spec.offload_optimizer):
+        return spec.num_threads
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     cores = len(os.sched_getaffinity(0))
+    beside_engines = spec.max_staleness > 0 and not spec.on_gpu
     return max(1, (cores // 2 if beside_engines else cores) // ranks_here)
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "attention_kernels",
     "check_compile_backend",
+    "fix_sdpa_kernels",
     "freeze",
     "head_is_new",
     "load_critic",
@@ -52,6 +53,15 @@ def attention_kernels(setting: str, device: torch.device, compute_dtype: torch.d
         of_package = ("flash_attention_2",) if is_flash_attn_2_available() else ()
         return (*of_torch, *of_package, "sdpa", "eager")
     return ("sdpa", "eager")
+
+
+def fix_sdpa_kernels() -> None:
+    """Leave cuDNN out of the kernels that SDPA chooses from, for the whole life of this process.
+
+    Importing vLLM does that (vllm/platforms/cuda.py), and a rank imports it when it first publishes over NCCL: the
+    kernel, and with it the numbers, would change between the first update and the second.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def check_compile_backend(name: str) -> None:

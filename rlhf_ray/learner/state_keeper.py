@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from typing import Any
 
+from rlhf_ray.worker_env import worker_env
+
 __all__ = ["StateKeeper", "keeper_on"]
 
 # The update that a rank has finished and the Algorithm does not know of yet, and the one before it.
@@ -49,4 +51,5 @@ def keeper_on(node_id: str) -> Any:
         return here.current_actor
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
     options = {"num_cpus": 0, "scheduling_strategy": there, "max_restarts": -1, "max_task_retries": -1}
+    options["runtime_env"] = worker_env()
     return ray.remote(**options)(StateKeeper).remote()

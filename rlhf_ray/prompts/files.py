@@ -14,6 +14,7 @@ from rlhf_ray.prompts.data_context import NUM_CPUS, data_errors, prompt_context
 from rlhf_ray.prompts.file_rows import FileFormat, file_rows
 from rlhf_ray.prompts.row_codec import Row
 from rlhf_ray.prompts.row_store import RowStore
+from rlhf_ray.worker_env import worker_env
 
 __all__ = ["FileSource", "is_data_file"]
 
@@ -122,7 +123,9 @@ class FileSource:
         with data_errors(f"reading {self.name}"):
             with prompt_context():
                 files = FileDatasource(paths, file_format=self.file_format, csv_types=self.csv_types)
-                dataset = ray.data.read_datasource(files, num_cpus=NUM_CPUS, compute=few_tasks)
+                dataset = ray.data.read_datasource(
+                    files, num_cpus=NUM_CPUS, runtime_env=worker_env(), compute=few_tasks
+                )
             return RowStore.from_dataset(dataset)
 
     def _rows(self, file: Path) -> Iterator[Row]:

@@ -14,6 +14,7 @@ from rlhf_ray.prompts.order import PromptOrder
 from rlhf_ray.prompts.row_codec import ROW_COLUMN, decode_row
 from rlhf_ray.prompts.row_store import RowStore
 from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
+from rlhf_ray.worker_env import worker_env
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -98,6 +99,7 @@ class PromptReader:
             dataset = ray.data.read_datasource(
                 rows,
                 num_cpus=NUM_CPUS,
+                runtime_env=worker_env(),
                 compute=one_task,
                 override_num_blocks=-(-(stop - start) // _PROMPTS_A_TASK),
             ).map_batches(
@@ -106,6 +108,7 @@ class PromptReader:
                 batch_size=None,
                 batch_format="pyarrow",
                 num_cpus=NUM_CPUS,
+                runtime_env=worker_env(),
                 compute=one_task,
             )
         dataset.set_name(RUN_NAME)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from rlhf_ray.worker_env import worker_env
+
 if TYPE_CHECKING:
     import pyarrow as pa
     import ray.data
@@ -33,7 +35,9 @@ def encode_rows(rows: Iterable[Row]) -> pa.Table:
 
 def encode_dataset(dataset: ray.data.Dataset, *, num_cpus: float) -> ray.data.Dataset:
     """Return a dataset of any columns as one of encoded rows; ``num_cpus`` a task."""
-    return dataset.map_batches(_encode_table, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus)
+    return dataset.map_batches(
+        _encode_table, batch_size=None, batch_format="pyarrow", num_cpus=num_cpus, runtime_env=worker_env()
+    )
 
 
 def _encode_table(table: pa.Table) -> pa.Table:

@@ -9,6 +9,7 @@ import numpy as np
 
 from rlhf_ray.prompts.data_context import RUN_NAME, STALL_TIMEOUT_S
 from rlhf_ray.prompts.order import Int64Array
+from rlhf_ray.worker_env import worker_env
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -39,7 +40,7 @@ class RowStore:
         dataset.set_name(RUN_NAME)
         blocks = dataset.to_arrow_refs()
         # Where a block lies is for Ray to know: its rows are counted there, not here.
-        count = ray.remote(num_cpus=0)(_num_rows)
+        count = ray.remote(num_cpus=0, runtime_env=worker_env())(_num_rows)
         block_rows = ray.get([count.remote(block) for block in blocks], timeout=STALL_TIMEOUT_S)
         return cls(blocks, block_rows)
 

@@ -31,6 +31,7 @@ from rlhf_ray.span_log import SpanLog
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup, Span
 from rlhf_ray.untrusted_text import shortened
+from rlhf_ray.worker_env import worker_env
 
 __all__ = ["START_TRIES", "RewardPool", "died_by_itself", "kill", "span_name"]
 
@@ -363,7 +364,7 @@ class RewardPool:
             max_concurrency=self._concurrency,
             # Inside a Tune trial, actors would otherwise look for room in the trial's own placement group.
             scheduling_strategy="DEFAULT",
-            runtime_env={"env_vars": {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}},
+            runtime_env=worker_env(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false"),
         )
         self._starts += 1
         actor = actor_class.remote(*self._worker_arguments)

@@ -21,10 +21,12 @@ from rlhf_ray.rollouts.replica import RolloutReplica
 from rlhf_ray.rollouts.serve_instance import QUIET, deploy, end_unused_serve, serve_is_running
 from rlhf_ray.rollouts.start_failure import root_cause
 from rlhf_ray.stopping import stop_all
+from rlhf_ray.worker_env import worker_env
 
 __all__ = ["RolloutApp"]
 
 _START_ERROR = "RuntimeError: EngineStartError: "
+_STOPPED = "the rollout replicas were stopped before they were ready"
 
 _DEPLOYMENT = "RolloutReplica"
 _POLLING_S = 0.1
@@ -66,15 +68,21 @@ class RolloutApp:
         self._ray_ends = ray_ends
         self._deploying: Future[Any] | None = None
         self._stopped = threading.Event()
+        self._may_begin = threading.Event()
+        self._begun = False
         self._ended = False
         # A Serve that ends with stop() never answers what it was asked at that moment.
         self._looking = threading.Lock()
         self.handle: Any = None
 
-    def start(self) -> None:
-        """Begin to deploy the replicas in a thread and return at once; :meth:`wait_ready` waits for them."""
+    def start(self, *, after: Callable[[threading.Event], None] = lambda stopped: None) -> None:
+        """Begin to deploy the replicas in a thread and return at once; :meth:`wait_ready` waits for them.
+
+        Args:
+            after: Waits for what must have its place before them, or for the event, which :meth:`stop` sets.
+        """
         thread = ThreadPoolExecutor(1, "rollout-app")
-        self._deploying = thread.submit(deploy, self._target)
+        self._deploying = thread.submit(self._deploy, after)
         thread.shutdown(wait=False)
 
     def wait_ready(self) -> Any:
@@ -82,8 +90,10 @@ class RolloutApp:
 
         Raises:
             RolloutError: A replica cannot start, or the time is over; says why.
+            RLHFRayError: What must come first has failed.
         """
         assert self._deploying is not None, "start() comes first"
+        self._may_begin.wait()  # What it waits for has a time limit of its own.
         ends_at = time.monotonic() + self._startup_timeout_s
         try:
             self.handle = self._deploying.result(self._startup_timeout_s)
@@ -112,7 +122,7 @@ class RolloutApp:
         if self._ended or deploying is None or not ray.is_initialized():
             return
         wait([deploying], _STOP_TIMEOUT_S)  # It may not have come yet to what is to be deleted.
-        if not serve_is_running():
+        if not self._begun or not serve_is_running():
             return
         steps: list[tuple[str, Callable[[], object]]] = [
             (f"Serve application {self.name}", lambda: serve.delete(self.name))
@@ -122,6 +132,16 @@ class RolloutApp:
             steps.append(("Ray Serve", end_unused_serve))
         stop_all(*steps)
         self._ended = True
+
+    def _deploy(self, after: Callable[[threading.Event], None]) -> Any:
+        try:
+            after(self._stopped)
+        finally:
+            self._may_begin.set()
+        if self._stopped.is_set():
+            raise RolloutError(_STOPPED)
+        self._begun = True
+        return deploy(self._target)
 
     def _target(self) -> serve.RunTarget:
         application = self._deployment().bind(self._spec, self._bridge)
@@ -135,7 +155,7 @@ class RolloutApp:
         """
         with self._looking:
             if self._stopped.is_set():
-                raise RolloutError("the rollout replicas were stopped before they were ready")
+                raise RolloutError(_STOPPED)
             application = serve.status().applications.get(self.name)
         if application is None:
             return None, ""
@@ -147,7 +167,7 @@ class RolloutApp:
         return _cannot_start(f"{limit}; {self._look()[1]}")
 
     def _deployment(self) -> Any:
-        options: dict[str, Any] = {"num_cpus": self._num_cpus, "runtime_env": {"env_vars": self._spec.env}}
+        options: dict[str, Any] = {"num_cpus": self._num_cpus, "runtime_env": worker_env(**self._spec.env)}
         extra: dict[str, Any] = {}
         if self._spec.on_gpu and self._spec.tensor_parallel_size == 1:
             options["num_gpus"] = 1

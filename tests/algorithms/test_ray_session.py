@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -8,9 +9,17 @@ import pytest
 from rlhf_ray import RewardModelReward
 from rlhf_ray.algorithms import ray_session as module
 from rlhf_ray.algorithms.ray_connection import RayConnection
-from rlhf_ray.algorithms.ray_session import RaySession, Shares, cpu_shares, resolve_device
+from rlhf_ray.algorithms.ray_session import RaySession, Shares, check_nodes, cpu_shares, resolve_device
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.settings import Settings
+
+
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The build of vLLM, whatever is installed here: one entry; it fits the test."""
+    build: list[str | None] = [None]
+    monkeypatch.setattr(module, "vllm_build", lambda: build[0])
+    return build
 
 
 def settings_of(*, replicas: int = 1, learners: int = 1, rewards: int = 1, **resources: Any) -> Settings:
@@ -96,6 +105,7 @@ def test_learners_may_stay_on_the_cpu(
     monkeypatch.setattr("ray._private.auto_init_hook.enable_auto_connect", True)
     monkeypatch.setattr("ray.is_initialized", lambda: True)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus, "CPU": 8.0})
+    monkeypatch.setattr(module, "node_resources", lambda: [{"GPU": gpus, "CPU": 8.0}])
     base = settings_of()
     session = RaySession(replace(base, learners=replace(base.learners, num_gpus_per_learner=asked)))
     assert (session.on_gpu, session.learners_on_gpu) == (replicas_on_gpu, learners_on_gpu)
@@ -109,6 +119,122 @@ def test_gpus_for_learners_that_the_cluster_lacks(asked: int, gpus: float, field
     with pytest.raises(ConfigError) as caught:
         resolve_device(replace(base, learners=replace(base.learners, num_gpus_per_learner=asked)), gpus)
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "build", "on_gpu"),
+    [
+        ("auto", 4.0, "cuda", True),
+        ("auto", 4.0, None, True),
+        ("auto", 4.0, "cpu", False),
+        ("auto", 0.0, "cpu", False),
+        ("auto", 0.0, None, False),
+        ("cpu", 4.0, "cpu", False),
+        # Explicit: the nodes may have another build than the driver.
+        ("cuda", 4.0, "cpu", True),
+    ],
+)
+def test_auto_is_the_cpu_where_vllm_is_its_cpu_build(
+    device: Any, gpus: float, build: str | None, on_gpu: bool, vllm: list[str | None]
+) -> None:
+    vllm[0] = build
+    assert resolve_device(settings_of(device=device), gpus) is on_gpu
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 0.0), ("cpu", 1.0)])
+def test_a_cuda_build_of_vllm_is_not_started_on_cpus(device: Any, gpus: float, vllm: list[str | None]) -> None:
+    vllm[0] = "cuda"
+    with pytest.raises(ConfigError, match=r"CUDA build.*install rlhf-ray\[cpu\]") as caught:
+        resolve_device(settings_of(device=device), gpus)
+    assert (caught.value.field, caught.value.value) == ("resources.device", device)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "build", "level", "line"),
+    [
+        (2.0, "cpu", logging.WARNING, "uses CPUs: the installed vLLM is its CPU build, so the 2 GPUs that Ray offers"),
+        (0.0, "cpu", logging.INFO, "uses CPUs: Ray offers no GPUs"),
+        (2.0, "cuda", logging.INFO, "uses GPUs: Ray offers 2 GPUs"),
+    ],
+)
+def test_one_line_says_which_device_is_used_and_why(
+    gpus: float,
+    build: str,
+    level: int,
+    line: str,
+    vllm: list[str | None],
+    ray_is_running: list[bool],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    vllm[0] = build
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"GPU": gpus, "CPU": 8.0})
+    monkeypatch.setattr(module, "node_resources", lambda: [{"GPU": gpus, "CPU": 8.0}])
+    with caplog.at_level(logging.INFO, logger=module.__name__):
+        RaySession(settings_of()).stop()
+    assert [(one.levelno, line in one.getMessage()) for one in caplog.records] == [(level, True)]
+
+
+def node(cpus: float, gpus: float = 0.0) -> dict[str, float]:
+    return {"CPU": cpus, "GPU": gpus}
+
+
+SHARES = Shares(replica=1.0, learner=1.0, reward_worker=1.0)
+
+
+@pytest.mark.parametrize(
+    ("tensor_parallel", "replicas", "nodes", "fits"),
+    [
+        (4, 2, [node(16, 4), node(16, 4)], True),
+        (8, 1, [node(16, 4), node(16, 4)], False),
+        (3, 2, [node(16, 4), node(16, 4)], True),
+        # Six GPUs, of which no node can give a second replica four.
+        (4, 2, [node(16, 4), node(16, 2), node(16, 2)], False),
+        (2, 3, [node(16, 3), node(16, 3)], False),
+        (1, 8, [node(16, 8)], True),
+    ],
+)
+def test_the_gpus_of_a_replica_are_on_one_node(
+    tensor_parallel: int, replicas: int, nodes: list[dict[str, float]], fits: bool
+) -> None:
+    base = settings_of(replicas=replicas)
+    settings = replace(base, rollouts=replace(base.rollouts, tensor_parallel_size=tensor_parallel))
+    check_nodes(settings, SHARES, nodes, on_gpu=False)
+    if fits:
+        check_nodes(settings, SHARES, nodes, on_gpu=True)
+    else:
+        with pytest.raises(ConfigError, match=r"hold \d such at once") as caught:
+            check_nodes(settings, SHARES, nodes, on_gpu=True)
+        assert (caught.value.field, caught.value.value) == ("rollouts.tensor_parallel_size", tensor_parallel)
+
+
+@pytest.mark.parametrize("kind", ["replica", "learner", "reward_worker"])
+def test_an_actor_finds_its_cpus_on_one_node(kind: str) -> None:
+    shares = replace(SHARES, **{kind: 6.0})
+    check_nodes(settings_of(), shares, [node(4), node(8)], on_gpu=False)
+    message = r"1 actors need 6 CPUs each.*nodes \(4 CPUs and 0 GPUs, 4 CPUs and 0 GPUs\) hold 0"
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_nodes(settings_of(), shares, [node(4), node(4)], on_gpu=False)
+    assert (caught.value.field, caught.value.value) == (f"resources.cpus_per_{kind}", 6.0)
+
+
+def test_all_actors_find_their_cpus_at_once() -> None:
+    settings, tenths = settings_of(replicas=3), Shares(replica=0.1, learner=0.1, reward_worker=0.1)
+    check_nodes(settings, tenths, [node(0.3)], on_gpu=False)  # 0.3 / 0.1 is less than 3.
+    shares = replace(SHARES, replica=6.0)
+    check_nodes(settings, shares, [node(12), node(8)], on_gpu=False)
+    with pytest.raises(ConfigError, match=r"3 actors need 6 CPUs each.*hold 2 such at once"):
+        check_nodes(settings, shares, [node(11), node(11)], on_gpu=False)
+
+
+def test_an_actor_finds_cpus_and_gpus_on_the_same_node() -> None:
+    shares = replace(SHARES, learner=6.0)
+    with pytest.raises(ConfigError, match="need 6 CPUs and 1 GPUs each"):
+        check_nodes(settings_of(), shares, [node(8), node(4, 8)], on_gpu=True)
+    with_model = with_reward_models(RewardModelReward("rm", num_gpus=2.0))
+    with pytest.raises(ConfigError, match="need 1 CPUs and 2 GPUs each") as caught:
+        check_nodes(with_model, SHARES, [node(8, 1), node(8, 1)], on_gpu=False)
+    assert caught.value.field == "rewards.functions"
 
 
 def test_a_trial_needs_the_room_of_all_its_actors() -> None:
@@ -156,6 +282,7 @@ def ray_is_running(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     monkeypatch.setattr("ray.is_initialized", lambda: bool(running))
     monkeypatch.setattr("ray.shutdown", running.clear)
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0})
+    monkeypatch.setattr(module, "node_resources", lambda: [{"CPU": 8.0}])
     return running
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from rlhf_ray.doctor.machine import GPU, Machine
+from rlhf_ray.doctor.driver import GPU, Driver
+from rlhf_ray.doctor.machine import Machine
 
 GIB = 1024**3
 
@@ -60,6 +61,7 @@ def machine(
     open_files: int = 65536,
     gpus: int = 0,
     gpu_gib: float = 80,
+    driver: str = "580.95.05",
 ) -> Machine:
     """Make up a machine."""
     gpu = GPU(name="GPU", memory_bytes=int(gpu_gib * GIB), free_bytes=int(gpu_gib * GIB))
@@ -69,7 +71,7 @@ def machine(
         available_bytes=int(available_gib * GIB),
         shared_memory_bytes=None if shared_memory_gib is None else int(shared_memory_gib * GIB),
         open_files=open_files,
-        gpus=(gpu,) * gpus,
+        driver=Driver(version=driver, gpus=(gpu,) * gpus) if gpus else None,
     )
 
 

@@ -13,8 +13,16 @@ from rlhf_ray.doctor.child import ChildFailure
 from rlhf_ray.settings import LearnerSettings, ResourceSettings, RewardSettings, RolloutSettings, Settings
 
 
+@pytest.fixture(autouse=True)
+def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """The build of vLLM, whatever is installed here: one entry; it fits the test."""
+    build: list[str | None] = [None]
+    monkeypatch.setattr("rlhf_ray.algorithms.ray_session.vllm_build", lambda: build[0])
+    return build
+
+
 def judged(settings: Settings, *, cpus: float = 8, gpus: float = 0) -> Check:
-    found = {"CPU": cpus, "GPU": gpus, "object_store_memory": 4 * 1024**3}
+    found = {"CPU": cpus, "GPU": gpus, "object_store_memory": 4 * 1024**3, "nodes": [{"CPU": cpus, "GPU": gpus}]}
     return cluster.judge_resources(settings, found, address=None)
 
 
@@ -23,6 +31,27 @@ def test_what_ray_has_is_told() -> None:
     assert check.status == "ok"
     assert "8 CPUs, 0 GPUs, 4.0 GiB object store" in check.detail
     assert "1 a replica" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("gpus", "build", "told"),
+    [
+        (2, "cuda", "the run uses GPUs: Ray offers 2 GPUs"),
+        (2, "cpu", "the run uses CPUs: the installed vLLM is its CPU build"),
+        (0, "cpu", "the run uses CPUs: Ray offers no GPUs"),
+    ],
+)
+def test_the_device_is_told_with_its_reason(gpus: float, build: str, told: str, vllm: list[str | None]) -> None:
+    vllm[0] = build
+    assert told in judged(Settings(), gpus=gpus).detail
+
+
+def test_what_fits_the_cluster_and_no_node_is_told() -> None:
+    settings = Settings(rollouts=RolloutSettings(tensor_parallel_size=4))
+    nodes = [{"CPU": 8.0, "GPU": 3.0}] * 2
+    check = cluster.judge_resources(settings, {"CPU": 16.0, "GPU": 6.0, "nodes": nodes}, address="head:6379")
+    assert check.status == "fail"
+    assert "rollouts.tensor_parallel_size = 4" in check.detail
 
 
 @pytest.mark.parametrize(("gpus", "status"), [(8, "ok"), (7, "fail")])
@@ -73,9 +102,9 @@ def test_no_ray_is_a_failure_with_its_log(
 def test_ray_address_of_the_environment_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    def join(module: str, address: str | None, **_: Any) -> dict[str, float]:
+    def join(module: str, address: str | None, **_: Any) -> dict[str, Any]:
         asked.append(address)
-        return {"CPU": 8.0}
+        return {"CPU": 8.0, "nodes": [{"CPU": 8.0}]}
 
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(cluster, "run_child", join)
@@ -87,9 +116,9 @@ def test_ray_address_of_the_environment_is_joined(monkeypatch: pytest.MonkeyPatc
 def test_the_ray_on_record_is_looked_at_as_a_run_would_join_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str | None] = []
 
-    def join(module: str, address: str | None, **_: Any) -> dict[str, float]:
+    def join(module: str, address: str | None, **_: Any) -> dict[str, Any]:
         asked.append(address)
-        return {"CPU": 8.0}
+        return {"CPU": 8.0, "nodes": [{"CPU": 8.0}]}
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
@@ -119,8 +148,10 @@ def test_the_child_leaves_it_to_ray_what_to_join(
     monkeypatch.setattr("rlhf_ray.algorithms.ray_connection._probe", lambda *_: None)
     monkeypatch.setattr("ray.init", lambda **given: asked.append(given))
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
+    dead, living = ({"Alive": alive, "Resources": {"CPU": 2.0}} for alive in (False, True))
+    monkeypatch.setattr("ray.nodes", lambda: [dead, living])
     monkeypatch.setattr("ray.shutdown", lambda: None)
-    assert cluster._look(address) == {"CPU": 2.0}
+    assert cluster._look(address) == {"CPU": 2.0, "nodes": [{"CPU": 2.0}]}
     assert asked == [{"address": address, "log_to_driver": False, **options}]
 
 

@@ -3,12 +3,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rlhf_ray.doctor.machine import GPU, Machine, check_cores, check_gpus, check_open_files, check_shared_memory
+from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
 from rlhf_ray.settings import ResourceSettings, Settings
 
 MakeMachine = Callable[..., Machine]
@@ -64,44 +63,67 @@ def test_shared_memory_holds_the_learners_state_too(machine: MakeMachine) -> Non
 
 
 @pytest.mark.parametrize(
-    ("gpus", "device", "address", "torch_sees", "status"),
+    ("gpus", "device", "address", "torch_sees", "build", "status"),
     [
-        (0, "auto", None, 0, "ok"),
-        (0, "cpu", None, 0, "ok"),
-        (0, "cuda", None, 0, "fail"),
-        (0, "cuda", "head:6379", 0, "ok"),
-        (4, "auto", None, 4, "ok"),
-        (4, "auto", None, 0, "fail"),  # torch's CPU build on a GPU machine
-        (4, "cpu", None, 0, "ok"),
+        (0, "auto", None, 0, "cpu", "ok"),
+        (0, "cpu", None, 0, "cpu", "ok"),
+        (0, "cuda", None, 0, "cuda", "fail"),
+        (0, "cuda", "head:6379", 0, "cuda", "ok"),
+        (4, "auto", None, 4, "cuda", "ok"),
+        (4, "auto", None, 0, "cuda", "fail"),  # torch's CPU build under vLLM's CUDA build
+        (4, "auto", None, 0, "cpu", "warn"),  # CPU builds on a GPU machine: the run uses CPUs
+        (4, "cuda", None, 0, "cpu", "fail"),
+        (4, "cpu", None, 0, "cpu", "ok"),
     ],
 )
-def test_gpus(machine: MakeMachine, gpus: int, device: Any, address: str | None, torch_sees: int, status: str) -> None:
+def test_gpus(
+    machine: MakeMachine,
+    gpus: int,
+    device: Any,
+    address: str | None,
+    torch_sees: int,
+    build: str,
+    status: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("rlhf_ray.doctor.machine.vllm_build", lambda: build)
     settings = Settings(resources=ResourceSettings(device=device, ray_address=address))
     assert check_gpus(settings, machine(gpus=gpus), torch_sees=torch_sees).status == status
 
 
+def test_driver_and_memory_of_gpus_are_told(machine: MakeMachine) -> None:
+    assert (
+        check_gpus(Settings(), machine(gpus=2), torch_sees=2).detail
+        == "2 x GPU, 80 GiB of 80 GiB free, driver 580.95.05"
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "build", "torch_sees", "status"),
+    [
+        ("auto", "cuda", 0, "fail"),
+        ("cuda", "cpu", 0, "fail"),
+        ("auto", "cpu", 0, "warn"),  # The run uses CPUs.
+        ("cpu", "cpu", 0, "ok"),
+        ("auto", "cuda", 2, "ok"),  # With a compatibility package of CUDA's the old driver does.
+    ],
+)
+def test_a_driver_that_is_too_old_is_named(
+    machine: MakeMachine, device: Any, build: str, torch_sees: int, status: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_ray.doctor.machine.vllm_build", lambda: build)
+    settings = Settings(resources=ResourceSettings(device=device))
+    check = check_gpus(settings, machine(gpus=2, driver="550.54.15"), torch_sees=torch_sees)
+    assert check.status == status
+    assert ("driver 550.54.15 is older than 580" in check.detail) is (status != "ok")
+
+
 def test_a_gpu_that_somebody_else_uses_is_named(machine: MakeMachine) -> None:
     here = machine(gpus=2)
-    here = replace(here, gpus=(here.gpus[0], replace(here.gpus[1], free_bytes=30 * GIB)))
+    assert here.driver is not None
+    first, second = here.driver.gpus
+    here = replace(here, driver=replace(here.driver, gpus=(first, replace(second, free_bytes=30 * GIB))))
     check = check_gpus(Settings(), here, torch_sees=2)
     assert check.status == "warn"
     assert "GPU 1: 30 GiB free" in check.detail
     assert "GPU 0" not in check.detail
-
-
-def test_gpus_are_read_from_the_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 81000'\necho 'NVIDIA H100 80GB HBM3, 81559, 12'\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    first, second = Machine.here().gpus
-    assert first == GPU(name="NVIDIA H100 80GB HBM3", memory_bytes=81559 * 1024**2, free_bytes=81000 * 1024**2)
-    assert second.free_bytes == 12 * 1024**2
-
-
-def test_a_driver_that_does_not_answer_has_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = tmp_path / "nvidia-smi"
-    tool.write_text("#!/bin/sh\necho 'Failed to initialize NVML'\nexit 18\n")
-    tool.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert Machine.here().gpus == ()

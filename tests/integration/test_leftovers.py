@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,12 @@ def tiny_config(run_dir: Path) -> PPOConfig:
 
 
 @pytest.fixture(scope="module")
-def users_ray() -> Iterator[None]:
+def users_ray(fake_gpus: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
     """A cluster that no session here started, and none may end."""
     if ray.is_initialized():
         ray.shutdown()
-    ray.init(num_cpus=2, num_gpus=1, log_to_driver=False, namespace="rlhf_ray")
+    with fake_gpus():
+        ray.init(num_cpus=2, num_gpus=1, log_to_driver=False, namespace="rlhf_ray")
     yield
     ray.shutdown()
 
@@ -112,6 +116,28 @@ def test_a_run_in_a_folder_of_any_name_that_is_reconfigured_and_fails(
     again.train()
     again.stop()
     leftovers.assert_none(tmp_path / "again")
+
+
+def test_no_process_of_a_run_on_cpus_sees_a_gpu(
+    users_ray: None, processes: Callable[[str], list[Any]], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a word about the device: the engine is vLLM's CPU build, whatever GPUs Ray offers."""
+
+    def hidden(completions: list[str], **_: Any) -> list[float]:
+        return [float(os.environ["CUDA_VISIBLE_DEVICES"] == "")] * len(completions)
+
+    with caplog.at_level(logging.WARNING, logger="rlhf_ray"):
+        algorithm = tiny_config(tmp_path / "run").rewards(hidden).build_algo()
+    try:
+        assert "the run uses CPUs: the installed vLLM is its CPU build" in caplog.text
+        assert algorithm.train()["rollouts"]["reward_mean"] == 1.0
+        for title in ("ray::ServeReplica", "ray::RayTrainWorker", "ray::Bridge", "ray::Sequential"):
+            started = processes(title)
+            assert started, title
+            # Ray takes the GPUs away when it has read this.
+            assert {each.environ().get("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO") for each in started} == {"1"}, title
+    finally:
+        algorithm.stop()
 
 
 def test_two_algorithms_that_are_built_at_once_share_the_ray_that_one_of_them_starts(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import ray
 
+from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner import group as module
 from rlhf_ray.learner.group import LearnerGroup
 
@@ -39,13 +40,13 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return gone
 
 
-def group_of(bridge: Actor, monkeypatch: pytest.MonkeyPatch) -> LearnerGroup:
+def group_of(bridge: Actor, monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = False) -> LearnerGroup:
     monkeypatch.setattr(module, "bridge_actor", lambda world_size: bridge)
-    spec: Any = SimpleNamespace(on_gpu=False)
+    spec: Any = SimpleNamespace(on_gpu=on_gpu)
     return LearnerGroup(
         spec=spec,
         run_id="run",
-        num_learners=1,
+        num_learners=2,
         num_cpus=0.1,
         storage_path="",
         startup_timeout_s=1.0,
@@ -55,7 +56,73 @@ def group_of(bridge: Actor, monkeypatch: pytest.MonkeyPatch) -> LearnerGroup:
     )
 
 
-def fail(*_: Any) -> None:
+def cluster_of(monkeypatch: pytest.MonkeyPatch, *gpus: int, free: float = 0.0) -> None:
+    """Pretend a node for each number of GPUs, and one that is gone."""
+    nodes = [
+        {"Alive": alive, "Resources": {"CPU": 8.0, "GPU": float(count)}}
+        for alive, count in [*((True, count) for count in gpus), (False, 8)]
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 3.0, "GPU": free})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "on_gpu", "waits"),
+    [((4,), True, False), ((0, 4), True, False), ((4, 4), True, True), ((0,), False, False), ((0, 0), False, True)],
+)
+def test_places_are_waited_for_where_several_nodes_have_some(
+    gpus: tuple[int, ...], on_gpu: bool, waits: bool, ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_of(monkeypatch, *gpus)
+    states = iter(["PENDING", "REMOVED", "PENDING", "CREATED"])
+    groups = iter(["starting", None, "first", "first", "second", "second"])
+
+    def answer(group: str | None) -> str | None:
+        return fail() if group == "starting" else group
+
+    monkeypatch.setattr(module, "placement_group_table", lambda group: {"state": next(states)})
+    group_of(Actor(placement_group=lambda: answer(next(groups))), monkeypatch, on_gpu=on_gpu).wait_placed(
+        threading.Event()
+    )
+    assert list(states) == ([] if waits else ["PENDING", "REMOVED", "PENDING", "CREATED"])
+
+
+def test_learners_without_a_place_end_the_start_with_an_error_of_their_own(
+    ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_of(monkeypatch, 4, 4, free=1.0)
+    group = group_of(Actor(placement_group=lambda: None), monkeypatch, on_gpu=True)
+    with pytest.raises(LearnerError, match=r"timeout_s = 1 s.*no room for 2 of 0.1 CPUs and 1 GPU each.*1 GPUs"):
+        group.wait_placed(threading.Event())
+    group._error = ValueError("the cause")
+    group._ended.set()
+    with pytest.raises(LearnerError, match="the cause"):
+        group.wait_placed(threading.Event())
+
+
+def test_a_wait_for_places_ends_with_the_replicas_that_wait(ended: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster_of(monkeypatch, 4, 4)
+    stopped = threading.Event()
+    stopped.set()
+    group_of(Actor(placement_group=lambda: None), monkeypatch, on_gpu=True).wait_placed(stopped)
+
+
+@pytest.mark.parametrize(
+    ("state", "told"), [("CREATED", "still loading their models"), ("PENDING", "3 CPUs and 0 GPUs")]
+)
+def test_a_start_that_is_late_tells_whether_the_learners_have_their_places(
+    state: str, told: str, ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster_of(monkeypatch, 4)
+    monkeypatch.setattr(module, "placement_group_table", lambda group: {"state": state})
+    group = group_of(Actor(placement_group=lambda: "group", wait_ready=None), monkeypatch)
+    monkeypatch.setattr(group, "_await", lambda ref, purpose: None)
+    group.bridge.wait_ready = SimpleNamespace(remote=lambda *_, **__: None)
+    with pytest.raises(LearnerError, match=told):
+        group.wait_ready()
+
+
+def fail(*_: Any) -> Any:
     raise ray.exceptions.GetTimeoutError("no answer")
 
 

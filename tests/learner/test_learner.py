@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -31,7 +33,7 @@ from model_families import tiny_config
 import rlhf_ray
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.layout import Microbatch, lay_out
-from rlhf_ray.learner.learner import Learner
+from rlhf_ray.learner.learner import Learner, _num_threads
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.packing import plan_update
 from rlhf_ray.learner.trained_model import TrainedModel
@@ -110,6 +112,47 @@ def policy_forwards(make_learner: Callable[..., Learner]) -> Callable[[Scenario]
         return len(calls)
 
     return count
+
+
+def test_sdpa_chooses_from_the_same_kernels_before_and_after_vllm_is_imported(
+    make_learner: Callable[..., Learner],
+) -> None:
+    folder = importlib.util.find_spec("vllm").submodule_search_locations[0]  # type: ignore[union-attr,index]
+    code = "\n".join(file.read_text() for file in Path(folder, "platforms").glob("*.py"))
+    # What vLLM does to the process that imports it, and so to a rank, when it first publishes over NCCL.
+    assert re.findall(r"enable_(\w+)_sdp\((\w+)\)", code) == [("cudnn", "False")]
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    make_learner()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "offload", "staleness", "asked", "threads"),
+    [
+        (False, False, 0, None, 4),
+        (False, False, 1, None, 2),
+        (False, False, 1, 7, 7),
+        # The optimizer steps on the CPU; engines on GPUs need little of it.
+        (True, True, 1, None, 4),
+        (True, True, 0, 7, 7),
+        (True, False, 0, None, None),
+        (True, False, 0, 7, 7),
+    ],
+)
+def test_threads_of_a_rank_are_its_share_of_the_cores_that_compute(
+    on_gpu: bool,
+    offload: bool,
+    staleness: int,
+    asked: int | None,
+    threads: int | None,
+    models: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
+    spec = runs.make_spec(models, Scenario())
+    spec = replace(spec, on_gpu=on_gpu, offload_optimizer=offload, max_staleness=staleness, num_threads=asked)
+    assert _num_threads(spec) == threads
 
 
 def assert_same(outcome: Outcome, wanted: Outcome, tolerance: float = 1e-5) -> None:

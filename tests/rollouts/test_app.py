@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import ray
 from ray import serve
+from ray.serve.schema import ApplicationStatus
 
-from rlhf_ray.errors import RolloutError
+from rlhf_ray.errors import LearnerError, RolloutError
 from rlhf_ray.rollouts import serve_instance
 from rlhf_ray.rollouts.app import RolloutApp
 
@@ -28,6 +29,8 @@ class FakeServe:
         self.applications: dict[str, Any] = {}
         self.shutdowns = 0
         self.error: Exception | None = None
+        self.status: ApplicationStatus | None = None
+        self.deleted: list[str] = []
         self._busy = threading.Lock()
 
     def get_actor(self, name: str, namespace: str) -> Any:
@@ -57,7 +60,12 @@ class FakeServe:
     def delete(self, name: str) -> None:
         if self.error is not None:
             raise self.error
+        self.deleted.append(name)
         self.applications.pop(name, None)
+
+    def statuses(self) -> dict[str, Any]:
+        application = SimpleNamespace(status=self.status, deployments={}, message="")
+        return dict.fromkeys(self.applications, application)
 
     def shutdown(self) -> None:
         assert not self.applications
@@ -70,7 +78,7 @@ def fake_serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     fake = FakeServe()
     for name in ("start", "run_many", "delete", "shutdown"):
         monkeypatch.setattr(serve, name, getattr(fake, name))
-    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=dict(fake.applications)))
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=fake.statuses()))
     monkeypatch.setattr(ray, "get_actor", fake.get_actor)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(serve_instance, "_started", None)
@@ -78,19 +86,66 @@ def fake_serve(monkeypatch: pytest.MonkeyPatch) -> FakeServe:
     return fake
 
 
+def new_app(name: str, **options: Any) -> RolloutApp:
+    spec: Any = None
+    options = {"startup_timeout_s": 1.0, "ray_ends": False, **options}
+    return RolloutApp(run_id=name, spec=spec, num_replicas=1, num_cpus=1.0, bridge=None, **options)
+
+
 @pytest.fixture
 def app_of(fake_serve: FakeServe) -> Callable[..., RolloutApp]:
     def make(name: str, *, ray_ends: bool = False) -> RolloutApp:
-        spec: Any = None
-        app = RolloutApp(
-            run_id=name, spec=spec, num_replicas=1, num_cpus=1.0, bridge=None, startup_timeout_s=1.0, ray_ends=ray_ends
-        )
+        app = new_app(name, ray_ends=ray_ends)
         app.start()
         assert app._deploying is not None
         app._deploying.result(5)
         return app
 
     return make
+
+
+def test_replicas_are_deployed_after_what_comes_first(fake_serve: FakeServe) -> None:
+    app = new_app("a", startup_timeout_s=0.1)
+    placed = threading.Event()
+    fake_serve.status = ApplicationStatus.RUNNING
+    app.start(after=lambda stopped: assert_true(placed.wait(5)))
+    with ThreadPoolExecutor(1) as thread:
+        ready = thread.submit(app.wait_ready)
+        # Longer than the replicas' own time, which begins with them.
+        time.sleep(0.3)
+        assert (ready.done(), fake_serve.running, fake_serve.applications) == (False, False, {})
+        placed.set()
+        assert ready.result(5) == "handle"
+    app.stop()
+
+
+def test_what_comes_first_and_fails_is_the_error_of_the_replicas_too(fake_serve: FakeServe) -> None:
+    app = new_app("a")
+
+    def fail(stopped: threading.Event) -> None:
+        raise LearnerError("no room for the learners")
+
+    app.start(after=fail)
+    with pytest.raises(LearnerError, match="no room for the learners"):
+        app.wait_ready()
+    app.stop()
+    assert (fake_serve.number, fake_serve.deleted) == (0, [])
+
+
+def test_replicas_that_wait_for_the_learners_are_stopped_at_once(fake_serve: FakeServe) -> None:
+    fake_serve.start()  # Of another application.
+    app = new_app("a")
+    app.start(after=lambda stopped: assert_true(stopped.wait(30)))
+    started = time.monotonic()
+    app.stop()
+    assert time.monotonic() - started < 5
+    with pytest.raises(RolloutError, match="stopped before they were ready"):
+        app.wait_ready()
+    assert (fake_serve.applications, fake_serve.deleted) == ({}, [])
+
+
+def assert_true(value: bool) -> None:
+    assert value
 
 
 def test_the_last_application_ends_the_serve_that_this_process_started(

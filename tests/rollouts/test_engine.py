@@ -11,6 +11,46 @@ from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine, _completion
 from rlhf_ray.types import VersionSpan
 
 
+@pytest.mark.parametrize(
+    ("gpu", "gib", "served", "taken"),
+    [("NVIDIA H100", 80, 8192, 16384), ("NVIDIA A100", 80, 2048, 8192), ("NVIDIA B200", 180, 16384, 16384)],
+)
+@pytest.mark.parametrize("options", [{}, {"max_num_batched_tokens": 3000}])
+def test_an_engine_on_a_gpu_takes_as_many_tokens_per_step_as_a_server_or_more(
+    gpu: str, gib: int, served: int, taken: int, options: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import AsyncEngineArgs
+    from vllm.engine import arg_utils
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    def budget(arguments: AsyncEngineArgs, context: UsageContext) -> int | None:
+        model = SimpleNamespace(max_model_len=32768, is_multimodal_model=False)
+        parallel = SimpleNamespace(use_batched_dp_moe=False)
+        arguments.enable_chunked_prefill = True
+        arguments._set_default_max_num_seqs_and_batched_tokens_args(context, model, parallel)
+        return arguments.max_num_batched_tokens
+
+    def start(arguments: AsyncEngineArgs, usage_context: UsageContext = UsageContext.ENGINE_CONTEXT) -> Any:
+        return SimpleNamespace(budget=budget(arguments, usage_context))
+
+    card = SimpleNamespace(
+        get_device_total_memory=lambda: gib * 1024**3,
+        get_device_name=lambda: gpu,
+        is_tpu=lambda: False,
+        is_cpu=lambda: False,
+    )
+    monkeypatch.setattr(arg_utils, "current_platform", card)
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", start)
+    arguments = {"model": "m", "max_num_seqs": 64, **options}
+    spec = EngineSpec(
+        engine_args=arguments, env={}, eos_token_ids=(), weight_transfer="nccl", tensor_parallel_size=1, on_gpu=True
+    )
+    engine: Any = RolloutEngine(spec)._engine
+    assert budget(AsyncEngineArgs(model="m", max_num_seqs=64), UsageContext.OPENAI_API_SERVER) == served
+    assert engine.budget == options.get("max_num_batched_tokens", taken) >= min(served, 3000)
+
+
 def choice(**overrides: Any) -> SimpleNamespace:
     """What vLLM says of one completion."""
     said = {

@@ -29,6 +29,7 @@ from rlhf_ray.span_log import SpanLog
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import RewardFailure, RolloutGroup, Span
 from rlhf_ray.untrusted_text import shortened
+from rlhf_ray.worker_env import worker_env
 
 __all__ = ["ModelPoolSpec", "RewardModelPool"]
 
@@ -241,7 +242,7 @@ class RewardModelPool:
             max_restarts=0,
             # Inside a Tune trial, actors would otherwise look for room in the trial's own placement group.
             scheduling_strategy="DEFAULT",
-            runtime_env={"env_vars": {"TOKENIZERS_PARALLELISM": "false"}},
+            runtime_env=worker_env(TOKENIZERS_PARALLELISM="false"),
         )
         return actor_class.remote(
             self.name,
