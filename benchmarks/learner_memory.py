@@ -1,7 +1,7 @@
 """Resident memory of a learner process, stage by stage: PPO with a critic, one rank in float32 on the CPU.
 
 64 sequences of 40 prompt tokens and 24 new ones, GAE, the defaults of a run (gradient checkpointing, four optimizer
-steps): imports, models, two updates and a publication whose buckets are dropped one by one. ``--kl`` adds a reference.
+steps): imports, models, an update and a publication whose buckets are dropped one by one. ``--kl`` adds a reference.
 Each stage has the resident size at its end and its highest; both are of the process, without the object store.
 
     python benchmarks/learner_memory.py MODEL_FOLDER
@@ -46,45 +46,20 @@ def measure(path: str, *, kl_coef: float) -> dict[str, Any]:
     import numpy as np
     import torch.distributed as dist
     from bare_loop import sequences_of, split
+    from learner_throughput import learner_of
 
     from rlhf_ray import PPOConfig
     from rlhf_ray.learner import learner as module
-    from rlhf_ray.plugins import advantage_plugin, loss_plugin
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     import transformers  # noqa: F401
 
     stage("imports")
-    settings = PPOConfig().training(kl_coef=kl_coef).settings
-    training = settings.training
+    config = PPOConfig().training(kl_coef=kl_coef)
     after_each(module, "TrainedModel", stage, ("policy", "critic"))
-    learner = module.Learner(
-        module.LearnerSpec(
-            training=training,
-            advantage=advantage_plugin(training.advantage, training.advantage_args),
-            loss=loss_plugin(training.loss, training.loss_args),
-            policy_path=path,
-            critic_path=path,
-            lora=None,
-            attn_implementation="auto",
-            trust_remote_code=False,
-            gradient_checkpointing=settings.learners.gradient_checkpointing,
-            compile_backend=None,
-            offload_reference=False,
-            offload_optimizer=False,
-            dtype="float32",
-            wire_dtype="float32",
-            temperature=1.0,
-            max_new_tokens=NEW_TOKENS,
-            max_staleness=0,
-            total_steps=1000,
-            policy_steps=1000,
-            on_gpu=False,
-            timeline=False,
-            keeps_state=False,
-            num_threads=None,
-        )
-    )
+    settings = config.settings
+    checkpointing = settings.learners.gradient_checkpointing
+    learner = learner_of(config, path, gradient_checkpointing=checkpointing, max_new_tokens=NEW_TOKENS)
     stage("reference" if kl_coef else "rest")
     rng = np.random.default_rng(0)
     lengths = np.full(SEQUENCES, NEW_TOKENS, dtype=np.int32)
@@ -96,11 +71,12 @@ def measure(path: str, *, kl_coef: float) -> dict[str, Any]:
         rewards=rng.integers(0, 2, size=SEQUENCES).astype(np.float32),
     )
     own, rank, _ = split(
-        batch, num_minibatches=training.num_minibatches, max_tokens=settings.learners.max_tokens_per_microbatch
+        batch,
+        num_minibatches=settings.training.num_minibatches,
+        max_tokens=settings.learners.max_tokens_per_microbatch,
     )
-    for update in ("first update", "second update"):
-        learner.update(own, rank)
-        stage(update)
+    learner.update(own, rank)
+    stage("update")
     for _ in learner.weight_buckets():
         pass
     stage("publication")
