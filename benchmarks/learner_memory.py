@@ -55,7 +55,7 @@ def measure(path: str, *, kl_coef: float) -> dict[str, Any]:
     import transformers  # noqa: F401
 
     stage("imports")
-    config = PPOConfig().training(kl_coef=kl_coef)
+    config = PPOConfig().model(path=path).training(kl_coef=kl_coef)
     after_each(module, "TrainedModel", stage, ("policy", "critic"))
     settings = config.settings
     checkpointing = settings.learners.gradient_checkpointing

@@ -41,8 +41,9 @@ def without_weights() -> Iterator[None]:
         shape = stored.get_shape() if hasattr(stored, "get_shape") else stored.shape
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    # transformers' own way, a device map, needs the package accelerate and reads every tensor all the same.
-    read = core_model_loading._materialize_copy
+    # transformers' own way, a device map, needs the package accelerate and reads every tensor all the same. A version
+    # that reads by another name reads the weights too, which are then dropped.
+    read = getattr(core_model_loading, "_materialize_copy", None)
     core_model_loading._materialize_copy = shape_alone
     try:
         yield

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -40,22 +41,16 @@ def on_ranks(folder: Path, cases: dict[str, Any], *, world_size: int, nodes: int
     (folder / "store").unlink(missing_ok=True)
     paths = (Path(rlhf_ray.__file__).parents[1], Path(loading_ranks.__file__).parent)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
-    started = [
-        subprocess.Popen(
-            [sys.executable, loading_ranks.__file__, str(folder), str(rank), str(world_size), str(nodes)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        outputs = [process.communicate(timeout=900)[0] for process in started]
-        assert [process.returncode for process in started] == [0] * world_size, "\n".join(outputs)
-    finally:
-        for process in started:
-            process.kill()
+    logs = [folder / f"rank{rank}.log" for rank in range(world_size)]
+    started = []
+    with ExitStack() as stack:
+        for rank, log in enumerate(logs):
+            command = [sys.executable, loading_ranks.__file__, str(folder), str(rank), str(world_size), str(nodes)]
+            output = stack.enter_context(log.open("w"))
+            started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
+            stack.callback(started[-1].kill)
+        ends = [process.wait(timeout=1500) for process in started]
+    assert ends == [0] * world_size, "\n".join(log.read_text() for log in logs)
     return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(world_size)]
 
 
