@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,37 +53,36 @@ def long_tail_batch(seed: int = 0) -> SequenceBatch:
     )
 
 
-def learner_of(config: AlgorithmConfig) -> Learner:
-    """A rank with the quickstart's model, at a learning rate that leaves it where it is."""
-    training = config.training(lr=1e-9, critic_lr=1e-9, kl_coef=0.0).settings.training
+def learner_of(config: AlgorithmConfig, path: str, **changes: Any) -> Learner:
+    """A rank with a model, at a learning rate that leaves it where it is; ``changes`` are those of the spec."""
+    training = config.training(lr=1e-9, critic_lr=1e-9).settings.training
     advantage = advantage_plugin(training.advantage, training.advantage_args)
-    return Learner(
-        LearnerSpec(
-            training=training,
-            advantage=advantage,
-            loss=loss_plugin(training.loss, training.loss_args),
-            policy_path=model_path(),
-            critic_path=model_path() if advantage.needs_critic else None,
-            lora=None,
-            attn_implementation="auto",
-            trust_remote_code=False,
-            gradient_checkpointing=False,
-            compile_backend=None,
-            offload_reference=False,
-            offload_optimizer=False,
-            dtype="float32",
-            wire_dtype="float32",
-            temperature=1.0,
-            max_new_tokens=LONGEST,
-            max_staleness=0,
-            total_steps=1000,
-            policy_steps=1000,
-            on_gpu=False,
-            timeline=False,
-            keeps_state=False,
-            num_threads=None,
-        )
-    )
+    arguments: dict[str, Any] = {
+        "training": training,
+        "advantage": advantage,
+        "loss": loss_plugin(training.loss, training.loss_args),
+        "policy_path": path,
+        "critic_path": path if advantage.needs_critic else None,
+        "lora": None,
+        "attn_implementation": "auto",
+        "trust_remote_code": False,
+        "gradient_checkpointing": False,
+        "compile_backend": None,
+        "offload_reference": False,
+        "offload_optimizer": False,
+        "dtype": "float32",
+        "wire_dtype": "float32",
+        "temperature": 1.0,
+        "max_new_tokens": LONGEST,
+        "max_staleness": 0,
+        "total_steps": 1000,
+        "policy_steps": 1000,
+        "on_gpu": False,
+        "timeline": False,
+        "keeps_state": False,
+        "num_threads": None,
+    }
+    return Learner(LearnerSpec(**arguments | changes))
 
 
 def measure(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -108,7 +108,8 @@ def main() -> None:
     batch = long_tail_batch()
     work: dict[str, Callable[[], object]] = {}
     for name, config in (("GRPO", GRPOConfig), ("PPO", PPOConfig)):
-        learner, bare = learner_of(config()), BareLoop(model_path(), critic=name == "PPO")
+        learner = learner_of(config().training(kl_coef=0.0), model_path())
+        bare = BareLoop(model_path(), critic=name == "PPO")
         for steps in (1, 4):
             own, rank, minibatches = split(batch, num_minibatches=steps, max_tokens=MAX_TOKENS)
             work[f"{name}, {steps} steps: learner"] = partial(learner.update, own, rank)

@@ -31,6 +31,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.credit import CreditAssignment, merged_moments
 from rlhf_ray.learner.estimates import Estimates, put, take
 from rlhf_ray.learner.finite import MOST_SKIPPED, FiniteGuard
+from rlhf_ray.learner.initial_weights import outline, reads_weights
 from rlhf_ray.learner.layout import Microbatch, lay_out, unpad_completions
 from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer, usable_head
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
@@ -56,6 +57,7 @@ from rlhf_ray.learner.off_policy import (
 )
 from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequences, takes_lengths
 from rlhf_ray.learner.packing import Minibatch, RankPlan
+from rlhf_ray.learner.process_memory import return_freed_tensors
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.losses.chunked_logprobs import sums_halves_in_float32
@@ -149,6 +151,7 @@ class Learner:
     """
 
     def __init__(self, spec: LearnerSpec) -> None:
+        return_freed_tensors()
         self._spec = spec
         self._training = spec.training
         device = spec.device
@@ -162,35 +165,39 @@ class Learner:
         loading: dict[str, Any] = {
             "kernels": attention_kernels(spec.attn_implementation, device, compute_dtype),
             "trust_remote_code": spec.trust_remote_code,
+            "with_weights": reads_weights(),
         }
 
-        def sharded(model: PreTrainedModel, *, trained: bool = True, **more: Any) -> PreTrainedModel:
+        def sharded(model: PreTrainedModel, *, source: PreTrainedModel | None = None, **more: Any) -> PreTrainedModel:
             return shard(
                 model,
                 mesh,
                 compute_dtype=compute_dtype,
-                gradient_checkpointing=spec.gradient_checkpointing and trained,
+                gradient_checkpointing=spec.gradient_checkpointing and source is None,
                 compile_backend=spec.compile_backend,
-                offload=spec.offload_optimizer if trained else spec.offload_reference,
+                offload=spec.offload_optimizer if source is None else spec.offload_reference,
+                source=source,
                 **more,
             )
 
-        def scorer(*, trained: bool) -> TokenScorer:
-            model = load_policy(spec.policy_path, **loading)
-            if spec.lora is not None:
-                add_adapters(model, spec.lora)
-            if not trained:
-                freeze(model, compute_dtype)
+        def scorer(model: PreTrainedModel, *, source: PreTrainedModel | None = None) -> TokenScorer:
             head = LogprobHead.adopt(model)
             # Engines sample from weights of that type, too.
             in_half = head is not None and sums_halves_in_float32(device)
-            model = sharded(model, trained=trained, head_dtype=compute_dtype if in_half else torch.float32)
+            model = sharded(model, source=source, head_dtype=compute_dtype if in_half else torch.float32)
             head = usable_head(model, head, device, compute_dtype)
             return TokenScorer(model, head, temperature=spec.temperature)
 
         training = self._training
         self._saving: dist.ProcessGroup | None = None
-        self._score = scorer(trained=True)
+        policy = load_policy(spec.policy_path, **loading)
+        reference: PreTrainedModel | None = None
+        if spec.lora is not None:
+            add_adapters(policy, spec.lora)
+        elif training.kl_coef > 0:
+            reference = outline(policy)
+            freeze(reference, compute_dtype)
+        self._score = scorer(policy)
         self.policy = TrainedModel(
             self._score.model,
             training,
@@ -212,10 +219,10 @@ class Learner:
         self._credit = CreditAssignment(training, spec.advantage.loaded(), device)
         self._objective = PolicyObjective(training, spec.loss.loaded())
         self._reference: TokenScorer | None = None
-        if training.kl_coef > 0 and spec.lora is not None:
-            self._reference = self._score.initial()
+        if reference is not None:  # The policy's weights, before any update.
+            self._reference = scorer(reference, source=policy)
         elif training.kl_coef > 0:
-            self._reference = scorer(trained=False)
+            self._reference = self._score.initial()
         self._kl_in_reward = self._reference is not None and training.kl_in == "reward"
         self._proximal_is_recomputed = training.proximal == "recompute"
         self._proximal_comes_first = self._kl_in_reward or training.m2po_threshold is not None
@@ -252,6 +259,8 @@ class Learner:
             if self._training.value_init == "reward_mean":
                 self._start_values_at_mean(batch)
             estimates = self._estimate(batch, microbatches, plan, update_policy=update_policy)
+            for model in self._all_models():  # Else the reference's output layer stays gathered for all steps.
+                reshard(model)
             kl_coef = self._credit.kl_coef
             figures = self._credit.assign(batch, estimates, metrics)
             assert estimates.advantages is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.hub import hub_lookup
+from rlhf_ray.learner.initial_weights import InitialWeights, without_weights
 from rlhf_ray.learner.varlen_attention import VARLEN, flash_kernel, register, unsupported
 from rlhf_ray.model_weights import first_nonfinite, heads
 from rlhf_ray.weight_sync.buckets import full_tensor
@@ -75,13 +76,16 @@ def check_compile_backend(name: str) -> None:
         raise ConfigError("learners.compile_backend", name, f"no such backend; there is {', '.join(known)}")
 
 
-def load_policy(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool) -> PreTrainedModel:
+def load_policy(
+    path: str, *, kernels: tuple[str, ...], trust_remote_code: bool, with_weights: bool = True
+) -> PreTrainedModel:
     """Load a causal language model in float32, on the CPU, without dropout.
 
     Args:
         path: Local folder or hub id.
         kernels: From :func:`attention_kernels`.
         trust_remote_code: Run code that ships with the model.
+        with_weights: Whether to read them; else they are on the meta device.
 
     Raises:
         ConfigError: The folder or hub id cannot be loaded as a causal language model, lacks some of its weights, or has
@@ -89,12 +93,14 @@ def load_policy(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool)
     """
     from transformers import AutoModelForCausalLM
 
-    policy, info = _load(AutoModelForCausalLM, "model.path", path, kernels, trust_remote_code)
+    policy, info = _load(AutoModelForCausalLM, "model.path", path, kernels, trust_remote_code, with_weights)
     _check_complete("model.path", path, sorted(info["missing_keys"]))
     return policy
 
 
-def load_critic(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool) -> PreTrainedModel:
+def load_critic(
+    path: str, *, kernels: tuple[str, ...], trust_remote_code: bool, with_weights: bool = True
+) -> PreTrainedModel:
     """Load a backbone with a one-number head per token: the critic; arguments as :func:`load_policy`'s.
 
     The class is the family's own for token classification; where transformers has none, the same head on the backbone
@@ -123,7 +129,7 @@ def load_critic(path: str, *, kernels: tuple[str, ...], trust_remote_code: bool)
     except (OSError, ValueError) as error:
         raise ConfigError(field, path, f"cannot be loaded as a critic: {error}") from error
     is_trained = any(name.endswith("Classification") for name in config.architectures or ())
-    critic, info = _load(critic_class, field, path, kernels, trust_remote_code, config=config)
+    critic, info = _load(critic_class, field, path, kernels, trust_remote_code, with_weights, config=config)
     missing, backbone = sorted(info["missing_keys"]), f"{critic.base_model_prefix}."
     _check_complete(field, path, [name for name in missing if name.startswith(backbone)])
     head = [name for name, _ in _head(critic)]
@@ -174,7 +180,7 @@ def _names(model: PreTrainedModel) -> set[str]:
     """Names of its weights in memory and in a checkpoint."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))  # Older files have a tied weight twice.
     return {*parameters, *revert_weight_conversion(model, parameters)}
 
 
@@ -258,16 +264,19 @@ def shard(
     gradient_checkpointing: bool = False,
     compile_backend: str | None = None,
     offload: bool = False,
+    source: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
     """Shard a model over the mesh: one FSDP2 unit a decoder layer, one for the rest and for layers that are tiny.
 
-    The model may be on the CPU: FSDP moves it to the mesh's device unit by unit, so that no GPU ever holds all of it.
+    Weights come from the rank of each node that reads them, whatever the others have, on the CPU; or from ``source``, a
+    model that is sharded alike.
 
     Trained weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced
     in float32. Heads get their weights in ``head_dtype``, and answer in float32 whatever the rest does: bfloat16 would
     round their answers to 8 bits. With
     ``offload`` weights and gradients, and so the optimizer's state, stay in CPU memory.
     """
+    weights = InitialWeights(model)
     kwargs: dict[str, Any] = {"mesh": mesh}
     if offload:
         kwargs["offload_policy"] = CPUOffloadPolicy(pin_memory=mesh.device_type != "cpu")
@@ -290,6 +299,7 @@ def shard(
         if sum(parameter.numel() for parameter in layer.parameters()) >= _MIN_UNIT_PARAMETERS:
             fully_shard(layer, **kwargs)
     fully_shard(model, **kwargs)
+    weights.fill(model, mesh.device_type, offload=offload, source=source)
     return model
 
 
@@ -306,12 +316,18 @@ def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def _load(
-    auto_class: Any, field: str, path: str, kernels: tuple[str, ...], trust_remote_code: bool, **kwargs: Any
+    auto_class: Any,
+    field: str,
+    path: str,
+    kernels: tuple[str, ...],
+    trust_remote_code: bool,
+    with_weights: bool,
+    **kwargs: Any,
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
     """The model, and what transformers says of the names in its files."""
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     try:
-        with hub_lookup(path):
+        with hub_lookup(path), nullcontext() if with_weights else without_weights():
             from transformers import AutoConfig
 
             config = kwargs.get("config") or AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
@@ -334,7 +350,8 @@ def _load(
         raise ConfigError(
             field, path, f"its {name} is {list(found)} where {type(model).__name__} needs {list(wanted)}; use another"
         )
-    if damaged := first_nonfinite(model.state_dict().items()):  # Buffers of a checkpoint are published too.
+    read = ((name, tensor) for name, tensor in model.state_dict().items() if not tensor.is_meta)
+    if damaged := first_nonfinite(read):  # Buffers of a checkpoint are published too.
         raise ConfigError(field, path, f"its {damaged} holds numbers that are not finite; use another")
     # For an export: a critic that began as a policy still calls itself one.
     model.config.architectures = [type(model).__name__]

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
+from rlhf_ray.learner.initial_weights import local as _local
 from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.learner.models import reshard
 from rlhf_ray.model_weights import first_nonfinite
@@ -217,11 +218,6 @@ class TrainedModel:
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def _filled(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
