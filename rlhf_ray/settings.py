@@ -314,11 +314,20 @@ class LearnerSettings:
     """Where and how updates run."""
 
     num_learners: int = setting(1, "FSDP2 workers")
+    sequence_parallel: int = setting(
+        1,
+        "learners that read the same sequences, each a slice of their tokens, so that long ones fit; must divide "
+        "num_learners and the attention heads of policy and critic; 1: each learner reads whole sequences",
+    )
     num_gpus_per_learner: float | None = setting(
         None, "GPUs per learner, 0 or 1; unset: 1 on GPU clusters, 0 elsewhere"
     )
     max_tokens_per_microbatch: int = setting(
-        16_384, "tokens, padding included, in one forward and backward", quickstart=4096, source=_VERL
+        16_384,
+        "tokens of a learner, padding included, in one forward and backward; a microbatch of sequence_parallel learners "
+        "has that many times as many",
+        quickstart=4096,
+        source=_VERL,
     )
     gradient_checkpointing: bool = setting(
         True,

@@ -7,8 +7,9 @@ back as ``[B, T]``: row b holds the T completion tokens of sequence b from the l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,8 @@ class Microbatch:
     """``[B, T]`` bool, true at completion tokens that enter the losses."""
     num_tokens: int
     """Tokens in the forward pass, padding included."""
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the model, of which it can tell nothing by itself where it reads a slice of the tokens."""
 
 
 def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: torch.device) -> Microbatch:

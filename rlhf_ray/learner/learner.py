@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_ray.advantages import kl
 from rlhf_ray.errors import LearnerError
@@ -32,6 +31,7 @@ from rlhf_ray.learner.finite import MOST_SKIPPED, FiniteGuard
 from rlhf_ray.learner.layout import Microbatch, lay_out, unpad_completions
 from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
+from rlhf_ray.learner.mesh import LearnerMesh
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import (
     attention_kernels,
@@ -53,6 +53,7 @@ from rlhf_ray.learner.off_policy import (
 )
 from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequences
 from rlhf_ray.learner.packing import Minibatch, RankPlan
+from rlhf_ray.learner.sequence_parallel import SequenceSlices, SlicedScorer
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.plugins import Plugin
@@ -113,6 +114,8 @@ class LearnerSpec:
     """Whether ranks keep a copy of their state outside of their processes, after every update."""
     num_threads: int | None
     """CPU threads of a rank; none: its share of the machine's cores."""
+    sequence_parallel: int = 1
+    """Ranks that read the same sequences, a slice of each."""
 
     @property
     def device(self) -> torch.device:
@@ -141,7 +144,7 @@ class Learner:
             torch.set_num_threads(spec.num_threads or _share_of_cores(beside_engines=spec.max_staleness > 0))
         self._device = device
         self._world_size = dist.get_world_size()
-        mesh = init_device_mesh(device.type, (self._world_size,))
+        self._mesh = LearnerMesh.of(device.type, spec.sequence_parallel)
         compute_dtype: torch.dtype = getattr(torch, spec.dtype)
         loading: dict[str, Any] = {
             "kernels": attention_kernels(spec.attn_implementation, device, compute_dtype),
@@ -151,7 +154,7 @@ class Learner:
         def sharded(model: PreTrainedModel, *, trained: bool = True) -> PreTrainedModel:
             return shard(
                 model,
-                mesh,
+                self._mesh.ranks,
                 compute_dtype=compute_dtype,
                 gradient_checkpointing=spec.gradient_checkpointing and trained,
                 compile_backend=spec.compile_backend,
@@ -172,8 +175,12 @@ class Learner:
 
         training = self._training
         self._saving: dist.ProcessGroup | None = None
-        self._score = scorer(trained=True)
+        self._score: TokenScorer | SlicedScorer = scorer(trained=True)
         self.packed = self._can_pack()
+        self._slices = self._mesh.sequence and SequenceSlices(self._mesh.sequence, device, compute_dtype)
+        if self._slices is not None:
+            self._slices.adopt_tested(self._score.model, "model.path", packed=self.packed)
+            self._score = SlicedScorer(self._score, self._slices)
         self.policy = TrainedModel(
             self._score.model,
             training,
@@ -183,21 +190,27 @@ class Learner:
         )
         self.critic: TrainedModel | None = None
         if spec.critic_path is not None:
+            critic = sharded(load_critic(spec.critic_path, **loading))
+            if self._slices is not None:
+                self._slices.adopt_tested(critic, "model.critic_path", packed=self.packed)
             self.critic = TrainedModel(
-                sharded(load_critic(spec.critic_path, **loading)),
+                critic,
                 training,
                 lr=training.critic_lr,
                 max_grad_norm=training.critic_max_grad_norm,
                 total_steps=spec.total_steps,
             )
         self.advantages: tuple[Float32Array, ...] | None = None
-        self._credit = CreditAssignment(training, spec.advantage.loaded(), device)
+        self._credit = CreditAssignment(training, spec.advantage.loaded(), device, self._mesh.data)
         self._objective = PolicyObjective(training, spec.loss.loaded())
-        self._reference: TokenScorer | None = None
+        self._reference: TokenScorer | SlicedScorer | None = None
         if training.kl_coef > 0 and spec.lora is not None:
             self._reference = self._score.initial()
         elif training.kl_coef > 0:
             self._reference = scorer(trained=False)
+            if self._slices is not None:
+                self._slices.adopt(self._reference.model)
+                self._reference = SlicedScorer(self._reference, self._slices)
         self._kl_in_reward = self._reference is not None and training.kl_in == "reward"
         self._proximal_is_recomputed = training.proximal == "recompute"
         self._proximal_comes_first = self._kl_in_reward or training.m2po_threshold is not None
@@ -255,7 +268,7 @@ class Learner:
             for model in self._all_models():
                 reshard(model)
         self._check_finite("kept after an update, whose learning rate may be too high")
-        figures |= effective_sample_size(metrics.merge(len(plan.minibatches) * len(plan.epochs)))
+        figures |= effective_sample_size(metrics.merge(len(plan.minibatches) * len(plan.epochs), self._mesh.data))
         if self._reference is not None:
             figures["kl_coef"] = kl_coef
             self._credit.adapt(figures.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
@@ -349,6 +362,7 @@ class Learner:
         if self._saving is not None:
             dist.destroy_process_group(self._saving)
             self._saving = None
+        self._mesh.close()
 
     def _can_pack(self) -> bool:
         """Whether rows are packed, on all ranks or none."""
@@ -393,7 +407,7 @@ class Learner:
         critic = self.critic
         if critic is not None and critic.steps_taken == 0 and head_is_new(critic.model):
             rewards = torch.tensor(batch.rewards, device=self._device)
-            (of_rewards,) = merged_moments(torch.ones_like(rewards, dtype=torch.bool), rewards)
+            (of_rewards,) = merged_moments(self._mesh.data, torch.ones_like(rewards, dtype=torch.bool), rewards)
             if math.isfinite(of_rewards.mean):  # Else no step is made either.
                 set_head_bias(critic.model, of_rewards.mean)
 
@@ -437,7 +451,7 @@ class Learner:
         estimates.kept = estimates.mask.clone()
         for minibatch in plan.minibatches:
             rows = torch.tensor([row for part in minibatch.microbatches for row in part], device=self._device).long()
-            estimates.kept[rows] = m2po_kept(estimates, rows, threshold=threshold)
+            estimates.kept[rows] = m2po_kept(estimates, rows, threshold=threshold, group=self._mesh.data)
 
     def _step(
         self,
@@ -576,8 +590,11 @@ class Learner:
     def _values(self, micro: Microbatch) -> torch.Tensor:
         """``[tokens of input_ids]``, the critic's value of the state after each token."""
         assert self.critic is not None
-        output = self.critic.model(input_ids=micro.input_ids, position_ids=micro.position_ids, use_cache=False)
-        return output.logits.float().flatten()
+        model = self.critic.model
+        read = micro if self._slices is None else self._slices.shard(micro, model)
+        output = model(input_ids=read.input_ids, position_ids=read.position_ids, **read.attention, use_cache=False)
+        values: torch.Tensor = output.logits.float().squeeze(-1)
+        return (values if self._slices is None else self._slices.gather_columns(values, micro)).flatten()
 
 
 def _share_of_cores(*, beside_engines: bool) -> int:

@@ -187,7 +187,7 @@ class TokenScorer:
     def _logits(self, micro: Microbatch) -> Tensor:
         inputs = {"input_ids": micro.input_ids, "position_ids": micro.position_ids, "logits_to_keep": micro.kept}
         with self._adapters(self.model):
-            output = self.model(**inputs, use_cache=False)
+            output = self.model(**inputs, **micro.attention, use_cache=False)
         logits: Tensor = output.logits
         return logits
 

@@ -40,10 +40,13 @@ class MetricSums:
                 self._sums[name] += float(value) * weight
                 self._weights[name] += weight
 
-    def merge(self, num_steps: int) -> dict[str, float]:
-        """Combine over ranks; every rank gets the result. Losses are means over ``num_steps`` optimizer steps."""
-        parts: list[MetricSums] = [self] * dist.get_world_size()
-        dist.all_gather_object(parts, self)
+    def merge(self, num_steps: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """Combine over ranks; every rank gets the result. Losses are means over ``num_steps`` optimizer steps.
+
+        ``group`` has a rank for each share of the batch; ``None``: all ranks do.
+        """
+        parts: list[MetricSums] = [self] * dist.get_world_size(group)
+        dist.all_gather_object(parts, self, group=group)
         merged: dict[str, float] = {}
         for name in {name for part in parts for name in part._maxima}:
             merged[name] = _largest(*(part._maxima[name] for part in parts if name in part._maxima))

@@ -262,8 +262,13 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bo
 def share_of(batch: SequenceBatch, scenario: Scenario, seed: int = 0) -> tuple[SequenceBatch, RankPlan]:
     """What this rank is given of a batch."""
     plan = plan_of(batch, scenario, seed)
-    rank = dist.get_rank()
-    return batch.select(plan.sequences[rank]), plan.ranks[rank]
+    share = share_number(scenario)
+    return batch.select(plan.sequences[share]), plan.ranks[share]
+
+
+def share_number(scenario: Scenario) -> int:
+    """Which share of a batch this rank has: that of its neighbors, where they read slices of it."""
+    return dist.get_rank() // scenario.spec.get("sequence_parallel", 1)
 
 
 def plan_of(batch: SequenceBatch, scenario: Scenario, seed: int) -> UpdatePlan:
@@ -273,7 +278,7 @@ def plan_of(batch: SequenceBatch, scenario: Scenario, seed: int) -> UpdatePlan:
         batch.loss_lengths.tolist(),
         num_minibatches=scenario.num_minibatches,
         num_epochs=scenario.num_epochs,
-        num_ranks=dist.get_world_size(),
+        num_ranks=dist.get_world_size() // scenario.spec.get("sequence_parallel", 1),
         max_tokens=scenario.max_tokens,
         attention_length=1536.0,
         packed=scenario.packed,
@@ -320,7 +325,7 @@ def outcome_of(learner: Learner, scenario: Scenario, figures: list[Figures]) -> 
         policy=full_weights(learner.policy),
         critic={} if learner.critic is None else full_weights(learner.critic),
         last=UpdateResult(figures=figures[-1], advantages=learner.advantages),
-        sequences=plan_of(batch_of(scenario, number), scenario, number).sequences[dist.get_rank()],
+        sequences=plan_of(batch_of(scenario, number), scenario, number).sequences[share_number(scenario)],
     )
 
 
