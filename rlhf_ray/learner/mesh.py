@@ -32,9 +32,11 @@ class LearnerMesh:
         ranks = init_device_mesh(device_type, (world_size,))
         if sequence_parallel == 1:
             return cls(ranks=ranks, data=dist.group.WORLD, sequence=None)
-        shape, names = (world_size // sequence_parallel, sequence_parallel), ("data", "sequence")
-        grid = init_device_mesh(device_type, shape, mesh_dim_names=names)
-        return cls(ranks=ranks, data=grid.get_group("data"), sequence=grid.get_group("sequence"))
+        neighbors = [list(range(first, first + sequence_parallel)) for first in range(0, world_size, sequence_parallel)]
+        # Groups of their own, where a device mesh would hand out that of all ranks, which must not be closed.
+        sequence, _ = dist.new_subgroups_by_enumeration(neighbors)
+        data, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in zip(*neighbors, strict=True)])
+        return cls(ranks=ranks, data=data, sequence=sequence)
 
     def close(self) -> None:
         """Give back the groups that were made for it."""
