@@ -37,7 +37,7 @@ __all__ = ["SequenceSlices", "SlicedScorer"]
 _PROBE_TOKENS_PER_RANK = 8
 # Of the norm of a slice's hidden states. Attention that misses the other slices changes them by tenths.
 _TOLERANCE = {torch.float32: 1e-4}
-_TOLERANCE_IN_HALF_PRECISION = 0.1
+_TOLERANCE_IN_HALF_PRECISION = 3e-2
 
 
 class SequenceSlices:
@@ -91,14 +91,14 @@ class SequenceSlices:
             mine = whole[:, self._own(length)]
             sliced = _hidden_states(model, self._inputs(model, ids, positions, packed=packed))[:, : mine.shape[1]]
             deviation = float((sliced - mine).norm() / mine.norm())
-        except (RuntimeError, ValueError, TypeError, IndexError, KeyError) as error:
+        except Exception as error:  # Whatever a model's code makes of a slice; it is told below.
             deviation, told = math.inf, repr(error)
         if not deviation <= _TOLERANCE.get(self._dtype, _TOLERANCE_IN_HALF_PRECISION):
             told = told or f"its hidden states differ by {deviation:.1g} of their norm"
         found = [told] * dist.get_world_size()
         dist.all_gather_object(found, told)
         for reason in filter(None, found):
-            remedy = f"{field}: {type(model).__name__} cannot read a sequence in slices ({reason}); use 1"
+            remedy = f"{field}: {type(model).__name__.removeprefix('FSDP')} cannot read a sequence in slices ({reason}); use 1"
             raise ConfigError("learners.sequence_parallel", self._size, remedy)
 
     def shard(self, micro: Microbatch, model: PreTrainedModel) -> Microbatch:
@@ -310,10 +310,13 @@ def _kernel(name: str, module: nn.Module) -> Callable[..., Any]:
 def _hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     """``[B, L, D]`` float32, what the backbone of a (sharded) model gives its head."""
     found: list[Tensor] = []
-    hook = model.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].float()))
+    hooks = [model.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].float()))]
+    if (head := model.get_output_embeddings()) is not None:  # Not every family calls its backbone as a whole.
+        hooks.append(head.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].float())))
     try:
         model(**inputs, use_cache=False)
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         reshard(model)
-    return found[0]
+    return found[-1]

@@ -35,7 +35,7 @@ NAMES = (
 ON_FOUR_RANKS = ("token_mean", "packed", "grpo", "stale_m2po", "critic_from_the_mean", "idle_rank")
 SCORED = ("padded", "packed", "eager", "one_kv_head")
 NOT_SLICED = ("lfm2", "codegen")
-"""Families of which the configuration may tell nothing: a convolution, and attention without transformers' interface."""
+"""Families with a convolution, and with attention that does not come from transformers' interface."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
