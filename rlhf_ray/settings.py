@@ -316,16 +316,15 @@ class LearnerSettings:
     num_learners: int = setting(1, "FSDP2 workers")
     sequence_parallel: int = setting(
         1,
-        "learners that read the same sequences, each a slice of their tokens, so that long ones fit; must divide "
-        "num_learners and the attention heads of policy and critic; 1: each learner reads whole sequences",
+        "learners that read the same sequences, each a slice of the tokens, so that long ones fit; divides num_learners "
+        "and the attention heads of the models; a microbatch has this many times max_tokens_per_microbatch",
     )
     num_gpus_per_learner: float | None = setting(
         None, "GPUs per learner, 0 or 1; unset: 1 on GPU clusters, 0 elsewhere"
     )
     max_tokens_per_microbatch: int = setting(
         16_384,
-        "tokens of a learner, padding included, in one forward and backward; a microbatch of sequence_parallel learners "
-        "has that many times as many",
+        "tokens per learner, padding included, in one forward and backward",
         quickstart=4096,
         source=_VERL,
     )

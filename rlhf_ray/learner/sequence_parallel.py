@@ -98,7 +98,8 @@ class SequenceSlices:
         found = [told] * dist.get_world_size()
         dist.all_gather_object(found, told)
         for reason in filter(None, found):
-            remedy = f"{field}: {type(model).__name__.removeprefix('FSDP')} cannot read a sequence in slices ({reason}); use 1"
+            name = type(model).__name__.removeprefix("FSDP")
+            remedy = f"{field}: {name} cannot read a sequence in slices ({reason}); use 1"
             raise ConfigError("learners.sequence_parallel", self._size, remedy)
 
     def shard(self, micro: Microbatch, model: PreTrainedModel) -> Microbatch:
