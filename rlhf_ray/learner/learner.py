@@ -177,10 +177,6 @@ class Learner:
         self._saving: dist.ProcessGroup | None = None
         self._score: TokenScorer | SlicedScorer = scorer(trained=True)
         self.packed = self._can_pack()
-        self._slices = self._mesh.sequence and SequenceSlices(self._mesh.sequence, device, compute_dtype)
-        if self._slices is not None:
-            self._slices.adopt_tested(self._score.model, "model.path", packed=self.packed)
-            self._score = SlicedScorer(self._score, self._slices)
         self.policy = TrainedModel(
             self._score.model,
             training,
@@ -190,16 +186,20 @@ class Learner:
         )
         self.critic: TrainedModel | None = None
         if spec.critic_path is not None:
-            critic = sharded(load_critic(spec.critic_path, **loading))
-            if self._slices is not None:
-                self._slices.adopt_tested(critic, "model.critic_path", packed=self.packed)
             self.critic = TrainedModel(
-                critic,
+                sharded(load_critic(spec.critic_path, **loading)),
                 training,
                 lr=training.critic_lr,
                 max_grad_norm=training.critic_max_grad_norm,
                 total_steps=spec.total_steps,
             )
+        self._slices: SequenceSlices | None = None
+        if self._mesh.sequence is not None:
+            self._slices = SequenceSlices(self._mesh.sequence, device, compute_dtype)
+            self._slices.adopt_tested(self._score.model, "model.path", packed=self.packed)
+            self._score = SlicedScorer(self._score, self._slices)
+            if self.critic is not None:
+                self._slices.adopt_tested(self.critic.model, "model.critic_path", packed=self.packed)
         self.advantages: tuple[Float32Array, ...] | None = None
         self._credit = CreditAssignment(training, spec.advantage.loaded(), device, self._mesh.data)
         self._objective = PolicyObjective(training, spec.loss.loaded())

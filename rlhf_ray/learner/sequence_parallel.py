@@ -106,27 +106,29 @@ class SequenceSlices:
         """This rank's slice of a microbatch, for a model that was adopted.
 
         The mask of the slice is true at the completion tokens that are scored here, of which there may be none;
-        ``value_index`` and ``last_index`` remain those of the whole rows.
+        ``last_index`` remains that of the whole rows.
         """
         ids, positions = micro.input_ids, micro.position_ids
+        length = ids.shape[1]
         if positions is None:
-            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+            positions = torch.arange(length, device=ids.device).expand_as(ids)
         inputs = self._inputs(model, ids, positions, packed=micro.position_ids is not None)
-        own = self._own(ids.shape[1])
+        own = self._own(length)
         is_own = (micro.kept >= own.start) & (micro.kept < own.stop)
-        rows, places = micro.completion_index // len(micro.kept), micro.completion_index % len(micro.kept)
-        mask = micro.mask & is_own[places]
         if not is_own.any():  # Models answer for one column at least.
             is_own[0] = True
         kept = (micro.kept[is_own] - own.start).clamp(0, own.stop - own.start - 1)
-        index = rows * len(kept) + (is_own.cumsum(0) - 1)[places]
+        rows, columns = micro.value_index // length, micro.value_index % length
+        mask = micro.mask & (columns >= own.start) & (columns < own.stop)
+        place = (is_own.cumsum(0) - 1)[micro.completion_index % len(micro.kept)]
         return replace(
             micro,
             input_ids=inputs.pop("input_ids"),
             position_ids=inputs.pop("position_ids"),
             kept=kept,
             targets=micro.targets[:, is_own],
-            completion_index=torch.where(mask, index, 0),
+            completion_index=torch.where(mask, rows * len(kept) + place, 0),
+            value_index=torch.where(mask, rows * (own.stop - own.start) + columns - own.start, 0),
             mask=mask,
             attention=inputs,
         )
