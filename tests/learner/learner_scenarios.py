@@ -7,6 +7,8 @@ leaves a ``RankResult`` in ``FOLDER/rank<RANK>.pt``.
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+import rlhf_ray
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.learner import Learner, LearnerSpec
@@ -389,6 +392,28 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     result = RankResult(outcomes=outcomes, in_large_microbatches=large, buckets=buckets, refusal=refusal(folder))
     torch.save(result, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def run_ranks(script: str, folder: Path, world_size: int, *arguments: int) -> None:
+    """Run a script as ``script FOLDER RANK WORLD_SIZE ARGUMENTS``, a process for each rank, and wait for all."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, str(folder), *map(str, (rank, world_size, *arguments))],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=400)
+            assert process.returncode == 0, output
+    finally:
+        for process in started:
+            process.kill()
 
 
 def without_wall_times(figures: Sequence[Figures]) -> list[Figures]:

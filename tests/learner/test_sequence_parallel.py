@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +15,6 @@ import torch
 from learner_scenarios import RESUMED, SCENARIOS, Outcome
 from sequence_parallel_ranks import NAMES, NOT_SLICED, ON_FOUR_RANKS, SCORED, SlicedResult
 
-import rlhf_ray
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.update_result import merged_results
 
@@ -47,24 +44,7 @@ def start(folder: Path, into: Path, world_size: int, size: int) -> list[SlicedRe
     """What each of some ranks leaves behind."""
     for model in folder.iterdir():
         (into / model.name).symlink_to(model)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
-    started = [
-        subprocess.Popen(
-            [sys.executable, ranks.__file__, str(into), str(rank), str(world_size), str(size)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    try:
-        for process in started:
-            output, _ = process.communicate(timeout=400)
-            assert process.returncode == 0, output
-    finally:
-        for process in started:
-            process.kill()
+    runs.run_ranks(ranks.__file__, into, world_size, size)
     return [torch.load(into / f"rank{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
@@ -77,19 +57,6 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_two(folder: Path, checkpoints: Path) -> list[SlicedResult]:
     """Two ranks that read the same sequences."""
     return start(folder, checkpoints, 2, 2)
-
-
-@pytest.fixture(scope="module")
-def whole(folder: Path) -> Callable[[str], Outcome]:
-    """A scenario on one rank, each minibatch in one microbatch."""
-    done: dict[str, Outcome] = {}
-
-    def outcome(name: str) -> Outcome:
-        if name not in done:
-            done[name] = runs.run(SCENARIOS[name], folder)
-        return done[name]
-
-    return outcome
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +88,13 @@ def test_scores_in_slices_are_bit_for_bit_those_of_whole_sequences(
 
 @pytest.mark.parametrize("name", NAMES)
 def test_two_ranks_with_a_slice_each_learn_what_one_rank_does(
-    name: str, on_two: list[SlicedResult], whole: Callable[[str], Outcome]
+    name: str, on_two: list[SlicedResult], on_one_rank: Callable[[str], Outcome]
 ) -> None:
     first, second = (result.outcomes[name] for result in on_two)
-    assert_same(first, whole(name))
+    assert_same(first, on_one_rank(name))
     assert without_times(first.figures[-1]) == without_times(second.figures[-1])
     answers = merged_results([first.last], [first.sequences])
-    wanted = merged_results([whole(name).last], [whole(name).sequences])
+    wanted = merged_results([on_one_rank(name).last], [on_one_rank(name).sequences])
     assert answers.advantages is not None
     assert wanted.advantages is not None
     for mine, theirs in zip(answers.advantages, wanted.advantages, strict=True):
@@ -140,14 +107,14 @@ def test_four_ranks_learn_what_one_rank_does(
     size: int,
     folder: Path,
     tmp_path: Path,
-    whole: Callable[[str], Outcome],
+    on_one_rank: Callable[[str], Outcome],
     whole_scores: dict[str, Any],
 ) -> None:
     """Two shares of the batch in two slices each, or one in four, which are more than there are key heads."""
     results = start(folder, tmp_path, 4, size)
     for name in ON_FOUR_RANKS:
         for result in results:
-            assert_same(result.outcomes[name], whole(name))
+            assert_same(result.outcomes[name], on_one_rank(name))
         shares = [result.outcomes[name] for result in results[::size]]
         merged = merged_results([share.last for share in shares], [share.sequences for share in shares])
         assert merged.advantages is not None
