@@ -175,6 +175,7 @@ class Learner:
 
         training = self._training
         self._saving: dist.ProcessGroup | None = None
+        self._slices: SequenceSlices | None = None
         self._score: TokenScorer | SlicedScorer = scorer(trained=True)
         self.packed = self._can_pack()
         self.policy = TrainedModel(
@@ -193,7 +194,6 @@ class Learner:
                 max_grad_norm=training.critic_max_grad_norm,
                 total_steps=spec.total_steps,
             )
-        self._slices: SequenceSlices | None = None
         if self._mesh.sequence is not None:
             self._slices = SequenceSlices(self._mesh.sequence, device, compute_dtype)
             self._slices.adopt_tested(self._score.model, "model.path", packed=self.packed)
