@@ -6,6 +6,7 @@ Families name the same things differently, or not at all: every other module ask
 from __future__ import annotations
 
 import logging
+import math
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_causal",
     "check_critic_vocabulary",
+    "check_sequence_parallel",
     "check_unquantized",
     "check_vocabulary",
     "context_length",
@@ -141,6 +143,42 @@ def check_critic_vocabulary(
     if last >= size:
         remedy = f"its embedding ends with token {size - 1}, and the policy's tokens with {last}"
         raise ConfigError("model.critic_path", path, f"{remedy}; name a critic with the policy's vocabulary")
+
+
+def check_sequence_parallel(size: int, field: str, config: PretrainedConfig) -> None:
+    """Refuse a model of which ``size`` learners cannot each read a slice of the tokens, as far as it tells.
+
+    Args:
+        size: ``learners.sequence_parallel``.
+        field: The setting that names the model, for messages.
+        config: Its configuration.
+
+    Raises:
+        ConfigError: Its attention heads cannot be shared out, or what a layer computes of a token depends on others by
+            other ways than attention to all of them, or on how many a learner reads.
+    """
+    text = config.get_text_config()
+    layers = text.per_layer_config if text.is_heterogeneous else [text]
+    heads = math.gcd(*(int(getattr(layer, "num_attention_heads", None) or 0) for layer in layers))
+    sliding = ["sliding_attention"] if getattr(text, "sliding_window", None) else []
+    kinds = {*(getattr(text, "layer_types", None) or sliding)} - {"full_attention", "attention"}
+    ropes = getattr(text, "rope_parameters", None) or {}
+    ropes = [one for one in (ropes, *ropes.values()) if isinstance(one, dict)]
+    lengths = {one.get("rope_type") for one in ropes} & {"dynamic", "longrope"}
+    if size == 1:
+        return
+    if heads == 0 or keeps_states(config):
+        reason = "has layers that carry a state from token to token; use 1"
+    elif kinds:
+        reason = f"has layers of {', '.join(sorted(kinds))}, which see a part of the tokens; use 1"
+    elif lengths:
+        reason = f"has {lengths.pop()} rotary embeddings, which depend on how many tokens are read; use 1"
+    elif heads % size:
+        possible = [str(n) for n in range(1, heads + 1) if heads % n == 0]
+        reason = f"has {heads} attention heads, which {size} learners cannot share; use {' or '.join(possible)}"
+    else:
+        return
+    raise ConfigError("learners.sequence_parallel", size, f"{field}: {config.model_type} {reason}")
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -103,6 +103,7 @@ _OF_THIS: Final[Mapping[str, tuple[str, ...]]] = {
     "rewards.normalize_std": ("normalise_std",),
     "rewards.truncated_reward": ("missing_eos_penalty",),
     "learners.max_tokens_per_microbatch": ("max_token_len_per_gpu", "micro_batch_size", "ppo_max_token_len_per_gpu"),
+    "learners.sequence_parallel": ("sequence_parallel_size", "ulysses_sequence_parallel_size"),
     "learners.num_gpus_per_learner": ("num_gpus_per_worker",),
     "learners.num_learners or rollouts.num_replicas (GPUs follow from them)": ("n_gpus_per_node", "nnodes", "num_gpus"),
     "learners.gradient_checkpointing": ("enable_gradient_checkpointing",),

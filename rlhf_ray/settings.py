@@ -348,11 +348,19 @@ class LearnerSettings:
     """Where and how updates run."""
 
     num_learners: int = setting(1, "FSDP2 workers")
+    sequence_parallel: int = setting(
+        1,
+        "learners that read the same sequences, each a slice of the tokens, so that long ones fit; divides num_learners "
+        "and the attention heads of the models; a microbatch has this many times max_tokens_per_microbatch",
+    )
     num_gpus_per_learner: float | None = setting(
         None, "GPUs per learner, 0 or 1; unset: 1 on GPU clusters, 0 elsewhere"
     )
     max_tokens_per_microbatch: int = setting(
-        16_384, "tokens, padding included, in one forward and backward", quickstart=4096, source=_VERL
+        16_384,
+        "tokens per learner, padding included, in one forward and backward",
+        quickstart=4096,
+        source=_VERL,
     )
     gradient_checkpointing: bool = setting(
         True,

@@ -16,6 +16,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.model_config import (
     check_causal,
     check_critic_vocabulary,
+    check_sequence_parallel,
     check_vocabulary,
     context_length,
     keeps_states,
@@ -145,3 +146,42 @@ def test_a_critic_need_not_have_rows_that_no_token_uses() -> None:
     check_critic_vocabulary("critic", exact, tokenizer, padded)
     with pytest.raises(ConfigError, match=r"model\.critic_path = 'critic': its embedding ends with token"):
         check_critic_vocabulary("critic", AutoConfig.for_model("llama", vocab_size=tokens - 1), tokenizer, padded)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "reason"),
+    [
+        (
+            "llama",
+            {"hidden_size": 60, "num_attention_heads": 6, "num_key_value_heads": 6},
+            "6 .*heads.* use 1 or 2 or 3 or 6",
+        ),
+        ("gemma3_text", {"num_attention_heads": 4}, "layers of sliding_attention"),
+        ("mistral", {"num_attention_heads": 4}, "layers of sliding_attention"),
+        ("llama4_text", {"num_attention_heads": 4}, "layers of chunked_attention"),
+        ("lfm2", {"num_attention_heads": 4}, "carry a state"),
+        ("qwen3_next", {"num_attention_heads": 4}, "carry a state"),
+        ("mamba", {}, "carry a state"),
+        ("rwkv", {}, "carry a state"),
+        (
+            "llama",
+            {
+                "num_attention_heads": 4,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+            },
+            "dynamic rotary embeddings",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_read_in_slices_is_refused(family: str, sizes: dict[str, Any], reason: str) -> None:
+    config = tiny_config(family, **sizes)
+    check_sequence_parallel(1, "model.path", config)
+    with pytest.raises(ConfigError, match=reason) as refused:
+        check_sequence_parallel(4, "model.path", config)
+    assert (refused.value.field, refused.value.value) == ("learners.sequence_parallel", 4)
+    assert "model.path" in str(refused.value)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "qwen3_moe", "olmo2", "deepseek_v3", "gpt2"])
+def test_a_model_of_attention_to_all_tokens_is_read_in_slices(family: str) -> None:
+    check_sequence_parallel(4, "model.path", tiny_config(family, num_attention_heads=4, sliding_window=None))

@@ -93,6 +93,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "training.kl_coef": ([0.0], [-0.1]),
     "training.critic_warmup_iterations": ([0], [-1]),
     "learners.num_learners": ([1], [0]),
+    "learners.sequence_parallel": ([1], [0]),
     "learners.max_tokens_per_microbatch": ([100], [0]),
     "learners.num_threads": ([1, None], [0]),
     "learners.startup_timeout_s": ([0.1], [0.0]),
@@ -272,6 +273,21 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
         "at least 101",
     ),
     (
+        {
+            "rollouts.max_new_tokens": 200,
+            "learners.max_tokens_per_microbatch": 100,
+            "learners.num_learners": 2,
+            "learners.sequence_parallel": 2,
+        },
+        "learners.max_tokens_per_microbatch",
+        "at least 101 (the longest prompt and the longest completion, shared by learners.sequence_parallel = 2 ",
+    ),
+    (
+        {"learners.num_learners": 3, "learners.sequence_parallel": 2},
+        "learners.sequence_parallel",
+        "learners.num_learners = 3 is not a multiple of it",
+    ),
+    (
         {"training.iterations": 3, "training.critic_warmup_iterations": 3},
         "training.critic_warmup_iterations",
         "less than training.iterations (3)",
@@ -350,6 +366,12 @@ POSSIBLE: list[dict[str, Any]] = [
     {"rewards.functions": ["my_module:reward", "rewards.py:reward", {"name": "gsm8k", "last_number": True}]},
     {"data.batch_size": 2, "rollouts.group_size": 2, "training.num_minibatches": 4},
     {"rollouts.max_prompt_tokens": 92, "learners.max_tokens_per_microbatch": 100},
+    {
+        "rollouts.max_new_tokens": 199,
+        "learners.max_tokens_per_microbatch": 100,
+        "learners.num_learners": 4,
+        "learners.sequence_parallel": 2,
+    },
     {"training.iterations": 3, "training.lr_warmup_steps": 4, "training.critic_warmup_iterations": 2},
     {"model.attn_implementation": "flash_attention_2", "model.dtype": "bfloat16"},
     {"model.attn_implementation": "flex_attention", "model.dtype": "float32"},

@@ -21,7 +21,13 @@ from rlhf_ray.learner.group import LearnerGroup
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.models import check_compile_backend
-from rlhf_ray.model_config import check_causal, check_critic_vocabulary, check_vocabulary, load_model_config
+from rlhf_ray.model_config import (
+    check_causal,
+    check_critic_vocabulary,
+    check_sequence_parallel,
+    check_vocabulary,
+    load_model_config,
+)
 from rlhf_ray.model_path import absolute_if_local
 from rlhf_ray.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.prompts.evaluation_prompts import check_prompts, load_prompts
@@ -135,11 +141,13 @@ def check_inputs(settings: Settings) -> Inputs:
     tokenizer = load_tokenizer(tokenizer_path, trust_remote_code=trust)
     config = load_model_config("model.path", policy_path, trust_remote_code=trust)
     check_causal("model.path", policy_path, config)
+    check_sequence_parallel(settings.learners.sequence_parallel, "model.path", config)
     check_served(policy_path, config, on_cpus=_runs_on_cpus(settings))
     check_quantization(settings.rollouts.quantization, on_cpus=_runs_on_cpus(settings))
     if critic_path is not None:
         critic = load_model_config("model.critic_path", critic_path, trust_remote_code=trust)
         check_critic_vocabulary(critic_path, critic, tokenizer, config)
+        check_sequence_parallel(settings.learners.sequence_parallel, "model.critic_path", critic)
     stops = settings.rollouts.stop_token_ids
     eos = eos_token_ids(policy_path, config, tokenizer, stop_token_ids=stops)
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
@@ -405,6 +413,7 @@ def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> Lea
         num_threads=learners.num_threads,
         weight_transfer=_weight_transfer(settings, session),
         quantized_sampler=settings.rollouts.quantized_by is not None,
+        sequence_parallel=learners.sequence_parallel,
     )
 
 

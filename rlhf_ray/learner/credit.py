@@ -33,12 +33,16 @@ class CreditAssignment:
         training: The training section.
         plugin: The advantage, loaded.
         device: Where the rank computes.
+        group: A rank for each share of the batch.
     """
 
-    def __init__(self, training: TrainingSettings, plugin: Plugin, device: torch.device) -> None:
+    def __init__(
+        self, training: TrainingSettings, plugin: Plugin, device: torch.device, group: dist.ProcessGroup
+    ) -> None:
         self._training = training
         self._plugin = plugin
         self._device = device
+        self._group = group
         self._controller = (
             None
             if training.kl_target is None
@@ -86,7 +90,7 @@ class CreditAssignment:
         measured = [advantages]
         if returns is not None and estimates.values is not None:
             measured += [returns, returns - estimates.values]
-        moments, *of_critic = merged_moments(mask, *measured)
+        moments, *of_critic = merged_moments(self._group, mask, *measured)
         estimates.returns = returns
         estimates.advantages = whiten(advantages, mask, moments=moments) if training.whiten_advantages else advantages
         figures = {"advantage_mean": moments.mean, "advantage_std": moments.variance() ** 0.5}
@@ -121,7 +125,7 @@ class CreditAssignment:
             rewards = rewards - self.kl_coef * (penalty * mask).sum(dim=1)
         mine = np.stack([batch.group_ids, batch.completion_lengths, batch.greedy_rewards], axis=1).astype(np.float64)
         table, first = gathered_rows(
-            torch.cat([rewards.double()[:, None], torch.tensor(mine, device=self._device)], dim=1)
+            torch.cat([rewards.double()[:, None], torch.tensor(mine, device=self._device)], dim=1), self._group
         )
         advantages = self._plugin.call(
             {
@@ -141,24 +145,24 @@ class CreditAssignment:
             )
 
 
-def merged_moments(mask: torch.Tensor, *tensors: torch.Tensor) -> list[Moments]:
-    """Moments of each tensor where the mask is true, over all ranks."""
+def merged_moments(group: dist.ProcessGroup, mask: torch.Tensor, *tensors: torch.Tensor) -> list[Moments]:
+    """Moments of each tensor where the mask is true, over the ranks of a group."""
     mine = torch.stack([Moments.of(tensor, mask).to_tensor() for tensor in tensors]).to(mask.device)
-    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, mine)
+    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(gathered, mine, group=group)
     parts = torch.stack(gathered).cpu()
     return [sum(map(Moments.from_tensor, parts[:, i]), Moments()) for i in range(len(tensors))]
 
 
-def gathered_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The ``[N, K]`` rows of all ranks, end to end, and where this rank's begin."""
+def gathered_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, int]:
+    """The ``[N, K]`` rows of all ranks of a group, end to end, and where this rank's begin."""
     count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(dist.get_world_size())]
-    dist.all_gather(counts, count)
+    counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(counts, count, group=group)
     sizes: list[int] = torch.cat(counts).tolist()
     padded = rows.new_zeros(max(sizes), rows.shape[1])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]
-    dist.all_gather(parts, padded)
+    dist.all_gather(parts, padded, group=group)
     table = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-    return table, sum(sizes[: dist.get_rank()])
+    return table, sum(sizes[: dist.get_rank(group)])

@@ -138,9 +138,11 @@ class LearnerGroup:
     ) -> UpdateResult:
         """Train on a batch, after which the policy is ``version``; each rank gets its own sequences by reference.
 
+        Where ranks read slices, neighbors get the same share: Ray Train numbers ranks node by node.
+
         Args:
             batch: All sequences.
-            plan: Which rank trains on which.
+            plan: Which share of the ranks trains on which.
             version: Of the policy afterward.
             update_policy: False in the critic's warm-up.
             with_advantages: Whether the result holds them, in the order of the batch.
@@ -151,10 +153,13 @@ class LearnerGroup:
         """
         # These references must outlive the command.
         refs = [ray.put(batch.select(indices)) for indices in plan.sequences]
+        size = self._spec.sequence_parallel
         arguments = [
-            (ref, rank, update_policy, with_advantages, version) for ref, rank in zip(refs, plan.ranks, strict=True)
+            (ref, share, update_policy, with_advantages and place == 0, version)
+            for ref, share in zip(refs, plan.ranks, strict=True)
+            for place in range(size)
         ]
-        result = merged_results(self._execute("update", arguments), plan.sequences)
+        result = merged_results(self._execute("update", arguments)[::size], plan.sequences)
         self._version = version
         return result
 

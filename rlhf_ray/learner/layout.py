@@ -8,8 +8,8 @@ says which are real.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,8 @@ class Microbatch:
     """Versions that these tokens are behind, and how many are."""
     num_tokens: int
     """Tokens in the forward pass, padding included."""
+    attention: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments of the model, of which it can tell nothing by itself where it reads a slice of the tokens."""
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward pass.
@@ -72,7 +74,7 @@ class Microbatch:
         if self.cu_seq_lens is not None:
             inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.cu_seq_lens)
             inputs |= dict.fromkeys(("max_length_q", "max_length_k"), self.max_length)
-        return inputs
+        return inputs | dict(self.attention)
 
 
 def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: torch.device) -> Microbatch:

@@ -22,7 +22,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.device_mesh import init_device_mesh
 
 from rlhf_ray.advantages import kl
 from rlhf_ray.advantages.padding import blank
@@ -35,6 +34,7 @@ from rlhf_ray.learner.initial_weights import outline, reads_weights
 from rlhf_ray.learner.layout import Microbatch, lay_out, unpad_completions
 from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer, usable_head
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
+from rlhf_ray.learner.mesh import LearnerMesh
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import (
     attention_kernels,
@@ -58,6 +58,7 @@ from rlhf_ray.learner.off_policy import (
 from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequences, takes_lengths
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.process_memory import return_freed_tensors
+from rlhf_ray.learner.sequence_parallel import SequenceSlices, SlicedScorer
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.losses.chunked_logprobs import sums_halves_in_float32
@@ -131,6 +132,9 @@ class LearnerSpec:
         """Whether the sampler may be another policy than the trained one, so that the loss corrects for it."""
         return self.max_staleness > 0 or self.quantized_sampler
 
+    sequence_parallel: int = 1
+    """Ranks that read the same sequences, a slice of each."""
+
     @property
     def device(self) -> torch.device:
         """Where this rank computes."""
@@ -160,7 +164,7 @@ class Learner:
             torch.set_num_threads(num_threads)
         self._device = device
         self._world_size = dist.get_world_size()
-        mesh = init_device_mesh(device.type, (self._world_size,))
+        self._mesh = LearnerMesh.of(device.type, spec.sequence_parallel)
         compute_dtype: torch.dtype = getattr(torch, spec.dtype)
         loading: dict[str, Any] = {
             "kernels": attention_kernels(spec.attn_implementation, device, compute_dtype),
@@ -171,7 +175,7 @@ class Learner:
         def sharded(model: PreTrainedModel, *, source: PreTrainedModel | None = None, **more: Any) -> PreTrainedModel:
             return shard(
                 model,
-                mesh,
+                self._mesh.ranks,
                 compute_dtype=compute_dtype,
                 gradient_checkpointing=spec.gradient_checkpointing and source is None,
                 compile_backend=spec.compile_backend,
@@ -197,7 +201,8 @@ class Learner:
         elif training.kl_coef > 0:
             reference = outline(policy)
             freeze(reference, compute_dtype)
-        self._score = scorer(policy)
+        self._slices: SequenceSlices | None = None
+        self._score: TokenScorer | SlicedScorer = scorer(policy)
         self.policy = TrainedModel(
             self._score.model,
             training,
@@ -215,12 +220,21 @@ class Learner:
                 total_steps=spec.total_steps,
             )
         self.packed = self._can_pack()
+        if self._mesh.sequence is not None:
+            self._slices = SequenceSlices(self._mesh.sequence, device, compute_dtype)
+            self._slices.adopt_tested(self._score.model, "model.path", packed=self.packed)
+            self._score = SlicedScorer(self._score, self._slices)
+            if self.critic is not None:
+                self._slices.adopt_tested(self.critic.model, "model.critic_path", packed=self.packed)
         self.advantages: tuple[Float32Array, ...] | None = None
-        self._credit = CreditAssignment(training, spec.advantage.loaded(), device)
+        self._credit = CreditAssignment(training, spec.advantage.loaded(), device, self._mesh.data)
         self._objective = PolicyObjective(training, spec.loss.loaded())
-        self._reference: TokenScorer | None = None
+        self._reference: TokenScorer | SlicedScorer | None = None
         if reference is not None:  # The policy's weights, before any update.
             self._reference = scorer(reference, source=policy)
+            if self._slices is not None:
+                self._slices.adopt(self._reference.model)
+                self._reference = SlicedScorer(self._reference, self._slices)
         elif training.kl_coef > 0:
             self._reference = self._score.initial()
         self._kl_in_reward = self._reference is not None and training.kl_in == "reward"
@@ -282,7 +296,7 @@ class Learner:
             for model in self._all_models():
                 reshard(model)
         self._check_finite("kept after an update, whose learning rate may be too high")
-        figures |= effective_sample_size(metrics.merge(len(plan.minibatches) * len(plan.epochs)))
+        figures |= effective_sample_size(metrics.merge(len(plan.minibatches) * len(plan.epochs), self._mesh.data))
         if self._reference is not None:
             figures["kl_coef"] = kl_coef
             self._credit.adapt(figures.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
@@ -376,6 +390,7 @@ class Learner:
         if self._saving is not None:
             dist.destroy_process_group(self._saving)
             self._saving = None
+        self._mesh.close()
 
     def _can_pack(self) -> bool:
         """Whether rows are packed, on all ranks or none."""
@@ -446,7 +461,7 @@ class Learner:
         critic = self.critic
         if critic is not None and critic.steps_taken == 0 and head_is_new(critic.model):
             rewards = torch.tensor(batch.rewards, device=self._device)
-            (of_rewards,) = merged_moments(torch.ones_like(rewards, dtype=torch.bool), rewards)
+            (of_rewards,) = merged_moments(self._mesh.data, torch.ones_like(rewards, dtype=torch.bool), rewards)
             if math.isfinite(of_rewards.mean):  # Else no step is made either.
                 set_head_bias(critic.model, of_rewards.mean)
 
@@ -490,7 +505,7 @@ class Learner:
         estimates.kept = estimates.mask.clone()
         for minibatch in plan.minibatches:
             rows = torch.tensor([row for part in minibatch.microbatches for row in part], device=self._device).long()
-            estimates.kept[rows] = m2po_kept(estimates, rows, threshold=threshold)
+            estimates.kept[rows] = m2po_kept(estimates, rows, threshold=threshold, group=self._mesh.data)
 
     def _step(
         self,
@@ -630,7 +645,11 @@ class Learner:
     def _values(self, micro: Microbatch) -> torch.Tensor:
         """``[tokens of input_ids]``, the critic's value of the state after each token."""
         assert self.critic is not None
-        return self.critic.model(**micro.model_inputs()).logits.float().flatten()
+        model = self.critic.model
+        if self._slices is None:
+            return model(**micro.model_inputs()).logits.float().flatten()
+        sliced = model(**self._slices.shard(micro, model).model_inputs()).logits.float().squeeze(-1)
+        return self._slices.gather_columns(sliced, micro).flatten()
 
 
 def _num_threads(spec: LearnerSpec) -> int | None:

@@ -41,13 +41,16 @@ class MetricSums:
             else:
                 self._count(name, value, weight)
 
-    def merge(self, num_steps: int) -> dict[str, float]:
-        """Combine over ranks; every rank gets the result. Losses are means over ``num_steps`` optimizer steps."""
+    def merge(self, num_steps: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """Combine over ranks; every rank gets the result. Losses are means over ``num_steps`` optimizer steps.
+
+        ``group`` has a rank for each share of the batch; ``None``: all ranks do.
+        """
         for (name, _, weight), value in zip(self._unread, _read([one for _, one, _ in self._unread]), strict=True):
             self._count(name, value, weight)
         self._unread = []
-        parts: list[MetricSums] = [self] * dist.get_world_size()
-        dist.all_gather_object(parts, self)
+        parts: list[MetricSums] = [self] * dist.get_world_size(group)
+        dist.all_gather_object(parts, self, group=group)
         merged: dict[str, float] = {}
         for name in {name for part in parts for name in part._maxima}:
             merged[name] = _largest(*(part._maxima[name] for part in parts if name in part._maxima))

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from rlhf_ray.learner.credit import gathered_rows
 from rlhf_ray.learner.estimates import Estimates
@@ -75,7 +76,7 @@ def effective_sample_size(figures: dict[str, float]) -> dict[str, float]:
     return figures
 
 
-def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float) -> torch.Tensor:
+def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float, group: dist.ProcessGroup) -> torch.Tensor:
     """Tokens of a minibatch that M2PO's trust region lets through, the same on any number of ranks.
 
     The policy before the update stands for the one that is trained, which it is in the first step.
@@ -84,6 +85,7 @@ def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float) -> 
         estimates: The rank's batch, advantages included.
         rows: ``[B]`` the minibatch's sequences on this rank.
         threshold: Largest mean of the squared log-ratio, in square nats.
+        group: A rank for each share of the batch.
 
     Returns:
         ``[B, T]`` bool.
@@ -95,7 +97,7 @@ def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float) -> 
         estimates.advantages[rows],
         estimates.mask[rows],
         threshold=threshold,
-        gather=lambda squares: gathered_rows(squares[:, None])[0][:, 0],
+        gather=lambda squares: gathered_rows(squares[:, None], group)[0][:, 0],
     )
 
 

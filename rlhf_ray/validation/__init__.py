@@ -87,6 +87,7 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     devices_and_folders.check_attention,
     devices_and_folders.check_lora,
     devices_and_folders.check_learner_gpus,
+    devices_and_folders.check_sequence_parallel,
     devices_and_folders.check_tensor_parallel,
     devices_and_folders.check_weight_transfer,
     devices_and_folders.check_model_folders,

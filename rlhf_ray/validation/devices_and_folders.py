@@ -17,6 +17,7 @@ __all__ = [
     "check_learner_gpus",
     "check_lora",
     "check_model_folders",
+    "check_sequence_parallel",
     "check_tensor_parallel",
     "check_weight_transfer",
 ]
@@ -74,6 +75,14 @@ def check_learner_gpus(settings: Settings) -> None:
     if gpus and settings.resources.device == "cpu":
         remedy = "use 0 or None, since resources.device is cpu"
         raise ConfigError("learners.num_gpus_per_learner", gpus, remedy)
+
+
+def check_sequence_parallel(settings: Settings) -> None:
+    """Learners can be divided into groups that read the same sequences."""
+    size, count = settings.learners.sequence_parallel, settings.learners.num_learners
+    if count % size:
+        remedy = f"learners.num_learners = {count} is not a multiple of it; change one of the two"
+        raise ConfigError("learners.sequence_parallel", size, remedy)
 
 
 def check_tensor_parallel(settings: Settings) -> None:

@@ -102,6 +102,7 @@ RANGES: Final[Mapping[str, Range]] = {
     "training.kl_coef": _FROM_ZERO,
     "training.critic_warmup_iterations": _FROM_ZERO,
     "learners.num_learners": _COUNT,
+    "learners.sequence_parallel": _COUNT,
     "learners.max_tokens_per_microbatch": _COUNT,
     "learners.num_threads": _COUNT,
     "learners.startup_timeout_s": _POSITIVE,

@@ -31,9 +31,13 @@ def check_minibatches(settings: Settings) -> None:
 def check_microbatch_fits(settings: Settings) -> None:
     """The longest sequence fits a microbatch."""
     longest = (settings.rollouts.max_prompt_tokens or 1) + settings.rollouts.max_new_tokens
-    budget = settings.learners.max_tokens_per_microbatch
-    if budget < longest:
-        remedy = f"a sequence would not fit; use at least {longest} (the longest prompt and the longest completion)"
+    budget, size = settings.learners.max_tokens_per_microbatch, settings.learners.sequence_parallel
+    if budget * size < longest:
+        shared = f", shared by learners.sequence_parallel = {size} learners" if size > 1 else ""
+        remedy = (
+            f"a sequence would not fit; use at least {-(-longest // size)} (the longest prompt and the longest "
+            f"completion{shared})"
+        )
         raise ConfigError("learners.max_tokens_per_microbatch", budget, remedy)
 
 

@@ -468,3 +468,21 @@ def test_algorithms_built_in_threads_check_their_inputs_in_turn(
         algorithms = list(threads.map(lambda name: build(run_config(tmp_path / name)), "abc"))
     for algorithm in algorithms:
         algorithm.stop()
+
+
+def test_learners_that_read_slices_share_a_plan_of_larger_microbatches() -> None:
+    config = PPOConfig().learners(num_learners=4, sequence_parallel=2, max_tokens_per_microbatch=50)
+    algorithm: Any = SimpleNamespace(
+        settings=config.training(num_minibatches=1).settings,
+        _inputs=SimpleNamespace(model_config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=64))),
+        _running=lambda: SimpleNamespace(learners=SimpleNamespace(packed=True)),
+    )
+    lengths = np.full(8, 50)
+    batch: Any = SimpleNamespace(lengths=lengths, loss_lengths=lengths // 2)
+
+    plan = module.Algorithm._plan(algorithm, batch, 1)
+
+    assert len(plan.ranks) == 2
+    # 100 tokens in one pass of two learners.
+    assert [len(part) for rank in plan.ranks for part in rank.minibatches[0].microbatches] == [2, 2, 2, 2]
+    assert sorted(index for rank in plan.ranks for index in rank.sequences) == list(range(8))

@@ -128,6 +128,18 @@ MISTAKES: dict[str, tuple[Callable[[], PPOConfig], type[Exception], str]] = {
         ConfigError,
         r"model\.critic_path = '.*folder': its weights are quantized \(awq\)",
     ),
+    "learners that cannot share the policy's heads": (
+        lambda: PPOConfig().learners(num_learners=3, sequence_parallel=3),
+        ConfigError,
+        r"learners\.sequence_parallel = 3: model\.path: qwen2 has 4 attention heads, .* use 1 or 2 or 4",
+    ),
+    "critic with a sliding window that is read in slices": (
+        lambda: model_of(
+            "critic_path", model_type="mistral", vocab_size=300, sliding_window=64, num_attention_heads=4
+        ).learners(num_learners=2, sequence_parallel=2),
+        ConfigError,
+        r"learners\.sequence_parallel = 2: model\.critic_path: mistral has layers of sliding_attention",
+    ),
     "critic of a smaller vocabulary": (
         lambda: model_of("critic_path", model_type="qwen2", vocab_size=200),
         ConfigError,

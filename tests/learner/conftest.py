@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,3 +34,18 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def on_one_rank(models: Path, one_rank: None) -> Callable[[str], Any]:
+    """Run a scenario here, once, each minibatch in one microbatch: what every other split is compared with."""
+    import learner_scenarios
+
+    done: dict[str, learner_scenarios.Outcome] = {}
+
+    def outcome(name: str) -> learner_scenarios.Outcome:
+        if name not in done:
+            done[name] = learner_scenarios.run(learner_scenarios.SCENARIOS[name], models)
+        return done[name]
+
+    return outcome

@@ -7,6 +7,8 @@ leaves a ``RankResult`` in ``FOLDER/rank<RANK>.pt``.
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -19,6 +21,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import rlhf_ray
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.learner import Learner, LearnerSpec
@@ -294,8 +297,13 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bo
 def share_of(batch: SequenceBatch, scenario: Scenario, seed: int = 0) -> tuple[SequenceBatch, RankPlan]:
     """What this rank is given of a batch."""
     plan = plan_of(batch, scenario, seed)
-    rank = dist.get_rank()
-    return batch.select(plan.sequences[rank]), plan.ranks[rank]
+    share = share_number(scenario)
+    return batch.select(plan.sequences[share]), plan.ranks[share]
+
+
+def share_number(scenario: Scenario) -> int:
+    """Which share of a batch this rank has: that of its neighbors, where they read slices of it."""
+    return dist.get_rank() // scenario.spec.get("sequence_parallel", 1)
 
 
 def plan_of(batch: SequenceBatch, scenario: Scenario, seed: int) -> UpdatePlan:
@@ -305,7 +313,7 @@ def plan_of(batch: SequenceBatch, scenario: Scenario, seed: int) -> UpdatePlan:
         batch.loss_lengths.tolist(),
         num_minibatches=scenario.num_minibatches,
         num_epochs=scenario.num_epochs,
-        num_ranks=dist.get_world_size(),
+        num_ranks=dist.get_world_size() // scenario.spec.get("sequence_parallel", 1),
         max_tokens=scenario.max_tokens,
         attention_length=1536.0,
         packed=scenario.packed,
@@ -351,7 +359,7 @@ def outcome_of(learner: Learner, scenario: Scenario, figures: list[Figures]) -> 
         policy=full_weights(learner.policy),
         critic={} if learner.critic is None else full_weights(learner.critic),
         last=UpdateResult(figures=figures[-1], advantages=learner.advantages),
-        sequences=plan_of(batch_of(scenario, number), scenario, number).sequences[dist.get_rank()],
+        sequences=plan_of(batch_of(scenario, number), scenario, number).sequences[share_number(scenario)],
     )
 
 
@@ -471,6 +479,28 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     )
     torch.save(result, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
+
+
+def run_ranks(script: str, folder: Path, world_size: int, *arguments: int) -> None:
+    """Run a script as ``script FOLDER RANK WORLD_SIZE ARGUMENTS``, a process for each rank, and wait for all."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, str(folder), *map(str, (rank, world_size, *arguments))],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    try:
+        for process in started:
+            output, _ = process.communicate(timeout=400)
+            assert process.returncode == 0, output
+    finally:
+        for process in started:
+            process.kill()
 
 
 def without_wall_times(figures: Sequence[Figures]) -> list[Figures]:

@@ -6,12 +6,15 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner import group as module
 from rlhf_ray.learner.group import LearnerGroup
+from rlhf_ray.learner.packing import plan_update
+from rlhf_ray.learner.update_result import UpdateResult
 
 
 class Actor:
@@ -170,3 +173,44 @@ def test_a_controller_that_waits_for_resources_is_ended(ended: list[Any], monkey
     group.stop()
     forever.set()
     assert ended == [controller, "placement group", bridge]
+
+
+def test_neighbors_get_the_same_share_where_they_read_slices_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "put", lambda value: value)
+    group = group_of(Actor(), monkeypatch)
+    group._spec = SimpleNamespace(sequence_parallel=2)
+    given: list[Any] = []
+
+    def execute(verb: str, arguments: list[Any]) -> list[UpdateResult]:
+        given.extend(arguments)
+        return [
+            UpdateResult(
+                figures={"rank": rank},
+                advantages=tuple(np.asarray([float(i)]) for i in share) if asked else None,
+            )
+            for rank, (share, _, _, asked, _) in enumerate(arguments)
+        ]
+
+    monkeypatch.setattr(group, "_execute", execute)
+    batch: Any = SimpleNamespace(select=tuple)
+    plan = plan_update(
+        [5, 3, 4, 6],
+        [2, 2, 2, 2],
+        num_minibatches=1,
+        num_epochs=1,
+        num_ranks=2,
+        max_tokens=100,
+        attention_length=1e9,
+        packed=False,
+        seed=0,
+    )
+
+    result = group.update(batch, plan, version=1, update_policy=True, with_advantages=True)
+
+    shares = [share for share, *_ in given]
+    assert shares == [plan.sequences[0], plan.sequences[0], plan.sequences[1], plan.sequences[1]]
+    assert [part for _, part, *_ in given] == [plan.ranks[0], plan.ranks[0], plan.ranks[1], plan.ranks[1]]
+    # Both have them: one of the two is asked.
+    assert [asked for *_, asked, _ in given] == [True, False, True, False]
+    assert result.advantages is not None
+    assert [float(one[0]) for one in result.advantages] == [0.0, 1.0, 2.0, 3.0]

@@ -9,7 +9,6 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
 import sys
 import warnings
 import weakref
@@ -30,7 +29,6 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from model_families import tiny_config
 
-import rlhf_ray
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.learner import Learner, _num_threads
@@ -53,39 +51,9 @@ def two_ranks(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
     folder = tmp_path_factory.mktemp("two_ranks")
     for name in ("policy", "critic", "small_critic", "made_critic", "experts", "transposed"):
         (folder / name).symlink_to(models / name)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
-    started = [
-        subprocess.Popen(
-            [sys.executable, runs.__file__, str(folder), str(rank), "2"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in (0, 1)
-    ]
-    try:
-        for process in started:
-            output, _ = process.communicate(timeout=400)
-            assert process.returncode == 0, output
-    finally:
-        for process in started:
-            process.kill()
+    runs.run_ranks(runs.__file__, folder, 2)
     first, second = (torch.load(folder / f"rank{rank}.pt", weights_only=False) for rank in (0, 1))
     return folder, first, second
-
-
-@pytest.fixture(scope="module")
-def on_one_rank(models: Path) -> Callable[[str], Outcome]:
-    """Run a scenario here, once, each minibatch in one microbatch: what every other split is compared with."""
-    done: dict[str, Outcome] = {}
-
-    def outcome(name: str) -> Outcome:
-        if name not in done:
-            done[name] = runs.run(SCENARIOS[name], models)
-        return done[name]
-
-    return outcome
 
 
 @pytest.fixture

@@ -41,8 +41,8 @@ def test_a_maximum_with_nan_is_nan_on_one_rank_and_over_ranks(
         one.add({"ratio_max": value}, 1.0)
     assert math.isnan(together.merge(1)["ratio_max"])
 
-    monkeypatch.setattr(dist, "get_world_size", lambda: len(apart))
-    monkeypatch.setattr(dist, "all_gather_object", lambda parts, _: operator.setitem(parts, slice(None), apart))
+    monkeypatch.setattr(dist, "get_world_size", lambda group: len(apart))
+    monkeypatch.setattr(dist, "all_gather_object", lambda parts, *_, **__: operator.setitem(parts, slice(None), apart))
     assert math.isnan(apart[0].merge(1)["ratio_max"])
 
 

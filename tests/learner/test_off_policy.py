@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.learner.off_policy import (
@@ -109,7 +110,7 @@ def test_one_rank_keeps_what_the_mask_of_the_whole_minibatch_keeps(threshold: fl
     )
     rows = torch.tensor([4, 0, 3])
 
-    kept = m2po_kept(estimates, rows, threshold=threshold)
+    kept = m2po_kept(estimates, rows, threshold=threshold, group=dist.group.WORLD)
 
     wanted = m2po_mask(
         estimates.proximal_logprobs[rows],

@@ -1,0 +1,345 @@
+"""Sequence parallelism on a learner rank: the ranks of a sequence group read each microbatch in slices.
+
+"DeepSpeed Ulysses" (arXiv:2309.14509). Every layer sees this rank's slice of the tokens, except for attention: there
+each rank has all tokens of its share of the heads, so that any kernel serves unchanged::
+
+    [B, H, L / n, D]  -- all-to-all -->  [B, H / n, L, D]  -- kernel, all-to-all -->  [B, L / n, H, D]
+
+Each rank scores the tokens of its slice, and the group merges what it scored: losses and metrics are computed alike on
+all of its ranks. The backward pass of a rank begins at its own tokens alone, so that gradients summed over all ranks
+are those of whole sequences.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.learner.layout import Microbatch
+from rlhf_ray.learner.models import reshard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from rlhf_ray.learner.logprob_head import TokenScorer
+
+__all__ = ["SequenceSlices", "SlicedScorer"]
+
+_PROBE_TOKENS_PER_RANK = 8
+# Of the norm of a slice's hidden states. Attention that misses the other slices changes them by tenths.
+_TOLERANCE = {torch.float32: 1e-4}
+_TOLERANCE_IN_HALF_PRECISION = 3e-2
+
+
+class SequenceSlices:
+    """This rank's slices of what its group reads.
+
+    Args:
+        group: Ranks of the group, in the order of their slices.
+        device: Where this rank computes.
+        compute_dtype: And in what.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, device: torch.device, compute_dtype: torch.dtype) -> None:
+        self._group = group
+        self._size, self._rank = dist.get_world_size(group), dist.get_rank(group)
+        self._device, self._dtype = device, compute_dtype
+
+    def adopt(self, model: PreTrainedModel) -> None:
+        """Have a model's attention, whatever its kernel, exchange tokens for heads: from now on it reads slices."""
+        from transformers import AttentionInterface, PretrainedConfig
+
+        kernel = model.config._attn_implementation
+        # Registered as no mask: models then make none, since they know of no token but their own.
+        AttentionInterface.register(self._prefix + kernel, torch.compiler.disable(self._attention(kernel)))
+        for module in model.modules():
+            config = getattr(module, "config", None)
+            if isinstance(config, PretrainedConfig) and config._attn_implementation == kernel:
+                config._attn_implementation = self._prefix + kernel
+
+    @torch.no_grad()  # type: ignore[untyped-decorator]
+    def adopt_tested(self, model: PreTrainedModel, field: str, *, packed: bool) -> None:
+        """As :meth:`adopt`, of a (sharded) model that computes the same in slices of random tokens; a collective.
+
+        Args:
+            model: The model.
+            field: The setting that names it, for messages.
+            packed: Whether it reads packed rows.
+
+        Raises:
+            ConfigError: It does not compute the same on some rank; on every rank.
+        """
+        length = self._size * _PROBE_TOKENS_PER_RANK - 1
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, length), generator=generator)
+        ids, positions = ids.to(self._device), torch.arange(length, device=self._device)[None]
+        starts: Tensor | None = None
+        if packed:  # Two sequences, of which the second lies in two slices.
+            starts = torch.tensor([0, length // 3, length], dtype=torch.int32, device=self._device)
+            positions = torch.where(positions < length // 3, positions, positions - length // 3)
+        longest = length if starts is None else length - length // 3
+        whole = _hidden_states(model, {"input_ids": ids, "position_ids": positions} | _lengths(starts, longest))
+        self.adopt(model)
+        told = ""
+        try:
+            mine = whole[:, self._own(length)]
+            inputs = self._inputs(model, ids, positions, starts, longest)
+            sliced = _hidden_states(model, inputs)[:, : mine.shape[1]]
+            deviation = float((sliced - mine).norm() / mine.norm())
+        except Exception as error:  # Whatever a model's code makes of a slice; it is told below.
+            deviation, told = math.inf, repr(error)
+        if not deviation <= _TOLERANCE.get(self._dtype, _TOLERANCE_IN_HALF_PRECISION):
+            told = told or f"its hidden states differ by {deviation:.1g} of their norm"
+        found = [told] * dist.get_world_size()
+        dist.all_gather_object(found, told)
+        for reason in filter(None, found):
+            name = type(model).__name__.removeprefix("FSDP")
+            remedy = f"{field}: {name} cannot read a sequence in slices ({reason}); use 1"
+            raise ConfigError("learners.sequence_parallel", self._size, remedy)
+
+    def shard(self, micro: Microbatch, model: PreTrainedModel) -> Microbatch:
+        """This rank's slice of a microbatch, for a model that was adopted.
+
+        The mask of the slice is true at the completion tokens that are scored here, of which there may be none;
+        ``last_index`` remains that of the whole rows.
+        """
+        ids, positions = micro.input_ids, micro.position_ids
+        length = ids.shape[1]
+        if positions is None:
+            positions = torch.arange(length, device=ids.device).expand_as(ids)
+        inputs = self._inputs(model, ids, positions, micro.cu_seq_lens, micro.max_length)
+        own = self._own(length)
+        is_own = (micro.kept >= own.start) & (micro.kept < own.stop)
+        if not is_own.any():  # Models answer for one column at least.
+            is_own[0] = True
+        kept = (micro.kept[is_own] - own.start).clamp(0, own.stop - own.start - 1)
+        rows, columns = micro.value_index // length, micro.value_index % length
+        mask = micro.mask & (columns >= own.start) & (columns < own.stop)
+        place = (is_own.cumsum(0) - 1)[micro.completion_index % len(micro.kept)]
+        return replace(
+            micro,
+            input_ids=inputs.pop("input_ids"),
+            position_ids=inputs.pop("position_ids"),
+            cu_seq_lens=None,
+            kept=kept,
+            targets=micro.targets[:, is_own],
+            completion_index=torch.where(mask, rows * len(kept) + place, 0),
+            value_index=torch.where(mask, rows * (own.stop - own.start) + columns - own.start, 0),
+            mask=mask,
+            scored=mask.flatten().nonzero()[:, 0],
+            attention=inputs,
+        )
+
+    def gather_tokens(self, scored: Tensor) -> Tensor:
+        """Numbers that are 0 but for the tokens of this rank's slice, with those of all slices; gradients stay here."""
+        merged: Tensor = _Merge.apply(scored, self._group)
+        return merged
+
+    def gather_columns(self, sliced: Tensor, micro: Microbatch) -> Tensor:
+        """``[rows, width]`` numbers of the tokens of this rank's slice, to ``[rows, L]`` of the whole microbatch."""
+        width = sliced.shape[1]
+        padding = (self._rank * width, (self._size - 1 - self._rank) * width)
+        return self.gather_tokens(nn.functional.pad(sliced, padding))[:, : micro.input_ids.shape[1]]
+
+    @property
+    def _prefix(self) -> str:
+        return f"sequence_parallel_{self._size}_"
+
+    def _own(self, length: int) -> slice:
+        """Columns of this rank's slice of a row."""
+        width = -(-length // self._size)
+        return slice(self._rank * width, (self._rank + 1) * width)
+
+    def _inputs(
+        self, model: PreTrainedModel, ids: Tensor, positions: Tensor, starts: Tensor | None, longest: int
+    ) -> dict[str, Any]:
+        """What the model reads: slices of ``[rows, L]`` tokens and positions, and for attention what is whole.
+
+        ``starts`` and ``longest`` are a packed row's (:attr:`Microbatch.cu_seq_lens`).
+        """
+        length = ids.shape[1]
+        padding = -length % self._size
+        if starts is not None and padding:  # The padding is a sequence of its own.
+            starts, longest = torch.cat([starts, starts[-1:] + padding]), max(longest, padding)
+        tail = torch.arange(padding, device=ids.device) + (0 if starts is not None else length)
+        positions = torch.cat([positions, tail.expand(len(ids), padding)], dim=1)
+        own = self._own(length)
+        return {
+            "input_ids": nn.functional.pad(ids, (0, padding))[:, own].contiguous(),
+            "position_ids": positions[:, own].contiguous(),
+            **self._whole(model.config._attn_implementation.removeprefix(self._prefix), positions, starts, longest),
+        }
+
+    def _whole(self, kernel: str, positions: Tensor, starts: Tensor | None, longest: int) -> dict[str, Any]:
+        """The mask that a kernel reads, of ``[rows, L]`` tokens; for one that reads none, where sequences begin."""
+        from transformers.masking_utils import (
+            ALL_MASK_ATTENTION_FUNCTIONS,
+            and_masks,
+            causal_mask_function,
+            packed_sequence_mask_function,
+        )
+
+        rows, length = positions.shape
+        function = causal_mask_function
+        if starts is not None:
+            function = and_masks(function, packed_sequence_mask_function((positions == 0).cumsum(dim=1)))
+        make_mask = ALL_MASK_ATTENTION_FUNCTIONS.get(kernel)
+        mask = make_mask and make_mask(
+            batch_size=rows,
+            q_length=length,
+            kv_length=length,
+            q_offset=0,
+            kv_offset=0,
+            mask_function=function,
+            attention_mask=None,
+            allow_is_causal_skip=starts is None,
+            dtype=self._dtype,
+            device=positions.device,
+        )
+        return _lengths(starts, longest) if mask is None and starts is not None else {"attention_mask": mask}
+
+    def _attention(self, kernel: str) -> Callable[..., tuple[Tensor, None]]:
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
+        ) -> tuple[Tensor, None]:
+            repeats = self._size // math.gcd(self._size, key.shape[1])
+            key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+            kwargs.pop("position_ids", None)  # Those of the slice.
+            seen = _SharedOut(module, kernel, num_key_value_groups=query.shape[1] // key.shape[1])
+            heads = [self._to_heads(one) for one in (query, key, value)]
+            output, _ = _kernel(kernel, module)(seen, *heads, attention_mask, **kwargs)
+            return self._to_tokens(output), None
+
+        return attend
+
+    def _to_heads(self, x: Tensor) -> Tensor:
+        """``[B, H, L / n, D]`` to ``[B, H / n, L, D]``."""
+        parts = x.unflatten(1, (self._size, -1)).movedim(1, 0).contiguous()
+        received: Tensor = _Exchange.apply(parts, self._group)
+        return received.movedim(0, 2).flatten(2, 3)
+
+    def _to_tokens(self, x: Tensor) -> Tensor:
+        """``[B, L, H / n, D]`` to ``[B, L / n, H, D]``."""
+        parts = x.unflatten(1, (self._size, -1)).movedim(1, 0).contiguous()
+        received: Tensor = _Exchange.apply(parts, self._group)
+        return received.movedim(0, 2).flatten(2, 3)
+
+
+class SlicedScorer:
+    """A :class:`TokenScorer` that reads this rank's slices and answers for the whole microbatch, on all ranks alike.
+
+    Args:
+        score: Of a model that was adopted.
+        slices: The rank's.
+    """
+
+    def __init__(self, score: TokenScorer, slices: SequenceSlices) -> None:
+        self.model = score.model
+        self._score = score
+        self._slices = slices
+
+    def initial(self) -> SlicedScorer:
+        """The same model without its adapters."""
+        return SlicedScorer(self._score.initial(), self._slices)
+
+    def logprobs(self, micro: Microbatch) -> Tensor:
+        """As :meth:`TokenScorer.logprobs`; a collective."""
+        return self._slices.gather_tokens(self._score.logprobs(self._slices.shard(micro, self.model)))
+
+    def __call__(self, micro: Microbatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
+        """As :class:`TokenScorer`; a collective."""
+        scored = self._score(self._slices.shard(micro, self.model), entropy_gradient=entropy_gradient)
+        logprobs, entropies = self._slices.gather_tokens(torch.stack(scored))
+        return logprobs, entropies
+
+
+class _Exchange(torch.autograd.Function):  # type: ignore[misc]
+    """``[n, ...]``, a part for each rank of the group, to the parts that they have for this one."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        parts: Tensor = _Exchange.apply(gradient.contiguous(), ctx.group)
+        return parts, None
+
+
+class _Merge(torch.autograd.Function):  # type: ignore[misc]
+    """The sum over the ranks of a group, of which one has a number and the others 0."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        merged = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(merged, group=group)
+        return merged
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        # Every rank has the same loss: each takes what concerns its slice, and no sum.
+        return gradient, None
+
+
+class _SharedOut:
+    """An attention module as its kernel sees it: with this rank's share of the heads."""
+
+    def __init__(self, module: nn.Module, kernel: str, *, num_key_value_groups: int) -> None:
+        self._module = module
+        self._kernel = kernel
+        self.num_key_value_groups = num_key_value_groups
+
+    @property
+    def config(self) -> Any:
+        config = copy.copy(self._module.config)
+        config._attn_implementation_internal = self._kernel
+        return config
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def _kernel(name: str, module: nn.Module) -> Callable[..., Any]:
+    """The attention function of a name; the eager one is that of the module's family."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    families = (sys.modules[base.__module__] for base in type(module).__mro__)
+    eager = next((own for one in families if (own := getattr(one, "eager_attention_forward", None))), None)
+    kernel: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    return kernel
+
+
+def _lengths(starts: Tensor | None, longest: int) -> dict[str, Any]:
+    """What a kernel is told of a packed row's sequences."""
+    if starts is None:
+        return {}
+    return dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
+        ("max_length_q", "max_length_k"), longest
+    )
+
+
+def _hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """``[B, L, D]`` float32, what the backbone of a (sharded) model gives its head."""
+    found: list[Tensor] = []
+    hooks = [model.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].float()))]
+    if (head := model.get_output_embeddings()) is not None:  # Not every family calls its backbone as a whole.
+        hooks.append(head.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].float())))
+    try:
+        model(**inputs, use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        reshard(model)
+    return found[-1]
