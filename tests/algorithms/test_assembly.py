@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray import PPOConfig
 from rlhf_ray.algorithms import assembly as module
-from rlhf_ray.algorithms.assembly import Parts, start_parts
-from rlhf_ray.errors import RolloutError
+from rlhf_ray.algorithms.assembly import Parts, learner_spec, start_parts
+from rlhf_ray.errors import ConfigError, RolloutError
 from rlhf_ray.settings import Settings
 
 ENDS = ["publications", "controller", "prompts", "rewards", "app", "learners", "session"]
@@ -112,3 +113,22 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
     for name in there:
         assert f"{name}.stop" in calls
     assert "prompts.close" in calls
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "on_gpu", "remedy"),
+    [
+        ("flash_attention_2", "auto", False, "needs learners on GPUs"),
+        ("flex_attention", "auto", False, "needs learners on GPUs"),
+        ("flash_attention_3", "float32", True, "no float32 kernel"),
+    ],
+)
+def test_an_attention_that_the_learners_cannot_compute_is_refused_when_their_device_is_known(
+    kernel: str, dtype: str, on_gpu: bool, remedy: str
+) -> None:
+    settings = PPOConfig().model(attn_implementation=kernel, dtype=dtype).settings
+    session: Any = SimpleNamespace(on_gpu=on_gpu, learners_on_gpu=on_gpu)
+
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        learner_spec(settings, SimpleNamespace(), session)  # type: ignore[arg-type]
+    assert caught.value.field == "model.attn_implementation"
