@@ -1,4 +1,4 @@
-"""What learners and reward models ask of a model that transformers has loaded: its heads, and that it is finite."""
+"""What learners and reward models ask of a model of transformers: its heads, that it is finite, how it attends."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["compute_heads_in_float32", "first_nonfinite", "heads"]
+__all__ = ["caps_attention", "compute_heads_in_float32", "first_nonfinite", "heads"]
+
+
+def caps_attention(model: PreTrainedModel) -> bool:
+    """Whether attention logits have a soft cap, which transformers drops silently under SDPA, its default."""
+    return getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
 
 
 def heads(model: PreTrainedModel) -> list[nn.Module]:

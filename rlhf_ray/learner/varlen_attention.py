@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.model_weights import caps_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,8 +64,7 @@ def unsupported(model: PreTrainedModel, kernel: str) -> str | None:
 
     transformers checks some of it for ``sdpa``, nothing for a registered function, and drops soft caps silently.
     """
-    config = model.config.get_text_config()
-    if kernel in ("sdpa", VARLEN) and getattr(config, "attn_logit_softcapping", None) is not None:
+    if kernel in ("sdpa", VARLEN) and caps_attention(model):
         return "it caps attention logits"
     if kernel == VARLEN and not (model._supports_flash_attn and model._supports_sdpa):
         return "its attention needs masks, sinks or states"

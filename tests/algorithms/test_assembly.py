@@ -11,7 +11,7 @@ import pytest
 from rlhf_ray import PPOConfig
 from rlhf_ray.algorithms import assembly as module
 from rlhf_ray.algorithms.assembly import Parts, learner_spec, start_parts
-from rlhf_ray.errors import RolloutError
+from rlhf_ray.errors import ConfigError, RolloutError
 from rlhf_ray.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.settings import Settings
 
@@ -140,3 +140,22 @@ def test_learners_correct_wherever_another_policy_samples(changes: dict[str, Any
     assert spec.off_policy == off_policy
     assert spec.weight_transfer == "nccl"
     assert (spec.dtype, spec.wire_dtype) == ("bfloat16", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("kernel", "dtype", "on_gpu", "remedy"),
+    [
+        ("flash_attention_2", "auto", False, "needs learners on GPUs"),
+        ("flex_attention", "auto", False, "needs learners on GPUs"),
+        ("flash_attention_3", "float32", True, "no float32 kernel"),
+    ],
+)
+def test_an_attention_that_the_learners_cannot_compute_is_refused_when_their_device_is_known(
+    kernel: str, dtype: str, on_gpu: bool, remedy: str
+) -> None:
+    settings = PPOConfig().model(attn_implementation=kernel, dtype=dtype).settings
+    session: Any = SimpleNamespace(on_gpu=on_gpu, learners_on_gpu=on_gpu)
+
+    with pytest.raises(ConfigError, match=remedy) as caught:
+        learner_spec(settings, SimpleNamespace(), session)  # type: ignore[arg-type]
+    assert caught.value.field == "model.attn_implementation"

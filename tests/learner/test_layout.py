@@ -52,7 +52,7 @@ def test_padded_by_hand() -> None:
     assert micro.input_ids.tolist() == [[10, 11, 12, 13, 14], [20, 21, 22, 23, 0], [30, 31, 32, 0, 0]]
     assert micro.position_ids is None
     assert micro.cu_seq_lens is None
-    assert micro.model_inputs() == {"input_ids": micro.input_ids, "position_ids": None, "use_cache": False}
+    assert micro.model_inputs() == {"input_ids": micro.input_ids, "use_cache": False}
     assert micro.max_length == 5
     # The first completion token that anybody has is at column 1, so logits are needed from column 0 on.
     assert micro.kept.tolist() == [0, 1, 2, 3]

@@ -241,6 +241,13 @@ def test_sliding_windows_in_packed_rows_learn_the_same(checkpointing: bool, tmp_
     assert_same_weights(packed.critic, padded.critic, 1e-6)
 
 
+def test_an_export_does_not_name_what_it_was_trained_with(models: Path, tmp_path: Path) -> None:
+    runs.build(models, Scenario(packed=True)).export(str(tmp_path))
+
+    for folder in (tmp_path, tmp_path / "critic"):
+        assert "varlen" not in (folder / "config.json").read_text()
+
+
 def test_a_critic_that_mixes_packed_sequences_gets_padded_rows(models: Path, tmp_path: Path) -> None:
     """Convolutions read the tokens before a sequence, whatever its attention does; a new head shows nothing of it."""
     (tmp_path / "policy").symlink_to(models / "policy")
@@ -260,10 +267,16 @@ def test_lengths_stay_integers_in_half_precision(models: Path) -> None:
 def test_ranks_say_once_what_rows_they_read(models: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="rlhf_ray.learner"):
         runs.build(models, Scenario(packed=True))
-        runs.build(models, Scenario())
+        padded = runs.build(models, Scenario())
+        padded._device = torch.device("cuda", 0)  # Nothing is computed there: SDPA is not asked.
+        padded._can_pack()
 
-    said = [record.message for record in caplog.records if record.name == "rlhf_ray.learner.learner"]
-    assert said == ["learners read packed rows, attention by varlen", "learners read padded rows, attention by sdpa"]
+    said = [record for record in caplog.records if record.name == "rlhf_ray.learner.learner"]
+    assert [(record.levelname, record.message) for record in said] == [
+        ("INFO", "learners read packed rows, attention by varlen"),
+        ("INFO", "learners read padded rows, attention by sdpa"),
+        ("WARNING", "learners read padded rows, attention by sdpa"),
+    ]
 
 
 @pytest.mark.parametrize("name", ["token_mean", "packed", "kl_in_loss", "grpo", "stale", "lora", "small_critic"])

@@ -12,7 +12,7 @@ import torch
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.hub import hub_lookup
 from rlhf_ray.model_config import context_length
-from rlhf_ray.model_weights import compute_heads_in_float32, first_nonfinite
+from rlhf_ray.model_weights import caps_attention, compute_heads_in_float32, first_nonfinite
 from rlhf_ray.prompts.text_encoding import special_tokens_around, with_special_tokens
 from rlhf_ray.rewards.reward_model.check import label_index, reward_tokenizer
 from rlhf_ray.rewards.reward_model.padding import batches, unused_token_id
@@ -160,5 +160,7 @@ def _load(reward: RewardModelReward, device: str) -> PreTrainedModel:
     if damaged := first_nonfinite(model.state_dict().items()):
         remedy = f"its {damaged} is not finite: the file is damaged, or dtype is too narrow for it"
         raise ConfigError("reward_model.path", reward.path, remedy)
+    if model.config._attn_implementation == "sdpa" and caps_attention(model):
+        model.set_attn_implementation("eager")
     compute_heads_in_float32(model)
     return model

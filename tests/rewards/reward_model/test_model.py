@@ -72,6 +72,29 @@ def test_an_encoder_scores_a_batch_as_single_sequences(tmp_path: Path) -> None:
     assert model.scores(given) == pytest.approx(expected, abs=1e-5)
 
 
+def test_soft_caps_of_attention_are_not_dropped(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForSequenceClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16, "num_labels": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": VOCAB_SIZE, "pad_token_id": 256}
+    reward_model = Gemma2ForSequenceClassification(
+        Gemma2Config(**sizes, **heads, attn_logit_softcapping=0.5, initializer_range=0.5)
+    ).eval()
+    reward_model.save_pretrained(tmp_path)
+    given = sequences(3, 40)
+
+    scores = load(str(tmp_path), tokenizer_path=quickstart.model_path()).scores(given)
+
+    expected, dropped = [], []
+    for kernel, found in (("eager", expected), ("sdpa", dropped)):
+        reward_model.set_attn_implementation(kernel)
+        with torch.no_grad():
+            found.extend(float(reward_model(torch.tensor([ids])).logits) for ids in given)
+    assert scores == pytest.approx(expected, abs=1e-5)
+    assert scores != pytest.approx(dropped, abs=1e-2)
+
+
 def test_the_label_is_the_one_that_is_named(make: Callable[..., str]) -> None:
     path = make(num_labels=3)
     scores = [float(load(path, label=label).scores([[1, 2, 3]])[0]) for label in range(3)]
