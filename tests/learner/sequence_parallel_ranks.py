@@ -9,15 +9,12 @@ import copy
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import learner_scenarios as runs
 import numpy as np
 import torch
 import torch.distributed as dist
 from learner_scenarios import Outcome, Scenario
-from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from rlhf_ray.errors import ConfigError, LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
@@ -36,7 +33,7 @@ NAMES = (
     "empty_microbatch",
 )
 ON_FOUR_RANKS = ("token_mean", "packed", "grpo", "stale_m2po", "critic_from_the_mean", "idle_rank")
-SCORED = ("padded", "packed", "eager", "by_lengths", "one_kv_head")
+SCORED = ("padded", "packed", "eager", "one_kv_head")
 NOT_SLICED = ("lfm2", "codegen")
 """Families with a convolution, and with attention that does not come from transformers' interface."""
 
@@ -61,33 +58,14 @@ def sliced(scenario: Scenario, size: int) -> Scenario:
 
 def scored(folder: Path, name: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and values of four sequences of 32 tokens, of which rounding knows no part."""
-    spec = {"attn_implementation": name} if name in ("eager", "by_lengths") else {}
+    spec = {"attn_implementation": "eager"} if name == "eager" else {}
     if name == "one_kv_head":
         spec = {"policy_path": str(folder / "one_kv_head")}
-    AttentionInterface.register("by_lengths", by_lengths)
-    scenario = sliced(Scenario(packed=name in ("packed", "by_lengths"), spec=spec), size)
+    scenario = sliced(Scenario(packed=name == "packed", spec=spec), size)
     learner = runs.build(folder, scenario)
     micro = lay_out(even_batch(), range(4), packed=scenario.packed, device=torch.device("cpu"))
     with torch.no_grad():
         return learner._score(micro)[0], learner._values(micro)[micro.value_index]
-
-
-def by_lengths(
-    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: None, **kwargs: Any
-) -> Any:
-    """A kernel for packed rows that reads no mask: it is told where sequences begin, or finds it in their positions."""
-    assert mask is None
-    bounds = kwargs.get("cu_seq_lens_q")
-    if bounds is None:
-        starts = (kwargs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-        sizes = np.diff([*starts, query.shape[2]]).tolist()
-    else:
-        sizes = bounds.diff().tolist()
-        assert kwargs["max_length_q"] == kwargs["max_length_k"] == max(sizes)
-    assert sum(sizes) == query.shape[2]
-    parts = zip(*(one.split(sizes, dim=2) for one in (query, key, value)), strict=True)
-    outputs = [sdpa_attention_forward(module, *part, None, scaling=kwargs["scaling"])[0] for part in parts]
-    return torch.cat(outputs, dim=1), None
 
 
 def even_batch() -> SequenceBatch:
