@@ -84,7 +84,9 @@ class SequenceSlices:
         ids, positions = ids.to(self._device), torch.arange(length, device=self._device)[None]
         if packed:  # Two sequences, of which the second lies in two slices.
             positions = torch.where(positions < length // 3, positions, positions - length // 3)
-        whole = _hidden_states(model, {"input_ids": ids, "position_ids": positions if packed else None})
+        # Masks the model makes by itself.
+        lengths = self._whole(model.config._attn_implementation, positions, packed=packed) | {"attention_mask": None}
+        whole = _hidden_states(model, {"input_ids": ids, "position_ids": positions if packed else None, **lengths})
         self.adopt(model)
         told = ""
         try:

@@ -36,7 +36,7 @@ NAMES = (
     "empty_microbatch",
 )
 ON_FOUR_RANKS = ("token_mean", "packed", "grpo", "stale_m2po", "critic_from_the_mean", "idle_rank")
-SCORED = ("padded", "packed", "eager", "by_lengths", "one_kv_head")
+SCORED = ("padded", "packed", "eager", "varlen", "one_kv_head")
 NOT_SLICED = ("lfm2", "codegen")
 """Families with a convolution, and with attention that does not come from transformers' interface."""
 
@@ -61,11 +61,11 @@ def sliced(scenario: Scenario, size: int) -> Scenario:
 
 def scored(folder: Path, name: str, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities and values of four sequences of 32 tokens, of which rounding knows no part."""
-    spec = {"attn_implementation": name} if name in ("eager", "by_lengths") else {}
+    spec = {"attn_implementation": name} if name in ("eager", "varlen") else {}
     if name == "one_kv_head":
         spec = {"policy_path": str(folder / "one_kv_head")}
-    AttentionInterface.register("by_lengths", by_lengths)
-    scenario = sliced(Scenario(packed=name in ("packed", "by_lengths"), spec=spec), size)
+    AttentionInterface.register("varlen", by_lengths)
+    scenario = sliced(Scenario(packed=name in ("packed", "varlen"), spec=spec), size)
     learner = runs.build(folder, scenario)
     micro = lay_out(even_batch(), range(4), packed=scenario.packed, device=torch.device("cpu"))
     with torch.no_grad():
