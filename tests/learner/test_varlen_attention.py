@@ -125,6 +125,7 @@ def test_the_kernel_of_gpus_is_called_as_it_documents(
     assert calls == [{"scale": 12**-0.5, "window_size": passed, "enable_gqa": True}]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 5])
 def test_compiled_it_computes_the_same(window: int | None) -> None:
     compiled = torch.compile(_attention, backend="aot_eager", dynamic=True)
