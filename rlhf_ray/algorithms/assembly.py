@@ -229,8 +229,15 @@ def _started_parts(
     begun.append(("reward workers", rewards.stop))
     if session.lease is not None:
         session.lease.watch(app.name, learners.bridge)
-    learners.start()
-    app.start()
+    if session.colocated:
+        # Replicas take the larger shares of the GPUs, and must have them before learners come.
+        app.start()
+        reporters.phase("placing rollout replicas")
+        app.wait_placed(learners.replicas_are_placed)
+        learners.start()
+    else:
+        learners.start()
+        app.start()
     # The dataset is read in this thread while the others wait for processes.
     inputs.prompts.open()
     rewards.progress = training_progress(settings, inputs)
@@ -346,6 +353,7 @@ def _learner_group(
         update_timeout_s=learners.update_timeout_s,
         max_restarts=settings.fault_tolerance.max_learner_restarts,
         tensor_parallel_size=settings.rollouts.tensor_parallel_size,
+        num_replicas=settings.rollouts.num_replicas,
     )
 
 
@@ -384,6 +392,7 @@ def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> Lea
         timeline=settings.reporting.timeline_interval > 0,
         keeps_state=settings.fault_tolerance.keeps_state,
         num_threads=learners.num_threads,
+        colocated=session.colocated,
     )
 
 
@@ -403,6 +412,7 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
         on_gpu=session.on_gpu,
         learners_on_gpu=session.learners_on_gpu,
         dtype=_dtype(settings, session),
+        colocated=session.colocated,
     )
     return RolloutApp(
         run_id=run_id,
@@ -450,7 +460,7 @@ def _dtype(settings: Settings, session: RaySession) -> str:
 def _uses_nccl(settings: Settings, session: RaySession) -> bool:
     from rlhf_ray.rollouts.engine_spec import weight_transfer
 
-    between_gpus = session.on_gpu and session.learners_on_gpu
+    between_gpus = session.on_gpu and session.learners_on_gpu and not session.colocated
     return weight_transfer(settings.rollouts.weight_transfer, between_gpus=between_gpus) == "nccl"
 
 

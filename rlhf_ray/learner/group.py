@@ -11,7 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -23,6 +25,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.bridge import Command, GroupLost, RankFailure, Refusal, bridge_actor
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.packing import UpdatePlan
+from rlhf_ray.learner.turns import LEARNER_SHARE, check_pairing
 from rlhf_ray.learner.update_result import UpdateResult, merged_results
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Span
@@ -55,6 +58,7 @@ class LearnerGroup:
         update_timeout_s: Longest wait for one command.
         max_restarts: Times that Ray Train starts the group again.
         tensor_parallel_size: Engine workers a replica, for the NCCL group.
+        num_replicas: Replicas, which share the learners' GPUs where the spec says so.
     """
 
     def __init__(
@@ -69,6 +73,7 @@ class LearnerGroup:
         update_timeout_s: float,
         max_restarts: int,
         tensor_parallel_size: int,
+        num_replicas: int,
     ) -> None:
         self._spec = spec
         self._run_id = run_id
@@ -79,6 +84,7 @@ class LearnerGroup:
         self._update_timeout_s = update_timeout_s
         self._max_restarts = max_restarts
         self._tensor_parallel_size = tensor_parallel_size
+        self._num_replicas = num_replicas
         self._ended = threading.Event()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -95,19 +101,49 @@ class LearnerGroup:
         """Whether the learners read packed rows, which depends on their machines and is known when they are ready."""
         self.restarts = 0
         """How often Ray Train started the group again."""
-        self.bridge: Any = bridge_actor(num_learners)
+        self.bridge: Any = bridge_actor(num_learners, num_replicas if spec.colocated else 0)
 
     def start(self) -> None:
         """Begin to start the ranks and return at once; :meth:`wait_ready` waits for them."""
         self._thread = threading.Thread(target=self._fit, name="learner-group", daemon=True)
         self._thread.start()
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within, engines that share the learners' GPUs sleep, and may be woken again afterward.
+
+        Every command takes the turn by itself; around several ones it changes once.
+        """
+        if not self._spec.colocated:
+            yield
+            return
+        token = uuid.uuid4().hex
+        # Answered when the turn is given back: until then Ray repeats it at a bridge that was started again.
+        held = self.bridge.hold_turn.remote(token)
+        try:
+            yield
+        finally:
+            with suppress(ray.exceptions.ActorDiedError):  # The run has been stopped.
+                ray.get([self.bridge.give_turn_back.remote(token), held])
+
+    def replicas_are_placed(self) -> bool:
+        """Whether every replica that shares a GPU with a learner has its own, where it waits to build its engine."""
+        replicas, _ = ray.get(self.bridge.places.remote())
+        return len(replicas) >= self._num_replicas
+
     def wait_ready(self) -> None:
         """Wait until every rank has loaded its models.
 
         Raises:
+            ConfigError: Replicas and learners are to share GPUs, and were not placed in pairs.
             LearnerError: A rank failed, or the time is over.
         """
+        with self.turn():
+            self._wait_ready()
+            if self._spec.colocated and self._spec.on_gpu:
+                check_pairing(*ray.get(self.bridge.places.remote()))
+
+    def _wait_ready(self) -> None:
         ready = self._await(self.bridge.wait_ready.remote(self._startup_timeout_s, after=self._name), "to start")
         if ready is None:
             raise LearnerError(
@@ -221,7 +257,8 @@ class LearnerGroup:
             self._check_state()
             group = self._await(self.bridge.group.remote(), "who they are")
             if group is not None and group != self._name:
-                self._recover(recalls=True)
+                with self.turn():
+                    self._recover(recalls=True)
 
     def stop(self) -> None:
         """End the ranks and the bridge."""
@@ -243,7 +280,7 @@ class LearnerGroup:
             arguments: One entry a rank, or a single one for all.
             recalls: Whether a group that was started again must get its state back first.
         """
-        with self._commanding:
+        with self._commanding, self.turn():
             while (answers := self._try(verb, arguments, recalls=recalls)) is None:
                 pass
             return answers
@@ -277,7 +314,7 @@ class LearnerGroup:
         """Wait for the group that Ray Train has started again, and give it the state after the last update."""
         _LOG.warning("a learner worker died; the learners are started again")
         self.restarts += 1
-        self.wait_ready()
+        self._wait_ready()
         if self._renewed:  # Ray Train starts it with what the first one was started with.
             self._execute("renew", (self._spec,), recalls=False)
         if not recalls or self._version == 0:
@@ -320,7 +357,7 @@ class LearnerGroup:
 
         resources = {"CPU": self._num_cpus}
         if self._spec.on_gpu:
-            resources["GPU"] = 1
+            resources["GPU"] = LEARNER_SHARE if self._spec.colocated else 1
         return LearnerTrainer(
             train_loop,
             train_loop_config={"spec": self._spec, "bridge": self.bridge},

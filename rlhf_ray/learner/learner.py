@@ -53,6 +53,7 @@ from rlhf_ray.learner.off_policy import (
 )
 from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequences
 from rlhf_ray.learner.packing import Minibatch, RankPlan
+from rlhf_ray.learner.residency import Residency
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.plugins import Plugin
@@ -113,6 +114,8 @@ class LearnerSpec:
     """Whether ranks keep a copy of their state outside of their processes, after every update."""
     num_threads: int | None
     """CPU threads of a rank; none: its share of the machine's cores."""
+    colocated: bool = False
+    """Whether a replica shares this rank's device, and takes turns with it."""
 
     @property
     def device(self) -> torch.device:
@@ -172,6 +175,7 @@ class Learner:
 
         training = self._training
         self._saving: dist.ProcessGroup | None = None
+        self._residency = Residency(device)
         self._score = scorer(trained=True)
         self.packed = self._can_pack()
         self.policy = TrainedModel(
@@ -202,6 +206,28 @@ class Learner:
         self._proximal_is_recomputed = training.proximal == "recompute"
         self._proximal_comes_first = self._kl_in_reward or training.m2po_threshold is not None
         self._skipped_in_a_row = 0
+
+    @property
+    def is_offloaded(self) -> bool:
+        """Whether models and optimizers are in host memory, where nothing can be done with them."""
+        return self._residency.is_offloaded
+
+    def offload(self) -> None:
+        """Take weights and optimizers to host memory; what the settings keep there is there already."""
+        if self.is_offloaded:
+            return
+        for model in self._all_models():
+            reshard(model)
+        tensors: list[torch.Tensor] = []
+        if not self._spec.offload_optimizer:
+            tensors += itertools.chain.from_iterable(model.tensors() for model in self._models().values())
+        if self._reference is not None and not self._spec.offload_reference and self._spec.lora is None:
+            tensors += self._reference.model.parameters()
+        self._residency.offload(tensors)
+
+    def onload(self) -> None:
+        """Undo :meth:`offload`, bit for bit."""
+        self._residency.onload()
 
     @property
     def steps_taken(self) -> int:
@@ -369,7 +395,7 @@ class Learner:
         Raises:
             LearnerError: One is not finite; on every rank.
         """
-        models = self._models() if dtype is None else {"policy": self.policy}
+        models = self._models() if dtype is None else {"policy": self._models()["policy"]}
         bad = [f"{tensor} of the {name}" for name, model in models.items() if (tensor := model.nonfinite(dtype))]
         found: list[list[str]] = [bad] * self._world_size
         dist.all_gather_object(found, bad)
@@ -382,6 +408,7 @@ class Learner:
         return [*(trained.model for trained in self._models().values()), *reference]
 
     def _models(self) -> dict[str, TrainedModel]:
+        assert not self.is_offloaded, "onload() comes first: the tensors have no memory"
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
     def _sharded_state(self) -> dict[str, Any]:

@@ -180,6 +180,12 @@ class TrainedModel:
         self._schedule.last_epoch = int(state["steps"]) - 1
         self._schedule.step()
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Weights, frozen ones too, and all of the optimizer's state."""
+        yield from self.model.parameters()
+        for state in self._optimizer.state.values():
+            yield from state.values()
+
     def local_state(self) -> dict[str, Any]:
         """This rank's shards of what :meth:`step` changes, as arrays that may be the model's own memory."""
         return {

@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from rlhf_ray.errors import RolloutError
+from rlhf_ray.learner.turns import REPLICA_SHARE
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
 from rlhf_ray.rollouts.serve_instance import QUIET, deploy, end_unused_serve, serve_is_running
@@ -83,6 +84,18 @@ class RolloutApp:
         Raises:
             RolloutError: A replica cannot start, or the time is over; says why.
         """
+        self._wait()
+        return self.handle
+
+    def wait_placed(self, are_placed: Callable[[], bool]) -> None:
+        """Wait until every replica has its place on the cluster, where it may wait to build its engine.
+
+        Raises:
+            RolloutError: As :meth:`wait_ready`.
+        """
+        self._wait(are_placed)
+
+    def _wait(self, is_enough: Callable[[], bool] = bool) -> None:
         assert self._deploying is not None, "start() comes first"
         ends_at = time.monotonic() + self._startup_timeout_s
         try:
@@ -93,8 +106,8 @@ class RolloutApp:
             raise _cannot_start(str(error)) from error
         while True:
             status, message = self._look()
-            if status == ApplicationStatus.RUNNING:
-                return self.handle
+            if status == ApplicationStatus.RUNNING or is_enough():
+                return
             # A model that cannot be loaded will not load at the third try either.
             if status == ApplicationStatus.DEPLOY_FAILED or _START_ERROR in message:
                 cause = root_cause(message.splitlines()) or message
@@ -150,7 +163,7 @@ class RolloutApp:
         options: dict[str, Any] = {"num_cpus": self._num_cpus, "runtime_env": {"env_vars": self._spec.env}}
         extra: dict[str, Any] = {}
         if self._spec.on_gpu and self._spec.tensor_parallel_size == 1:
-            options["num_gpus"] = 1
+            options["num_gpus"] = REPLICA_SHARE if self._spec.colocated else 1
         elif self._spec.on_gpu:
             # vLLM's Ray executor puts one worker on each bundle; the replica itself needs a CPU of the first.
             bundle = {"CPU": self._num_cpus, "GPU": 1}

@@ -112,7 +112,7 @@ _MIN_STEP_TOKENS = 8192
 
 
 def weight_transfer(setting: str, *, between_gpus: bool) -> str:
-    """Resolve ``rollouts.weight_transfer``: NCCL where replicas and learners are on GPUs, else shared memory."""
+    """Resolve ``rollouts.weight_transfer``: NCCL between replicas and learners with GPUs of their own."""
     if setting == "auto":
         return "nccl" if between_gpus else "shared_memory"
     return setting
@@ -233,6 +233,7 @@ def engine_spec(
     on_gpu: bool,
     learners_on_gpu: bool,
     dtype: str,
+    colocated: bool = False,
 ) -> EngineSpec:
     """Derive the engine's arguments.
 
@@ -250,6 +251,7 @@ def engine_spec(
         on_gpu: Whether replicas run on GPUs.
         learners_on_gpu: Whether learners run on GPUs.
         dtype: ``float32`` or ``bfloat16``.
+        colocated: Whether each replica shares its GPU with a learner.
 
     Raises:
         ConfigError: vLLM cannot run such a model, or the model names no token that ends a completion.
@@ -258,7 +260,7 @@ def engine_spec(
     max_length = prompt_tokens + longest_completion(rollouts, evaluation)[1]
     sequences = math.ceil(groups_in_flight / rollouts.num_replicas) * rollouts.group_size
     sequences = min(sequences, _MAX_SEQUENCES)
-    transfer = weight_transfer(rollouts.weight_transfer, between_gpus=on_gpu and learners_on_gpu)
+    transfer = weight_transfer(rollouts.weight_transfer, between_gpus=on_gpu and learners_on_gpu and not colocated)
     arguments: dict[str, Any] = {
         "model": model_path,
         "tokenizer": tokenizer_path,
@@ -279,7 +281,7 @@ def engine_spec(
         "weight_transfer_config": {"backend": f"rlhf_ray_{transfer}"},
     }
     if on_gpu:
-        arguments |= _gpu_arguments(rollouts)
+        arguments |= _gpu_arguments(rollouts) | ({"enable_sleep_mode": True} if colocated else {})
     else:
         arguments |= _cpu_arguments(rollouts, config, tokens=sequences * max_length, max_length=max_length, dtype=dtype)
     arguments |= rollouts.engine_args
@@ -290,6 +292,7 @@ def engine_spec(
         weight_transfer=transfer,
         tensor_parallel_size=rollouts.tensor_parallel_size,
         on_gpu=on_gpu,
+        colocated=colocated,
     )
 
 

@@ -40,8 +40,8 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def group_of(bridge: Actor, monkeypatch: pytest.MonkeyPatch) -> LearnerGroup:
-    monkeypatch.setattr(module, "bridge_actor", lambda world_size: bridge)
-    spec: Any = SimpleNamespace(on_gpu=False)
+    monkeypatch.setattr(module, "bridge_actor", lambda world_size, num_engines: bridge)
+    spec: Any = SimpleNamespace(on_gpu=False, colocated=False)
     return LearnerGroup(
         spec=spec,
         run_id="run",
@@ -52,6 +52,7 @@ def group_of(bridge: Actor, monkeypatch: pytest.MonkeyPatch) -> LearnerGroup:
         update_timeout_s=1.0,
         max_restarts=0,
         tensor_parallel_size=1,
+        num_replicas=1,
     )
 
 

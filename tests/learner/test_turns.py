@@ -1,0 +1,250 @@
+"""Whose turn it is, by the real bridge: engines, ranks and the driver are played here, and die at random."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from typing import Any
+
+import pytest
+
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.learner import turns as module
+from rlhf_ray.learner.bridge import Bridge, Command, GroupLost
+from rlhf_ray.learner.turns import Place, check_pairing
+
+POLL_S = 0.05
+PATIENCE_S = 20.0
+DEATHS = 12
+PLACE = ("node", "0")
+
+
+class Actor:
+    alive = True
+
+
+async def _is_alive(actor: Actor) -> bool:
+    return actor.alive
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_answers", _is_alive)
+    monkeypatch.setattr(module, "_CHECK_S", 0.01)
+    monkeypatch.setattr(module, "_GRACE_S", 0.5)
+
+
+class Machine:
+    """GPUs with a replica and a rank each, the bridge, and a driver; whoever wakes or comes looks around first."""
+
+    def __init__(self, seed: int, count: int) -> None:
+        self._random = random.Random(seed)
+        self._count = count
+        self.awake: set[str] = set()
+        self.resident: set[tuple[str, int]] = set()
+        self.served: dict[str, int] = {}
+        self.violations: list[str] = []
+        self._deaths = 0
+        self._tasks: dict[str, tuple[asyncio.Task[Any], Callable[[], None]]] = {}
+        self._bridge, self._bridge_ended = Bridge(count, count), asyncio.Event()
+        self._group = ""
+
+    # What Ray does: calls are repeated at a bridge that was started again.
+
+    async def call(self, method: str, *arguments: Any, **options: Any) -> Any:
+        while True:
+            work = asyncio.ensure_future(getattr(self._bridge, method)(*arguments, **options))
+            gone = asyncio.ensure_future(self._bridge_ended.wait())
+            try:
+                done, _ = await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                gone.cancel()
+                if not work.done():
+                    work.cancel()
+            if work in done:
+                return work.result()
+
+    async def pause(self) -> None:
+        await asyncio.sleep(self._random.choice((0.0, 0.0, 0.001, 0.004)))
+
+    def look(self) -> None:
+        if self.awake and self.resident:
+            self.violations.append(f"engines {sorted(self.awake)} are awake beside ranks {sorted(self.resident)}")
+
+    # An engine in its replica.
+
+    def start_engine(self, number: int) -> None:
+        self._deaths += 1
+        name, actor = f"engine {number} ({self._deaths})", Actor()
+
+        def end() -> None:
+            actor.alive = False
+            self.awake.discard(name)
+            self.served.pop(name, None)
+            self._later(lambda: self.start_engine(number))
+
+        self._start(f"engine {number}", self._engine(name, actor), end)
+
+    async def _engine(self, name: str, actor: Actor) -> None:
+        async def wait(*, awake: bool) -> None:
+            about = {"actor": actor, "place": PLACE, "timeout_s": POLL_S}
+            while await self.call("follow_turn", name, awake=awake, **about) is None:
+                pass
+
+        async def catch_up() -> None:
+            version = await self.call("newest_version")
+            if version:
+                await self.call("newest_weights", version)
+            self.served[name] = version
+
+        await wait(awake=False)
+        self.awake.add(name)
+        self.look()
+        await self.pause()
+        catching_up = asyncio.ensure_future(catch_up())
+        try:
+            while True:
+                await wait(awake=True)
+                await self.pause()
+                self.awake.discard(name)
+                await wait(awake=False)
+                self.awake.add(name)
+                self.look()
+                await self.pause()
+                newest = await self.call("current_weights")
+                if newest is not None:
+                    self.served[name] = newest[0].version
+        finally:
+            catching_up.cancel()
+
+    # The ranks: one that dies takes its group along.
+
+    def start_group(self) -> None:
+        self._deaths += 1
+        group = f"group {self._deaths}"
+
+        def end() -> None:
+            self.resident.clear()
+            self._later(self.start_group)
+
+        async def all_ranks() -> None:
+            ranks = [asyncio.ensure_future(self._rank(rank, group)) for rank in range(self._count)]
+            try:
+                await asyncio.gather(*ranks)
+            finally:
+                for rank in ranks:
+                    rank.cancel()
+
+        self._start("learners", all_ranks(), end)
+
+    async def _rank(self, rank: int, group: str) -> None:
+        me, version = (group, rank), 0
+        while not await self.call("wait_turn", rank, group, PLACE, POLL_S):
+            pass
+        self.resident.add(me)
+        self.look()
+        await self.pause()
+        while True:
+            command = await self.call("next_command", rank, group, version, POLL_S, me in self.resident)
+            if command is None:
+                continue
+            await self.pause()
+            if command.verb == "offload":
+                self.resident.discard(me)
+                continue
+            self.resident.add(me)
+            self.look()
+            await self.pause()
+            version = command.argument(rank) if command.verb in ("update", "recall") else version
+            if command.verb == "publish" and rank == 0:
+                self._deaths += 1
+                await self.call("set_weights", _manifest(version, f"publication {self._deaths}"), [])
+            await self.call("answer", command.command_id, rank, version)
+
+    # The driver.
+
+    async def iterate(self, iterations: int) -> None:
+        for version in range(1, iterations + 1):
+            async with asyncio.timeout(PATIENCE_S):
+                await self.turn(version, "update", "publish")
+                # Collect, with what every engine serves then.
+                while len(self.awake) < self._count or set(self.served.values()) != {version}:
+                    if await self.call("current_weights") is None:  # They went with the learners that had them.
+                        await self.turn(version, "publish")
+                    await asyncio.sleep(0.001)
+
+    async def turn(self, version: int, *verbs: str) -> None:
+        self._deaths += 1
+        token = f"turn {self._deaths}"
+        held = asyncio.ensure_future(self.call("hold_turn", token))
+        for verb in verbs:
+            while True:
+                command = Command(verb=verb, arguments=(version,), group=self._group)
+                answer = await self.call("execute", command, PATIENCE_S) if self._group else GroupLost()
+                if not isinstance(answer, GroupLost):
+                    assert answer == [version] * self._count
+                    break
+                self._group = await self.call("wait_ready", PATIENCE_S, after=self._group or None)
+                recalled = version - (verb == "update")
+                await self.call("execute", Command(verb="recall", arguments=(recalled,), group=self._group), PATIENCE_S)
+        await self.call("give_turn_back", token)
+        await held
+
+    # Deaths.
+
+    async def hurt(self, kinds: tuple[str, ...]) -> None:
+        for _ in range(DEATHS):
+            await asyncio.sleep(self._random.uniform(0.0, 0.05))
+            kind = self._random.choice(kinds)
+            if kind == "bridge":
+                self._bridge_ended.set()
+                self._bridge, self._bridge_ended = Bridge(self._count, self._count), asyncio.Event()
+            else:
+                name = "learners" if kind == "learners" else f"engine {self._random.randrange(self._count)}"
+                await self._end(name)
+
+    async def run(self, iterations: int, kinds: tuple[str, ...]) -> None:
+        for number in range(self._count):
+            self.start_engine(number)
+        self.start_group()
+        hurting = asyncio.ensure_future(self.hurt(kinds)) if kinds else None
+        try:
+            await self.iterate(iterations)
+        finally:
+            if hurting is not None:
+                hurting.cancel()
+            for task, _ in self._tasks.values():
+                task.cancel()
+
+    def _start(self, name: str, work: Coroutine[Any, Any, None], end: Callable[[], None]) -> None:
+        self._tasks[name] = asyncio.ensure_future(work), end
+
+    async def _end(self, name: str) -> None:
+        task, end = self._tasks.get(name, (None, None))
+        if task is None or end is None or task.cancelled():
+            return
+        assert not task.done(), task.exception()
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        end()
+
+    def _later(self, start: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(self._random.uniform(0.0, 0.02), start)
+
+
+def _manifest(version: int, publication: str) -> Any:
+    from rlhf_ray.weight_sync.manifest import WeightManifest
+
+    return WeightManifest(version=version, publication=publication, buckets=())
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("kinds", [(), ("engine",), ("learners",), ("bridge",), ("engine", "learners", "bridge")])
+def test_no_rank_is_on_its_gpu_while_an_engine_is_awake(count: int, kinds: tuple[str, ...]) -> None:
+    for seed in range(3):
+        machine = Machine(seed, count)
+        asyncio.run(machine.run(10, kinds))
+        assert machine.violations == []
