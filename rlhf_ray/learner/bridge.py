@@ -158,7 +158,7 @@ class Bridge(StateKeeper):
 
     async def places(self) -> tuple[dict[str, Place], dict[int, Place]]:
         """See :meth:`Turns.places`."""
-        return ({}, {}) if self._turns is None else self._turns.places()
+        return ({}, {}) if self._turns is None else await self._turns.places()
 
     async def wait_turn(self, rank: int, group: str, place: Place, timeout_s: float) -> bool:
         """Long poll of a rank that has no models yet: whether it may build them."""

@@ -39,7 +39,7 @@ class Residency:
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
         storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in local)}
         storages.pop(0, None)  # Empty ones.
-        for storage in storages.values():
+        for storage in filter(torch.UntypedStorage.resizable, storages.values()):  # On CPUs numpy may read one.
             self._away.append((storage, self._buffer(storage).copy_(_bytes(storage), non_blocking=True)))
         self._synchronize()
         for storage, _ in self._away:

@@ -159,10 +159,10 @@ class _Worker:
     def execute(self, command: Command) -> Any:
         """Carry out one command and return this rank's answer."""
         argument = command.argument(self._rank)
-        if command.verb in _USE_MODELS:
-            self._learner.onload()
         if self._broken_off is not None and command.verb in _READ_WEIGHTS:
             raise LearnerError(self._broken_off)
+        if command.verb in _USE_MODELS and self._learner.is_offloaded:
+            self._learner.onload()
         if command.verb == "save":
             return self._save(argument, command.command_id)
         return getattr(self, f"_{command.verb}")(argument)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -188,10 +189,11 @@ class TrainedModel:
 
     def local_state(self) -> dict[str, Any]:
         """This rank's shards of what :meth:`step` changes, as arrays that may be the model's own memory."""
+        # numpy() would make that memory one that can never be freed in place.
         return {
-            "weights": [_local(parameter).cpu().numpy() for parameter in self._trained()],
+            "weights": [np.from_dlpack(_local(parameter).cpu()) for parameter in self._trained()],
             "moments": [
-                {name: _local(value).cpu().numpy() for name, value in self._optimizer.state[parameter].items()}
+                {name: np.from_dlpack(_local(value).cpu()) for name, value in self._optimizer.state[parameter].items()}
                 for parameter in self._trained()
                 if parameter in self._optimizer.state
             ],

@@ -68,6 +68,7 @@ class Turns:
         self._wanted: set[str] = set()
         self._given_back: set[str] = set()
         self._engines: dict[str, _Engine] = {}
+        self._heard_of: set[str] = set()
         self._ranks: dict[int, bool] = {}
         self._rank_places: dict[int, Place] = {}
 
@@ -99,6 +100,7 @@ class Turns:
         """
         async with self._changed:
             state = self._engines[engine] = _Engine(actor=actor, place=place, awake=awake)
+            self._heard_of.add(engine)
             self._changed.notify_all()
             try:
                 async with asyncio.timeout(timeout_s):
@@ -132,26 +134,27 @@ class Turns:
 
     def engines_sleep(self) -> bool:
         """Whether a rank may come: no engine is awake, as far as can be known."""
-        all_known = len(self._engines) >= self._num_engines or self._clock() > self._grace_ends
+        all_known = len(self._heard_of) >= self._num_engines or self._clock() > self._grace_ends
         return all_known and not any(engine.awake for engine in self._engines.values())
 
-    def places(self) -> tuple[dict[str, Place], dict[int, Place]]:
+    async def places(self) -> tuple[dict[str, Place], dict[int, Place]]:
         """Where engines and ranks are."""
+        await self._forget_dead(asleep=True)
         return {name: engine.place for name, engine in self._engines.items()}, dict(self._rank_places)
 
     def _ranks_are_away(self) -> bool:
         return not self._wanted and len(self._ranks) == self._num_ranks and not any(self._ranks.values())
 
-    async def _forget_dead(self) -> None:
-        """Forget engines that died awake, for which the learners would wait for ever."""
+    async def _forget_dead(self, *, asleep: bool = False) -> None:
+        """Forget engines that died: the learners would wait for ever for one that was awake."""
         pings = {}
         for name, engine in self._engines.items():
-            if engine.awake:
+            if engine.awake or asleep:
                 engine.ping = engine.ping or asyncio.ensure_future(self._is_alive(engine.actor))
                 pings[name] = engine.ping
         if pings:
             # One that is busy with its own start does not answer, and is alive.
-            await asyncio.wait(pings.values(), timeout=_CHECK_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(pings.values(), timeout=_CHECK_S)
         async with self._changed:
             for name, ping in pings.items():
                 engine_now = self._engines.get(name)

@@ -326,6 +326,8 @@ def run_in_turns(scenario: Scenario, folder: Path) -> Outcome:
 
 def take_turns(learner: Learner) -> None:
     """Take all to host memory and back: nothing stays on the device meanwhile, and every tensor is the one it was."""
+    assert learner.state()
+    assert list(learner.weight_buckets())
     tensors, sizes = device_tensors(learner), device_bytes(learner)
     assert max(sizes) > 0  # A rank may have nothing of a small tensor.
     learner.offload()

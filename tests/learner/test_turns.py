@@ -248,3 +248,81 @@ def test_no_rank_is_on_its_gpu_while_an_engine_is_awake(count: int, kinds: tuple
         machine = Machine(seed, count)
         asyncio.run(machine.run(10, kinds))
         assert machine.violations == []
+
+
+def test_a_bridge_that_was_started_again_waits_for_engines_that_it_has_not_heard_of() -> None:
+    async def run() -> None:
+        bridge = Bridge(1, 2)
+        held = asyncio.ensure_future(bridge.hold_turn("turn"))
+        assert not await bridge.wait_turn(0, "group", PLACE, POLL_S)
+        for name in ("a", "b"):
+            told = bridge.follow_turn(name, awake=False, actor=Actor(), place=PLACE, timeout_s=0.001)
+            assert await told is None
+        assert await bridge.wait_turn(0, "group", PLACE, POLL_S)
+        await bridge.give_turn_back("turn")
+        await held
+
+    asyncio.run(run())
+
+
+def test_a_bridge_gives_up_on_engines_that_never_come() -> None:
+    async def run() -> None:
+        bridge = Bridge(1, 1)
+        held = asyncio.ensure_future(bridge.hold_turn("turn"))
+        assert await bridge.wait_turn(0, "group", PLACE, PATIENCE_S)
+        held.cancel()
+
+    asyncio.run(run())
+
+
+def test_a_turn_that_was_given_back_is_not_held_by_a_call_that_is_repeated() -> None:
+    async def run() -> None:
+        bridge = Bridge(1, 1)
+        await bridge.give_turn_back("turn")
+        await asyncio.wait_for(bridge.hold_turn("turn"), PATIENCE_S)
+        assert bridge._turns is not None
+        assert not bridge._turns.is_wanted
+
+    asyncio.run(run())
+
+
+def test_learners_that_were_started_again_are_found_in_their_turn_alone() -> None:
+    """Engines are not disturbed at their work for learners that nobody needs yet."""
+
+    async def run() -> list[str | None]:
+        bridge = Bridge(1, 1)
+        await bridge.wait_turn(0, "group", PLACE, 0.001)
+        found = [await bridge.group()]
+        held = asyncio.ensure_future(bridge.hold_turn("turn"))
+        await asyncio.sleep(0)
+        found.append(await bridge.group())
+        held.cancel()
+        return found
+
+    assert asyncio.run(run()) == [None, "group"]
+
+
+GPUS: list[Place] = [("one", "0"), ("one", "1"), ("two", "0")]
+
+
+@pytest.mark.parametrize(
+    ("replicas", "ranks", "are_pairs"),
+    [
+        ([0, 1, 2], [2, 0, 1], True),
+        ([0, 0, 1, 1], [2, 2, 2, 2], False),
+        ([0, 1], [0, 2], False),
+        ([0, 0], [0, 0], False),
+        ([0], [0, 1], False),
+    ],
+)
+def test_each_gpu_has_a_replica_and_a_learner(replicas: list[int], ranks: list[int], are_pairs: bool) -> None:
+    placed = (
+        {str(index): GPUS[gpu] for index, gpu in enumerate(replicas)},
+        {rank: GPUS[gpu] for rank, gpu in enumerate(ranks)},
+    )
+    if are_pairs:
+        check_pairing(*placed)
+    else:
+        with pytest.raises(ConfigError, match="not placed in pairs: replicas are on GPU 0 of node one") as caught:
+            check_pairing(*placed)
+        assert caught.value.field == "resources.colocate"

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from rlhf_ray.rollouts.engine import _completion
+from rlhf_ray.rollouts.engine import RolloutEngine, _completion
 from rlhf_ray.types import VersionSpan
 
 
@@ -46,3 +47,46 @@ def test_a_length_limit_is_a_truncation() -> None:
 def test_a_log_probability_that_is_missing_is_an_error() -> None:
     with pytest.raises(RuntimeError, match="2 log-probabilities for 3 tokens"):
         _completion(choice(logprobs=SimpleNamespace(logprobs=[-0.5, -1.0])), 3)
+
+
+class Vllm:
+    """What an engine asks of vLLM, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.engine_core = self
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*_: Any, **options: Any) -> None:
+            self.calls.append((name, options) if options else name)
+
+        return call
+
+
+def test_an_engine_that_wakes_runs_nothing_before_it_has_its_cache() -> None:
+    engine = RolloutEngine.__new__(RolloutEngine)
+    engine._engine = vllm = Vllm()
+    engine._sleeps, engine._updates = False, 0
+
+    async def run() -> None:
+        await engine.sleep()
+        await engine.wake_weights()
+        await engine.begin_update()
+        await engine.finish_update(3)
+        await engine.wake()
+        await engine.begin_update()
+        await engine.finish_update(4)
+
+    asyncio.run(run())
+    assert vllm.calls == [
+        # Requests in flight are kept, where vLLM would abort them; level 2 would lose buffers.
+        ("sleep", {"level": 1, "mode": "keep"}),
+        ("wake_up", {"tags": ["weights"]}),
+        "start_weight_update",
+        ("finish_weight_update", {"weight_version": "3"}),
+        ("wake_up", {"tags": ["kv_cache"]}),
+        ("pause_scheduler_async", {"mode": "keep", "clear_cache": False}),
+        "start_weight_update",
+        ("finish_weight_update", {"weight_version": "4"}),
+        "resume_generation",
+    ]
