@@ -44,18 +44,20 @@ def judge_resources(settings: Settings, found: Mapping[str, float], *, address: 
         found: ``ray.cluster_resources()``.
         address: Where the cluster is; none: started here.
     """
-    from rlhf_ray.algorithms.ray_session import cpu_shares, resolve_device
+    from rlhf_ray.algorithms.ray_session import cpu_shares, resolve_colocation, resolve_device
 
     cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
     place = "starts here" if address is None else f"joined {address}"
     store = in_units(found.get("object_store_memory", 0.0))
     detail = f"{place}: {cpus:g} CPUs, {gpus:g} GPUs, {store} object store"
     try:
-        resolve_device(settings, gpus)
+        on_gpu = resolve_device(settings, gpus)
         shares = cpu_shares(settings, cpus)
     except ConfigError as error:
         return failed("Ray", f"{detail}; {error.field} = {error.value!r}", error.remedy)
     reserved = f"{shares.replica:g} a replica, {shares.learner:g} a learner, {shares.reward_worker:g} a reward worker"
+    if on_gpu and resolve_colocation(settings, gpus, on_gpu=on_gpu):
+        detail += ", on which replicas and learners take turns (resources.colocate)"
     return passed("Ray", f"{detail}; CPUs reserved: {reserved}")
 
 

@@ -149,6 +149,11 @@ class Bridge(StateKeeper):
         if self._turns is not None:
             await self._turns.give_back(token)
 
+    async def wait_away(self) -> None:
+        """See :meth:`Turns.wait_away`."""
+        if self._turns is not None:
+            await self._turns.wait_away()
+
     async def follow_turn(
         self, replica_id: str, *, awake: bool, actor: Any, place: Place, timeout_s: float
     ) -> bool | None:

@@ -32,13 +32,19 @@ from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
-__all__ = ["LearnerGroup", "StateLostError"]
+__all__ = ["LearnerGroup", "StateLostError", "rank_resources"]
 
 _LOG = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 30.0
 # How often a wait looks whether the Ray Train run has ended under it.
 _CHECK_S = 1.0
 _POLL_S = 0.2
+
+
+def rank_resources(spec: LearnerSpec, num_cpus: float) -> dict[str, float]:
+    """What Ray reserves per rank."""
+    gpus = LEARNER_SHARE if spec.colocated else 1
+    return {"CPU": num_cpus} | ({"GPU": gpus} if spec.on_gpu else {})
 
 
 class StateLostError(LearnerError):
@@ -110,9 +116,12 @@ class LearnerGroup:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Within, engines that share the learners' GPUs sleep, and may be woken again afterward.
+        """Within, engines that share the learners' GPUs sleep; afterward the learners are away, and engines may wake.
 
         Every command takes the turn by itself; around several ones it changes once.
+
+        Raises:
+            LearnerError: Ray Train started the group again too often.
         """
         if not self._spec.colocated:
             yield
@@ -124,7 +133,11 @@ class LearnerGroup:
             yield
         finally:
             with suppress(ray.exceptions.ActorDiedError):  # The run has been stopped.
-                ray.get([self.bridge.give_turn_back.remote(token), held])
+                ray.get(self.bridge.give_turn_back.remote(token))
+                # A bridge that was started again in this moment is asked to hold what it was never given back.
+                while not ray.wait([held], timeout=_CHECK_S)[0]:
+                    ray.get(self.bridge.give_turn_back.remote(token))
+        self._await(self.bridge.wait_away.remote(), "to leave their GPUs")
 
     def replicas_are_placed(self) -> bool:
         """Whether every replica that shares a GPU with a learner has its own, where it waits to build its engine."""
@@ -355,15 +368,14 @@ class LearnerGroup:
         from rlhf_ray.learner.ray_trainer import LearnerTrainer, announce_controller
         from rlhf_ray.learner.train_loop import train_loop
 
-        resources = {"CPU": self._num_cpus}
-        if self._spec.on_gpu:
-            resources["GPU"] = LEARNER_SHARE if self._spec.colocated else 1
         return LearnerTrainer(
             train_loop,
             train_loop_config={"spec": self._spec, "bridge": self.bridge},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if self._spec.on_gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=self.num_learners, use_gpu=self._spec.on_gpu, resources_per_worker=resources
+                num_workers=self.num_learners,
+                use_gpu=self._spec.on_gpu,
+                resources_per_worker=rank_resources(self._spec, self._num_cpus),
             ),
             run_config=RunConfig(
                 name=f"{self._run_id}-learners",

@@ -93,6 +93,11 @@ class Turns:
             self._given_back.add(token)
             self._changed.notify_all()
 
+    async def wait_away(self) -> None:
+        """Wait until all ranks have left, or somebody wants the learners' turn again."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._wanted or self._ranks_are_away())
+
     async def follow(self, engine: str, *, awake: bool, actor: Any, place: Place, timeout_s: float) -> bool | None:
         """Long poll of an engine that says how it is: whether it must be awake, once that changes; ``None``: not yet.
 

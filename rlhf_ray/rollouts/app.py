@@ -23,7 +23,7 @@ from rlhf_ray.rollouts.serve_instance import QUIET, deploy, end_unused_serve, se
 from rlhf_ray.rollouts.start_failure import root_cause
 from rlhf_ray.stopping import stop_all
 
-__all__ = ["RolloutApp"]
+__all__ = ["RolloutApp", "replica_options"]
 
 _START_ERROR = "RuntimeError: EngineStartError: "
 
@@ -160,15 +160,6 @@ class RolloutApp:
         return _cannot_start(f"{limit}; {self._look()[1]}")
 
     def _deployment(self) -> Any:
-        options: dict[str, Any] = {"num_cpus": self._num_cpus, "runtime_env": {"env_vars": self._spec.env}}
-        extra: dict[str, Any] = {}
-        if self._spec.on_gpu and self._spec.tensor_parallel_size == 1:
-            options["num_gpus"] = REPLICA_SHARE if self._spec.colocated else 1
-        elif self._spec.on_gpu:
-            # vLLM's Ray executor puts one worker on each bundle; the replica itself needs a CPU of the first.
-            bundle = {"CPU": self._num_cpus, "GPU": 1}
-            extra["placement_group_bundles"] = [bundle] + [{"GPU": 1}] * (self._spec.tensor_parallel_size - 1)
-            extra["placement_group_strategy"] = "STRICT_PACK"
         return serve.deployment(
             RolloutReplica,
             name=_DEPLOYMENT,
@@ -180,9 +171,22 @@ class RolloutApp:
             health_check_timeout_s=30.0,
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=5.0,
-            ray_actor_options=options,
-            **extra,
+            **replica_options(self._spec, self._num_cpus),
         )
+
+
+def replica_options(spec: EngineSpec, num_cpus: float) -> dict[str, Any]:
+    """What Ray reserves per replica and how it starts its process, as arguments of a deployment."""
+    options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": {"env_vars": spec.env}}
+    extra: dict[str, Any] = {}
+    if spec.on_gpu and spec.tensor_parallel_size == 1:
+        options["num_gpus"] = REPLICA_SHARE if spec.colocated else 1
+    elif spec.on_gpu:
+        # vLLM's Ray executor puts one worker on each bundle; the replica itself needs a CPU of the first.
+        bundle = {"CPU": num_cpus, "GPU": 1}
+        extra["placement_group_bundles"] = [bundle] + [{"GPU": 1}] * (spec.tensor_parallel_size - 1)
+        extra["placement_group_strategy"] = "STRICT_PACK"
+    return {"ray_actor_options": options, **extra}
 
 
 _REMEDY = (

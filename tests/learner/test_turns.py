@@ -50,6 +50,7 @@ class Machine:
         self._tasks: dict[str, tuple[asyncio.Task[Any], Callable[[], None]]] = {}
         self._bridge, self._bridge_ended = Bridge(count, count), asyncio.Event()
         self._group = ""
+        self._abandoned: list[asyncio.Task[Any]] = []
 
     # What Ray does: calls are repeated at a bridge that was started again.
 
@@ -168,12 +169,28 @@ class Machine:
     async def iterate(self, iterations: int) -> None:
         for version in range(1, iterations + 1):
             async with asyncio.timeout(PATIENCE_S):
+                await self.interrupted_turn(version)
                 await self.turn(version, "update", "publish")
                 # Collect, with what every engine serves then.
                 while len(self.awake) < self._count or set(self.served.values()) != {version}:
                     if await self.call("current_weights") is None:  # They went with the learners that had them.
                         await self.turn(version, "publish")
                     await asyncio.sleep(0.001)
+
+    async def interrupted_turn(self, version: int) -> None:
+        """Ctrl-C while the learners are at work, or are about to be: nobody waits for their answer."""
+        self._deaths += 1
+        token = f"turn {self._deaths}"
+        held = asyncio.ensure_future(self.call("hold_turn", token))
+        command = Command(verb="update", arguments=(version,), group=self._group)
+        self._abandoned.append(asyncio.ensure_future(self.call("execute", command, PATIENCE_S)))
+        await asyncio.sleep(self._random.uniform(0.0, 0.02))
+        await self.give_back(token, held)
+
+    async def give_back(self, token: str, held: asyncio.Future[Any]) -> None:
+        while not held.done():  # As the learner group does.
+            await self.call("give_turn_back", token)
+            await asyncio.wait([held], timeout=0.01)
 
     async def turn(self, version: int, *verbs: str) -> None:
         self._deaths += 1
@@ -189,8 +206,8 @@ class Machine:
                 self._group = await self.call("wait_ready", PATIENCE_S, after=self._group or None)
                 recalled = version - (verb == "update")
                 await self.call("execute", Command(verb="recall", arguments=(recalled,), group=self._group), PATIENCE_S)
-        await self.call("give_turn_back", token)
-        await held
+        await self.give_back(token, held)
+        await self.call("wait_away")
 
     # Deaths.
 
@@ -215,7 +232,7 @@ class Machine:
         finally:
             if hurting is not None:
                 hurting.cancel()
-            for task, _ in self._tasks.values():
+            for task in (*(task for task, _ in self._tasks.values()), *self._abandoned):
                 task.cancel()
 
     def _start(self, name: str, work: Coroutine[Any, Any, None], end: Callable[[], None]) -> None:
@@ -300,6 +317,27 @@ def test_learners_that_were_started_again_are_found_in_their_turn_alone() -> Non
         return found
 
     assert asyncio.run(run()) == [None, "group"]
+
+
+def test_the_learners_turn_is_over_when_every_rank_is_away() -> None:
+    async def run() -> list[bool]:
+        bridge, seen = Bridge(2, 1), []
+        await bridge.follow_turn("engine", awake=False, actor=Actor(), place=PLACE, timeout_s=0.001)
+        held = asyncio.ensure_future(bridge.hold_turn("turn"))
+        for rank in (0, 1):
+            assert await bridge.wait_turn(rank, "group", PLACE, PATIENCE_S)
+        await bridge.give_turn_back("turn")
+        await held
+        over = asyncio.ensure_future(bridge.wait_away())
+        for rank in (0, 1):
+            told = await bridge.next_command(rank, "group", 0, PATIENCE_S, True)
+            assert told is not None
+            assert told.verb == "offload"
+            assert await bridge.next_command(rank, "group", 0, 0.001, False) is None
+            seen.append(over.done())
+        return seen
+
+    assert asyncio.run(run()) == [False, True]
 
 
 GPUS: list[Place] = [("one", "0"), ("one", "1"), ("two", "0")]
