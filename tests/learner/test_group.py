@@ -39,9 +39,9 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return gone
 
 
-def group_of(bridge: Actor, monkeypatch: pytest.MonkeyPatch) -> LearnerGroup:
+def group_of(bridge: Actor, monkeypatch: pytest.MonkeyPatch, *, colocated: bool = False) -> LearnerGroup:
     monkeypatch.setattr(module, "bridge_actor", lambda world_size, num_engines: bridge)
-    spec: Any = SimpleNamespace(on_gpu=False, colocated=False)
+    spec: Any = SimpleNamespace(on_gpu=False, colocated=colocated)
     return LearnerGroup(
         spec=spec,
         run_id="run",
@@ -104,3 +104,44 @@ def test_a_controller_that_waits_for_resources_is_ended(ended: list[Any], monkey
     group.stop()
     forever.set()
     assert ended == [controller, "placement group", bridge]
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_turn_is_held_and_given_back_until_the_bridge_knows_it(
+    colocated: bool, error: type[BaseException] | None, ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    # The bridge died as the turn was given back: it is asked anew to hold it, by Ray.
+    is_over = iter([False, True])
+
+    def wait(refs: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        if refs[0][0] is hold and not next(is_over):
+            return [], refs
+        return refs, []
+
+    def hold(token: str) -> None:
+        calls.append("hold")
+
+    monkeypatch.setattr(ray, "wait", wait)
+    bridge = Actor(
+        hold_turn=hold,
+        give_turn_back=lambda token: calls.append("give back"),
+        wait_away=lambda: calls.append("away"),
+    )
+    group = group_of(bridge, monkeypatch, colocated=colocated)
+
+    def work() -> None:
+        with group.turn():
+            calls.append("work")
+            if error is not None:
+                raise error
+
+    if error is None:
+        work()
+    else:
+        with pytest.raises(error):
+            work()
+    # After Ctrl-C nobody waits for learners that may be in the middle of something.
+    after = ["give back", "give back", *(["away"] if error is None else [])]
+    assert calls == (["work", *after] if colocated else ["work"])
