@@ -249,6 +249,7 @@ class Learner:
             LearnerError: A number is not finite, and ``training.nonfinite_updates`` ends the run by it; on every rank,
                 with weights, moments and schedules as they were before the step that would have read it.
         """
+        self._check_here()
         started = time.perf_counter()
         metrics = MetricSums()
         microbatches = {
@@ -407,8 +408,11 @@ class Learner:
         reference = [] if self._reference is None else [self._reference.model]
         return [*(trained.model for trained in self._models().values()), *reference]
 
-    def _models(self) -> dict[str, TrainedModel]:
+    def _check_here(self) -> None:
         assert not self.is_offloaded, "onload() comes first: the tensors have no memory"
+
+    def _models(self) -> dict[str, TrainedModel]:
+        self._check_here()
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
     def _sharded_state(self) -> dict[str, Any]:
