@@ -118,19 +118,13 @@ def test_halves_are_not_placed_in_pairs_which_is_an_error(gpus: None, monkeypatc
 
 def figures(result: dict[str, Any]) -> dict[str, Any]:
     """What a run computed, without what it measured of itself."""
-    flat = flatten(result)
-    of_machine = (
-        "timers/",
-        "throughput/",
-        "weight_sync/",
-        "fault_tolerance/",
-        "time",
-        "date",
-        "pid",
-        "hostname",
-        "node",
-    )
-    return {name: value for name, value in flat.items() if not name.startswith(of_machine)}
+    computed = ("rollouts/", "rewards/", "learner/", "evaluation/")
+    measured = ("tokens_per_s", "idle_fraction")
+    return {
+        name: value
+        for name, value in flatten(result).items()
+        if name.startswith(computed) and not name.endswith(measured)
+    }
 
 
 def run(config: PPOConfig, folder: Path, hurt: Callable[[Algorithm, int], None]) -> list[dict[str, Any]]:
@@ -142,8 +136,11 @@ def run(config: PPOConfig, folder: Path, hurt: Callable[[Algorithm, int], None])
             hurt(algorithm, number)
             results.append(figures(algorithm.train()))
         algorithm.export_hf(folder)
-        algorithm.restore_from_path(algorithm._store.newest().folder.location)  # type: ignore[union-attr]
+        checkpoint = algorithm.save_to_path(folder / "checkpoint")
         results.append(figures(algorithm.train()))
+        algorithm.restore_from_path(checkpoint)
+        again = figures(algorithm.train())
+        assert again == results[-1]
         return results
     finally:
         algorithm.stop()
