@@ -346,7 +346,7 @@ class Bridge(StateKeeper):
         return self._manifest, self._refs
 
     async def current_weights(self) -> tuple[WeightManifest, list[Any]] | None:
-        """The newest published weights if they are in the object store; asks nobody for them."""
+        """The newest published weights if they are in the object store; the learners are not asked for them."""
         return None if self._manifest is None else (self._manifest, self._refs)
 
     def _has(self, min_version: int) -> bool:

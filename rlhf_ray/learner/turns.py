@@ -40,7 +40,7 @@ class _Engine:
 
 
 class Turns:
-    """The engines' turn, unless somebody wants the learners'.
+    """The engines' turn, unless a caller wants the learners'.
 
     Args:
         changed: Notified whenever something changes; methods that are not coroutines are called with it held.
@@ -94,7 +94,7 @@ class Turns:
             self._changed.notify_all()
 
     async def wait_away(self) -> None:
-        """Wait until all ranks have left, or somebody wants the learners' turn again."""
+        """Wait until all ranks have left, or the learners' turn is wanted again."""
         async with self._changed:
             await self._changed.wait_for(lambda: self._wanted or self._ranks_are_away())
 

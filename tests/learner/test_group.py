@@ -142,6 +142,6 @@ def test_a_turn_is_held_and_given_back_until_the_bridge_knows_it(
     else:
         with pytest.raises(error):
             work()
-    # After Ctrl-C nobody waits for learners that may be in the middle of something.
+    # After Ctrl-C the caller does not wait for learners that may be in the middle of something.
     after = ["give back", "give back", *(["away"] if error is None else [])]
     assert calls == (["work", *after] if colocated else ["work"])

@@ -37,7 +37,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Machine:
-    """GPUs with a replica and a rank each, the bridge, and a driver; whoever wakes or comes looks around first."""
+    """GPUs with a replica and a rank each, the bridge, and a driver; each one that wakes or comes looks around first."""
 
     def __init__(self, seed: int, count: int) -> None:
         self._random = random.Random(seed)
@@ -72,7 +72,9 @@ class Machine:
 
     def look(self) -> None:
         if self.awake and self.resident:
-            self.violations.append(f"engines {sorted(self.awake)} are awake beside ranks {sorted(self.resident)}")
+            self.violations.append(
+                f"engines {sorted(self.awake)} are awake while there are ranks {sorted(self.resident)}"
+            )
 
     # An engine in its replica.
 
@@ -178,7 +180,7 @@ class Machine:
                     await asyncio.sleep(0.001)
 
     async def interrupted_turn(self, version: int) -> None:
-        """Ctrl-C while the learners are at work, or are about to be: nobody waits for their answer."""
+        """Ctrl-C while the learners are at work, or are about to be: their answer is not waited for."""
         self._deaths += 1
         token = f"turn {self._deaths}"
         held = asyncio.ensure_future(self.call("hold_turn", token))
@@ -304,7 +306,7 @@ def test_a_turn_that_was_given_back_is_not_held_by_a_call_that_is_repeated() -> 
 
 
 def test_learners_that_were_started_again_are_found_in_their_turn_alone() -> None:
-    """Engines are not disturbed at their work for learners that nobody needs yet."""
+    """Engines are not disturbed at their work for learners that are not needed yet."""
 
     async def run() -> list[str | None]:
         bridge = Bridge(1, 1)
