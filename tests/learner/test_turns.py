@@ -37,7 +37,7 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Machine:
-    """GPUs with a replica and a rank each, the bridge, and a driver; each one that wakes or comes looks around first."""
+    """GPUs with a replica and a rank each, the bridge, and a driver; each that wakes or comes looks around first."""
 
     def __init__(self, seed: int, count: int) -> None:
         self._random = random.Random(seed)
