@@ -185,7 +185,10 @@ class RolloutSettings:
         "replicas paused at the same time to receive weights; unset: all; must be unset with nccl, which sends to all",
     )
     tensor_parallel_size: int = setting(1, "GPUs per replica")
-    gpu_memory_utilization: float = setting(0.85, "fraction of a GPU's memory that an engine may use")
+    gpu_memory_utilization: float = setting(
+        0.85,
+        "fraction of a GPU's memory that an engine may use; a sleeping learner on the same GPU leaves about 1 GB in use, which must fit the rest",
+    )
     kv_cache_bytes: int | None = setting(
         None, "key-value cache of a CPU engine in bytes; unset: sized for max_concurrent_groups"
     )
@@ -495,6 +498,10 @@ class ResourceSettings:
 
     device: Literal["auto", "cpu", "cuda"] = setting(
         "auto", "auto: cuda where Ray offers GPUs and the installed vLLM is a CUDA build, else cpu"
+    )
+    colocate: Literal["auto"] | bool = setting(
+        "auto",
+        "whether each replica shares its GPU with a learner and they take turns, which needs rollouts.max_staleness 0, rollouts.tensor_parallel_size 1 and as many learners as replicas; auto: where the GPUs do not suffice for both, and never on CPUs",
     )
     ray_address: str | None = setting(None, "Ray cluster to join; unset: RAY_ADDRESS, else a Ray on this machine")
     cpus_per_replica: float | None = setting(

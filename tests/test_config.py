@@ -57,6 +57,8 @@ def another_value(annotation: Any, default: Any) -> tuple[Any, Any]:
     origin, args = get_origin(annotation), get_args(annotation)
     if annotation is Any or annotation is str:
         return f"{default}-2", f"{default}-2"
+    if bool in args and NoneType not in args:
+        return True, True
     if origin is Literal:
         choice = next(item for item in args if item != default)
         return choice, choice

@@ -18,6 +18,9 @@ NUMBERS = {int, float}
 NOT_A_RANGE = {"rollouts.top_p", "rollouts.top_k", "learners.num_gpus_per_learner"}
 
 
+TURNS: dict[str, Any] = {"resources.colocate": True}
+
+
 def settings(changes: dict[str, Any]) -> Settings:
     return PPOConfig.from_dict(changes).settings
 
@@ -330,6 +333,12 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
         "rollouts.weight_transfer",
         "learners on GPUs",
     ),
+    ({**TURNS, "rollouts.max_staleness": 1}, "rollouts.max_staleness", "use 0"),
+    ({**TURNS, "rollouts.tensor_parallel_size": 2}, "rollouts.tensor_parallel_size", "raise rollouts.num_replicas"),
+    ({**TURNS, "rollouts.num_replicas": 3}, "rollouts.num_replicas", "learners.num_learners = 1"),
+    ({**TURNS, "learners.num_gpus_per_learner": 0}, "learners.num_gpus_per_learner", "leave it out"),
+    ({**TURNS, "rollouts.weight_transfer": "nccl"}, "rollouts.weight_transfer", "use auto or shared_memory"),
+    ({"rollouts.engine_args": {"enable_sleep_mode": True}}, "rollouts.engine_args.enable_sleep_mode", "colocate"),
     ({"data.prompt_column": ""}, "data.prompt_column", "empty text"),
     ({"rollouts.stop": ["\n", ""]}, "rollouts.stop", "empty text"),
     ({"training.lr": {"grid_search": [1e-5, 1e-6]}}, "training.lr", "tune.Tuner(..., param_space=config)"),
@@ -382,6 +391,10 @@ POSSIBLE: list[dict[str, Any]] = [
     {"rollouts.quantization": "fp8_per_block", "training.m2po_threshold": 0.04},
     {"rollouts.engine_args": {"kv_cache_dtype": "fp8"}, "training.m2po_threshold": 0.04},
     {"rollouts.weight_transfer": "ipc", "resources.device": "cuda"},
+    {**TURNS, "rollouts.num_replicas": 8, "learners.num_learners": 8},
+    {**TURNS, "resources.device": "cpu"},
+    {"resources.colocate": False, "rollouts.max_staleness": 1, "rollouts.num_replicas": 2},
+    {"resources.colocate": "auto", "rollouts.max_staleness": 1, "rollouts.weight_transfer": "nccl"},
     {"training.kl_coef": 0.01, "training.kl_in": "loss", "training.kl_estimator": "abs"},
     {"training.kl_coef": 0.01, "training.kl_clip": 10.0},
 ]

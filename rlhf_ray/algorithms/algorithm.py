@@ -150,16 +150,20 @@ class Algorithm(Trainable):  # type: ignore[misc]
         # Not by version, which runs ahead of the iterations after a rewind.
         update_policy = self.iteration >= self.settings.training.critic_warmup_iterations
         self._updating = True
-        with self._phase("update"):
-            update = parts.learners.update(
-                batch,
-                plan,
-                version=version + 1,
-                update_policy=update_policy,
-                with_advantages=self._completions_are_due,
-            )
+        parts.publications.finish_interrupted()
+        with parts.learners.turn():
+            with self._phase("update"):
+                update = parts.learners.update(
+                    batch,
+                    plan,
+                    version=version + 1,
+                    update_policy=update_policy,
+                    with_advantages=self._completions_are_due,
+                )
+            with self._phase("gather"):
+                parts.publications.gather(version + 1)
         with self._phase("publish"):
-            publication = parts.publications.publish(version + 1)
+            publication = parts.publications.deliver()
         iteration_s = time.perf_counter() - started
         self._report_completions(collected.groups, update.advantages)
         self._spans.add(*collected.spans)

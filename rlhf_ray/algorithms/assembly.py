@@ -247,8 +247,15 @@ def _started_parts(
     begun.append(("reward workers", rewards.stop))
     if session.lease is not None:
         session.lease.watch(app.name, learners.bridge)
-    learners.start()
-    app.start(after=learners.wait_placed)
+    if session.colocated:
+        # Replicas take the larger shares of the GPUs, and must have them before learners come.
+        app.start()
+        reporters.phase("placing rollout replicas")
+        app.wait_placed(learners.replicas_are_placed)
+        learners.start()
+    else:
+        learners.start()
+        app.start(after=learners.wait_placed)
     # The dataset is read in this thread while the others wait for processes.
     inputs.prompts.open()
     rewards.progress = training_progress(settings, inputs)
@@ -372,6 +379,7 @@ def _learner_group(
         update_timeout_s=learners.update_timeout_s,
         max_restarts=settings.fault_tolerance.max_learner_restarts,
         tensor_parallel_size=settings.rollouts.tensor_parallel_size,
+        num_replicas=settings.rollouts.num_replicas,
     )
 
 
@@ -414,6 +422,7 @@ def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> Lea
         weight_transfer=_weight_transfer(settings, session),
         quantized_sampler=settings.rollouts.quantized_by is not None,
         sequence_parallel=learners.sequence_parallel,
+        colocated=session.colocated,
     )
 
 
@@ -433,6 +442,7 @@ def _rollout_app(settings: Settings, inputs: Inputs, run_id: str, bridge: Any, s
         on_gpu=session.on_gpu,
         learners_on_gpu=session.learners_on_gpu,
         dtype=_dtype(settings, session),
+        colocated=session.colocated,
     )
     return RolloutApp(
         run_id=run_id,
@@ -480,7 +490,8 @@ def _dtype(settings: Settings, session: RaySession) -> str:
 
 def _weight_transfer(settings: Settings, session: RaySession) -> str:
     between_gpus = session.on_gpu and session.learners_on_gpu
-    return weight_transfer(settings.rollouts.weight_transfer, between_gpus=between_gpus)
+    setting = settings.rollouts.weight_transfer
+    return weight_transfer(setting, between_gpus=between_gpus, colocated=session.colocated)
 
 
 def _expanded(path: str | None) -> str | None:

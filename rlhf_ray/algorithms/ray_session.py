@@ -20,7 +20,16 @@ from rlhf_ray.rollouts.engine_spec import vllm_build
 from rlhf_ray.settings import Settings
 from rlhf_ray.stopping import stop_all
 
-__all__ = ["RaySession", "Shares", "check_nodes", "choose_device", "cpu_shares", "node_resources", "resolve_device"]
+__all__ = [
+    "RaySession",
+    "Shares",
+    "check_nodes",
+    "choose_device",
+    "cpu_shares",
+    "node_resources",
+    "resolve_colocation",
+    "resolve_device",
+]
 
 _LOG = logging.getLogger(__name__)
 
@@ -85,6 +94,24 @@ def choose_device(settings: Settings, gpus: float) -> tuple[bool, str]:
     return True, f"Ray offers {gpus:g} GPUs"
 
 
+def resolve_colocation(settings: Settings, gpus: float, *, on_gpu: bool) -> bool:
+    """Whether each replica shares its GPU with a learner and takes turns with it, in a cluster that has ``gpus``.
+
+    ``auto``: where the GPUs do not suffice for both, and nothing else is in the way.
+    """
+    asked, rollouts, learners = settings.resources.colocate, settings.rollouts, settings.learners
+    if asked != "auto":
+        return asked
+    can = (
+        rollouts.max_staleness == 0
+        and rollouts.tensor_parallel_size == 1
+        and rollouts.num_replicas == learners.num_learners
+        and rollouts.weight_transfer != "nccl"
+        and learners.num_gpus_per_learner != 0
+    )
+    return on_gpu and can and gpus < _gpus_needed(settings, colocated=False)
+
+
 def resolve_device(settings: Settings, gpus: float) -> bool:
     """Whether replicas run on GPUs, in a cluster that offers ``gpus``.
 
@@ -105,15 +132,21 @@ def resolve_device(settings: Settings, gpus: float) -> bool:
             settings.learners.num_gpus_per_learner,
             "the cluster has no GPUs; leave it out, or set resources.ray_address to a cluster that has some",
         )
-    needed = _gpus_needed(settings)
+    colocated = resolve_colocation(settings, gpus, on_gpu=on_gpu)
+    needed = _gpus_needed(settings, colocated=colocated)
     if on_gpu and needed > gpus:
+        remedy = "lower rollouts.num_replicas or learners.num_learners"
+        if not colocated:
+            remedy += (
+                ", let each replica share its GPU with a learner (resources.colocate = auto or true, which needs "
+                "rollouts.max_staleness = 0 and as many learners as replicas)"
+            )
         raise ConfigError(
             "resources.device",
             settings.resources.device,
             f"{settings.rollouts.num_replicas} replicas of {settings.rollouts.tensor_parallel_size} GPUs and "
-            f"{settings.learners.num_learners} learners need {needed} GPUs, the cluster has {gpus:g}; lower "
-            "rollouts.num_replicas or learners.num_learners, or set learners.num_gpus_per_learner = 0 or "
-            "resources.device = cpu",
+            f"{settings.learners.num_learners} learners need {needed} GPUs, the cluster has {gpus:g}; {remedy}, or set "
+            "learners.num_gpus_per_learner = 0 or resources.device = cpu",
         )
     of_models = _gpus_of_models(settings, on_gpu=on_gpu)
     free = gpus - (needed if on_gpu else 0)
@@ -208,6 +241,8 @@ class RaySession:
             _LOG.log(logging.WARNING if unexpected else logging.INFO, "the run uses %s: %s", device, reason)
             self.learners_on_gpu = self.on_gpu and settings.learners.num_gpus_per_learner != 0
             """Whether learners run on GPUs."""
+            self.colocated = resolve_colocation(settings, gpus, on_gpu=self.on_gpu)
+            """Whether each replica takes turns with a learner."""
             cpus = ray.cluster_resources().get("CPU", 0.0)
             self.shares = cpu_shares(settings, cpus) if trial is None else self._leased(settings, cpus - trial.cpus)
             check_nodes(settings, self.shares, node_resources(), on_gpu=self.on_gpu)
@@ -226,7 +261,8 @@ class RaySession:
     def _leased(self, settings: Settings, cpus: float) -> Shares:
         from rlhf_ray.algorithms.trial_keeper import trial_keeper
 
-        gpus = _gpus_of_models(settings, on_gpu=self.on_gpu) + (_gpus_needed(settings) if self.on_gpu else 0)
+        gpus = _gpus_of_models(settings, on_gpu=self.on_gpu)
+        gpus += _gpus_needed(settings, colocated=self.colocated) if self.on_gpu else 0
         offered: dict[Room, Shares] = {}
 
         def room(cpus: float) -> Room:
@@ -253,6 +289,7 @@ def _gpus_of_models(settings: Settings, *, on_gpu: bool) -> float:
     return float(sum(model.num_workers * model.gpus_per_worker(on_gpu=on_gpu) for model in models))
 
 
-def _gpus_needed(settings: Settings) -> int:
-    learners = 0 if settings.learners.num_gpus_per_learner == 0 else settings.learners.num_learners
+def _gpus_needed(settings: Settings, *, colocated: bool) -> int:
+    own = settings.learners.num_gpus_per_learner != 0 and not colocated
+    learners = settings.learners.num_learners if own else 0
     return settings.rollouts.num_replicas * settings.rollouts.tensor_parallel_size + learners

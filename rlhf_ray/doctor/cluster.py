@@ -44,7 +44,13 @@ def judge_resources(settings: Settings, found: Mapping[str, Any], *, address: st
         found: ``ray.cluster_resources()``, and those of each node as ``nodes``.
         address: Where the cluster is; none: started here.
     """
-    from rlhf_ray.algorithms.ray_session import check_nodes, choose_device, cpu_shares, resolve_device
+    from rlhf_ray.algorithms.ray_session import (
+        check_nodes,
+        choose_device,
+        cpu_shares,
+        resolve_colocation,
+        resolve_device,
+    )
 
     cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
     place = "starts here" if address is None else f"joined {address}"
@@ -57,6 +63,8 @@ def judge_resources(settings: Settings, found: Mapping[str, Any], *, address: st
     except ConfigError as error:
         return failed("Ray", f"{detail}; {error.field} = {error.value!r}", error.remedy)
     reserved = f"{shares.replica:g} a replica, {shares.learner:g} a learner, {shares.reward_worker:g} a reward worker"
+    if on_gpu and resolve_colocation(settings, gpus, on_gpu=on_gpu):
+        detail += ", on which replicas and learners take turns (resources.colocate)"
     device = f"the run uses {'GPUs' if on_gpu else 'CPUs'}: {choose_device(settings, gpus)[1]}"
     return passed("Ray", f"{detail}; CPUs reserved: {reserved}; {device}")
 

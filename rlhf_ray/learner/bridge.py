@@ -20,6 +20,7 @@ from typing import Any
 
 from rlhf_ray.checkpoints.folder import StoredFile
 from rlhf_ray.learner.state_keeper import StateKeeper, keeper_on
+from rlhf_ray.learner.turns import Place, Turns
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
@@ -31,6 +32,8 @@ _SNAPSHOT_TIMEOUT_S = 7200.0
 # Nobody takes them where the Algorithm is stuck.
 _MOST_SPANS = 100_000
 _MOST_FAILURES = 1_000
+# What a rank does without its models.
+_WITHOUT_MODELS = frozenset({"layout", "stop", "offload"})
 
 __all__ = ["Bridge", "Command", "GroupLost", "RankFailure", "Refusal", "bridge_actor"]
 
@@ -41,7 +44,7 @@ class Command:
 
     verb: str
     """``layout``, ``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` or
-    ``stop``."""
+    ``stop``; ``offload`` is the bridge's own, for a rank whose turn is over."""
     arguments: tuple[Any, ...]
     """One entry a rank, or a single one for all."""
     group: str
@@ -86,12 +89,16 @@ class Bridge(StateKeeper):
 
     Args:
         world_size: Number of learner ranks.
+        num_engines: Replicas that share the ranks' GPUs; 0: each has its own.
     """
 
-    def __init__(self, world_size: int) -> None:
+    def __init__(self, world_size: int, num_engines: int = 0) -> None:
         super().__init__()
         self._world_size = world_size
         self._changed = asyncio.Condition()
+        self._turns: Turns | None = None
+        if num_engines:
+            self._turns = Turns(self._changed, num_ranks=world_size, num_engines=num_engines)
         self._pending: _Pending | None = None
         self._group: str | None = None
         self._versions: dict[int, int] = {}
@@ -130,8 +137,51 @@ class Bridge(StateKeeper):
             return self._failure or self._group
 
     async def group(self) -> str | None:
-        """The worker group that listens; ``None`` before one does."""
-        return self._group
+        """The worker group that listens; ``None`` before one does, or while it may not: it is the engines' turn."""
+        return self._group if self._turns is None or self._turns.is_wanted else None
+
+    async def hold_turn(self, token: str) -> None:
+        """See :meth:`Turns.hold`."""
+        if self._turns is not None:
+            await self._turns.hold(token)
+
+    async def give_turn_back(self, token: str) -> None:
+        """See :meth:`Turns.give_back`."""
+        if self._turns is not None:
+            await self._turns.give_back(token)
+
+    async def wait_away(self) -> None:
+        """See :meth:`Turns.wait_away`."""
+        if self._turns is not None:
+            await self._turns.wait_away()
+
+    async def follow_turn(
+        self, replica_id: str, *, awake: bool, actor: Any, place: Place, timeout_s: float
+    ) -> bool | None:
+        """See :meth:`Turns.follow`."""
+        assert self._turns is not None, "replicas and learners share no GPUs"
+        return await self._turns.follow(replica_id, awake=awake, actor=actor, place=place, timeout_s=timeout_s)
+
+    async def places(self) -> tuple[dict[str, Place], dict[int, Place]]:
+        """See :meth:`Turns.places`."""
+        return ({}, {}) if self._turns is None else await self._turns.places()
+
+    async def wait_turn(self, rank: int, group: str, place: Place, timeout_s: float) -> bool:
+        """Long poll of a rank that has no models yet: whether it may build them."""
+        assert self._turns is not None, "replicas and learners share no GPUs"
+        turns = self._turns
+        async with self._changed:
+            self._begin(group)
+            turns.rank_says(rank, resident=False, place=place)
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait_for(
+                        lambda: group == self._group and turns.is_wanted and turns.engines_sleep()
+                    )
+            except TimeoutError:
+                return False
+            turns.rank_says(rank, resident=True)
+            return True
 
     async def execute(self, command: Command, timeout_s: float) -> list[Any] | RankFailure | GroupLost | None:
         """Give a command and wait for every rank's answer, in rank order; ``None`` when time is over."""
@@ -142,18 +192,33 @@ class Bridge(StateKeeper):
             except TimeoutError:
                 return None
 
-    async def next_command(self, rank: int, group: str, version: int, timeout_s: float) -> Command | None:
+    async def next_command(
+        self, rank: int, group: str, version: int, timeout_s: float, resident: bool = True
+    ) -> Command | None:
         """Long poll of a rank that holds policy ``version``: what it has not answered yet; ``None`` when time is over.
 
         A rank may be given a command that it has carried out, if this bridge does not know its answer.
+
+        Args:
+            rank: Which one.
+            group: Its worker group.
+            version: Of its policy.
+            timeout_s: Longest wait.
+            resident: Whether its models are on its GPU; where that is shared, it may be told to take them off.
         """
         async with self._changed:
             self._join(rank, group, version)
-            asked = self._changed.wait_for(lambda: self._open_command(rank, group))
+            if self._turns is not None:
+                self._turns.rank_says(rank, resident=resident)
             try:
-                return await asyncio.wait_for(asked, timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait_for(lambda: self._order(rank, group))
             except TimeoutError:
                 return None
+            command = self._order(rank, group)
+            if self._turns is not None and command is not None and command.verb not in _WITHOUT_MODELS:
+                self._turns.rank_says(rank, resident=True)
+            return command
 
     async def answer(self, command_id: str, rank: int, result: Any) -> None:
         """A rank's answer to a command."""
@@ -281,10 +346,23 @@ class Bridge(StateKeeper):
             raise RuntimeError(f"policy version {min_version} is not to be had, the newest is {self._version}")
         return self._manifest, self._refs
 
+    async def current_weights(self) -> tuple[WeightManifest, list[Any]] | None:
+        """The newest published weights if they are in the object store; the learners are not asked for them."""
+        return None if self._manifest is None else (self._manifest, self._refs)
+
     def _has(self, min_version: int) -> bool:
         return self._manifest is not None and self._manifest.version >= min_version
 
     async def _publish(self, min_version: int) -> None:
+        token = uuid.uuid4().hex
+        held = asyncio.ensure_future(self.hold_turn(token))
+        try:
+            await self._publish_now(min_version)
+        finally:
+            await self.give_turn_back(token)
+            await held
+
+    async def _publish_now(self, min_version: int) -> None:
         answer: Any = GroupLost()
         while isinstance(answer, GroupLost):
             async with self._changed:
@@ -302,7 +380,13 @@ class Bridge(StateKeeper):
         return len(self._versions) == self._world_size
 
     def _join(self, rank: int, group: str, version: int) -> None:
-        """Note that a rank listens; the first one of a new group ends the old one."""
+        """Note that a rank listens."""
+        self._begin(group)
+        self._versions[rank] = version
+        self._changed.notify_all()
+
+    def _begin(self, group: str) -> None:
+        """The first rank of a new group ends the old one."""
         if group != self._group:
             if self._pending is not None:
                 self._pending.finished.set()
@@ -311,14 +395,26 @@ class Bridge(StateKeeper):
             self._saved.clear()
             # What rank 0 had put into the object store went with it.
             self._manifest, self._refs = None, []
-        self._versions[rank] = version
-        self._changed.notify_all()
+            if self._turns is not None:
+                self._turns.begin_group()
+            self._changed.notify_all()
+
+    def _order(self, rank: int, group: str) -> Command | None:
+        if (command := self._open_command(rank, group)) is not None:
+            return command
+        if self._turns is not None and group == self._group and self._turns.must_leave(rank):
+            return Command(verb="offload", arguments=(None,), group=group)
+        return None
 
     def _open_command(self, rank: int, group: str) -> Command | None:
         pending = self._pending
         if pending is None or self._failure is not None or pending.command.group != group or rank in pending.answers:
             return None
-        return pending.command
+        return pending.command if self._may_come(pending.command) else None
+
+    def _may_come(self, command: Command) -> bool:
+        """Whether the GPUs are free for a command."""
+        return self._turns is None or command.verb in _WITHOUT_MODELS or self._turns.engines_sleep()
 
     async def _answers(self, command: Command) -> list[Any] | RankFailure | GroupLost:
         async with self._changed:
@@ -338,7 +434,7 @@ class Bridge(StateKeeper):
         return self._failure or [pending.answers[rank] for rank in range(self._world_size)]
 
 
-def bridge_actor(world_size: int) -> Any:
+def bridge_actor(world_size: int, num_engines: int = 0) -> Any:
     """Start a bridge as an actor on the driver's node; it is started again, and calls repeated, whenever it dies."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -353,4 +449,4 @@ def bridge_actor(world_size: int) -> Any:
         "scheduling_strategy": NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False),
         "runtime_env": worker_env(),
     }
-    return ray.remote(**options)(Bridge).remote(world_size)
+    return ray.remote(**options)(Bridge).remote(world_size, num_engines)

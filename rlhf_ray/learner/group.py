@@ -11,7 +11,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -23,6 +25,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.bridge import Command, GroupLost, RankFailure, Refusal, bridge_actor
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.packing import UpdatePlan
+from rlhf_ray.learner.turns import LEARNER_SHARE, check_pairing
 from rlhf_ray.learner.update_result import UpdateResult, merged_results
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Span
@@ -30,13 +33,19 @@ from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 from rlhf_ray.worker_env import worker_env
 
-__all__ = ["LearnerGroup", "StateLostError"]
+__all__ = ["LearnerGroup", "StateLostError", "rank_resources"]
 
 _LOG = logging.getLogger(__name__)
 _STOP_TIMEOUT_S = 30.0
 # How often a wait looks whether the Ray Train run has ended under it.
 _CHECK_S = 1.0
 _POLL_S = 0.2
+
+
+def rank_resources(spec: LearnerSpec, num_cpus: float) -> dict[str, float]:
+    """What Ray reserves per rank."""
+    gpus = LEARNER_SHARE if spec.colocated else 1
+    return {"CPU": num_cpus} | ({"GPU": gpus} if spec.on_gpu else {})
 
 
 class StateLostError(LearnerError):
@@ -56,6 +65,7 @@ class LearnerGroup:
         update_timeout_s: Longest wait for one command.
         max_restarts: Times that Ray Train starts the group again.
         tensor_parallel_size: Engine workers a replica, for the NCCL group.
+        num_replicas: Replicas, which share the learners' GPUs where the spec says so.
     """
 
     def __init__(
@@ -70,6 +80,7 @@ class LearnerGroup:
         update_timeout_s: float,
         max_restarts: int,
         tensor_parallel_size: int,
+        num_replicas: int,
     ) -> None:
         self._spec = spec
         self._run_id = run_id
@@ -80,6 +91,7 @@ class LearnerGroup:
         self._update_timeout_s = update_timeout_s
         self._max_restarts = max_restarts
         self._tensor_parallel_size = tensor_parallel_size
+        self._num_replicas = num_replicas
         self._ended = threading.Event()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
@@ -96,7 +108,7 @@ class LearnerGroup:
         """Whether the learners read packed rows, which depends on their machines and is known when they are ready."""
         self.restarts = 0
         """How often Ray Train started the group again."""
-        self.bridge: Any = bridge_actor(num_learners)
+        self.bridge: Any = bridge_actor(num_learners, num_replicas if spec.colocated else 0)
 
     def start(self) -> None:
         """Begin to start the ranks and return at once; :meth:`wait_ready` waits for them."""
@@ -120,12 +132,49 @@ class LearnerGroup:
             if time.monotonic() > ends_at:
                 raise self._late()
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Within, engines that share the learners' GPUs sleep; afterward the learners are away, and engines may wake.
+
+        Every command takes the turn by itself; around several ones it changes once.
+
+        Raises:
+            LearnerError: Ray Train started the group again too often.
+        """
+        if not self._spec.colocated:
+            yield
+            return
+        token = uuid.uuid4().hex
+        # Answered when the turn is given back: until then Ray repeats it at a bridge that was started again.
+        held = self.bridge.hold_turn.remote(token)
+        try:
+            yield
+        finally:
+            with suppress(ray.exceptions.ActorDiedError):  # The run has been stopped.
+                ray.get(self.bridge.give_turn_back.remote(token))
+                # A bridge that was started again in this moment is asked to hold what it was never given back.
+                while not ray.wait([held], timeout=_CHECK_S)[0]:
+                    ray.get(self.bridge.give_turn_back.remote(token))
+        self._await(self.bridge.wait_away.remote(), "to leave their GPUs")
+
+    def replicas_are_placed(self) -> bool:
+        """Whether every replica that shares a GPU with a learner has its own, where it waits to build its engine."""
+        replicas, _ = ray.get(self.bridge.places.remote())
+        return len(replicas) >= self._num_replicas
+
     def wait_ready(self) -> None:
         """Wait until every rank has loaded its models.
 
         Raises:
+            ConfigError: Replicas and learners are to share GPUs, and were not placed in pairs.
             LearnerError: A rank failed, or the time is over.
         """
+        with self.turn():
+            self._wait_ready()
+            if self._spec.colocated and self._spec.on_gpu:
+                check_pairing(*ray.get(self.bridge.places.remote()))
+
+    def _wait_ready(self) -> None:
         ready = self._await(self.bridge.wait_ready.remote(self._startup_timeout_s, after=self._name), "to start")
         if ready is None:
             raise self._late()
@@ -241,7 +290,8 @@ class LearnerGroup:
             self._check_state()
             group = self._await(self.bridge.group.remote(), "who they are")
             if group is not None and group != self._name:
-                self._recover(recalls=True)
+                with self.turn():
+                    self._recover(recalls=True)
 
     def stop(self) -> None:
         """End the ranks and the bridge."""
@@ -263,7 +313,7 @@ class LearnerGroup:
             arguments: One entry a rank, or a single one for all.
             recalls: Whether a group that was started again must get its state back first.
         """
-        with self._commanding:
+        with self._commanding, self.turn():
             while (answers := self._try(verb, arguments, recalls=recalls)) is None:
                 pass
             return answers
@@ -297,7 +347,7 @@ class LearnerGroup:
         """Wait for the group that Ray Train has started again, and give it the state after the last update."""
         _LOG.warning("a learner worker died; the learners are started again")
         self.restarts += 1
-        self.wait_ready()
+        self._wait_ready()
         if self._renewed:  # Ray Train starts it with what the first one was started with.
             self._execute("renew", (self._spec,), recalls=False)
         if not recalls or self._version == 0:
@@ -356,15 +406,14 @@ class LearnerGroup:
         from rlhf_ray.learner.ray_trainer import LearnerTrainer, announce_controller
         from rlhf_ray.learner.train_loop import train_loop
 
-        resources = {"CPU": self._num_cpus}
-        if self._spec.on_gpu:
-            resources["GPU"] = 1
         return LearnerTrainer(
             train_loop,
             train_loop_config={"spec": self._spec, "bridge": self.bridge},
             torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if self._spec.on_gpu else "gloo"),
             scaling_config=ScalingConfig(
-                num_workers=self.num_learners, use_gpu=self._spec.on_gpu, resources_per_worker=resources
+                num_workers=self.num_learners,
+                use_gpu=self._spec.on_gpu,
+                resources_per_worker=rank_resources(self._spec, self._num_cpus),
             ),
             run_config=RunConfig(
                 name=f"{self._run_id}-learners",

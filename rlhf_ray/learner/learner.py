@@ -58,6 +58,7 @@ from rlhf_ray.learner.off_policy import (
 from rlhf_ray.learner.packed_rows import keeps_sequences_apart, skips_other_sequences, takes_lengths
 from rlhf_ray.learner.packing import Minibatch, RankPlan
 from rlhf_ray.learner.process_memory import return_freed_tensors
+from rlhf_ray.learner.residency import Residency
 from rlhf_ray.learner.sequence_parallel import SequenceSlices, SlicedScorer
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
@@ -126,14 +127,15 @@ class LearnerSpec:
     """How ranks send weights to replicas themselves: ``nccl`` or ``ipc``."""
     quantized_sampler: bool = False
     """Whether engines compute more coarsely than learners, and so sample from another policy."""
+    sequence_parallel: int = 1
+    """Ranks that read the same sequences, a slice of each."""
+    colocated: bool = False
+    """Whether a replica shares this rank's device, and takes turns with it."""
 
     @property
     def off_policy(self) -> bool:
         """Whether the sampler may be another policy than the trained one, so that the loss corrects for it."""
         return self.max_staleness > 0 or self.quantized_sampler
-
-    sequence_parallel: int = 1
-    """Ranks that read the same sequences, a slice of each."""
 
     @property
     def device(self) -> torch.device:
@@ -194,6 +196,7 @@ class Learner:
 
         training = self._training
         self._saving: dist.ProcessGroup | None = None
+        self._residency = Residency(device)
         policy = load_policy(spec.policy_path, **loading)
         reference: PreTrainedModel | None = None
         if spec.lora is not None:
@@ -243,6 +246,28 @@ class Learner:
         self._skipped_in_a_row = 0
 
     @property
+    def is_offloaded(self) -> bool:
+        """Whether models and optimizers are in host memory, where nothing can be done with them."""
+        return self._residency.is_offloaded
+
+    def offload(self) -> None:
+        """Take weights and optimizers to host memory; what the settings keep there is there already."""
+        if self.is_offloaded:
+            return
+        for model in self._all_models():
+            reshard(model)
+        tensors: list[torch.Tensor] = []
+        if not self._spec.offload_optimizer:
+            tensors += itertools.chain.from_iterable(model.tensors() for model in self._models().values())
+        if self._reference is not None and not self._spec.offload_reference and self._spec.lora is None:
+            tensors += self._reference.model.parameters()
+        self._residency.offload(tensors)
+
+    def onload(self) -> None:
+        """Undo :meth:`offload`, bit for bit."""
+        self._residency.onload()
+
+    @property
     def steps_taken(self) -> int:
         """Optimizer steps of policy and critic since the run began, restarts included."""
         return sum(model.steps_taken for model in self._models().values())
@@ -262,6 +287,7 @@ class Learner:
             LearnerError: A number is not finite, and ``training.nonfinite_updates`` ends the run by it; on every rank,
                 with weights, moments and schedules as they were before the step that would have read it.
         """
+        self._check_here()
         started = time.perf_counter()
         metrics = MetricSums()
         microbatches = {
@@ -437,7 +463,7 @@ class Learner:
         Raises:
             LearnerError: One is not finite; on every rank.
         """
-        models = self._models() if dtype is None else {"policy": self.policy}
+        models = self._models() if dtype is None else {"policy": self._models()["policy"]}
         bad = [f"{tensor} of the {name}" for name, model in models.items() if (tensor := model.nonfinite(dtype))]
         found: list[list[str]] = [bad] * self._world_size
         dist.all_gather_object(found, bad)
@@ -449,7 +475,11 @@ class Learner:
         reference = [] if self._reference is None else [self._reference.model]
         return [*(trained.model for trained in self._models().values()), *reference]
 
+    def _check_here(self) -> None:
+        assert not self.is_offloaded, "onload() comes first: the tensors have no memory"
+
     def _models(self) -> dict[str, TrainedModel]:
+        self._check_here()
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
     def _sharded_state(self) -> dict[str, Any]:

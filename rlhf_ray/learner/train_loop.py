@@ -3,6 +3,9 @@
 Consumes ``layout``, ``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` and
 ``stop``; each rank answers for itself and the Algorithm is unblocked by the last answer. ``ray.train.report`` is far
 too slow for a step and is not used.
+
+Where replicas share the ranks' GPUs a rank waits for the learners' turn before it builds its models, takes them to host
+memory when it is told to (``offload``, which has no answer), and brings them back for the next command.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ _LOG = logging.getLogger(__name__)
 _POLL_S = 30.0
 _TELL_TIMEOUT_S = 10.0
 _READ_WEIGHTS = frozenset({"update", "publish", "send", "save", "export"})
+_USE_MODELS = _READ_WEIGHTS | {"load", "recall"}
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -46,9 +50,12 @@ def train_loop(config: dict[str, Any]) -> None:
     import ray.train
 
     rank = ray.train.get_context().get_world_rank()
-    bridge = config["bridge"]
+    spec, bridge = config["spec"], config["bridge"]
     try:
-        _serve(_Worker(config["spec"], bridge, rank), bridge, rank, timeline=config["spec"].timeline)
+        group = _name_of_group()
+        if spec.colocated:
+            _wait_turn(bridge, rank, group)
+        _serve(_Worker(spec, bridge, rank), bridge, rank, group, timeline=spec.timeline)
     except Exception as error:
         # Ray Train ends the process group before it ends the workers.
         if not lost_a_peer(error) and dist.is_initialized():
@@ -57,13 +64,25 @@ def train_loop(config: dict[str, Any]) -> None:
         raise
 
 
-def _serve(worker: _Worker, bridge: Any, rank: int, *, timeline: bool) -> None:
-    group = _name_of_group()
+def _wait_turn(bridge: Any, rank: int, group: str) -> None:
+    """Wait until the engines on the ranks' GPUs sleep."""
+    context = ray.get_runtime_context()
+    place = context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", ()))
+    while not ray.get(bridge.wait_turn.remote(rank, group, place, _POLL_S)):
+        pass
+
+
+def _serve(worker: _Worker, bridge: Any, rank: int, group: str, *, timeline: bool) -> None:
     # By verb: a replica that starts may have had weights published before the Algorithm's call came once more.
     answered: dict[str, tuple[str, Any]] = {}
     while True:
-        command: Command | None = ray.get(bridge.next_command.remote(rank, group, worker.version, _POLL_S))
+        command: Command | None = ray.get(
+            bridge.next_command.remote(rank, group, worker.version, _POLL_S, worker.is_resident)
+        )
         if command is None:
+            continue
+        if command.verb == "offload":
+            worker.offload()
             continue
         if command.verb == "stop":
             ray.get(bridge.answer.remote(command.command_id, rank, None))
@@ -129,11 +148,22 @@ class _Worker:
         self._published: list[Any] = []
         self._saved: tuple[str, Any] = "", None
 
+    @property
+    def is_resident(self) -> bool:
+        """Whether the models are where they compute."""
+        return not self._learner.is_offloaded
+
+    def offload(self) -> None:
+        """Leave the GPU to an engine."""
+        self._learner.offload()
+
     def execute(self, command: Command) -> Any:
         """Carry out one command and return this rank's answer."""
         argument = command.argument(self._rank)
         if self._broken_off is not None and command.verb in _READ_WEIGHTS:
             raise LearnerError(self._broken_off)
+        if command.verb in _USE_MODELS and self._learner.is_offloaded:
+            self._learner.onload()
         if command.verb == "save":
             return self._save(argument, command.command_id)
         return getattr(self, f"_{command.verb}")(argument)

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
@@ -183,12 +184,19 @@ class TrainedModel:
         self._schedule.last_epoch = int(state["steps"]) - 1
         self._schedule.step()
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Weights, frozen ones too, and all of the optimizer's state."""
+        yield from self.model.parameters()
+        for state in self._optimizer.state.values():
+            yield from state.values()
+
     def local_state(self) -> dict[str, Any]:
         """This rank's shards of what :meth:`step` changes, as arrays that may be the model's own memory."""
+        # numpy() would make that memory one that can never be freed in place.
         return {
-            "weights": [_local(parameter).cpu().numpy() for parameter in self._trained()],
+            "weights": [np.from_dlpack(_local(parameter).cpu()) for parameter in self._trained()],
             "moments": [
-                {name: _local(value).cpu().numpy() for name, value in self._optimizer.state[parameter].items()}
+                {name: np.from_dlpack(_local(value).cpu()) for name, value in self._optimizer.state[parameter].items()}
                 for parameter in self._trained()
                 if parameter in self._optimizer.state
             ],

@@ -16,6 +16,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from rlhf_ray.errors import RolloutError
+from rlhf_ray.learner.turns import REPLICA_SHARE
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
 from rlhf_ray.rollouts.serve_instance import QUIET, deploy, end_unused_serve, serve_is_running
@@ -23,7 +24,7 @@ from rlhf_ray.rollouts.start_failure import root_cause
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.worker_env import worker_env
 
-__all__ = ["RolloutApp"]
+__all__ = ["RolloutApp", "replica_options"]
 
 _START_ERROR = "RuntimeError: EngineStartError: "
 _STOPPED = "the rollout replicas were stopped before they were ready"
@@ -92,6 +93,18 @@ class RolloutApp:
             RolloutError: A replica cannot start, or the time is over; says why.
             RLHFRayError: What must come first has failed.
         """
+        self._wait()
+        return self.handle
+
+    def wait_placed(self, are_placed: Callable[[], bool]) -> None:
+        """Wait until every replica has its place on the cluster, where it may wait to build its engine.
+
+        Raises:
+            RolloutError: As :meth:`wait_ready`.
+        """
+        self._wait(are_placed)
+
+    def _wait(self, is_enough: Callable[[], bool] = bool) -> None:
         assert self._deploying is not None, "start() comes first"
         self._may_begin.wait()  # What it waits for has a time limit of its own.
         ends_at = time.monotonic() + self._startup_timeout_s
@@ -103,8 +116,8 @@ class RolloutApp:
             raise _cannot_start(str(error)) from error
         while True:
             status, message = self._look()
-            if status == ApplicationStatus.RUNNING:
-                return self.handle
+            if status == ApplicationStatus.RUNNING or is_enough():
+                return
             # A model that cannot be loaded will not load at the third try either.
             if status == ApplicationStatus.DEPLOY_FAILED or _START_ERROR in message:
                 cause = root_cause(message.splitlines()) or message
@@ -167,15 +180,6 @@ class RolloutApp:
         return _cannot_start(f"{limit}; {self._look()[1]}")
 
     def _deployment(self) -> Any:
-        options: dict[str, Any] = {"num_cpus": self._num_cpus, "runtime_env": worker_env(**self._spec.env)}
-        extra: dict[str, Any] = {}
-        if self._spec.on_gpu and self._spec.tensor_parallel_size == 1:
-            options["num_gpus"] = 1
-        elif self._spec.on_gpu:
-            # vLLM's Ray executor puts one worker on each bundle; the replica itself needs a CPU of the first.
-            bundle = {"CPU": self._num_cpus, "GPU": 1}
-            extra["placement_group_bundles"] = [bundle] + [{"GPU": 1}] * (self._spec.tensor_parallel_size - 1)
-            extra["placement_group_strategy"] = "STRICT_PACK"
         return serve.deployment(
             RolloutReplica,
             name=_DEPLOYMENT,
@@ -187,9 +191,22 @@ class RolloutApp:
             health_check_timeout_s=30.0,
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=5.0,
-            ray_actor_options=options,
-            **extra,
+            **replica_options(self._spec, self._num_cpus),
         )
+
+
+def replica_options(spec: EngineSpec, num_cpus: float) -> dict[str, Any]:
+    """What Ray reserves per replica and how it starts its process, as arguments of a deployment."""
+    options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": worker_env(**spec.env)}
+    extra: dict[str, Any] = {}
+    if spec.on_gpu and spec.tensor_parallel_size == 1:
+        options["num_gpus"] = REPLICA_SHARE if spec.colocated else 1
+    elif spec.on_gpu:
+        # vLLM's Ray executor puts one worker on each bundle; the replica itself needs a CPU of the first.
+        bundle = {"CPU": num_cpus, "GPU": 1}
+        extra["placement_group_bundles"] = [bundle] + [{"GPU": 1}] * (spec.tensor_parallel_size - 1)
+        extra["placement_group_strategy"] = "STRICT_PACK"
+    return {"ray_actor_options": options, **extra}
 
 
 _REMEDY = (

@@ -38,6 +38,8 @@ class EngineSpec:
     on_gpu: bool
     timeline: bool = False
     """Whether replicas tell when they stood still for new weights."""
+    colocated: bool = False
+    """Whether a learner shares the engine's GPU, and takes turns with it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +77,7 @@ class RolloutEngine:
         self._requests = 0
         self._updates = 0
         self._paused_at = 0.0
+        self._sleeps = False
         self.version = -1
         """Policy version that the engine samples from."""
         self.pause_s = 0.0
@@ -136,8 +139,9 @@ class RolloutEngine:
 
         When anything fails from here on the engine stays paused: half-loaded weights must never sample a token.
         """
-        # Not pause_generation(): it does this and then sleeps 20 ms, only for its callers' convenience.
-        await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
+        if not self._sleeps:
+            # Not pause_generation(): it does this and then sleeps 20 ms, only for its callers' convenience.
+            await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
         # Only now: until then the step that was under way went on, and wrote its tokens.
         self._paused_at = time.perf_counter()
         # Whoever comes from here on is served by the new weights.
@@ -151,11 +155,30 @@ class RolloutEngine:
         await self._engine.update_weights(WeightTransferUpdateRequest(update_info=update))
 
     async def finish_update(self, version: int) -> None:
-        """Resume under the new weights, labeled ``version``."""
+        """Resume under the new weights, labeled ``version``; an engine without its cache does so in :meth:`wake`."""
         await self._engine.finish_weight_update(weight_version=str(version))
-        await self._engine.resume_generation()
+        if not self._sleeps:
+            await self._engine.resume_generation()
         self.version = version
         self.pause_s = time.perf_counter() - self._paused_at
+
+    async def sleep(self) -> None:
+        """Leave the GPU to a learner: weights go to host memory, the cache is dropped.
+
+        Requests in flight are kept, and computed anew from their tokens afterward. Not level 2: it drops buffers that
+        no publication brings back (vLLM issue 29341).
+        """
+        self._sleeps = True
+        await self._engine.sleep(level=1, mode="keep")
+
+    async def wake_weights(self) -> None:
+        """Bring the weights back, without a cache: new ones can be loaded where there is least in the way."""
+        await self._engine.wake_up(tags=["weights"])
+
+    async def wake(self) -> None:
+        """Bring the cache back and resume."""
+        await self._engine.wake_up(tags=["kv_cache"])
+        self._sleeps = False
 
     @property
     def is_dead(self) -> bool:

@@ -322,7 +322,7 @@ def engine_spec(
         "weight_transfer_config": {"backend": f"rlhf_ray_{transfer}"},
     }
     if on_gpu:
-        arguments |= _gpu_arguments(rollouts)
+        arguments |= _gpu_arguments(rollouts) | ({"enable_sleep_mode": True} if colocated else {})
     else:
         arguments |= _cpu_arguments(rollouts, config, tokens=sequences * max_length, max_length=max_length, dtype=dtype)
     arguments |= rollouts.engine_args
@@ -333,6 +333,7 @@ def engine_spec(
         weight_transfer=transfer,
         tensor_parallel_size=rollouts.tensor_parallel_size,
         on_gpu=on_gpu,
+        colocated=colocated,
     )
 
 

@@ -2,6 +2,9 @@
 
 One deployment, no HTTP. A replica that starts late or again pulls the newest published weights from the learners'
 bridge before it is ready, and a request names the version it needs, so that none is ever answered by older weights.
+
+Where a learner shares its GPU the replica follows the bridge's turns: it waits for its own before it builds an engine,
+which then starts alone; the engine sleeps while learners compute, and pulls the newest weights when it wakes.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
+import ray
 from ray import serve
 
 from rlhf_ray.rollouts.cancelling import cancel_all
@@ -29,6 +33,7 @@ _LOG = logging.getLogger(__name__)
 _CHECK_S = 0.5
 _ORPHAN_CHECK_S = 5.0
 _TELL_TIMEOUT_S = 5.0
+_TURN_POLL_S = 30.0
 
 
 class RolloutReplica:
@@ -49,14 +54,20 @@ class RolloutReplica:
         self._in_transfer = False
         self._is_starting = True
         self.replica_id = serve.get_replica_context().replica_id.unique_id
+        self._awake = asyncio.Event()
         # Serve starts again what a killed driver started, and would do so for ever.
         await self._check_run()
+        if spec.colocated:
+            await self._wait_turn(awake=False)
         try:
             self._engine = RolloutEngine(spec)
         except Exception as error:
             raise RuntimeError(f"EngineStartError: {engine_failure(error)}") from error
         self._watching = asyncio.gather(self._end_with_engine(), self._end_with_run())
         await self._engine.start(version=0)
+        self._awake.set()
+        if spec.colocated:
+            self._following = asyncio.create_task(self._follow_turns())
         await self._catch_up(await bridge.newest_version.remote())
         self._is_starting = False
 
@@ -64,6 +75,7 @@ class RolloutReplica:
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seeds: Sequence[int], min_version: int
     ) -> AsyncIterator[FinishedGroups]:
         """Write a rollout group for each prompt with weights of ``min_version`` or newer, each given when finished."""
+        await self._awake.wait()
         await self._catch_up(min_version)
         finished: asyncio.Queue[asyncio.Task[tuple[Completion, ...]]] = asyncio.Queue()
         positions = {}
@@ -147,10 +159,60 @@ class RolloutReplica:
 
     def __del__(self) -> None:
         """End the engine's process with the replica; Serve calls this on a graceful stop."""
-        if hasattr(self, "_watching"):
-            self._watching.cancel()
+        for watching in ("_watching", "_following"):
+            if hasattr(self, watching):
+                getattr(self, watching).cancel()
         if hasattr(self, "_engine"):
             self._engine.shutdown()
+
+    async def _wait_turn(self, *, awake: bool) -> None:
+        """Tell the bridge how the engine is, and wait until it is to be otherwise."""
+        context = ray.get_runtime_context()
+        about = {
+            "actor": context.current_actor,
+            "place": (context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", ()))),
+            "timeout_s": _TURN_POLL_S,
+        }
+        while await self._bridge.follow_turn.remote(self.replica_id, awake=awake, **about) is None:
+            pass
+
+    async def _follow_turns(self) -> None:
+        """Sleep and wake as the bridge says; an engine that cannot frees the GPU by its end, and another one starts."""
+        from ray.exceptions import ActorDiedError
+
+        try:
+            while True:
+                await self._wait_turn(awake=True)
+                # Held until the engine is awake again: what is to be loaded meanwhile waits for it.
+                await self._updating.acquire()
+                self._awake.clear()
+                async with self._failing():
+                    await self._engine.sleep()
+                await self._wait_turn(awake=False)
+                async with self._failing():
+                    await self._wake()
+                self._updating.release()
+                self._awake.set()
+        except ActorDiedError:
+            _LOG.info("the run has ended")
+        except Exception:
+            _end_process()
+
+    async def _wake(self) -> None:
+        """Wake, with the newest weights: before the cache takes its memory again."""
+        from ray.exceptions import ObjectLostError
+
+        await self._engine.wake_weights()
+        newest = await self._bridge.current_weights.remote()
+        if newest is not None and newest[0].publication != self._publication:
+            try:
+                buckets = await asyncio.gather(*newest[1])
+            except ObjectLostError:  # They died with a learner; who needs them asks for others.
+                buckets = None
+            if buckets is not None:
+                await self._engine.load_weights(newest[0], buckets)
+                self._publication = newest[0].publication
+        await self._engine.wake()
 
     async def _end_with_engine(self) -> None:
         """End this process when the engine's has ended: Serve replaces it at once, and nobody waits for its answers.
@@ -254,5 +316,5 @@ class RolloutReplica:
 
 
 def _end_process() -> None:
-    _LOG.error("the engine's process has ended, and with it this replica")
+    _LOG.error("the engine has ended or failed, and with it this replica")
     os._exit(1)

@@ -90,5 +90,6 @@ _COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
     devices_and_folders.check_sequence_parallel,
     devices_and_folders.check_tensor_parallel,
     devices_and_folders.check_weight_transfer,
+    devices_and_folders.check_colocation,
     devices_and_folders.check_model_folders,
 )

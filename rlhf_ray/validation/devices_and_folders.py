@@ -14,6 +14,7 @@ from rlhf_ray.settings import Settings
 __all__ = [
     "check_attention",
     "check_attention_device",
+    "check_colocation",
     "check_learner_gpus",
     "check_lora",
     "check_model_folders",
@@ -106,6 +107,31 @@ def check_weight_transfer(settings: Settings) -> None:
     if settings.rollouts.max_paused_replicas is not None:
         remedy = f"{transfer} sends to all replicas at once; use None, or rollouts.weight_transfer shared_memory"
         raise ConfigError("rollouts.max_paused_replicas", settings.rollouts.max_paused_replicas, remedy)
+
+
+def check_colocation(settings: Settings) -> None:
+    """One replica and one learner take turns on each GPU, and publish through the memory of their machine."""
+    if settings.resources.colocate is not True:
+        return
+    rollouts, learners = settings.rollouts, settings.learners
+
+    def refuse(field: str, value: object, remedy: str) -> ConfigError:
+        return ConfigError(field, value, f"with resources.colocate = true {remedy}, or set resources.colocate = false")
+
+    if rollouts.max_staleness > 0:
+        remedy = "replicas and learners take turns, and none samples while another trains; use 0"
+        raise refuse("rollouts.max_staleness", rollouts.max_staleness, remedy)
+    if rollouts.tensor_parallel_size > 1:
+        remedy = "a replica has one GPU; use 1 and raise rollouts.num_replicas"
+        raise refuse("rollouts.tensor_parallel_size", rollouts.tensor_parallel_size, remedy)
+    if rollouts.num_replicas != learners.num_learners:
+        remedy = f"each GPU has one replica and one learner; set it to learners.num_learners = {learners.num_learners}"
+        raise refuse("rollouts.num_replicas", rollouts.num_replicas, remedy)
+    if learners.num_gpus_per_learner == 0:
+        raise refuse("learners.num_gpus_per_learner", 0, "learners are on the replicas' GPUs; leave it out")
+    if rollouts.weight_transfer == "nccl":
+        remedy = "two processes share each GPU, which NCCL refuses; use auto or shared_memory"
+        raise refuse("rollouts.weight_transfer", "nccl", remedy)
 
 
 _CONFIG_FILES: Final = ("config.json",)

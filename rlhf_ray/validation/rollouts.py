@@ -21,6 +21,7 @@ _FIXED_ENGINE_ARGS: Final[Mapping[str, str]] = {
     "gpu_memory_utilization": "set rollouts.gpu_memory_utilization",
     "kv_cache_memory_bytes": "set rollouts.kv_cache_bytes",
     "enforce_eager": "set rollouts.enforce_eager",
+    "enable_sleep_mode": "set resources.colocate",
     "max_model_len": "set rollouts.max_prompt_tokens and rollouts.max_new_tokens, which it follows from",
     "seed": "set debugging.seed, which the seed of every completion follows from",
     "weight_transfer_config": "set rollouts.weight_transfer",

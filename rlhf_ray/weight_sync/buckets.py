@@ -55,7 +55,9 @@ def gather_buckets(
             tensors, pieces, filled = [], [], 0
         full = full_tensor(parameter.detach(), wire_dtype)
         if keep:
-            pieces.append(full.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+            # Not numpy(): what may be the learner's own memory could never be freed in place again.
+            flat = full.cpu().contiguous().view(-1).view(torch.uint8)
+            pieces.append(np.asarray(np.from_dlpack(flat), dtype=np.uint8))
         tensors.append(
             TensorLayout(
                 name=name,

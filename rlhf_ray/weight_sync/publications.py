@@ -33,6 +33,8 @@ class Publications:
         self._thread = ThreadPoolExecutor(1, "publication")
         self._pending: Future[Publication] | None = None
         self._last: Publication | None = None
+        self._gathered: tuple[int, Callable[[], Publication]] | None = None
+        self._started = 0.0
         self.version: int | None = 0
         """The newest that was published or is on its way; none: it failed, and replicas differ."""
         self.held_up_s = 0.0
@@ -54,17 +56,37 @@ class Publications:
         Raises:
             WeightSyncError: This one failed, or the one before did beside training.
         """
-        started = time.perf_counter()
+        self.gather(version)
+        return self.deliver(beside=beside)
+
+    def gather(self, version: int) -> None:
+        """The learners' half of :meth:`publish`: take their current policy, which is ``version``."""
+        self._started = time.perf_counter()
         self.version = None
-        last = self._finished()
-        deliver = self._publisher.gather(version)
+        self._finished()
+        self._gathered = version, self._publisher.gather(version)
+
+    def deliver(self, *, beside: bool = True) -> Publication:
+        """The replicas' half, for which the learners are not needed; as :meth:`publish`."""
+        assert self._gathered is not None, "gather() comes first"
+        (version, deliver), self._gathered = self._gathered, None
+        last = self._last
         self._pending = self._thread.submit(self._deliver, deliver)
         if not (beside and self._beside_training) or last is None:
             last = self._finished()
         assert last is not None
         self.version = version
-        self.held_up_s = time.perf_counter() - started
+        self.held_up_s = time.perf_counter() - self._started
         return last
+
+    def finish_interrupted(self) -> None:
+        """Wait for a delivery whose wait was interrupted: in the learners' turn its replicas may not be awake.
+
+        Raises:
+            WeightSyncError: It failed.
+        """
+        if not self._beside_training:
+            self._finished()
 
     def settle(self, timeout_s: float | None = None) -> None:
         """Wait for a publication that is on its way and of no use any more, whatever becomes of it."""

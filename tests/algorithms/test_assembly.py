@@ -101,7 +101,7 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
         prompts=parts["prompts"], tokenizer_path="", advantage=SimpleNamespace(needs_greedy_rewards=False)
     )
     session: Any = SimpleNamespace(
-        lease=None, shares=SimpleNamespace(reward_worker=0.1), on_gpu=False, learners_on_gpu=False
+        lease=None, shares=SimpleNamespace(reward_worker=0.1), on_gpu=False, learners_on_gpu=False, colocated=False
     )
     directory: Any = SimpleNamespace(ray_name="run")
     reporters: Any = SimpleNamespace(phase=lambda text: None)
@@ -133,7 +133,7 @@ def test_learners_correct_wherever_another_policy_samples(changes: dict[str, Any
     inputs: Any = SimpleNamespace(
         policy_path="policy", critic_path=None, advantage=advantage_plugin("gae", {}), loss=loss_plugin("ppo", {})
     )
-    session: Any = SimpleNamespace(on_gpu=True, learners_on_gpu=True)
+    session: Any = SimpleNamespace(on_gpu=True, learners_on_gpu=True, colocated=False)
 
     spec = learner_spec(PPOConfig.from_dict(changes).settings, inputs, session)
 

@@ -9,7 +9,14 @@ import pytest
 from rlhf_ray import RewardModelReward
 from rlhf_ray.algorithms import ray_session as module
 from rlhf_ray.algorithms.ray_connection import RayConnection
-from rlhf_ray.algorithms.ray_session import RaySession, Shares, check_nodes, cpu_shares, resolve_device
+from rlhf_ray.algorithms.ray_session import (
+    RaySession,
+    Shares,
+    check_nodes,
+    cpu_shares,
+    resolve_colocation,
+    resolve_device,
+)
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.settings import Settings
 
@@ -112,10 +119,10 @@ def test_learners_may_stay_on_the_cpu(
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpus", "field"), [(1, 0.0, "learners.num_gpus_per_learner"), (1, 1.0, "resources.device")]
+    ("asked", "gpus", "field"), [(1, 0.0, "learners.num_gpus_per_learner"), (1, 2.0, "resources.device")]
 )
 def test_gpus_for_learners_that_the_cluster_lacks(asked: int, gpus: float, field: str) -> None:
-    base = settings_of()
+    base = settings_of(learners=2)
     with pytest.raises(ConfigError) as caught:
         resolve_device(replace(base, learners=replace(base.learners, num_gpus_per_learner=asked)), gpus)
     assert caught.value.field == field
@@ -235,6 +242,68 @@ def test_an_actor_finds_cpus_and_gpus_on_the_same_node() -> None:
     with pytest.raises(ConfigError, match="need 1 CPUs and 2 GPUs each") as caught:
         check_nodes(with_model, SHARES, [node(8, 1), node(8, 1)], on_gpu=False)
     assert caught.value.field == "rewards.functions"
+
+
+def sharing(**changes: Any) -> Settings:
+    """Two replicas and two learners; keyword arguments are settings of any section."""
+    settings = settings_of(replicas=2, learners=2)
+    for name, value in changes.items():
+        section = next(
+            section for section in ("resources", "rollouts", "learners") if hasattr(getattr(settings, section), name)
+        )
+        settings = replace(settings, **{section: replace(getattr(settings, section), **{name: value})})
+    return settings
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus", "shares"),
+    [
+        # Each has its own where there are enough.
+        ({}, 4.0, False),
+        ({}, 3.0, True),
+        ({}, 2.0, True),
+        ({"num_replicas": 1, "num_learners": 1}, 1.0, True),
+        ({"colocate": True}, 8.0, True),
+        ({"colocate": False, "num_gpus_per_learner": 0}, 2.0, False),
+        ({"num_gpus_per_learner": 0}, 2.0, False),
+        # On CPUs only who asks for it takes turns.
+        ({}, 0.0, False),
+        ({"colocate": True}, 0.0, True),
+        ({"colocate": True, "device": "cpu"}, 4.0, True),
+    ],
+)
+def test_replicas_and_learners_share_gpus_where_these_do_not_suffice(
+    changes: dict[str, Any], gpus: float, shares: bool
+) -> None:
+    settings = sharing(**changes)
+    on_gpu = resolve_device(settings, gpus)
+    assert resolve_colocation(settings, gpus, on_gpu=on_gpu) is shares
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpus"),
+    [
+        ({}, 1.0),
+        ({"colocate": True}, 1.0),
+        ({"colocate": False}, 3.0),
+        ({"max_staleness": 1}, 2.0),
+        ({"num_replicas": 1}, 2.0),
+        ({"tensor_parallel_size": 2}, 4.0),
+        ({"weight_transfer": "nccl"}, 2.0),
+    ],
+)
+def test_what_cannot_share_gpus_needs_more_of_them(changes: dict[str, Any], gpus: float) -> None:
+    with pytest.raises(ConfigError, match="the cluster has") as caught:
+        resolve_device(sharing(**changes), gpus)
+    assert ("resources.colocate" in str(caught.value)) is (changes.get("colocate") is not True and gpus > 1.0)
+
+
+def test_reward_models_have_what_pairs_leave() -> None:
+    settings = sharing(colocate=True)
+    settings = replace(settings, rewards=replace(settings.rewards, functions=[RewardModelReward("rm", num_gpus=1.0)]))
+    assert resolve_device(settings, 3.0)
+    with pytest.raises(ConfigError, match="reward models need 1 GPUs, and replicas and learners leave 0"):
+        resolve_device(settings, 2.0)
 
 
 def test_a_trial_needs_the_room_of_all_its_actors() -> None:

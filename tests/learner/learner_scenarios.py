@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -351,6 +352,58 @@ def run(scenario: Scenario, folder: Path) -> Outcome:
     return outcome_of(learner, scenario, figures)
 
 
+def run_in_turns(scenario: Scenario, folder: Path) -> Outcome:
+    """As :func:`run`, with all in host memory before, between and after the updates."""
+    learner = build(folder, scenario)
+    figures = []
+    for number in range(len(scenario.update_policy)):
+        take_turns(learner)
+        figures.append(update(learner, scenario, number, keep_advantages=True))
+    take_turns(learner)
+    return outcome_of(learner, scenario, figures)
+
+
+def take_turns(learner: Learner) -> None:
+    """Take all to host memory and back: nothing stays on the device meanwhile, and every tensor is the one it was."""
+    assert learner.state()
+    assert list(learner.weight_buckets())
+    tensors, sizes = device_tensors(learner), device_bytes(learner)
+    assert max(sizes) > 0  # A rank may have nothing of a small tensor.
+    learner.offload()
+    learner.offload()
+    assert learner.is_offloaded
+    assert set(device_bytes(learner)) == {0}
+    learner.onload()
+    learner.onload()
+    assert device_bytes(learner) == sizes
+    assert [id(tensor) for tensor in device_tensors(learner)] == [id(tensor) for tensor in tensors]
+
+
+def device_tensors(learner: Learner) -> list[torch.Tensor]:
+    """Weights of all models and the state of the optimizers."""
+    models = [learner.policy, *([] if learner.critic is None else [learner.critic])]
+    reference = [] if learner._reference is None else list(learner._reference.model.parameters())
+    return [*(tensor for model in models for tensor in model.tensors()), *reference]
+
+
+def device_bytes(learner: Learner) -> list[int]:
+    """Of the memory behind each of them, and behind what FSDP gathers from."""
+    of_fsdp = [
+        parameter._sharded_param_data
+        for model in (learner.policy, learner.critic, learner._reference)
+        if model is not None
+        for module in model.model.modules()
+        if isinstance(module, FSDPModule)
+        for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params
+    ]
+    return [storage_bytes(tensor) for tensor in (*device_tensors(learner), *of_fsdp)]
+
+
+def storage_bytes(tensor: torch.Tensor) -> int:
+    """Of the memory behind this rank's part of a tensor."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).untyped_storage().nbytes()
+
+
 def outcome_of(learner: Learner, scenario: Scenario, figures: list[Figures]) -> Outcome:
     """What a learner has come to with the run's last update."""
     number = len(scenario.update_policy) - 1
@@ -374,6 +427,9 @@ RESUMED = Scenario(num_epochs=2, update_policy=(True, True, True))
 
 # Not among the others: products in bfloat16 depend on what else is in the microbatch.
 IN_BFLOAT16 = Scenario(training={"kl_coef": 0.3}, spec={"dtype": "bfloat16"})
+
+# Policy (tied weights), critic and reference; adapters; no critic.
+IN_TURNS = ("kl_in_reward", "lora", "grpo")
 
 # One sequence, which one rank has, spoils the batch of both.
 REFUSED = Scenario(spoiled=3)
@@ -465,6 +521,7 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     outcomes = {name: run(in_small_microbatches(scenario), folder) for name, scenario in SCENARIOS.items()}
     outcomes["in_bfloat16"] = run(IN_BFLOAT16, folder)
+    outcomes |= {f"{name}_in_turns": run_in_turns(in_small_microbatches(SCENARIOS[name]), folder) for name in IN_TURNS}
     large = run(SCENARIOS["token_mean"], folder)
     save_after_one_update(folder, folder / "checkpoint")
     learner = Learner(make_spec(folder, Scenario()))

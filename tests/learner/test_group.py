@@ -43,9 +43,11 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return gone
 
 
-def group_of(bridge: Actor, monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = False) -> LearnerGroup:
-    monkeypatch.setattr(module, "bridge_actor", lambda world_size: bridge)
-    spec: Any = SimpleNamespace(on_gpu=on_gpu)
+def group_of(
+    bridge: Actor, monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = False, colocated: bool = False
+) -> LearnerGroup:
+    monkeypatch.setattr(module, "bridge_actor", lambda world_size, num_engines: bridge)
+    spec: Any = SimpleNamespace(on_gpu=on_gpu, colocated=colocated)
     return LearnerGroup(
         spec=spec,
         run_id="run",
@@ -56,6 +58,7 @@ def group_of(bridge: Actor, monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = F
         update_timeout_s=1.0,
         max_restarts=0,
         tensor_parallel_size=1,
+        num_replicas=1,
     )
 
 
@@ -214,3 +217,44 @@ def test_neighbors_get_the_same_share_where_they_read_slices_of_it(monkeypatch: 
     assert [asked for *_, asked, _ in given] == [True, False, True, False]
     assert result.advantages is not None
     assert [float(one[0]) for one in result.advantages] == [0.0, 1.0, 2.0, 3.0]
+
+
+@pytest.mark.parametrize("colocated", [True, False])
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt])
+def test_a_turn_is_held_and_given_back_until_the_bridge_knows_it(
+    colocated: bool, error: type[BaseException] | None, ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    # The bridge died as the turn was given back: it is asked anew to hold it, by Ray.
+    is_over = iter([False, True])
+
+    def wait(refs: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
+        if refs[0][0] is hold and not next(is_over):
+            return [], refs
+        return refs, []
+
+    def hold(token: str) -> None:
+        calls.append("hold")
+
+    monkeypatch.setattr(ray, "wait", wait)
+    bridge = Actor(
+        hold_turn=hold,
+        give_turn_back=lambda token: calls.append("give back"),
+        wait_away=lambda: calls.append("away"),
+    )
+    group = group_of(bridge, monkeypatch, colocated=colocated)
+
+    def work() -> None:
+        with group.turn():
+            calls.append("work")
+            if error is not None:
+                raise error
+
+    if error is None:
+        work()
+    else:
+        with pytest.raises(error):
+            work()
+    # After Ctrl-C the caller does not wait for learners that may be in the middle of something.
+    after = ["give back", "give back", *(["away"] if error is None else [])]
+    assert calls == (["work", *after] if colocated else ["work"])

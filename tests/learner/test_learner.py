@@ -1150,6 +1150,52 @@ def without_times(figures: runs.Figures) -> runs.Figures:
     return {name: value for name, value in figures.items() if name not in runs.WALL_TIMES}
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("name", runs.IN_TURNS)
+def test_a_learner_that_takes_turns_computes_the_same_bits(
+    name: str, ranks: int, models: Path, two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    scenario = runs.in_small_microbatches(SCENARIOS[name])
+    pairs = [(rank.outcomes[name], rank.outcomes[f"{name}_in_turns"]) for rank in two_ranks[1:]]
+    if ranks == 1:
+        pairs = [(runs.run(scenario, models), runs.run_in_turns(scenario, models))]
+    for plain, in_turns in pairs:
+        assert runs.without_wall_times(plain.figures) == runs.without_wall_times(in_turns.figures)
+        for before, after in ((plain.policy, in_turns.policy), (plain.critic, in_turns.critic)):
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_nothing_reads_a_learner_that_is_away(make_learner: Callable[..., Learner], tmp_path: Path) -> None:
+    learner = make_learner(kl_coef=0.3)
+    reads: list[Callable[[], Any]] = [
+        lambda: runs.update(learner, Scenario(), 0),
+        lambda: list(learner.weight_buckets()),
+        learner.weight_source,
+        learner.state,
+        lambda: learner.save(str(tmp_path)),
+        lambda: learner.export(str(tmp_path)),
+    ]
+    learner.offload()
+    for read in reads:
+        with pytest.raises(AssertionError, match="onload"):
+            read()
+
+
+@pytest.mark.parametrize("kept", ["offload_optimizer", "offload_reference"])
+def test_what_is_in_host_memory_already_is_left_there(models: Path, kept: str) -> None:
+    scenario = Scenario(training={"kl_coef": 0.3}, spec={kept: True})
+    learner = runs.build(models, scenario)
+    runs.update(learner, scenario, 0)
+    learner.offload()
+    assert learner._reference is not None
+    frozen = [runs.storage_bytes(tensor) for tensor in learner._reference.model.parameters()]
+    trained = [runs.storage_bytes(tensor) for tensor in learner.policy.tensors()]
+    stays, goes = (trained, frozen) if kept == "offload_optimizer" else (frozen, trained)
+    assert min(stays) > 0
+    assert set(goes) == {0}
+
+
 def test_run_saved_on_two_ranks_goes_on_on_one(
     two_ranks: tuple[Path, RankResult, RankResult], uninterrupted: Outcome, make_learner: Callable[..., Learner]
 ) -> None:

@@ -48,6 +48,8 @@ class Bridge:
 class Worker(module._Worker):
     """Counts what it carries out."""
 
+    is_resident = True
+
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
         self._rank = 1
@@ -75,7 +77,7 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def serve(*commands: Command) -> tuple[Worker, Bridge]:
     bridge = Bridge(*commands)
     worker = Worker(bridge)
-    module._serve(worker, bridge, 1, timeline=False)
+    module._serve(worker, bridge, 1, GROUP, timeline=False)
     return worker, bridge
 
 
@@ -129,7 +131,7 @@ def test_a_refused_command_is_answered_and_the_next_one_is_carried_out() -> None
             return super().execute(command)
 
     bridge = Bridge(update := order("update"), update, order("publish"))
-    module._serve(Refusing(bridge), bridge, 1, timeline=True)
+    module._serve(Refusing(bridge), bridge, 1, GROUP, timeline=True)
 
     refusal = Refusal("advantages not finite")
     assert [result for _, result in bridge.answers] == [refusal, refusal, "publish 1", None]
@@ -256,7 +258,7 @@ def test_weights_are_sent_the_way_that_is_set(transfer: str, monkeypatch: pytest
     for way, name in (("nccl", "NcclSender"), ("ipc", "IpcSender")):
         monkeypatch.setitem(sys.modules, f"rlhf_ray.weight_sync.{way}", SimpleNamespace(**{name: sender(way)}))
     source = SimpleNamespace(size_bytes=lambda: 12)
-    monkeypatch.setattr(module, "Learner", lambda spec: SimpleNamespace(weight_source=lambda: source))
+    monkeypatch.setattr(module, "Learner", lambda spec: SimpleNamespace(is_offloaded=False, weight_source=lambda: source))
     bridge = SimpleNamespace(set_version=Call(lambda version: None))
     worker = module._Worker(SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer=transfer), bridge, 0)
     worker.version = 4
@@ -290,5 +292,73 @@ def test_an_error_is_reported_unless_ray_train_ends_the_group(
     bridge = Bridge()
 
     with pytest.raises(ValueError, match="Default process group"):
-        module.train_loop({"spec": None, "bridge": bridge})
+        module.train_loop({"spec": SimpleNamespace(colocated=False, timeline=False), "bridge": bridge})
     assert [failure.rank for failure in bridge.failures] == ([] if ended_by_ray_train else [1])
+
+
+class SharedLearner:
+    """Writes down where its models go."""
+
+    packed = False
+
+    def __init__(self) -> None:
+        self.is_offloaded = False
+        self.moves: list[str] = []
+
+    def offload(self) -> None:
+        self.is_offloaded = True
+        self.moves.append("offload")
+
+    def onload(self) -> None:
+        self.is_offloaded = False
+        self.moves.append("onload")
+
+    def export(self, folder: None) -> None:
+        assert not self.is_offloaded
+        self.moves.append("export")
+
+
+def test_a_rank_leaves_its_gpu_when_it_is_told_to_and_comes_back_for_a_command() -> None:
+    class Polled(Bridge):
+        def __init__(self, *commands: Command) -> None:
+            super().__init__(*commands)
+            self.resident: list[bool] = []
+            self.next_command = Call(self._next)
+
+        def _next(self, *poll: Any) -> Command:
+            self.resident.append(poll[-1])
+            return next(self._commands)
+
+    bridge = Polled(order("offload"), order("layout"), order("export"), order("offload"))
+    worker = module._Worker.__new__(module._Worker)
+    worker._learner, worker._bridge, worker._rank, worker.version = SharedLearner(), bridge, 1, 0
+    worker._broken_off = None
+    module._serve(worker, bridge, 1, GROUP, timeline=False)
+
+    assert worker._learner.moves == ["offload", "onload", "export", "offload"]
+    assert bridge.resident == [True, False, False, True, False]
+    # To leave has no answer: that it asks again says it.
+    assert [result for _, result in bridge.answers] == [False, None, None]
+
+
+def test_a_rank_builds_its_models_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    may_come = iter([False, False, True])
+
+    def wait_turn(rank: int, group: str, place: tuple[str, str], timeout_s: float) -> bool:
+        calls.append((rank, group, place))
+        return next(may_come)
+
+    def build(*_: Any) -> None:
+        calls.append("built")
+        raise ValueError("the test ends here")
+
+    here = SimpleNamespace(get_node_id=lambda: "node", get_accelerator_ids=lambda: {"GPU": ["3"]})
+    monkeypatch.setattr(module.ray, "get_runtime_context", lambda: here)
+    monkeypatch.setattr("ray.train.get_context", lambda: SimpleNamespace(get_world_rank=lambda: 1))
+    monkeypatch.setattr(module, "_Worker", build)
+    bridge = Bridge()
+    bridge.wait_turn = Call(wait_turn)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="ends here"):
+        module.train_loop({"spec": SimpleNamespace(colocated=True, timeline=False), "bridge": bridge})
+    assert calls == [(1, GROUP, ("node", "3"))] * 3 + ["built"]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,3 +104,46 @@ def test_a_cpu_without_kernels_for_quantized_weights_is_named(monkeypatch: pytes
     with pytest.raises(ConfigError, match="needs a GPU, or a CPU with AMX") as caught:
         RolloutEngine(spec)
     assert caught.value.field == "rollouts.quantization"
+
+
+class Vllm:
+    """What an engine asks of vLLM, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.engine_core = self
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*_: Any, **options: Any) -> None:
+            self.calls.append((name, options) if options else name)
+
+        return call
+
+
+def test_an_engine_that_wakes_runs_nothing_before_it_has_its_cache() -> None:
+    engine = RolloutEngine.__new__(RolloutEngine)
+    engine._engine = vllm = Vllm()
+    engine._sleeps, engine._updates = False, 0
+
+    async def run() -> None:
+        await engine.sleep()
+        await engine.wake_weights()
+        await engine.begin_update()
+        await engine.finish_update(3)
+        await engine.wake()
+        await engine.begin_update()
+        await engine.finish_update(4)
+
+    asyncio.run(run())
+    assert vllm.calls == [
+        # Requests in flight are kept, where vLLM would abort them; level 2 would lose buffers.
+        ("sleep", {"level": 1, "mode": "keep"}),
+        ("wake_up", {"tags": ["weights"]}),
+        "start_weight_update",
+        ("finish_weight_update", {"weight_version": "3"}),
+        ("wake_up", {"tags": ["kv_cache"]}),
+        ("pause_scheduler_async", {"mode": "keep", "clear_cache": False}),
+        "start_weight_update",
+        ("finish_weight_update", {"weight_version": "4"}),
+        "resume_generation",
+    ]

@@ -290,6 +290,17 @@ def test_a_gpu_engine() -> None:
     assert spec.engine_args["weight_transfer_config"] == {"backend": "rlhf_ray_nccl"}
 
 
+def test_an_engine_that_shares_its_gpu_can_sleep_and_reads_weights_from_memory() -> None:
+    spec = spec_of(RolloutSettings(), on_gpu=True, colocated=True)
+    assert spec.colocated
+    assert spec.engine_args["enable_sleep_mode"] is True
+    # Two processes on one GPU cannot be in one NCCL group.
+    assert spec.weight_transfer == "shared_memory"
+    # vLLM's CPU build has no allocator for it, and its engines pause instead.
+    assert "enable_sleep_mode" not in spec_of(RolloutSettings(), colocated=True).engine_args
+    assert "enable_sleep_mode" not in spec_of(RolloutSettings(), on_gpu=True).engine_args
+
+
 def test_an_engine_over_several_gpus_runs_its_workers_on_ray() -> None:
     spec = spec_of(RolloutSettings(tensor_parallel_size=4), on_gpu=True)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, OwnerDiedError
 
+from rlhf_ray.learner.bridge import Bridge as LearnersBridge
 from rlhf_ray.rollouts import replica as replica_module
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
@@ -73,6 +74,8 @@ def replica() -> RolloutReplica:
     made._publication = None
     made._in_transfer = False
     made._is_starting = False
+    made._awake = asyncio.Event()
+    made._awake.set()
     made.replica_id = "r"
     made._engine = Engine()
     return made
@@ -229,7 +232,7 @@ def test_a_replica_that_starts_after_its_run_deletes_the_application_instead(
         raise ValueError("an engine was started")
 
     monkeypatch.setattr(replica_module, "RolloutEngine", start)
-    spec: Any = SimpleNamespace(timeline=False)
+    spec: Any = SimpleNamespace(timeline=False, colocated=False)
     bridge = SimpleNamespace(newest_version=Call(newest_version))
 
     with pytest.raises(ActorDiedError if is_gone else RuntimeError):
@@ -292,3 +295,115 @@ def test_a_replica_that_cannot_tell_raises_what_it_would_have_told(
             await replica.load_weights(manifest(5), [ready()])
 
     asyncio.run(run())
+
+
+class SharingEngine(Engine):
+    """Writes down how it sleeps, wakes and loads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps: list[Any] = []
+        self.fails_at: str | None = None
+
+    def _note(self, step: str) -> None:
+        self.steps.append(step)
+        if step == self.fails_at:
+            raise RuntimeError("Memory usage increased after sleeping.")
+
+    async def sleep(self) -> None:
+        self._note("sleep")
+
+    async def wake_weights(self) -> None:
+        self._note("wake weights")
+
+    async def wake(self) -> None:
+        self._note("wake")
+
+    async def load_weights(self, manifest: WeightManifest, buckets: Sequence[Any]) -> None:
+        await super().load_weights(manifest, buckets)
+        self._note(f"load {manifest.version}")
+
+
+class OnBridge:
+    """A bridge's methods as those of an actor's handle."""
+
+    def __init__(self, bridge: LearnersBridge) -> None:
+        self._bridge = bridge
+
+    def __getattr__(self, name: str) -> Any:
+        method = getattr(self._bridge, name)
+        return SimpleNamespace(remote=method)
+
+
+@pytest.fixture
+def sharing(replica: RolloutReplica, monkeypatch: pytest.MonkeyPatch) -> RolloutReplica:
+    """A replica that takes turns with a rank, once its bridge is there."""
+    here = SimpleNamespace(
+        current_actor=SimpleNamespace(), get_node_id=lambda: "node", get_accelerator_ids=lambda: {"GPU": ["0"]}
+    )
+    monkeypatch.setattr(replica_module.ray, "get_runtime_context", lambda: here)
+    replica._engine = SharingEngine()
+    replica._engine.version = 1
+    return replica
+
+
+async def take_turn(bridge: LearnersBridge, token: str, version: int) -> None:
+    """What the learners do in their turn: the rank comes, publishes and leaves."""
+    held = asyncio.ensure_future(bridge.hold_turn(token))
+    while not await bridge.wait_turn(0, "group", ("node", "0"), 5.0):
+        pass
+    await bridge.set_weights(manifest(version), [ready()])
+    await bridge.give_turn_back(token)
+    await held
+    assert (await bridge.next_command(0, "group", version, 5.0, True)).verb == "offload"
+    assert await bridge.next_command(0, "group", version, 0.01, False) is None
+
+
+def test_an_engine_sleeps_in_the_learners_turn_and_wakes_with_their_weights(sharing: RolloutReplica) -> None:
+    async def run() -> None:
+        bridge = LearnersBridge(1, 1)
+        sharing._bridge, sharing._updating = OnBridge(bridge), asyncio.Lock()
+        following = asyncio.ensure_future(sharing._follow_turns())
+        await asyncio.sleep(0.01)
+        turn = asyncio.ensure_future(take_turn(bridge, "turn", 2))
+        while not sharing._engine.steps:
+            await asyncio.sleep(0.001)
+        # What comes while it sleeps waits until it is awake.
+        publication = asyncio.ensure_future(sharing.load_weights(manifest(2), [ready()]))
+        request = asyncio.ensure_future(sharing._awake.wait())
+        await turn
+        assert (await publication).version == 2
+        await request
+        following.cancel()
+
+    asyncio.run(run())
+    # Once, and before the cache takes its memory.
+    assert sharing._engine.steps == ["sleep", "wake weights", "load 2", "wake"]
+
+
+@pytest.mark.parametrize("step", ["sleep", "wake weights", "load 2", "wake"])
+def test_an_engine_that_cannot_take_turns_frees_its_gpu_by_its_end(
+    sharing: RolloutReplica, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    sharing._engine.fails_at = step
+
+    async def run() -> list[ReplicaFailure]:
+        bridge = LearnersBridge(1, 1)
+        assert bridge._turns is not None
+        bridge._turns._is_alive = lambda actor: _known(not ends)
+        sharing._bridge, sharing._updating = OnBridge(bridge), asyncio.Lock()
+        following = asyncio.ensure_future(sharing._follow_turns())
+        await asyncio.sleep(0.01)
+        await asyncio.wait_for(take_turn(bridge, "turn", 2), 10.0)
+        await asyncio.wait_for(following, 10.0)
+        return await bridge.take_replica_failures()
+
+    told = asyncio.run(run())
+    assert ends == [1]
+    assert [failure.message for failure in told] == ["RuntimeError: Memory usage increased after sleeping."]
+
+
+async def _known(is_alive: bool) -> bool:
+    return is_alive

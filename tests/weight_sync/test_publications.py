@@ -148,6 +148,34 @@ def test_what_failed_and_is_of_no_use_is_forgotten(publisher: Publisher) -> None
     assert published == [1, 1]
 
 
+def test_the_learners_half_needs_no_replica(publisher: Publisher) -> None:
+    """Where they share GPUs, replicas sleep until the learners' turn is over."""
+    publications, published = make(publisher, beside=False)
+    publisher.hold(1)
+    publications.gather(1)
+    assert (publisher.gathered, published, publications.version) == ([1], [], None)
+    publisher.doors[1].set()
+    assert publications.deliver().version == 1
+    assert (published, publications.version) == ([1], 1)
+
+
+def test_an_interrupted_delivery_is_waited_for_before_the_learners_come(
+    publisher: Publisher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publications, published = make(publisher, beside=False)
+    publisher.hold(1)
+
+    def interrupt(pending: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module, "wait", interrupt)
+        publications.publish(1)
+    threading.Timer(0.05, publisher.doors[1].set).start()
+    publications.finish_interrupted()
+    assert published == [1]
+
+
 def test_settling_has_an_end(publisher: Publisher) -> None:
     publications, published = make(publisher)
     publications.publish(1)

@@ -1,0 +1,58 @@
+"""Storages that are freed and come back under the tensors they belong to; whole learners are in test_learner.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlhf_ray.learner import residency as module
+from rlhf_ray.learner.residency import Residency
+
+CPU = torch.device("cpu")
+
+
+def test_tensors_that_share_memory_still_do_when_it_is_back() -> None:
+    padded = torch.randn(6, 4)
+    view, empty, bits = padded[:5], torch.empty(0), torch.randn(3).to(torch.bfloat16)
+    wanted = padded.clone(), bits.clone()
+    residency = Residency(CPU)
+    for _ in range(3):
+        residency.offload([view, padded, empty, bits, bits])
+        assert [tensor.untyped_storage().nbytes() for tensor in (padded, view, bits)] == [0, 0, 0]
+        residency.onload()
+        assert torch.equal(padded, wanted[0])
+        assert torch.equal(bits, wanted[1])
+    view[0] = 1.0
+    assert padded[0].tolist() == [1.0] * 4
+
+
+def test_host_memory_is_taken_once() -> None:
+    tensors = [torch.randn(10), torch.randn(20)]
+    residency = Residency(CPU)
+    residency.offload(tensors)
+    first = {host.data_ptr() for _, host in residency._away}
+    residency.onload()
+    residency.offload(tensors)
+    assert {host.data_ptr() for _, host in residency._away} == first
+
+
+@pytest.mark.parametrize("patience_s", [10.0, 0.0])
+def test_memory_that_a_dying_process_has_not_given_back_is_waited_for(
+    patience_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Storage:
+        tries = 0
+
+        def resize_(self, size_bytes: int) -> None:
+            self.tries += 1
+            if self.tries < 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "_RETRY_S", 0.01)
+    storage = Storage()
+    if patience_s:
+        module._allocate(storage, 8, module.time.monotonic() + patience_s)  # type: ignore[arg-type]
+        assert storage.tries == 3
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            module._allocate(storage, 8, module.time.monotonic() - 1.0)  # type: ignore[arg-type]
