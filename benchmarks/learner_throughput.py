@@ -28,6 +28,7 @@ from provenance import write_result
 
 from rlhf_ray import AlgorithmConfig, GRPOConfig, PPOConfig
 from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.quickstart import model_path
@@ -52,8 +53,9 @@ def long_tail_batch(seed: int = 0) -> SequenceBatch:
     )
 
 
-def learner_of(config: AlgorithmConfig) -> Learner:
-    """A rank with the quickstart's model, at a learning rate that leaves it where it is."""
+def learner_of(config: AlgorithmConfig, path: str | None = None, kept: KeptState | None = None) -> Learner:
+    """A rank with a model, by default the quickstart's, at a learning rate that leaves it where it is."""
+    path = path or model_path()
     training = config.training(lr=1e-9, critic_lr=1e-9, kl_coef=0.0).settings.training
     advantage = advantage_plugin(training.advantage, training.advantage_args)
     return Learner(
@@ -61,8 +63,8 @@ def learner_of(config: AlgorithmConfig) -> Learner:
             training=training,
             advantage=advantage,
             loss=loss_plugin(training.loss, training.loss_args),
-            policy_path=model_path(),
-            critic_path=model_path() if advantage.needs_critic else None,
+            policy_path=path,
+            critic_path=path if advantage.needs_critic else None,
             lora=None,
             attn_implementation="auto",
             trust_remote_code=False,
@@ -79,9 +81,10 @@ def learner_of(config: AlgorithmConfig) -> Learner:
             policy_steps=1000,
             on_gpu=False,
             timeline=False,
-            keeps_state=False,
+            keeps_state=kept is not None,
             num_threads=None,
-        )
+        ),
+        kept,
     )
 
 
