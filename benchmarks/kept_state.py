@@ -3,10 +3,10 @@
 One rank, PPO with a critic, 64 sequences of 12 + 24 tokens, in a process of its own for each size. Parameters are those
 of policy and critic. Measured are
 
-- ``update_s``: an update without a copy, and ``update_while_copied_s``: one that begins together with the copy of the
-  state before it, whose first step waits for the copy. In a run engines sample meanwhile;
+- ``update_s``: an update without a copy, the process's first, and ``update_while_copied_s``: one that begins together
+  with the copy of the state before it, whose first step waits for the copy. In a run engines sample meanwhile;
 - ``begin_s``: what the rank's thread spends on a copy, and ``copy_s``: until it is complete, when nothing else runs;
-- ``share``: ``copy_s`` in an iteration that is an update and nothing else, so the most that a copy can take of it;
+- ``share``: ``copy_s`` in ``update_while_copied_s``, an iteration of an update alone: the most that a copy can take;
 - ``bytes_per_parameter``: host memory of the kept states, and what the process grows by beyond them, at the most;
 - ``checkpoint_s``, and what the process grows by while one is written.
 
@@ -90,7 +90,6 @@ def measure(path: str | None) -> dict[str, Any]:
     parameters = sum(one.numel() for model in learner._models().values() for one in model.model.parameters())
     batch = sequences_of(PROMPT_TOKENS, np.full(PROMPTS, COMPLETION_TOKENS, dtype=np.int32))
     own, rank, _ = split(batch, num_minibatches=1, max_tokens=2048)
-    learner.update(own, rank)
     update_s = seconds(lambda: learner.update(own, rank))
     begun, copied = [], []
     before = reset_peak()
@@ -113,7 +112,7 @@ def measure(path: str | None) -> dict[str, Any]:
         "begin_s": min(begun),
         "first_copy_s": copied[0],
         "copy_s": min(copied),
-        "share": min(copied) / (min(copied) + update_s),
+        "share": min(copied) / update_while_copied_s,
         "checkpoint_s": checkpoint_s,
         "checkpoint_bytes_per_parameter": size / parameters,
         "checkpoint_grows_by_bytes_per_parameter": (resident("VmHWM") - before) / parameters,

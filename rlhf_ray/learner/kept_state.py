@@ -230,7 +230,7 @@ def _write_tensors(descriptor: int, header: bytes, parts: Iterable[torch.Tensor]
     """Write parts after a header of :func:`_layout`, and the header's first bytes last."""
     offset = len(header)
     for part in parts:
-        for piece in _pieces(part):
+        for piece in _pieces(part.contiguous()):
             if staging is not None and _on_device(piece):
                 staging.write(descriptor, piece, offset)
             else:

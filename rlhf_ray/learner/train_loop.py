@@ -261,7 +261,10 @@ class _Worker:
                 self._learner.load(here)
         self._kept.forget()
         self.version, self._broken_off = version, None
-        self._to_keep = (version, None) if self._keeps_state else None
+        if self._keeps_state:  # At once: the checkpoint may be gone by the time that a rank dies.
+            self._to_keep = version, None
+            self._begin_to_keep()
+            self._learner.wait_copied()
 
     def _recall(self, version: int) -> int | None:
         """Go back to the newest state up to ``version`` that all ranks have; tells which."""

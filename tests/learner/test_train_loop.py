@@ -173,7 +173,7 @@ class HalfAnUpdate:
         self.steps_taken = 4
         self.recalled: list[int] = []
         self.recall = self.recalled.append
-        self.load = self.keep_state = lambda *_, **__: None
+        self.load = self.keep_state = self.wait_copied = lambda *_, **__: None
 
     def update(self, *_: Any, **__: Any) -> None:
         self.steps_taken += 1
@@ -258,6 +258,27 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs:
 
     first = ["updated", "answered"] + (["published", "answered"] if "publish" in verbs else [])
     assert events[: len(first) + 2] == [*first, "copy of 1", "updated"]
+
+
+def test_a_state_that_was_loaded_is_kept_when_that_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module._Worker, "_reach_keeper", lambda *_: None)
+    monkeypatch.setattr(module, "Learner", Copying)
+    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False), Bridge(), 0)
+    worker._kept.begin(9, {"weight": torch.zeros(2)})
+    worker._load((SimpleNamespace(local="checkpoint"), 2))
+    assert [file.version for file in worker._kept._files if file.version is not None] == [2]
+
+
+class Copying:
+    """Keeps a weight."""
+
+    def __init__(self, _: Any, kept: KeptState) -> None:
+        self._kept = kept
+        self.load = lambda folder: None
+        self.wait_copied = kept.wait
+
+    def keep_state(self, version: int, *, spare: int | None) -> None:
+        self._kept.begin(version, {"weight": torch.ones(10**6)})
 
 
 class CyclicLearner:
