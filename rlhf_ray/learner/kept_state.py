@@ -16,6 +16,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -307,7 +308,8 @@ def _room(size: int, count: int) -> int:
     """Descriptor of an empty file without a name for a state of ``size`` bytes, one of ``count`` of each rank here."""
     total, available = host_memory()
     if available - count * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) >= _FREE_SHARE * total:
-        return os.memfd_create("rlhf-ray-learner-state")
+        with suppress(OSError):  # A sandbox may not let it.
+            return os.memfd_create("rlhf-ray-learner-state")
     _LOG.warning("the learner's state is kept in %s: memory has no room for it", tempfile.gettempdir())
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())

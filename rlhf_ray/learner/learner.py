@@ -320,10 +320,12 @@ class Learner:
         copied = self._kept.write(f"{shard}-frozen.safetensors", frozen, version)
 
         def write() -> None:
-            copied.result()
-            file.copy_to(f"{shard}-model.safetensors")
-            if not self._spec.keeps_state:
-                file.free()
+            try:
+                copied.result()
+                file.copy_to(f"{shard}-model.safetensors")
+            finally:
+                if not self._spec.keeps_state:
+                    file.free()
 
         file.reader = self._saving.submit(write)
         if not self._spec.keeps_state:

@@ -287,7 +287,10 @@ class _Worker:
         if self._to_keep is None:
             return
         (version, spared), self._to_keep = self._to_keep, None
-        self._learner.keep_state(version, spare=spared)
+        try:
+            self._learner.keep_state(version, spare=spared)
+        except OSError as error:
+            _LOG.warning("the state of rank %d is not kept: %r", self._rank, error)
         self._hold_state()
 
     def _hold_state(self) -> None:
