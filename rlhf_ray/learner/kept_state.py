@@ -131,12 +131,6 @@ class KeptState:
         """Continue with files that another process of this rank had begun."""
         self._files = [StateFile(os.open(path, os.O_RDWR | os.O_CLOEXEC)) for path in paths]
 
-    def close(self) -> None:
-        """Let go of the files, when no copy is being made."""
-        self.wait()
-        self._files.clear()
-        self._staging = None
-
     def _stage(self, tensors: Tensors) -> None:
         if self._staging is None and any(map(_on_device, tensors.values())):
             self._staging = _Staging()

@@ -262,7 +262,7 @@ def test_a_process_that_is_killed_in_a_copy_leaves_the_version_before_and_no_mem
     assert torch.equal(weights["weights"], state_of(2)["weights"])
     kept.begin(3, weights)
     assert sorted(kept.versions) == [2, 3]
-    kept.close()
+    kept._files.clear()
     asyncio.run(keeper.hold_state(0, []))
     assert asyncio.run(keeper.held_state(0)) == []
     assert open_states() == before
