@@ -29,6 +29,7 @@ from provenance import write_result
 
 from rlhf_ray import AlgorithmConfig, GRPOConfig, PPOConfig
 from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.quickstart import model_path
@@ -53,7 +54,7 @@ def long_tail_batch(seed: int = 0) -> SequenceBatch:
     )
 
 
-def learner_of(config: AlgorithmConfig, path: str, **changes: Any) -> Learner:
+def learner_of(config: AlgorithmConfig, path: str, kept: KeptState | None = None, **changes: Any) -> Learner:
     """A rank with a model, at a learning rate that leaves it where it is; ``changes`` are those of the spec."""
     training = config.training(lr=1e-9, critic_lr=1e-9).settings.training
     advantage = advantage_plugin(training.advantage, training.advantage_args)
@@ -79,10 +80,10 @@ def learner_of(config: AlgorithmConfig, path: str, **changes: Any) -> Learner:
         "policy_steps": 1000,
         "on_gpu": False,
         "timeline": False,
-        "keeps_state": False,
+        "keeps_state": kept is not None,
         "num_threads": None,
     }
-    return Learner(LearnerSpec(**arguments | changes))
+    return Learner(LearnerSpec(**arguments | changes), kept)
 
 
 def measure(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:

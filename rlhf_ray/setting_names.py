@@ -119,6 +119,7 @@ _OF_THIS: Final[Mapping[str, tuple[str, ...]]] = {
     "evaluation.samples_per_prompt": ("eval_n_samples_per_prompt", "n_samples_per_eval_prompt"),
     "checkpointing.interval": ("checkpoint_frequency", "save_freq", "save_steps"),
     "checkpointing.keep": ("max_actor_ckpt_to_keep", "save_total_limit"),
+    "fault_tolerance.state_interval (in updates; 0: off)": ("keep_learner_state",),
     "reporting.run_dir": ("default_local_dir", "output_dir"),
     "reporting.wandb_project": ("project_name", "use_wandb"),
     # Parts of other libraries: sections of a file, or methods of a configuration.

@@ -456,16 +456,16 @@ class FaultToleranceSettings:
 
     max_group_retries: int = setting(3, "times a group is sent again after its replica died")
     max_learner_restarts: int = setting(3, "times the learner group is started again after a worker died")
-    keep_learner_state: bool = setting(
-        True,
-        "copy the learners' state to the object store after every update, from which a restarted group continues; "
-        "without it, or with the node, the run goes back to its newest checkpoint",
+    state_interval: int = setting(
+        1,
+        "updates between copies of the learners' state in host memory, from which a restarted group continues: it makes "
+        "the updates since then once more; without (0), or with the node, the run goes back to its newest checkpoint",
     )
 
     @property
     def keeps_state(self) -> bool:
         """Whether there are such copies: nobody needs them where no group is started again."""
-        return self.keep_learner_state and self.max_learner_restarts > 0
+        return self.state_interval > 0 and self.max_learner_restarts > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -296,7 +296,7 @@ UNKNOWN: list[tuple[str, str, str]] = [
     ("rollouts", "temprature", "did you mean rollouts.temperature?"),
     ("rollouts", "interval", "did you mean evaluation.interval or checkpointing.interval?"),
     ("learners", "lr", "did you mean training.lr?"),
-    ("fault_tolerance", "zzz", "fault_tolerance has max_group_retries, max_learner_restarts, keep_learner_state"),
+    ("fault_tolerance", "zzz", "fault_tolerance has max_group_retries, max_learner_restarts, state_interval"),
 ]
 
 

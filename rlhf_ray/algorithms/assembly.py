@@ -378,6 +378,7 @@ def _learner_group(
         startup_timeout_s=learners.startup_timeout_s,
         update_timeout_s=learners.update_timeout_s,
         max_restarts=settings.fault_tolerance.max_learner_restarts,
+        state_interval=settings.fault_tolerance.state_interval if settings.fault_tolerance.keeps_state else 0,
         tensor_parallel_size=settings.rollouts.tensor_parallel_size,
         num_replicas=settings.rollouts.num_replicas,
     )

@@ -12,7 +12,7 @@ from rlhf_ray.algorithms.ray_session import choose_device
 from rlhf_ray.doctor.check import Check, Status, failed, passed, warned
 from rlhf_ray.doctor.cluster import check_ray
 from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
-from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory, state_copies
+from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
 from rlhf_ray.doctor.model import ModelFacts, check_model
 from rlhf_ray.doctor.packages import check_packages, check_python, check_torchvision
 from rlhf_ray.errors import ConfigError, DataError
@@ -111,7 +111,7 @@ def _with_models(
 ) -> Iterator[Check]:
     yield _inputs(settings)
     yield check_disk(settings, policy, critic)
-    yield check_shared_memory(machine, 4 * policy.num_parameters, state_copies(settings, policy, critic))
+    yield check_shared_memory(machine, 4 * policy.num_parameters)
     try:
         spec, max_tokens = _engine_spec(settings, policy, on_gpu=on_gpu)
     except ConfigError as error:

@@ -13,7 +13,7 @@ from rlhf_ray.doctor.driver import GPU, Driver
 from rlhf_ray.rollouts.engine_spec import vllm_build
 from rlhf_ray.settings import Settings
 
-__all__ = ["Machine", "check_cores", "check_gpus", "check_open_files", "check_shared_memory"]
+__all__ = ["Machine", "check_cores", "check_gpus", "check_open_files", "check_shared_memory", "host_memory"]
 
 _GIB = 1024**3
 _SHARED_MEMORY = Path("/dev/shm")
@@ -46,7 +46,7 @@ class Machine:
     @classmethod
     def here(cls) -> Machine:
         """Look at this machine."""
-        total, available = _memory()
+        total, available = host_memory()
         return cls(
             cores=_cores(),
             memory_bytes=total,
@@ -65,19 +65,16 @@ def check_cores(machine: Machine) -> Check:
     return passed("machine", detail)
 
 
-def check_shared_memory(machine: Machine, weights_bytes: int, state_bytes: int = 0) -> Check:
-    """Ray's object store lies in /dev/shm: weights that engines have, those that come next, and learners' state."""
+def check_shared_memory(machine: Machine, weights_bytes: int) -> Check:
+    """Ray's object store lies in /dev/shm: weights that engines have, and those that come next."""
     name, size = "/dev/shm", machine.shared_memory_bytes
-    needed = _LEAST_SHARED_MEMORY + 2 * weights_bytes + state_bytes
+    needed = _LEAST_SHARED_MEMORY + 2 * weights_bytes
     if size is None:
         return failed(name, "there is none", "run on Linux; engines receive their weights through /dev/shm")
     if size >= needed:
         return passed(name, in_units(size))
     detail = f"{in_units(size)}, wants {in_units(needed)} for Ray's object store with two versions of the weights"
     remedy = f"start the container with --shm-size={-(-needed // _GIB)}g, or remount /dev/shm with that size"
-    if state_bytes:
-        detail += f" and of the learners' state, {in_units(state_bytes)}; the rest goes to disk"
-        remedy += "; fault_tolerance.keep_learner_state=false keeps no state there"
     return failed(name, detail, remedy) if size < weights_bytes + _GIB // 8 else warned(name, detail, remedy)
 
 
@@ -128,7 +125,7 @@ def _cores() -> int:
     return allowed
 
 
-def _memory() -> tuple[int, int]:
+def host_memory() -> tuple[int, int]:
     """Total and available bytes: the machine's, or the container's where that has less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     available = next(

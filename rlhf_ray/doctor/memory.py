@@ -1,8 +1,8 @@
 """Before a run: the memory and disk space that models, optimizers and caches will take, beside what there is.
 
 Training keeps float32 weights (4 bytes a parameter), gradients (4) and Adam's two moments (8), for the policy and for
-the critic, sharded over the learners; a reference is weights alone. The object store has two copies of weights and
-moments (``fault_tolerance.keep_learner_state``). Activations come on top and depend on
+the critic, sharded over the learners; a reference is weights alone. Host memory has two copies of weights and moments
+(``fault_tolerance.state_interval``). Activations come on top and depend on
 ``learners.max_tokens_per_microbatch``.
 """
 
@@ -18,7 +18,7 @@ from rlhf_ray.doctor.model import ModelFacts
 from rlhf_ray.model_config import kv_token_bytes
 from rlhf_ray.settings import Settings
 
-__all__ = ["MemoryNeed", "check_disk", "check_memory", "state_copies"]
+__all__ = ["MemoryNeed", "check_disk", "check_memory"]
 
 _GIB = 1024**3
 _TRAINED_BYTES = 16
@@ -42,7 +42,7 @@ class MemoryNeed:
     offloaded: int
     """What of it a learner on a GPU keeps in CPU memory."""
     copies: int
-    """A learner's state in the object store, in CPU memory."""
+    """Kept copies of a learner's state, in CPU memory."""
     engine_weights: int
     """An engine's weights, a GPU of it."""
     sequence: int
@@ -81,15 +81,15 @@ class MemoryNeed:
         return cls(
             learner=(trained + base + reference) // learners.num_learners,
             offloaded=offloaded // learners.num_learners,
-            copies=state_copies(settings, policy, critic) // learners.num_learners,
+            copies=_state_copies(settings, policy, critic) // learners.num_learners,
             engine_weights=dtype_bytes * policy.num_parameters // shards,
             sequence=max_tokens * (kv_token_bytes(policy.config, dtype_bytes) or 0) // shards,
             cpu_cache=cpu_cache,
         )
 
 
-def state_copies(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> int:
-    """Bytes of all learners' state in the object store."""
+def _state_copies(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> int:
+    """Bytes of all learners' kept states."""
     return _COPIES * _SAVED_BYTES * _num_trained(settings, policy, critic) * settings.fault_tolerance.keeps_state
 
 
@@ -154,7 +154,7 @@ def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engin
     if total > machine.available_bytes:
         remedy = "use a smaller model, fewer replicas, less rollouts.kv_cache_bytes"
         if need.copies:
-            remedy += ", or turn fault_tolerance.keep_learner_state off"
+            remedy += ", or turn copies off: fault_tolerance.state_interval=0"
         return failed("memory", detail, remedy)
     if total > 0.8 * machine.available_bytes:
         return warned("memory", detail, "activations may not fit: lower learners.max_tokens_per_microbatch")

@@ -70,6 +70,8 @@ class Refusal:
     """A rank's answer to a command that must not be carried out; all ranks agree, and can take the next one."""
 
     message: str
+    half_done: bool = False
+    """Whether weights are those of no version, until the ranks recall one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,20 +289,10 @@ class Bridge(StateKeeper):
         return self._controller
 
     async def keeper(self, node_id: str) -> Any:
-        """Handle of the actor that keeps the state of the ranks on a node: this one, or one that is started there."""
+        """Handle of the actor that holds the files of the ranks on a node: this one, or one that is started there."""
         if node_id not in self._keepers:
             self._keepers[node_id] = keeper_on(node_id)
         return self._keepers[node_id]
-
-    async def forget_states(self) -> None:
-        """Forget the ranks' states, here and on other nodes."""
-        await super().forget_states()
-        if others := dict(self._keepers):
-            import ray
-
-            others.pop(ray.get_runtime_context().get_node_id(), None)
-            # One that is gone keeps nothing.
-            await asyncio.gather(*(keeper.forget_states.remote() for keeper in others.values()), return_exceptions=True)
 
     async def set_placement_group(self, group: Any) -> None:
         """Where the ranks run from now on."""

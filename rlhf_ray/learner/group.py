@@ -2,7 +2,7 @@
 
 ``TorchTrainer.fit()`` runs in a thread for the whole run; commands go through the bridge actor to all ranks and their
 answers come back the same way. A worker that dies costs time and nothing else: Ray Train starts all of them again, they
-take back the state after the last update, and the command is given once more.
+take back the newest state that all have, make the updates since then once more, and then what was asked of them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import os
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -26,7 +28,7 @@ from rlhf_ray.learner.bridge import Command, GroupLost, RankFailure, Refusal, br
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.learner.turns import LEARNER_SHARE, check_pairing
-from rlhf_ray.learner.update_result import UpdateResult, merged_results
+from rlhf_ray.learner.update_result import UpdateOrder, UpdateResult, merged_results
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
@@ -40,6 +42,8 @@ _STOP_TIMEOUT_S = 30.0
 # How often a wait looks whether the Ray Train run has ended under it.
 _CHECK_S = 1.0
 _POLL_S = 0.2
+# Updates that can be made again, in intervals of kept states: more is needed only where states cannot be kept.
+_REPEATABLE = 8
 
 
 def rank_resources(spec: LearnerSpec, num_cpus: float) -> dict[str, float]:
@@ -64,6 +68,7 @@ class LearnerGroup:
         startup_timeout_s: Longest wait for the ranks to load their models.
         update_timeout_s: Longest wait for one command.
         max_restarts: Times that Ray Train starts the group again.
+        state_interval: Updates between states that are kept; 0: none are.
         tensor_parallel_size: Engine workers a replica, for the NCCL group.
         num_replicas: Replicas, which share the learners' GPUs where the spec says so.
     """
@@ -79,6 +84,7 @@ class LearnerGroup:
         startup_timeout_s: float,
         update_timeout_s: float,
         max_restarts: int,
+        state_interval: int,
         tensor_parallel_size: int,
         num_replicas: int,
     ) -> None:
@@ -90,6 +96,7 @@ class LearnerGroup:
         self._startup_timeout_s = startup_timeout_s
         self._update_timeout_s = update_timeout_s
         self._max_restarts = max_restarts
+        self._state_interval = state_interval
         self._tensor_parallel_size = tensor_parallel_size
         self._num_replicas = num_replicas
         self._ended = threading.Event()
@@ -97,6 +104,12 @@ class LearnerGroup:
         self._thread: threading.Thread | None = None
         self._name: str | None = None
         self._version = 0
+        self._initial_version: int | None = 0
+        """Version of ranks that have just started; ``None``: another state was loaded since the start."""
+        # What was trained on since the newest state that all ranks keep: the references hold the batches.
+        self._since_kept: deque[list[UpdateOrder]] = deque(maxlen=_REPEATABLE * state_interval)
+        self._asked_to_keep = 0
+        self._saving_version: int | None = None
         self._state_is_lost = False
         self._renewed = False
         self._controller: Any = None
@@ -200,16 +213,31 @@ class LearnerGroup:
             LearnerError: A rank failed, or Ray Train started the group again too often.
             StateLostError: The group was started again, and its state is gone.
         """
-        # These references must outlive the command.
+        keeps_state = 0 < self._state_interval <= version - self._asked_to_keep
         refs = [ray.put(batch.select(indices)) for indices in plan.sequences]
         size = self._spec.sequence_parallel
-        arguments = [
-            (ref, share, update_policy, with_advantages and place == 0, version)
-            for ref, share in zip(refs, plan.ranks, strict=True)
+        orders = [
+            UpdateOrder(
+                batch=ref,
+                plan=rank,
+                version=version,
+                update_policy=update_policy,
+                with_advantages=with_advantages and place == 0,
+                keeps_state=keeps_state,
+                spared_version=self._saving_version,
+            )
+            for ref, rank in zip(refs, plan.ranks, strict=True)
             for place in range(size)
         ]
-        result = merged_results(self._execute("update", arguments)[::size], plan.sequences)
+        result = merged_results(self._execute("update", orders), plan.sequences)
         self._version = version
+        self._asked_to_keep = version if keeps_state else self._asked_to_keep
+        self._since_kept.append(orders)
+        if result.kept_version is not None:
+            # Where a checkpoint is written of an older one, the next copy overwrites the newer.
+            safe = min(result.kept_version, self._saving_version or result.kept_version)
+            while self._since_kept and self._since_kept[0][0].version <= safe:
+                self._since_kept.popleft()
         return result
 
     def publish(self) -> tuple[WeightManifest, list[Any]]:
@@ -238,17 +266,21 @@ class LearnerGroup:
         return failures
 
     def save(self, folder: Folder) -> Callable[[], dict[str, StoredFile]]:
-        """Copy the state for a checkpoint, which ranks write beside what comes next.
+        """Have ranks copy their state, and write a checkpoint of the copy while they carry out what comes next.
 
         Returns:
             A call that waits for the files and tells what they are; another thread may make it.
         """
         with self._commanding:
             self._execute("save", (folder,))
-            save_id = self._last_command
+            save_id, self._saving_version = self._last_command, self._version
 
         def wait() -> dict[str, StoredFile]:
-            saved = self._await(self.bridge.wait_saved.remote(save_id, self._update_timeout_s), "to write a checkpoint")
+            call = self.bridge.wait_saved.remote(save_id, self._update_timeout_s)
+            try:
+                saved = self._await(call, "to write a checkpoint")
+            finally:
+                self._saving_version = None
             if saved is None:
                 limit = f"learners.update_timeout_s = {self._update_timeout_s:g} s"
                 raise LearnerError(f"the learners took longer than {limit} to write a checkpoint")
@@ -262,15 +294,15 @@ class LearnerGroup:
     def load(self, folder: Folder, version: int) -> None:
         """Restore a distributed checkpoint of policy ``version``."""
         self._execute("load", ((folder, version),), recalls=False)
-        self._version, self._state_is_lost = version, False
+        self._begin_at(version)
+        self._initial_version = None
 
     def renew(self, spec: LearnerSpec) -> None:
         """Begin again with other settings of the same parts: version 0, as after a start."""
         self._spec, self._renewed = spec, True
-        # What was kept of the learners before has versions too, and takes memory.
-        ray.get(self.bridge.forget_states.remote())
         self._execute("renew", (spec,), recalls=False)
-        self._version, self._state_is_lost = 0, False
+        self._begin_at(0)
+        self._initial_version = 0
 
     def export(self, folder: str) -> None:
         """Write Hugging Face folders."""
@@ -318,26 +350,38 @@ class LearnerGroup:
                 pass
             return answers
 
+    def _begin_at(self, version: int) -> None:
+        """From now on the ranks have another state, of which nothing is known to be kept."""
+        self._version, self._asked_to_keep, self._state_is_lost = version, version, False
+        self._since_kept.clear()
+
     def _try(self, verb: str, arguments: Sequence[Any], *, recalls: bool) -> list[Any] | None:
         """As :meth:`_execute`, once: ``None`` where the group was lost, and another one is ready in its place."""
         with self._commanding:
             if recalls:
                 self._check_state()
-            assert self._name is not None, "wait_ready() comes first"
-            command = Command(verb=verb, arguments=tuple(arguments), group=self._name)
-            self._last_command = command.command_id
-            answers = self._await(self.bridge.execute.remote(command, self._update_timeout_s), f"to {verb}")
+            answers = self._ask(verb, arguments)
             if answers is None:
-                raise LearnerError(
-                    f"the learners took longer than learners.update_timeout_s = {self._update_timeout_s:g} s to {verb}"
-                )
-            if isinstance(answers, GroupLost):
                 self._recover(recalls=recalls)
                 return None
             for answer in answers:
                 if isinstance(answer, Refusal):
+                    if answer.half_done:
+                        self._undo()
                     raise LearnerError(f"the learners refuse to {verb}: {answer.message}")
-            return list(answers)
+            return answers
+
+    def _ask(self, verb: str, arguments: Sequence[Any]) -> list[Any] | None:
+        """Give a command to the group that is there; ``None`` where it was lost."""
+        assert self._name is not None, "wait_ready() comes first"
+        command = Command(verb=verb, arguments=tuple(arguments), group=self._name)
+        self._last_command = command.command_id
+        answers = self._await(self.bridge.execute.remote(command, self._update_timeout_s), f"to {verb}")
+        if answers is None:
+            raise LearnerError(
+                f"the learners took longer than learners.update_timeout_s = {self._update_timeout_s:g} s to {verb}"
+            )
+        return None if isinstance(answers, GroupLost) else list(answers)
 
     def _check_state(self) -> None:
         if self._state_is_lost:
@@ -345,18 +389,50 @@ class LearnerGroup:
 
     def _recover(self, *, recalls: bool) -> None:
         """Wait for the group that Ray Train has started again, and give it the state after the last update."""
-        _LOG.warning("a learner worker died; the learners are started again")
-        self.restarts += 1
-        self._wait_ready()
-        if self._renewed:  # Ray Train starts it with what the first one was started with.
-            self._execute("renew", (self._spec,), recalls=False)
-        if not recalls or self._version == 0:
-            return
-        if not all(self._execute("recall", (self._version,))):
+        came_back: bool | None = None
+        while came_back is None:
+            _LOG.warning("a learner worker died; the learners are started again")
+            self.restarts += 1
+            self._wait_ready()
+            if self._renewed:  # Ray Train starts it with what the first one was started with.
+                self._execute("renew", (self._spec,), recalls=False)
+            came_back = not recalls or self._come_back(self._initial_version)
+        if not came_back:
             self._state_is_lost = True
             # Where a replica took them along, that is the cause.
             told = "".join(f"; {each.told_by}: {each.message}" for each in self.take_replica_failures()[-1:])
             raise StateLostError(f"the learners' state at policy version {self._version} is gone{told}")
+
+    def _undo(self) -> None:
+        """After an update that ended between two of its steps: go back to the version before, where it was kept."""
+        if self._come_back(None) is None:
+            self._recover(recalls=True)
+
+    def _come_back(self, started_at: int | None) -> bool | None:
+        """Bring the ranks to the current version: from the newest state that all keep, by the updates since then.
+
+        Args:
+            started_at: The version that they have where they keep none; ``None``: they have no version.
+
+        Returns:
+            Whether they have it; ``None`` where the group was lost.
+        """
+        answers = self._ask("recall", (self._version,))
+        if answers is None:
+            return None
+        version = started_at if answers[0] is None else answers[0]
+        since = [orders for orders in self._since_kept if version is not None and orders[0].version > version]
+        if version is None or (version != self._version and (not since or since[0][0].version != version + 1)):
+            return False
+        for orders in since:
+            _LOG.warning("the update to policy version %d is made once more", orders[0].version)
+            again = [replace(order, keeps_state=False, with_advantages=False) for order in orders]
+            answers = self._ask("update", again)
+            if answers is None:
+                return None
+            if any(isinstance(answer, Refusal) for answer in answers):
+                return False
+        return True
 
     def _await(self, ref: Any, purpose: str) -> Any:
         """Wait for the bridge's answer, or for the end of the Ray Train run, whichever is first."""

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["InitialWeights", "local", "outline", "reads_weights", "without_weights"]
+__all__ = ["InitialWeights", "local_part", "outline", "reads_weights", "without_weights"]
 
 _MESSAGE_NUMBERS = 2**24
 _CPU = torch.device("cpu")
@@ -103,19 +103,19 @@ class InitialWeights:
         if source is not None:
             targets = itertools.chain(model.parameters(), model.buffers())
             for target, tensor in zip(targets, itertools.chain(source.parameters(), source.buffers()), strict=True):
-                local(target).copy_(local(tensor))
+                local_part(target).copy_(local_part(tensor))
             return
         for name in self._names:
             whole = self._whole.pop(name, None)
             rows = whole.chunk(dist.get_world_size()) if whole is not None and reads_weights() else ()
-            _deal(local(model.get_parameter(name)), dict(enumerate(rows)))
+            _deal(local_part(model.get_parameter(name)), dict(enumerate(rows)))
         for buffer in model.buffers():
             whole = buffer.to(_CPU)
             _deal(buffer, dict.fromkeys(range(dist.get_world_size()), whole))
 
 
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor."""
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a tensor that may be sharded."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 

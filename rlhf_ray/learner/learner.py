@@ -13,7 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.tensor import DTensor
 
 from rlhf_ray.advantages import kl
 from rlhf_ray.advantages.padding import blank
@@ -30,7 +31,8 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.credit import CreditAssignment, merged_moments
 from rlhf_ray.learner.estimates import Estimates, put, take
 from rlhf_ray.learner.finite import MOST_SKIPPED, FiniteGuard
-from rlhf_ray.learner.initial_weights import outline, reads_weights
+from rlhf_ray.learner.initial_weights import local_part, outline, reads_weights
+from rlhf_ray.learner.kept_state import KeptState, StateFile
 from rlhf_ray.learner.layout import Microbatch, lay_out, unpad_completions
 from rlhf_ray.learner.logprob_head import LogprobHead, TokenScorer, usable_head
 from rlhf_ray.learner.lora import LoraSpec, add_adapters
@@ -120,7 +122,7 @@ class LearnerSpec:
     timeline: bool
     """Whether ranks tell what they do when."""
     keeps_state: bool
-    """Whether ranks keep a copy of their state outside of their processes, after every update."""
+    """Whether ranks keep copies of their state outside of their processes, and not for checkpoints alone."""
     num_threads: int | None
     """CPU threads of a rank; none: its share of the machine's cores."""
     weight_transfer: str = "nccl"
@@ -148,6 +150,10 @@ class Learner:
 
     There is a critic only where the advantage asks for values, and a reference only where ``kl_coef`` is not 0.
 
+    Args:
+        spec: How models are built.
+        kept: Where copies of its state lie; none: in memory that is freed when a checkpoint has been written.
+
     Attributes:
         policy: What is trained.
         critic: Trained beside it.
@@ -156,9 +162,13 @@ class Learner:
         packed: Whether microbatches are packed rows, so that plans must be made for these.
     """
 
-    def __init__(self, spec: LearnerSpec) -> None:
+    def __init__(self, spec: LearnerSpec, kept: KeptState | None = None) -> None:
         return_freed_tensors()
         self._spec = spec
+        self._kept = kept or KeptState()
+        self._copy: StateFile | None = None
+        """Holds, or will, the state as it is now."""
+        self._saving = ThreadPoolExecutor(1, "save-state")
         self._training = spec.training
         device = spec.device
         fix_sdpa_kernels()
@@ -195,7 +205,6 @@ class Learner:
             return TokenScorer(model, head, temperature=spec.temperature)
 
         training = self._training
-        self._saving: dist.ProcessGroup | None = None
         self._residency = Residency(device)
         policy = load_policy(spec.policy_path, **loading)
         reference: PreTrainedModel | None = None
@@ -254,6 +263,7 @@ class Learner:
         """Take weights and optimizers to host memory; what the settings keep there is there already."""
         if self.is_offloaded:
             return
+        self.wait_copied()
         for model in self._all_models():
             reshard(model)
         tensors: list[torch.Tensor] = []
@@ -360,40 +370,79 @@ class Learner:
             buffers=policy.checkpoint_buffers(),
         )
 
-    def save(self, folder: str) -> Future[Any]:
-        """Copy policy, critic and optimizers, and write the copy to a folder of this machine beside what comes next.
+    def save(self, folder: str, version: int = 0) -> Future[Any]:
+        """Copy policy, critic and optimizers, and write the copy to a folder of this machine while others run.
+
+        Args:
+            folder: Of the checkpoint.
+            version: Of the policy; what :meth:`keep_state` has copied of it since the last change is not copied again.
 
         Returns:
-            Done when every rank has written its files, ``shard-<rank + 1>-*.safetensors``.
+            Done when this rank has written its files, ``shard-<rank + 1>-*.safetensors``.
         """
         self._check_finite("saved")
-        if self._saving is None:
-            # Its collectives run in a thread of their own, so not in the group that training uses.
-            self._saving = dist.new_group(backend="gloo")
-        writer = HuggingFaceStorageWriter(folder, save_distributed=True)
-        saved = dcp.async_save(self._sharded_state(), storage_writer=writer, process_group=self._saving)
-        assert isinstance(saved, Future)
-        return saved
+        rank, file = dist.get_rank(), self.keep_state(version)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        shard = f"{folder}/shard-{rank + 1:05d}"
+        frozen = {name: one for name, one in self._frozen_state().items() if rank == 0 or isinstance(one, DTensor)}
+        copied = self._kept.write(f"{shard}-frozen.safetensors", frozen, version)
+
+        def write() -> None:
+            try:
+                copied.result()
+                file.copy_to(f"{shard}-model.safetensors")
+            finally:
+                if not self._spec.keeps_state:
+                    file.free()
+
+        file.reader = self._saving.submit(write)
+        if not self._spec.keeps_state:
+            self._copy = None
+        return file.reader
 
     def load(self, folder: str) -> None:
         """Restore what :meth:`save` wrote, on any number of ranks."""
-        state = self._sharded_state()
+        self._change()
+        state = self._named(self.state()) | self._frozen_state()
         dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
-        for name, model in self._models().items():
-            model.load_state_dict(state[name])
-        self._credit.load_state_dict(state["credit"])
+        self._take_counts(state)
         self._check_finite(f"taken from {folder}")
 
     def state(self) -> dict[str, Any]:
-        """This rank's share of all that an update changes, as arrays that may be the models' own memory."""
+        """This rank's share of all that an update changes; most of it is the models' own memory."""
         models = {name: model.local_state() for name, model in self._models().items()}
         return models | {"credit": self._credit.state_dict()}
 
+    @torch.no_grad()  # type: ignore[untyped-decorator]
     def restore_state(self, state: dict[str, Any]) -> None:
         """Go back to what :meth:`state` gave, in a process with the same rank of as many."""
-        for name, model in self._models().items():
-            model.restore_local_state(state[name])
-        self._credit.load_state_dict(state["credit"])
+        self._change()
+        mine = self._named(self.state())
+        for name, tensor in self._named(state).items():
+            local_part(mine[name]).copy_(local_part(tensor))
+        self._take_counts(mine)
+
+    def keep_state(self, version: int, *, spare: int | None = None) -> StateFile:
+        """Begin to copy the state, which is that of policy ``version``; once, as long as nothing has changed it.
+
+        Args:
+            version: The policy's.
+            spare: A version that is kept and must not be overwritten.
+        """
+        if self._copy is None:
+            self._copy = self._kept.begin(version, self._named(self.state()), spare=spare)
+        return self._copy
+
+    def wait_copied(self) -> None:
+        """Wait until no copy reads the models' memory: only then may it change, move or be freed."""
+        self._kept.wait()
+
+    def recall(self, version: int) -> None:
+        """Go back to the state that was kept at ``version``."""
+        self._change()
+        state = self._named(self.state())
+        self._kept.read(version, state)
+        self._take_counts(state)
 
     def export(self, folder: str) -> None:
         """Write the policy and the critic, if there is one, as Hugging Face folders: ``folder``, ``folder/critic``."""
@@ -412,10 +461,9 @@ class Learner:
             dist.barrier()
 
     def close(self) -> None:
-        """Give back what the process would keep, when nothing is being saved any more."""
-        if self._saving is not None:
-            dist.destroy_process_group(self._saving)
-            self._saving = None
+        """Give back what the process would keep, when nothing is being copied or saved any more."""
+        self.wait_copied()
+        self._saving.shutdown()
         self._mesh.close()
 
     def _can_pack(self) -> bool:
@@ -482,9 +530,27 @@ class Learner:
         self._check_here()
         return {"policy": self.policy} | ({} if self.critic is None else {"critic": self.critic})
 
-    def _sharded_state(self) -> dict[str, Any]:
-        models = {name: model.state_dict() for name, model in self._models().items()}
-        return models | {"credit": self._credit.state_dict()}
+    def _change(self) -> None:
+        """Comes before whatever changes the state."""
+        self.wait_copied()
+        self._copy = None
+
+    def _named(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+        """The tensors of a :meth:`state` by their names in a checkpoint."""
+        models = {
+            f"{name}.{key}": one for name, model in self._models().items() for key, one in model.named(state[name])
+        }
+        return models | {f"credit.{key}": one for key, one in state["credit"].items()}
+
+    def _frozen_state(self) -> dict[str, torch.Tensor]:
+        return {f"{name}.{key}": one for name, of in self._models().items() for key, one in of.frozen_state()}
+
+    def _take_counts(self, state: dict[str, torch.Tensor]) -> None:
+        """Take what no tensor of the models holds from a :meth:`_named` that was filled."""
+        for name, model in self._models().items():
+            model.restored(int(state[f"{name}.steps"]))
+        self._credit.load_state_dict({"kl_coef": state["credit.kl_coef"]})
+        self._skipped_in_a_row = 0
 
     def _start_values_at_mean(self, batch: SequenceBatch) -> None:
         """Before the first step of a critic whose head is new: predict the mean reward everywhere."""
@@ -493,6 +559,7 @@ class Learner:
             rewards = torch.tensor(batch.rewards, device=self._device)
             (of_rewards,) = merged_moments(self._mesh.data, torch.ones_like(rewards, dtype=torch.bool), rewards)
             if math.isfinite(of_rewards.mean):  # Else no step is made either.
+                self._change()
                 set_head_bias(critic.model, of_rewards.mean)
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
@@ -568,6 +635,7 @@ class Learner:
         norms = {name: model.grad_norm() for name, model in stepped.items()}
         refusal = guard.refusal(norms)
         metrics.add({_GRAD_NORMS[name]: norm for name, norm in norms.items()}, 1.0)
+        self._change()
         for name, model in stepped.items():
             if refusal is None:
                 model.step(norms[name])

@@ -1,44 +1,38 @@
-"""Beside stage 5: holds copies of the learners' state outside of their processes.
+"""Holds the files with the state of a node's ranks open, so that they outlive the ranks' processes (kept_state.py).
 
-After every update each rank hands its shards to the keeper of its node, where they lie in the object store. A worker
-group that Ray Train had to start again takes them from there and goes on after the last update, as if nothing had
-happened. What a node takes with it when it dies is gone; then it is a checkpoint that the run goes back to.
+A worker group that Ray Train had to start again opens them here. What a node takes with it when it dies is gone; then
+it is a checkpoint that the run goes back to.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
+import os
 from typing import Any
 
 from rlhf_ray.worker_env import worker_env
 
 __all__ = ["StateKeeper", "keeper_on"]
 
-# The update that a rank has finished and the Algorithm does not know of yet, and the one before it.
-_KEPT = 2
-
 
 class StateKeeper:
-    """The newest states of the ranks of a node."""
+    """Open files, of the ranks of a node; nothing of what is in them is read here."""
 
     def __init__(self) -> None:
-        self._states: defaultdict[int, deque[tuple[int, Any]]] = defaultdict(lambda: deque(maxlen=_KEPT))
+        self._held: dict[int, list[int]] = {}
 
-    async def keep_state(self, rank: int, version: int, state: Any) -> None:
-        """Keep a rank's state after the update that made policy ``version``; large arrays stay in the object store."""
-        self._states[rank].append((version, state))
+    async def hold_state(self, rank: int, paths: list[str]) -> None:
+        """Hold a rank's files instead of those before; the same ones may be given again."""
+        opened = [os.open(path, os.O_RDWR | os.O_CLOEXEC) for path in paths]
+        if [os.fstat(one)[1:3] for one in opened] == [os.fstat(one)[1:3] for one in self._held.get(rank, [])]:
+            replaced = opened
+        else:
+            replaced, self._held[rank] = self._held.get(rank, []), opened
+        for descriptor in replaced:
+            os.close(descriptor)
 
-    async def drop_states(self, rank: int) -> None:
-        """Let go of a rank's states: it begins another run, whose versions are counted anew."""
-        self._states.pop(rank, None)
-
-    async def kept_state(self, rank: int, version: int) -> Any:
-        """The rank's state at ``version``, ``None`` where it is not kept."""
-        return next((state for kept, state in reversed(self._states[rank]) if kept == version), None)
-
-    async def forget_states(self) -> None:
-        """Keep nothing of what was kept until now."""
-        self._states.clear()
+    async def held_state(self, rank: int) -> list[str]:
+        """Where a process of this node may open a rank's files; none where none are held."""
+        return [f"/proc/{os.getpid()}/fd/{descriptor}" for descriptor in self._held.get(rank, [])]
 
 
 def keeper_on(node_id: str) -> Any:

@@ -29,9 +29,9 @@ import torch.distributed as dist
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.bridge import Command, RankFailure, Refusal
+from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.learner import Learner, LearnerSpec
-from rlhf_ray.learner.packing import RankPlan
-from rlhf_ray.learner.update_result import UpdateResult
+from rlhf_ray.learner.update_result import UpdateOrder, UpdateResult
 from rlhf_ray.types import Span
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure, ReplicaLostError
@@ -41,6 +41,7 @@ __all__ = ["lost_a_peer", "train_loop"]
 _LOG = logging.getLogger(__name__)
 _POLL_S = 30.0
 _TELL_TIMEOUT_S = 10.0
+_SHARE_WEIGHTS = frozenset({"publish", "send"})
 _READ_WEIGHTS = frozenset({"update", "publish", "send", "save", "export"})
 _USE_MODELS = _READ_WEIGHTS | {"load", "recall"}
 
@@ -96,9 +97,10 @@ def _serve(worker: _Worker, bridge: Any, rank: int, group: str, *, timeline: boo
             try:
                 result = worker.execute(command)
             except LearnerError as error:  # Every rank raises it alike; only what is unforeseen ends them.
-                result = Refusal(str(error))
+                result = Refusal(str(error), half_done=worker.is_half_done)
             answered[command.verb] = command.command_id, result
         bridge.answer.remote(command.command_id, rank, result)
+        worker.answered(command.verb)
         if timeline and not repeated and not isinstance(result, Refusal):
             bridge.add_spans.remote(_spans(rank, command.verb, time.perf_counter() - started, result))
 
@@ -132,17 +134,22 @@ class _Worker:
     """Maps a command to the learner's method."""
 
     def __init__(self, spec: LearnerSpec, bridge: Any, rank: int) -> None:
-        self._learner = Learner(spec)
         self._bridge = bridge
         self._rank = rank
         self._spec = spec
-        self._keeps_state = spec.keeps_state
         self._keeper: Any = None
+        self._keeps_state = spec.keeps_state
+        self._kept = KeptState(2 if spec.keeps_state else 1)
+        self._to_keep: tuple[int, int | None] | None = None
+        """Version of the state that is to be kept, and one that is spared."""
+        if spec.keeps_state:
+            self._adopt_state()
+        self._learner = Learner(spec, self._kept)
         self.version = 0
         """Of the policy that this rank holds."""
         self._updated: tuple[int, UpdateResult] | None = None
         self._broken_off: str | None = None
-        """Why weights are those of no version: an update ended after some of its steps, and no state was kept."""
+        """Why weights are those of no version: an update ended after some of its steps."""
         self._sender: Any = None
         # The bridge names objects that this process owns; they live as long as these references.
         self._published: list[Any] = []
@@ -154,12 +161,15 @@ class _Worker:
         return not self._learner.is_offloaded
 
     def offload(self) -> None:
-        """Leave the GPU to an engine."""
+        """Leave the GPU to an engine, once what is to be kept was copied."""
+        self._begin_to_keep()
         self._learner.offload()
 
     def execute(self, command: Command) -> Any:
         """Carry out one command and return this rank's answer."""
         argument = command.argument(self._rank)
+        if command.verb not in _SHARE_WEIGHTS:
+            self._begin_to_keep()
         if self._broken_off is not None and command.verb in _READ_WEIGHTS:
             raise LearnerError(self._broken_off)
         if command.verb in _USE_MODELS and self._learner.is_offloaded:
@@ -167,6 +177,16 @@ class _Worker:
         if command.verb == "save":
             return self._save(argument, command.command_id)
         return getattr(self, f"_{command.verb}")(argument)
+
+    def answered(self, verb: str) -> None:
+        """After an answer: copy what an update has made, but no sooner than engines have it."""
+        if verb != "update":
+            self._begin_to_keep()
+
+    @property
+    def is_half_done(self) -> bool:
+        """Whether weights are those of no version."""
+        return self._broken_off is not None
 
     def repeat(self, command: Command) -> None:
         """Tell a bridge that was started again what else it knew of a command that was carried out."""
@@ -177,25 +197,29 @@ class _Worker:
     def _layout(self, argument: None) -> bool:
         return self._learner.packed
 
-    def _update(self, argument: tuple[Any, RankPlan, bool, bool, int]) -> UpdateResult:
-        batch, plan, update_policy, with_advantages, version = argument
+    def _update(self, argument: UpdateOrder) -> UpdateResult:
+        batch, plan, version = argument.batch, argument.plan, argument.version
         if self._updated is not None and self._updated[0] == version == self.version:
             # Whoever asked did not wait for the answer (Ctrl-C in a notebook, a time limit), and asks again.
             return self._updated[1]
         steps_before = self._learner.steps_taken
         try:
             figures = self._learner.update(
-                ray.get(batch), plan, update_policy=update_policy, keep_advantages=with_advantages
+                ray.get(batch), plan, update_policy=argument.update_policy, keep_advantages=argument.with_advantages
             )
         except LearnerError as error:
             message = f"policy version {version}: {error}"
             if self._learner.steps_taken != steps_before:
-                self._undo_steps(message)
+                self._broken_off = f"{message} (its first steps were not undone: restore a checkpoint, or start again)"
             raise LearnerError(message) from error
         self.version = version
-        self._keep_state()
-        self._updated = version, UpdateResult(figures=figures, advantages=self._learner.advantages)
-        return self._updated[1]
+        if argument.keeps_state:
+            self._to_keep = version, argument.spared_version
+        result = UpdateResult(
+            figures=figures, advantages=self._learner.advantages, kept_version=max(self._kept.versions, default=None)
+        )
+        self._updated = version, result
+        return result
 
     def _publish(self, argument: None) -> tuple[WeightManifest, list[Any]] | None:
         layouts, refs = [], []
@@ -237,10 +261,11 @@ class _Worker:
         ray.get(self._bridge.replica_failed.remote(failure), timeout=_TELL_TIMEOUT_S)
 
     def _save(self, folder: Folder, save_id: str) -> None:
-        """Copy what is to be saved; the rest is done beside the commands that come next."""
+        """Begin to copy what is to be saved; the rest is done while the commands that come next are carried out."""
         here = folder.local or Path(tempfile.mkdtemp(prefix="rlhf-ray-checkpoint-"))
         here.mkdir(parents=True, exist_ok=True)
-        written = self._learner.save(str(here))
+        written = self._learner.save(str(here), self.version)
+        self._hold_state()
         finish = threading.Thread(target=self._finish_save, args=(folder, here, save_id, written), name="checkpoint")
         finish.start()
 
@@ -269,29 +294,43 @@ class _Worker:
                 for name in folder.files():
                     folder.download(name, Path(here) / name)
                 self._learner.load(here)
+        self._kept.forget()
         self.version, self._broken_off = version, None
-        self._keep_state()
+        if self._keeps_state:  # At once: the checkpoint may be gone by the time that a rank dies.
+            self._to_keep = version, None
+            self._begin_to_keep()
+            self._learner.wait_copied()
 
-    def _recall(self, version: int) -> bool:
-        """Go back to the state that was kept at ``version``; all ranks or none, since all must have the same."""
-        state = self._reach_keeper("kept_state", self._rank, version)
+    def _recall(self, version: int) -> int | None:
+        """Go back to the newest state up to ``version`` that all ranks have; tells which."""
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, state is not None)
-        if not all(found):
-            return False
-        self._learner.restore_state(state)
-        self.version, self._broken_off = version, None
-        return True
+        dist.all_gather_object(found, self._kept.versions)
+        common = set.intersection(*map(set, found))
+        newest = max((kept for kept in common if kept <= version), default=None)
+        if newest is not None:
+            self._learner.recall(newest)
+            self.version, self._broken_off, self._updated = newest, None, None
+        return newest
 
-    def _undo_steps(self, message: str) -> None:
-        """After an update that ended between two steps: go back to the version before, or let nothing read weights."""
-        if not (self._keeps_state and self._recall(self.version)):
-            remedy = "its first steps cannot be undone, since no state was kept: restore a checkpoint, or start again"
-            self._broken_off = f"{message} ({remedy})"
+    def _adopt_state(self) -> None:
+        try:
+            self._kept.adopt(self._reach_keeper("held_state", self._rank) or [])
+        except OSError as error:
+            _LOG.warning("the state that was kept of rank %d cannot be read: %r", self._rank, error)
 
-    def _keep_state(self) -> None:
+    def _begin_to_keep(self) -> None:
+        if self._to_keep is None:
+            return
+        (version, spared), self._to_keep = self._to_keep, None
+        try:
+            self._learner.keep_state(version, spare=spared)
+        except OSError as error:
+            _LOG.warning("the state of rank %d is not kept: %r", self._rank, error)
+        self._hold_state()
+
+    def _hold_state(self) -> None:
         if self._keeps_state:
-            self._reach_keeper("keep_state", self._rank, self.version, self._learner.state())
+            self._reach_keeper("hold_state", self._rank, self._kept.paths())
 
     def _reach_keeper(self, method: str, *arguments: Any) -> Any:
         for tries_left in (1, 0):
@@ -299,7 +338,7 @@ class _Worker:
                 self._keeper = ray.get(self._bridge.keeper.remote(ray.get_runtime_context().get_node_id()))
             try:
                 return ray.get(getattr(self._keeper, method).remote(*arguments))
-            except (ray.exceptions.RayActorError, ray.exceptions.ObjectStoreFullError) as error:
+            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
                 # One on another node than the bridge's ends with the bridge, which starts another one.
                 self._keeper = None
                 if not tries_left:
@@ -310,8 +349,7 @@ class _Worker:
         """Build the models anew, when nothing of those before is left: both at once may not fit."""
         self._published.clear()
         self._updated = None
-        if self._keeps_state:
-            self._reach_keeper("drop_states", self._rank)
+        self._to_keep = None
         if self._sender is not None:  # It reads the weights of the learner before.
             self._sender.close()
             self._sender = None
@@ -320,7 +358,8 @@ class _Worker:
         gc.collect()  # Hooks of FSDP and the model that they are on refer to each other.
         if spec.on_gpu:
             torch.cuda.empty_cache()
-        self._learner = Learner(spec)
+        self._kept.forget()
+        self._learner = Learner(spec, self._kept)
         self.version, self._broken_off = 0, None
 
     def _export(self, folder: str) -> None:

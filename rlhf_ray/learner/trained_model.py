@@ -7,16 +7,14 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
-from rlhf_ray.learner.initial_weights import local as _local
+from rlhf_ray.learner.initial_weights import local_part
 from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.learner.models import reshard
 from rlhf_ray.model_weights import first_nonfinite
@@ -76,6 +74,8 @@ class TrainedModel:
             # One call for all tensors: the default on CPUs dispatches every operation on every shard, 10x slower.
             fused=True,
         )
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        self._trained = {names[p]: p for group in self._optimizer.param_groups for p in group["params"]}
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer,
             lambda step: learning_rate_factor(
@@ -104,13 +104,13 @@ class TrainedModel:
 
     def grad_norm(self) -> torch.Tensor:
         """Norm of the gradient over all ranks; a collective."""
-        gradients = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]
         return full_tensor(nn.utils.get_total_norm(gradients))
 
     def step(self, grad_norm: torch.Tensor) -> None:
         """Clip by the gradient's norm, update the weights, clear the gradients."""
         if self._max_grad_norm is not None:
-            nn.utils.clip_grads_with_norm_(self._trained(), self._max_grad_norm, grad_norm)
+            nn.utils.clip_grads_with_norm_(list(self._trained.values()), self._max_grad_norm, grad_norm)
         self._optimizer.step()
         self._schedule.step()
         self.drop_gradients()
@@ -132,7 +132,7 @@ class TrainedModel:
         tensors = merged_parameters(self.model, every_name=False)
         if dtype is None:
             tensors = itertools.chain(self.model.named_parameters(), self._moments())
-        return first_nonfinite(((name, _local(tensor)) for name, tensor in tensors), dtype)
+        return first_nonfinite(((name, local_part(tensor)) for name, tensor in tensors), dtype)
 
     def checkpoint_parameters(
         self, *, every_name: bool = True, dtype: torch.dtype | None = None
@@ -151,39 +151,6 @@ class TrainedModel:
         """Name and full shape of all of them, tied ones under all their names; no collective."""
         return self._format.shapes
 
-    def state_dict(self) -> dict[str, Any]:
-        """Sharded state for a distributed checkpoint: tensors alone, each with an axis or more."""
-        untouched = not self._optimizer.state
-        weights, optimizer = get_state_dict(self.model, self._optimizer)
-        if untouched:
-            # To have a state to give, PyTorch takes a step of size 0, and counts it: a save would change the run.
-            for state in self._optimizer.state.values():
-                state["step"].zero_()
-        moments = {
-            name: {key: value.view(1) if value.ndim == 0 else value for key, value in state.items()}
-            for name, state in optimizer["state"].items()
-        }
-        return {"weights": weights, "moments": moments, "steps": torch.tensor([self._schedule.last_epoch])}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore weights, moments and steps of what :meth:`state_dict` gave; the settings stay this run's own."""
-        settings = [{key: group[key] for key in group if key != "params"} for group in self._optimizer.param_groups]
-        _, own = get_state_dict(self.model, self._optimizer)
-        moments = {
-            name: {key: value.view(own["state"][name][key].shape) for key, value in saved.items()}
-            for name, saved in state["moments"].items()
-        }
-        set_state_dict(
-            self.model,
-            self._optimizer,
-            model_state_dict=state["weights"],
-            optim_state_dict={"state": moments, "param_groups": own["param_groups"]},
-        )
-        for group, setting in zip(self._optimizer.param_groups, settings, strict=True):
-            group.update(setting)
-        self._schedule.last_epoch = int(state["steps"]) - 1
-        self._schedule.step()
-
     def tensors(self) -> Iterator[torch.Tensor]:
         """Weights, frozen ones too, and all of the optimizer's state."""
         yield from self.model.parameters()
@@ -191,50 +158,48 @@ class TrainedModel:
             yield from state.values()
 
     def local_state(self) -> dict[str, Any]:
-        """This rank's shards of what :meth:`step` changes, as arrays that may be the model's own memory."""
-        # numpy() would make that memory one that can never be freed in place.
+        """What :meth:`step` changes: the model's own tensors, sharded, but for the count of steps."""
+        for parameter in self._trained.values():
+            if parameter not in self._optimizer.state:  # As AdamW begins, in its first step.
+                self._optimizer.state[parameter] = {
+                    "step": torch.zeros((), device=parameter.device),
+                    "exp_avg": torch.zeros_like(parameter),
+                    "exp_avg_sq": torch.zeros_like(parameter),
+                }
         return {
-            "weights": [np.from_dlpack(_local(parameter).cpu()) for parameter in self._trained()],
-            "moments": [
-                {name: np.from_dlpack(_local(value).cpu()) for name, value in self._optimizer.state[parameter].items()}
-                for parameter in self._trained()
-                if parameter in self._optimizer.state
-            ],
-            "steps": self.steps_taken,
+            "weights": [parameter.detach() for parameter in self._trained.values()],
+            "moments": [dict(self._optimizer.state[parameter]) for parameter in self._trained.values()],
+            "steps": torch.tensor([self.steps_taken]),
         }
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def restore_local_state(self, state: dict[str, Any]) -> None:
-        """Take shards back that :meth:`local_state` gave, in a process with the same rank of as many."""
-        for parameter, weights in zip(self._trained(), state["weights"], strict=True):
-            _local(parameter).copy_(torch.tensor(weights))
-        self._optimizer.state.clear()
-        if state["moments"]:
-            for parameter, moments in zip(self._trained(), state["moments"], strict=True):
-                self._optimizer.state[parameter] = {
-                    name: _filled(parameter, torch.tensor(value)) for name, value in moments.items()
-                }
-        self._optimizer.zero_grad(set_to_none=True)
-        self._schedule.last_epoch = state["steps"] - 1
-        self._schedule.step()
+    def named(self, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The tensors of a :meth:`local_state` by the names of a checkpoint, each with an axis or more."""
+        for name, weight, moments in zip(self._trained, state["weights"], state["moments"], strict=True):
+            yield f"weights.{name}", weight
+            for key, moment in moments.items():
+                yield f"moments.{name}.{key}", moment if moment.ndim else moment.view(1)
+        yield "steps", state["steps"]
+
+    def frozen_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What else a checkpoint holds, by its names there: weights and buffers that nothing changes."""
+        stored = self.model.state_dict().keys()
+        for name, tensor in itertools.chain(self.model.named_parameters(), self.model.named_buffers()):
+            if name in stored and name not in self._trained:
+                yield f"weights.{name}", tensor.detach()
+
+    def restored(self, steps: int) -> None:
+        """Continue after ``steps``, once the tensors of :meth:`local_state` were filled with what they were then."""
+        self.drop_gradients()
+        schedule = self._schedule
+        schedule.last_epoch = steps  # Not by its own step(), which wants one of the optimizer before it.
+        for group, lr, factor in zip(self._optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = lr * factor(steps)
 
     def _moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.model.named_parameters():
             for key, value in self._optimizer.state.get(parameter, {}).items():
                 if value.ndim:
                     yield f"{key} of {name}", value
-
-    def _trained(self) -> list[nn.Parameter]:
-        return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-
-
-def _filled(parameter: nn.Parameter, value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the optimizer's state: sharded as its parameter is, or a count of steps."""
-    if value.ndim == 0:
-        return value.to(parameter.device)
-    moment = torch.zeros_like(parameter, dtype=value.dtype)
-    _local(moment).copy_(value)
-    return moment
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

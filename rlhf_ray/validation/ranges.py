@@ -121,6 +121,7 @@ RANGES: Final[Mapping[str, Range]] = {
     "reporting.timeline_interval": _FROM_ZERO,
     "fault_tolerance.max_group_retries": _FROM_ZERO,
     "fault_tolerance.max_learner_restarts": _FROM_ZERO,
+    "fault_tolerance.state_interval": _FROM_ZERO,
     # numpy's seeds, the narrowest of those that a run sets.
     "debugging.seed": Range(0, 2**32 - 1),
     "resources.cpus_per_replica": _FROM_ZERO,

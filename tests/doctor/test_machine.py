@@ -53,15 +53,6 @@ def test_the_remedy_for_shared_memory_is_large_enough(machine: MakeMachine) -> N
     assert "--shm-size=7g" in remedy  # 0.5 + 2 * 3, rounded up
 
 
-def test_shared_memory_holds_the_learners_state_too(machine: MakeMachine) -> None:
-    assert check_shared_memory(machine(shared_memory_gib=27), 3 * GIB, 20 * GIB).status == "ok"
-    check = check_shared_memory(machine(shared_memory_gib=26), 3 * GIB, 20 * GIB)
-    # Ray writes to disk what does not fit.
-    assert check.status == "warn"
-    assert "--shm-size=27g" in check.remedy
-    assert "fault_tolerance.keep_learner_state=false" in check.remedy
-
-
 @pytest.mark.parametrize(
     ("gpus", "device", "address", "torch_sees", "build", "status"),
     [

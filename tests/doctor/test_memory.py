@@ -91,7 +91,7 @@ def test_a_cpu_machine_must_hold_everything(machine: MakeMachine) -> None:
 
 
 @pytest.mark.parametrize(
-    "without", [FaultToleranceSettings(keep_learner_state=False), FaultToleranceSettings(max_learner_restarts=0)]
+    "without", [FaultToleranceSettings(state_interval=0), FaultToleranceSettings(max_learner_restarts=0)]
 )
 def test_no_copies_where_nothing_is_kept(machine: MakeMachine, without: FaultToleranceSettings) -> None:
     check = on_cpu(12, machine, Settings(fault_tolerance=without))

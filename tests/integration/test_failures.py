@@ -28,7 +28,8 @@ def run(
     cluster: None, small: Callable[[Path], PPOConfig], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Algorithm]:
     config = small(tmp_path_factory.mktemp("run") / "failing")
-    config.rollouts(num_replicas=1).fault_tolerance(max_learner_restarts=10)
+    # Every second state is kept: the update since then is made again.
+    config.rollouts(num_replicas=1).fault_tolerance(max_learner_restarts=10, state_interval=2)
     config.checkpointing(interval=1)
     algorithm = config.build_algo()
     yield algorithm

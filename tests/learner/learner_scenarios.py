@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rlhf_ray
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.initial_weights import local_part
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.packing import RankPlan, UpdatePlan, plan_update
@@ -505,7 +506,7 @@ def same_state(first: Any, second: Any) -> bool:
         return first.keys() == second.keys() and all(same_state(first[key], second[key]) for key in first)
     if isinstance(first, list):
         return len(first) == len(second) and all(map(same_state, first, second))
-    return np.asarray(first).tobytes() == np.asarray(second).tobytes()
+    return local_part(first).numpy().tobytes() == local_part(second).numpy().tobytes()
 
 
 def save_after_one_update(folder: Path, checkpoint: Path) -> None:
@@ -513,6 +514,7 @@ def save_after_one_update(folder: Path, checkpoint: Path) -> None:
     learner = Learner(make_spec(folder, RESUMED))
     update(learner, RESUMED, 0)
     learner.save(str(checkpoint)).result()
+    dist.barrier()
 
 
 def main(folder: Path, rank: int, world_size: int) -> None:

@@ -513,13 +513,3 @@ def test_failures_of_replicas_are_kept_until_they_are_taken() -> None:
         assert await bridge.take_replica_failures() == []
 
     run(test())
-
-
-def test_states_of_the_learners_before_are_forgotten() -> None:
-    async def test() -> None:
-        bridge = Bridge(1)
-        await bridge.keep_state(0, 7, "weights of the trial before")
-        await bridge.forget_states()
-        assert await bridge.kept_state(0, 7) is None
-
-    run(test())

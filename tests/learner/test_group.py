@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,11 +11,13 @@ import numpy as np
 import pytest
 import ray
 
+from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner import group as module
-from rlhf_ray.learner.group import LearnerGroup
+from rlhf_ray.learner.bridge import Command, GroupLost, Refusal
+from rlhf_ray.learner.group import LearnerGroup, StateLostError
 from rlhf_ray.learner.packing import plan_update
-from rlhf_ray.learner.update_result import UpdateResult
+from rlhf_ray.learner.update_result import UpdateOrder, UpdateResult
 
 
 class Actor:
@@ -22,7 +25,7 @@ class Actor:
 
     def __init__(self, **methods: Any) -> None:
         for name, answer in methods.items():
-            setattr(self, name, SimpleNamespace(remote=lambda *arguments, answer=answer: (answer, arguments)))
+            setattr(self, name, SimpleNamespace(remote=lambda *arguments, answer=answer, **_: (answer, arguments)))
 
 
 @pytest.fixture
@@ -44,10 +47,15 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def group_of(
-    bridge: Actor, monkeypatch: pytest.MonkeyPatch, *, on_gpu: bool = False, colocated: bool = False
+    bridge: Actor,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    on_gpu: bool = False,
+    colocated: bool = False,
+    state_interval: int = 1,
 ) -> LearnerGroup:
     monkeypatch.setattr(module, "bridge_actor", lambda world_size, num_engines: bridge)
-    spec: Any = SimpleNamespace(on_gpu=on_gpu, colocated=colocated)
+    spec: Any = SimpleNamespace(on_gpu=on_gpu, colocated=colocated, sequence_parallel=1)
     return LearnerGroup(
         spec=spec,
         run_id="run",
@@ -57,6 +65,7 @@ def group_of(
         startup_timeout_s=1.0,
         update_timeout_s=1.0,
         max_restarts=0,
+        state_interval=state_interval,
         tensor_parallel_size=1,
         num_replicas=1,
     )
@@ -182,16 +191,17 @@ def test_neighbors_get_the_same_share_where_they_read_slices_of_it(monkeypatch: 
     monkeypatch.setattr(ray, "put", lambda value: value)
     group = group_of(Actor(), monkeypatch)
     group._spec = SimpleNamespace(sequence_parallel=2)
-    given: list[Any] = []
+    given: list[UpdateOrder] = []
 
-    def execute(verb: str, arguments: list[Any]) -> list[UpdateResult]:
+    def execute(verb: str, arguments: list[UpdateOrder]) -> list[UpdateResult]:
         given.extend(arguments)
         return [
             UpdateResult(
                 figures={"rank": rank},
-                advantages=tuple(np.asarray([float(i)]) for i in share) if asked else None,
+                advantages=tuple(np.asarray([float(i)]) for i in order.batch) if order.with_advantages else None,
+                kept_version=rank,
             )
-            for rank, (share, _, _, asked, _) in enumerate(arguments)
+            for rank, order in enumerate(arguments)
         ]
 
     monkeypatch.setattr(group, "_execute", execute)
@@ -210,13 +220,18 @@ def test_neighbors_get_the_same_share_where_they_read_slices_of_it(monkeypatch: 
 
     result = group.update(batch, plan, version=1, update_policy=True, with_advantages=True)
 
-    shares = [share for share, *_ in given]
-    assert shares == [plan.sequences[0], plan.sequences[0], plan.sequences[1], plan.sequences[1]]
-    assert [part for _, part, *_ in given] == [plan.ranks[0], plan.ranks[0], plan.ranks[1], plan.ranks[1]]
+    assert [order.batch for order in given] == [
+        plan.sequences[0],
+        plan.sequences[0],
+        plan.sequences[1],
+        plan.sequences[1],
+    ]
+    assert [order.plan for order in given] == [plan.ranks[0], plan.ranks[0], plan.ranks[1], plan.ranks[1]]
     # Both have them: one of the two is asked.
-    assert [asked for *_, asked, _ in given] == [True, False, True, False]
+    assert [order.with_advantages for order in given] == [True, False, True, False]
     assert result.advantages is not None
     assert [float(one[0]) for one in result.advantages] == [0.0, 1.0, 2.0, 3.0]
+    assert result.kept_version == 0
 
 
 @pytest.mark.parametrize("colocated", [True, False])
@@ -258,3 +273,198 @@ def test_a_turn_is_held_and_given_back_until_the_bridge_knows_it(
     # After Ctrl-C the caller does not wait for learners that may be in the middle of something.
     after = ["give back", "give back", *(["away"] if error is None else [])]
     assert calls == (["work", *after] if colocated else ["work"])
+
+
+class Batch:
+    """Of one rank."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def select(self, _: Any) -> str:
+        return self.name
+
+
+class Ranks:
+    """A bridge and one rank behind it, whose weights are the names of the batches that it was trained on.
+
+    Attributes:
+        dies: Tells of a command whether the rank dies of it.
+        commands: Verb and version of what was carried out.
+    """
+
+    def __init__(self) -> None:
+        self.weights: list[str] = []
+        self.version = 0
+        self.kept: dict[int, list[str]] = {}
+        self.copying: int | None = None
+        self.copies_fail = False
+        self.spared: list[int | None] = []
+        self.starts = 0
+        self.dies: Callable[[str, int], bool] = lambda verb, version: False
+        self.refuses: Callable[[int], bool] = lambda version: False
+        self.commands: list[tuple[str, int | None]] = []
+
+    def start(self, *_: Any, **__: Any) -> str:
+        self.starts += 1
+        self.weights, self.version, self.copying = [], 0, None
+        return f"group {self.starts}"
+
+    def execute(self, command: Command, _: float) -> Any:
+        assert command.group == f"group {self.starts}"
+        argument = command.arguments[0]
+        version = argument.version if isinstance(argument, UpdateOrder) else argument
+        if command.verb != "update" and self.copying is not None:
+            self.kept[self.copying], self.copying = list(self.weights), None
+        if self.dies(command.verb, version):
+            self.start()
+            return GroupLost()
+        if command.verb == "layout":
+            return [False]
+        self.commands.append((command.verb, version))
+        return [getattr(self, command.verb)(argument)]
+
+    def update(self, order: UpdateOrder) -> Any:
+        assert order.version == self.version + 1
+        if self.copying is not None:
+            self.kept[self.copying], self.copying = list(self.weights), None
+        self.weights = [*self.weights, order.batch]
+        if self.refuses(order.version):
+            return Refusal("not finite", half_done=True)
+        self.version = order.version
+        kept_version = max(self.kept, default=None)
+        if order.keeps_state and not self.copies_fail:
+            self.copying = order.version
+        self.spared.append(order.spared_version)
+        return UpdateResult(figures={}, kept_version=kept_version)
+
+    def recall(self, version: int) -> int | None:
+        newest = max((one for one in self.kept if one <= version), default=None)
+        if newest is not None:
+            self.weights, self.version = list(self.kept[newest]), newest
+        return newest
+
+    def load(self, argument: Any) -> None:
+        self.weights, self.version, self.kept = ["loaded"], argument[1], {}
+
+    def save(self, _: Any) -> None:
+        self.kept[self.version] = list(self.weights)
+
+
+@pytest.fixture
+def ranks(ended: list[Any], monkeypatch: pytest.MonkeyPatch) -> Ranks:
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    monkeypatch.setattr(ray, "put", lambda one: one)
+    return Ranks()
+
+
+@pytest.fixture
+def group(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> LearnerGroup:
+    """Keeps the state of every third version."""
+    bridge = Actor(
+        wait_ready=ranks.start,
+        controller=lambda: None,
+        execute=ranks.execute,
+        take_replica_failures=list,
+        wait_saved=lambda *_: {},
+    )
+    started = group_of(bridge, monkeypatch, state_interval=3)
+    started.wait_ready()
+    return started
+
+
+def update(group: LearnerGroup, *versions: int) -> None:
+    plan: Any = SimpleNamespace(sequences=((),), ranks=("plan",))
+    for version in versions:
+        batch: Any = Batch(f"batch {version}")
+        group.update(batch, plan, version=version, update_policy=True, with_advantages=True)
+
+
+def after(*versions: int) -> list[str]:
+    return [f"batch {version}" for version in versions]
+
+
+def once(verb: str, version: int) -> Callable[[str, int], bool]:
+    left = [True]
+    return lambda *command: command == (verb, version) and bool(left and left.pop())
+
+
+@pytest.mark.parametrize("dies_at", range(1, 9))
+def test_updates_since_the_newest_kept_state_are_made_again(group: LearnerGroup, ranks: Ranks, dies_at: int) -> None:
+    ranks.dies = once("update", dies_at)
+    update(group, *range(1, 9))
+    assert ranks.weights == after(*range(1, 9))
+    assert group.restarts == 1
+    # The copy of version 3 is complete when that to 4 has been made, not before.
+    base = {1: 0, 2: 0, 3: 0, 4: 0, 5: 3, 6: 3, 7: 3, 8: 6}[dies_at]
+    restarted = ranks.commands.index(("recall", dies_at - 1))
+    assert ranks.commands[restarted + 1 :][: dies_at - base] == [
+        ("update", one) for one in range(base + 1, dies_at + 1)
+    ]
+
+
+def test_a_death_while_updates_are_made_again_begins_with_the_kept_state_again(
+    group: LearnerGroup, ranks: Ranks
+) -> None:
+    update(group, 1, 2, 3, 4, 5)
+    deaths = [once("update", 6), once("update", 5), once("recall", 5)]
+    ranks.dies = lambda *command: any(death(*command) for death in deaths)
+    update(group, 6)
+    assert ranks.weights == after(1, 2, 3, 4, 5, 6)
+    assert group.restarts == 3
+
+
+def test_batches_are_let_go_of_when_a_state_is_kept(group: LearnerGroup, ranks: Ranks) -> None:
+    held = []
+    for version in range(1, 11):
+        update(group, version)
+        held.append([orders[0].version for orders in group._since_kept])
+    assert held == [[1], [1, 2], [1, 2, 3], [4], [4, 5], [4, 5, 6], [7], [7, 8], [7, 8, 9], [10]]
+
+
+def test_batches_that_no_state_follows_are_bounded(group: LearnerGroup, ranks: Ranks) -> None:
+    ranks.copies_fail = True
+    update(group, *range(1, 61))
+    assert len(group._since_kept) == 24
+    ranks.dies = once("update", 61)
+    with pytest.raises(StateLostError, match="state at policy version 60 is gone"):
+        update(group, 61)
+
+
+def test_a_state_that_was_loaded_and_is_not_kept_is_lost(group: LearnerGroup, ranks: Ranks) -> None:
+    update(group, 1, 2, 3, 4)
+    group.load(Folder.at("/checkpoint"), 0)
+    ranks.dies = once("update", 1)
+    with pytest.raises(StateLostError, match="state at policy version 0 is gone"):
+        update(group, 1)
+    with pytest.raises(StateLostError, match="restore a checkpoint"):
+        update(group, 1)
+    group.load(Folder.at("/checkpoint"), 7)
+    update(group, 8)
+    assert ranks.weights == ["loaded", "batch 8"]
+
+
+def test_an_update_that_is_refused_half_way_is_undone(group: LearnerGroup, ranks: Ranks) -> None:
+    update(group, 1, 2, 3, 4, 5)
+    ranks.refuses = lambda version: version == 6
+    with pytest.raises(LearnerError, match="refuse to update: not finite"):
+        update(group, 6)
+    assert ranks.weights == after(1, 2, 3, 4, 5)
+    ranks.refuses = lambda version: False
+    update(group, 6)
+    assert ranks.weights == after(1, 2, 3, 4, 5, 6)
+
+
+def test_a_version_that_is_being_saved_is_spared_and_what_follows_it_can_be_made_again(
+    group: LearnerGroup, ranks: Ranks
+) -> None:
+    update(group, 1, 2, 3, 4)
+    written = group.save(Folder.at("/checkpoint"))
+    update(group, 5, 6, 7)
+    assert ranks.spared == [None] * 4 + [4, 4, 4]
+    # The copy of version 6 may be overwritten from now on, that of 4 is not.
+    assert [orders[0].version for orders in group._since_kept] == [5, 6, 7]
+    assert written() == {}
+    update(group, 8)
+    assert ranks.spared[-1] is None
+    assert [orders[0].version for orders in group._since_kept] == [7, 8]

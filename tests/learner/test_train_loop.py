@@ -10,12 +10,15 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner import train_loop as module
 from rlhf_ray.learner.bridge import Command, RankFailure, Refusal
+from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.state_keeper import StateKeeper
+from rlhf_ray.learner.update_result import UpdateOrder
 from rlhf_ray.types import Span
 
 GROUP = "first"
@@ -54,6 +57,8 @@ class Worker(module._Worker):
         self._bridge = bridge
         self._rank = 1
         self._saved = "", None
+        self._kept = KeptState()
+        self._to_keep = self._updated = self._broken_off = None
         self.version = 0
         self.done: list[str] = []
 
@@ -66,6 +71,20 @@ class Worker(module._Worker):
 
 def order(verb: str) -> Command:
     return Command(verb=verb, arguments=(None,), group=GROUP)
+
+
+def share(version: int, *, keeps_state: bool = False) -> Any:
+    """What a rank is given for an update."""
+    plan: Any = "plan"
+    return UpdateOrder(
+        batch="batch",
+        plan=plan,
+        version=version,
+        update_policy=True,
+        with_advantages=False,
+        keeps_state=keeps_state,
+        spared_version=None,
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -115,12 +134,12 @@ def test_an_update_that_is_asked_for_anew_is_made_once_a_version() -> None:
             return {"loss": float(self.updates)}
 
     worker = Worker(Bridge())
-    worker._learner, worker._keeps_state, worker._updated = Learner(), False, None
-    losses = [worker._update(("batch", "plan", True, False, version)).figures["loss"] for version in (1, 1, 2, 2)]
+    worker._learner = Learner()
+    losses = [worker._update(share(version)).figures["loss"] for version in (1, 1, 2, 2)]
     assert losses == [1.0, 1.0, 2.0, 2.0]
 
     worker.version = 1  # Restored.
-    assert worker._update(("batch", "plan", True, False, 2)).figures["loss"] == 3.0
+    assert worker._update(share(2)).figures["loss"] == 3.0
 
 
 def test_a_refused_command_is_answered_and_the_next_one_is_carried_out() -> None:
@@ -138,28 +157,26 @@ def test_a_refused_command_is_answered_and_the_next_one_is_carried_out() -> None
     assert [span.name for span in bridge.spans] == ["publish"]
 
 
-def test_an_update_that_is_refused_makes_no_version_and_no_state_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_update_that_is_refused_makes_no_version_and_no_state_to_keep() -> None:
     def refuse(*_: Any, **__: Any) -> None:
         raise LearnerError("advantages not finite")
 
     worker = Worker(Bridge())
-    worker._learner, worker._updated = SimpleNamespace(update=refuse, steps_taken=7), None
-    monkeypatch.setattr(worker, "_keep_state", lambda: pytest.fail("kept"))
+    worker._learner = SimpleNamespace(update=refuse, steps_taken=7)
 
     with pytest.raises(LearnerError, match=r"^policy version 1: advantages not finite"):
-        worker._update(("batch", "plan", True, False, 1))
-    assert worker.version == 0
+        worker._update(share(1, keeps_state=True))
+    assert (worker.version, worker._to_keep, worker.is_half_done) == (0, None, False)
 
 
 class HalfAnUpdate:
     """Takes a step, and finds that the next one must not be made."""
 
-    def __init__(self) -> None:
+    def __init__(self, *_: Any) -> None:
         self.steps_taken = 4
-        self.restored: list[str] = []
-        self.restore_state = self.restored.append
-        self.load = self.restored.append
-        self.state = dict
+        self.recalled: list[int] = []
+        self.recall = self.recalled.append
+        self.load = self.keep_state = self.wait_copied = lambda *_, **__: None
 
     def update(self, *_: Any, **__: Any) -> None:
         self.steps_taken += 1
@@ -168,32 +185,104 @@ class HalfAnUpdate:
 
 @pytest.fixture
 def broken_off(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> module._Worker:
-    """A rank whose update ended after a step; the parameter is the state that was kept before."""
-    monkeypatch.setattr(module, "Learner", lambda spec: HalfAnUpdate())
-    monkeypatch.setattr(dist, "get_world_size", lambda: 1)
-    monkeypatch.setattr(dist, "all_gather_object", lambda found, one: found.__setitem__(0, one))
+    """A rank whose update ended after a step; the parameter are the versions that it keeps."""
+    monkeypatch.setattr(module, "Learner", HalfAnUpdate)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(2), (mine, [3, 6])))
+    monkeypatch.setattr(module._Worker, "_reach_keeper", lambda *_: None)
     worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False), Bridge(), 0)
-    worker.version = 3
-    monkeypatch.setattr(worker, "_reach_keeper", lambda method, *_: request.param if method == "kept_state" else None)
-    with pytest.raises(LearnerError, match="policy version 4: gradient not finite"):
-        worker._update(("batch", "plan", True, False, 4))
+    worker.version = 7
+    worker._kept = SimpleNamespace(versions=request.param, forget=lambda: None, paths=list)
+    with pytest.raises(LearnerError, match="policy version 8: gradient not finite"):
+        worker._update(share(8))
     return worker
 
 
-@pytest.mark.parametrize("broken_off", ["state of version 3"], indirect=True)
+@pytest.mark.parametrize("broken_off", [[3, 8]], indirect=True)
 def test_steps_of_an_update_that_is_broken_off_are_undone(broken_off: module._Worker) -> None:
-    assert broken_off._learner.restored == ["state of version 3"]
-    assert broken_off.version == 3
-    assert broken_off._broken_off is None
+    assert broken_off.is_half_done
+    assert broken_off._recall(7) == 3  # The other rank has 3 and 6: the newest that both have, and not version 8.
+    assert broken_off._learner.recalled == [3]
+    assert (broken_off.version, broken_off.is_half_done) == (3, False)
 
 
-@pytest.mark.parametrize("broken_off", [None], indirect=True)
+@pytest.mark.parametrize("broken_off", [[]], indirect=True)
 @pytest.mark.parametrize("verb", ["update", "publish", "send", "save", "export"])
 def test_weights_of_half_an_update_are_read_by_nothing(broken_off: module._Worker, verb: str) -> None:
+    assert broken_off._recall(7) is None
     with pytest.raises(LearnerError, match=r"gradient not finite .*restore a checkpoint"):
         broken_off.execute(order(verb))
     broken_off._load((SimpleNamespace(local="checkpoint"), 2))
-    assert (broken_off.version, broken_off._broken_off) == (2, None)
+    assert (broken_off.version, broken_off.is_half_done) == (2, False)
+
+
+def test_a_refusal_says_whether_weights_are_those_of_no_version() -> None:
+    class Refusing(Worker):
+        def execute(self, command: Command) -> str:
+            self._broken_off = None if self.is_half_done else "half an update"
+            raise LearnerError("gradient not finite")
+
+    bridge = Bridge(order("update"), order("save"))
+    module._serve(Refusing(bridge), bridge, 1, GROUP, timeline=False)
+    assert [result.half_done for _, result in bridge.answers[:2]] == [True, False]
+
+
+@pytest.mark.parametrize("verbs", [["update", "publish", "update"], ["update", "update"]])
+def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs: list[str]) -> None:
+    events: list[str] = []
+
+    class Learner:
+        advantages = None
+        is_offloaded = False
+        steps_taken = 0
+
+        def update(self, *_: Any, **__: Any) -> dict[str, float]:
+            events.append("updated")
+            return {}
+
+        def keep_state(self, version: int, *, spare: int | None) -> None:
+            events.append(f"copy of {version}")
+
+    class Publishing(Worker):
+        execute = module._Worker.execute
+
+        def _publish(self, _: None) -> None:
+            events.append("published")
+
+    bridge = Bridge(
+        *(
+            Command(verb=verb, arguments=(share(number, keeps_state=True),), group=GROUP)
+            for number, verb in enumerate(verbs, start=1)
+        )
+    )
+    bridge.answer = Call(lambda *_: events.append("answered"))
+    worker = Publishing(bridge)
+    worker._learner, worker._keeps_state = Learner(), False
+    module._serve(worker, bridge, 1, GROUP, timeline=False)
+
+    first = ["updated", "answered"] + (["published", "answered"] if "publish" in verbs else [])
+    assert events[: len(first) + 2] == [*first, "copy of 1", "updated"]
+
+
+def test_a_state_that_was_loaded_is_kept_when_that_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module._Worker, "_reach_keeper", lambda *_: None)
+    monkeypatch.setattr(module, "Learner", Copying)
+    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False), Bridge(), 0)
+    worker._kept.begin(9, {"weight": torch.zeros(2)})
+    worker._load((SimpleNamespace(local="checkpoint"), 2))
+    assert [file.version for file in worker._kept._files if file.version is not None] == [2]
+
+
+class Copying:
+    """Keeps a weight."""
+
+    def __init__(self, _: Any, kept: KeptState) -> None:
+        self._kept = kept
+        self.load = lambda folder: None
+        self.wait_copied = kept.wait
+
+    def keep_state(self, version: int, *, spare: int | None) -> None:
+        self._kept.begin(version, {"weight": torch.ones(10**6)})
 
 
 class CyclicLearner:
@@ -202,7 +291,7 @@ class CyclicLearner:
     alive: ClassVar[weakref.WeakSet[CyclicLearner]] = weakref.WeakSet()
     found: ClassVar[list[int]] = []
 
-    def __init__(self, spec: Any) -> None:
+    def __init__(self, *_: Any) -> None:
         self.found.append(len(self.alive))
         self.alive.add(self)
         self.closed = False
@@ -231,10 +320,17 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
     CyclicLearner.found.clear()
     CyclicLearner.alive.clear()
     spec = SimpleNamespace(keeps_state=True, on_gpu=on_gpu)
-    worker = module._Worker(spec, Bridge(), 0)
-    states = StateKeeper()
-    asyncio.run(states.keep_state(0, 3, "weights"))
-    worker._keeper = SimpleNamespace(drop_states=Call(lambda rank: asyncio.run(states.drop_states(rank))))
+    before = KeptState(2)
+    before.begin(3, {"weight": torch.ones(2)})
+    before.wait()
+    keeper = StateKeeper()
+    asyncio.run(keeper.hold_state(0, before.paths()))
+    held = Call(lambda rank: asyncio.run(keeper.held_state(rank)))
+    monkeypatch.setattr(module.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    bridge: Any = Bridge()
+    bridge.keeper = Call(lambda node: SimpleNamespace(held_state=held))
+    worker = module._Worker(spec, bridge, 0)
+    assert worker._kept.versions == [3]
     closed: list[bool] = []
     worker._sender = Sender(worker._learner, closed)
     worker.version = 3
@@ -244,7 +340,7 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
     assert CyclicLearner.found == [0, 0]
     assert closed == [False]
     assert emptied == [0] * on_gpu
-    assert asyncio.run(states.kept_state(0, 3)) is None
+    assert worker._kept.versions == []
     assert (worker._sender, worker.version) == (None, 0)
 
 
@@ -258,7 +354,9 @@ def test_weights_are_sent_the_way_that_is_set(transfer: str, monkeypatch: pytest
     for way, name in (("nccl", "NcclSender"), ("ipc", "IpcSender")):
         monkeypatch.setitem(sys.modules, f"rlhf_ray.weight_sync.{way}", SimpleNamespace(**{name: sender(way)}))
     source = SimpleNamespace(size_bytes=lambda: 12)
-    monkeypatch.setattr(module, "Learner", lambda spec: SimpleNamespace(is_offloaded=False, weight_source=lambda: source))
+    monkeypatch.setattr(
+        module, "Learner", lambda spec, kept: SimpleNamespace(is_offloaded=False, weight_source=lambda: source)
+    )
     bridge = SimpleNamespace(set_version=Call(lambda version: None))
     worker = module._Worker(SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer=transfer), bridge, 0)
     worker.version = 4
@@ -332,7 +430,7 @@ def test_a_rank_leaves_its_gpu_when_it_is_told_to_and_comes_back_for_a_command()
     bridge = Polled(order("offload"), order("layout"), order("export"), order("offload"))
     worker = module._Worker.__new__(module._Worker)
     worker._learner, worker._bridge, worker._rank, worker.version = SharedLearner(), bridge, 1, 0
-    worker._broken_off = None
+    worker._broken_off = worker._to_keep = None
     module._serve(worker, bridge, 1, GROUP, timeline=False)
 
     assert worker._learner.moves == ["offload", "onload", "export", "offload"]
