@@ -31,13 +31,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from bare_loop import sequences_of, split
-from learner_throughput import learner_of
 from provenance import write_result
+from rank import learner_spec, one_rank
 
 from rlhf_ray import PPOConfig
 from rlhf_ray.learner.kept_state import KeptState
+from rlhf_ray.learner.learner import Learner
 from rlhf_ray.quickstart import model_path
 
 SIZES = ("1M", "135M", "1B")
@@ -82,12 +82,12 @@ def shape_of_135m() -> str:
     return folder
 
 
+@one_rank()
 def measure(path: str | None) -> dict[str, Any]:
     """A learner with a model."""
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29534", "RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo")
     kept = KeptState(2)
-    learner = learner_of(PPOConfig(), path or model_path(), kept)
+    config = PPOConfig().training(lr=1e-9, critic_lr=1e-9)
+    learner = Learner(learner_spec(config, path or model_path(), keeps_state=True), kept)
     parameters = sum(one.numel() for model in learner._models().values() for one in model.model.parameters())
     batch = sequences_of(PROMPT_TOKENS, np.full(PROMPTS, COMPLETION_TOKENS, dtype=np.int32))
     own, rank, _ = split(batch, num_minibatches=1, max_tokens=2048)

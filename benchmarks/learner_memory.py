@@ -44,43 +44,39 @@ def measure(path: str, *, kl_coef: float) -> dict[str, Any]:
         started = time.perf_counter()
 
     import numpy as np
-    import torch.distributed as dist
+    import transformers  # noqa: F401
     from bare_loop import sequences_of, split
-    from learner_throughput import learner_of
+    from rank import learner_spec, one_rank
 
     from rlhf_ray import PPOConfig
     from rlhf_ray.learner import learner as module
 
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    import transformers  # noqa: F401
-
     stage("imports")
-    config = PPOConfig().model(path=path).training(kl_coef=kl_coef)
+    config = PPOConfig().model(path=path).training(kl_coef=kl_coef).rollouts(max_new_tokens=NEW_TOKENS)
     after_each(module, "TrainedModel", stage, ("policy", "critic"))
     settings = config.settings
-    checkpointing = settings.learners.gradient_checkpointing
-    learner = learner_of(config, path, gradient_checkpointing=checkpointing, max_new_tokens=NEW_TOKENS)
-    stage("reference" if kl_coef else "rest")
-    rng = np.random.default_rng(0)
-    lengths = np.full(SEQUENCES, NEW_TOKENS, dtype=np.int32)
-    tokens = SEQUENCES * (PROMPT_TOKENS + NEW_TOKENS)
-    batch = sequences_of(
-        PROMPT_TOKENS,
-        lengths,
-        token_ids=rng.integers(10, 1000, size=tokens).astype(np.int32),
-        rewards=rng.integers(0, 2, size=SEQUENCES).astype(np.float32),
-    )
-    own, rank, _ = split(
-        batch,
-        num_minibatches=settings.training.num_minibatches,
-        max_tokens=settings.learners.max_tokens_per_microbatch,
-    )
-    learner.update(own, rank)
-    stage("update")
-    for _ in learner.weight_buckets():
-        pass
-    stage("publication")
-    dist.destroy_process_group()
+    with one_rank():
+        learner = module.Learner(learner_spec(config, path))
+        stage("reference" if kl_coef else "rest")
+        rng = np.random.default_rng(0)
+        lengths = np.full(SEQUENCES, NEW_TOKENS, dtype=np.int32)
+        tokens = SEQUENCES * (PROMPT_TOKENS + NEW_TOKENS)
+        batch = sequences_of(
+            PROMPT_TOKENS,
+            lengths,
+            token_ids=rng.integers(10, 1000, size=tokens).astype(np.int32),
+            rewards=rng.integers(0, 2, size=SEQUENCES).astype(np.float32),
+        )
+        own, rank, _ = split(
+            batch,
+            num_minibatches=settings.training.num_minibatches,
+            max_tokens=settings.learners.max_tokens_per_microbatch,
+        )
+        learner.update(own, rank)
+        stage("update")
+        for _ in learner.weight_buckets():
+            pass
+        stage("publication")
     return {"stages": stages, "highest_gib": max(each["highest_gib"] for each in stages.values())}
 
 

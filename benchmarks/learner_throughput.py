@@ -19,19 +19,16 @@ import statistics
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from bare_loop import BareLoop, sequences_of, split
 from provenance import write_result
+from rank import learner_spec, one_rank
 
-from rlhf_ray import AlgorithmConfig, GRPOConfig, PPOConfig
+from rlhf_ray import GRPOConfig, PPOConfig
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.kept_state import KeptState
-from rlhf_ray.learner.learner import Learner, LearnerSpec
-from rlhf_ray.plugins import advantage_plugin, loss_plugin
+from rlhf_ray.learner.learner import Learner
 from rlhf_ray.quickstart import model_path
 
 PROMPTS, GROUP, PROMPT_TOKENS, MEAN, LONGEST = 32, 8, 12, 97, 500
@@ -54,36 +51,21 @@ def long_tail_batch(seed: int = 0) -> SequenceBatch:
     )
 
 
-def learner_of(config: AlgorithmConfig, path: str, kept: KeptState | None = None, **changes: Any) -> Learner:
-    """A rank with a model, at a learning rate that leaves it where it is; ``changes`` are those of the spec."""
-    training = config.training(lr=1e-9, critic_lr=1e-9).settings.training
-    advantage = advantage_plugin(training.advantage, training.advantage_args)
-    arguments: dict[str, Any] = {
-        "training": training,
-        "advantage": advantage,
-        "loss": loss_plugin(training.loss, training.loss_args),
-        "policy_path": path,
-        "critic_path": path if advantage.needs_critic else None,
-        "lora": None,
-        "attn_implementation": "auto",
-        "trust_remote_code": False,
-        "gradient_checkpointing": False,
-        "compile_backend": None,
-        "offload_reference": False,
-        "offload_optimizer": False,
-        "dtype": "float32",
-        "wire_dtype": "float32",
-        "temperature": 1.0,
-        "max_new_tokens": LONGEST,
-        "max_staleness": 0,
-        "total_steps": 1000,
-        "policy_steps": 1000,
-        "on_gpu": False,
-        "timeline": False,
-        "keeps_state": kept is not None,
-        "num_threads": None,
-    }
-    return Learner(LearnerSpec(**arguments | changes), kept)
+def all_work(batch: SequenceBatch) -> dict[str, Callable[[], object]]:
+    """What is measured, by name."""
+    work: dict[str, Callable[[], object]] = {}
+    for name, algorithm in (("GRPO", GRPOConfig), ("PPO", PPOConfig)):
+        # At a learning rate that leaves the weights where they are.
+        config = algorithm().training(lr=1e-9, critic_lr=1e-9, kl_coef=0.0).rollouts(max_new_tokens=LONGEST)
+        learner = Learner(learner_spec(config, model_path()))
+        bare = BareLoop(model_path(), critic=name == "PPO")
+        for steps in (1, 4):
+            own, rank, minibatches = split(batch, num_minibatches=steps, max_tokens=MAX_TOKENS)
+            work[f"{name}, {steps} steps: learner"] = partial(learner.update, own, rank)
+            work[f"{name}, {steps} steps: bare loop"] = partial(bare.planned, minibatches)
+        if name == "GRPO":
+            work["padded, input order"] = partial(bare.in_input_order, batch, 16)
+    return work
 
 
 def measure(work: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -103,21 +85,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args().repeats
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29533", "RANK": "0", "WORLD_SIZE": "1"}
-    dist.init_process_group("gloo")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     batch = long_tail_batch()
-    work: dict[str, Callable[[], object]] = {}
-    for name, config in (("GRPO", GRPOConfig), ("PPO", PPOConfig)):
-        learner = learner_of(config().training(kl_coef=0.0), model_path())
-        bare = BareLoop(model_path(), critic=name == "PPO")
-        for steps in (1, 4):
-            own, rank, minibatches = split(batch, num_minibatches=steps, max_tokens=MAX_TOKENS)
-            work[f"{name}, {steps} steps: learner"] = partial(learner.update, own, rank)
-            work[f"{name}, {steps} steps: bare loop"] = partial(bare.planned, minibatches)
-        if name == "GRPO":
-            work["padded, input order"] = partial(bare.in_input_order, batch, 16)
-    seconds = measure(work, repeats)
+    with one_rank():
+        seconds = measure(all_work(batch), repeats)
     tokens = int(batch.lengths.sum())
     for name, value in seconds.items():
         print(f"{name:<28}{value:>8.2f} s {tokens / value:>9.0f} useful tokens/s")
@@ -133,7 +104,6 @@ def main() -> None:
         print(f"{name:<44}{ratio:>6.2f}")
     result = {"repeats": repeats, "tokens": tokens, "seconds": seconds, "ratios": ratios}
     print("written to", write_result("learner_throughput", result))
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

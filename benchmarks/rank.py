@@ -1,0 +1,67 @@
+"""One learner rank in the benchmark's own process, for benchmarks of the learner alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from rlhf_ray import AlgorithmConfig
+from rlhf_ray.learner.learner import LearnerSpec
+from rlhf_ray.plugins import advantage_plugin, loss_plugin
+
+
+@contextmanager
+def one_rank(*, on_gpu: bool = False) -> Iterator[None]:
+    """A process group of this process alone, as Ray Train would set it up."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29533",
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "LOCAL_RANK": "0",
+    }
+    if on_gpu:
+        torch.cuda.set_device(0)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def learner_spec(config: AlgorithmConfig, path: str, **changes: Any) -> LearnerSpec:
+    """What a rank of ``config`` would be started with, its policy and critic read from ``path``; float32 on the CPU."""
+    settings = config.settings
+    training, learners = settings.training, settings.learners
+    advantage = advantage_plugin(training.advantage, training.advantage_args)
+    values: dict[str, Any] = {
+        "training": training,
+        "advantage": advantage,
+        "loss": loss_plugin(training.loss, training.loss_args),
+        "policy_path": path,
+        "critic_path": path if advantage.needs_critic else None,
+        "lora": None,
+        "attn_implementation": settings.model.attn_implementation,
+        "trust_remote_code": False,
+        "gradient_checkpointing": learners.gradient_checkpointing,
+        "compile_backend": None,
+        "offload_reference": learners.offload_reference,
+        "offload_optimizer": learners.offload_optimizer,
+        "dtype": "float32",
+        "wire_dtype": "float32",
+        "temperature": 1.0,
+        "max_new_tokens": settings.rollouts.max_new_tokens,
+        "max_staleness": 0,
+        "total_steps": 1000,
+        "policy_steps": 1000,
+        "on_gpu": False,
+        "timeline": False,
+        "keeps_state": False,
+        "num_threads": None,
+    }
+    return LearnerSpec(**values | changes)
