@@ -131,13 +131,15 @@ class LearnerGroup:
     def wait_placed(self, stopped: threading.Event) -> None:
         """Wait until every rank has its place, so that replicas, which Serve spreads, leave all ranks one node.
 
-        Returns at once where only one node can hold ranks; ends early when ``stopped`` is set.
+        Returns at once where only one node can hold ranks, and they share no GPU that something else might take; ends
+        early when ``stopped`` is set.
 
         Raises:
             LearnerError: The cluster has no room for them, or they ended.
         """
         name, ends_at = "GPU" if self._spec.on_gpu else "CPU", time.monotonic() + self._startup_timeout_s
-        if sum(node["Alive"] and node["Resources"].get(name, 0.0) > 0 for node in ray.nodes()) < 2:
+        nodes = sum(node["Alive"] and node["Resources"].get(name, 0.0) > 0 for node in ray.nodes())
+        if nodes < 2 and not self._spec.colocated:
             return
         while not self._is_placed() and not stopped.wait(_POLL_S):
             if self._ended.is_set():

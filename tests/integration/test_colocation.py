@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,8 +82,9 @@ class Placed:
 
 
 @pytest.fixture(scope="module")
-def gpus(no_session_in_this_process: None) -> Iterator[None]:
-    ray.init(num_cpus=2, num_gpus=GPUS, log_to_driver=False)
+def gpus(no_session_in_this_process: None, fake_gpus: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
+    with fake_gpus():
+        ray.init(num_cpus=2, num_gpus=GPUS, log_to_driver=False)
     yield
     ray.shutdown()
 
