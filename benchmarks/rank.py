@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,16 +17,10 @@ from rlhf_ray.plugins import advantage_plugin, loss_plugin
 @contextmanager
 def one_rank(*, on_gpu: bool = False) -> Iterator[None]:
     """A process group of this process alone, as Ray Train would set it up."""
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": "29533",
-        "RANK": "0",
-        "WORLD_SIZE": "1",
-        "LOCAL_RANK": "0",
-    }
     if on_gpu:
         torch.cuda.set_device(0)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:

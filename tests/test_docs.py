@@ -71,6 +71,11 @@ def test_the_page_of_models_is_the_one_that_its_script_writes() -> None:
     assert (DOCS / "models.md").read_text() == script("models_table").models_page(), "run: python docs/models_table.py"
 
 
+def test_the_table_of_what_fits_is_the_one_that_its_script_writes() -> None:
+    text = (DOCS / "clusters.md").read_text()
+    assert text == script("memory_table").page(text), "run: python docs/memory_table.py"
+
+
 @every_page
 def test_tables_of_algorithms_are_those_that_the_script_writes(page: Path) -> None:
     assert page.read_text() == TABLES.refreshed(page), "run: python docs/algorithm_tables.py"

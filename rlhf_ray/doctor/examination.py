@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.algorithms.ray_session import choose_device
+from rlhf_ray.algorithms.ray_session import choose_device, resolve_colocation
 from rlhf_ray.doctor.check import Check, Status, failed, passed, warned
 from rlhf_ray.doctor.cluster import check_ray
 from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
@@ -112,8 +112,9 @@ def _with_models(
     yield _inputs(settings)
     yield check_disk(settings, policy, critic)
     yield check_shared_memory(machine, 4 * policy.num_parameters)
+    colocated = resolve_colocation(settings, len(machine.gpus), on_gpu=on_gpu)
     try:
-        spec, max_tokens = _engine_spec(settings, policy, on_gpu=on_gpu)
+        spec, max_tokens = _engine_spec(settings, policy, on_gpu=on_gpu, colocated=colocated)
     except ConfigError as error:
         yield failed(error.field, repr(error.value), error.remedy)
         return
@@ -125,7 +126,7 @@ def _with_models(
         max_tokens=max_tokens,
         cpu_cache=spec.engine_args.get("kv_cache_memory_bytes") or 0,
     )
-    yield from check_memory(settings, machine, need, on_gpu=on_gpu)
+    yield from check_memory(settings, machine, need, on_gpu=on_gpu, colocated=colocated)
     if not skip_engine:
         from rlhf_ray.doctor.engine import check_engine
 
@@ -159,7 +160,7 @@ def _inputs(settings: Settings) -> Check:
     return passed("data, rewards", "can be read")
 
 
-def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tuple[EngineSpec, int]:
+def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool, colocated: bool) -> tuple[EngineSpec, int]:
     """Make what a replica of this run would be given, and its longest sequence in tokens."""
     from rlhf_ray.rollouts.admission import max_concurrent_groups
     from rlhf_ray.rollouts.engine_spec import engine_spec, longest_completion, max_prompt_tokens
@@ -180,6 +181,7 @@ def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tup
         on_gpu=on_gpu,
         learners_on_gpu=on_gpu and settings.learners.num_gpus_per_learner != 0,
         dtype=("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype,
+        colocated=colocated,
     )
     return spec, prompt_tokens + longest_completion(rollouts, evaluation)[1]
 

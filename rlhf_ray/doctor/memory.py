@@ -2,8 +2,9 @@
 
 Training keeps float32 weights (4 bytes a parameter), gradients (4) and Adam's two moments (8), for the policy and for
 the critic, sharded over the learners; a reference is weights alone. Host memory has two copies of weights and moments
-(``fault_tolerance.state_interval``). Activations come on top and depend on
-``learners.max_tokens_per_microbatch``.
+(``fault_tolerance.state_interval``). Where replicas and learners share GPUs (``resources.colocate``), weights and
+moments are there once more while engines sample, and an engine's weights while learners update. What a pass holds
+besides, gathered layers and activations, is an estimate.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rlhf_ray.doctor.model import ModelFacts
 from rlhf_ray.model_config import kv_token_bytes
 from rlhf_ray.settings import Settings
 
-__all__ = ["MemoryNeed", "check_disk", "check_memory"]
+__all__ = ["RESIDUE_BYTES", "MemoryNeed", "check_disk", "check_memory"]
 
 _GIB = 1024**3
 _TRAINED_BYTES = 16
@@ -31,6 +32,10 @@ _LEARNER_PROCESS_BYTES = int(0.7 * _GIB)
 _ENGINE_PROCESSES_BYTES = int(1.3 * _GIB)
 _DRIVER_AND_RAY_BYTES = int(1.5 * _GIB)
 _LOGS_BYTES = _GIB // 4
+# What a process leaves on a GPU while another one has its turn: context, libraries, captured graphs. An estimate.
+RESIDUE_BYTES = int(1.5 * _GIB)
+# Of chunks of logits, and of what else is allocated for moments.
+_CHUNK_BYTES = 2 * _GIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +46,10 @@ class MemoryNeed:
     """Policy, critic, optimizers and reference, a learner."""
     offloaded: int
     """What of it a learner on a GPU keeps in CPU memory."""
+    working: int
+    """An estimate of gathered layers and activations of a microbatch, a learner."""
+    asleep: int
+    """Weights, moments and reference of a learner in CPU memory, where an engine has its turn on the GPU."""
     copies: int
     """Kept copies of a learner's state, in CPU memory."""
     engine_weights: int
@@ -73,14 +82,21 @@ class MemoryNeed:
         """
         # The frozen weights serve as the reference too.
         lora = settings.model.lora_rank > 0
-        trained = _TRAINED_BYTES * _num_trained(settings, policy, critic)
+        trained = _num_trained(settings, policy, critic)
         reference = dtype_bytes * policy.num_parameters if settings.training.kl_coef > 0 and not lora else 0
         base = _WEIGHT_BYTES * policy.num_parameters if lora else 0
         shards, learners = settings.rollouts.tensor_parallel_size, settings.learners
-        offloaded = (trained + base) * learners.offload_optimizer + reference * learners.offload_reference
+        on_host = (
+            _TRAINED_BYTES * trained + base
+        ) * learners.offload_optimizer + reference * learners.offload_reference
+        # Gradients are not moved: there are none between updates.
+        moved = (_SAVED_BYTES * trained + base) * (not learners.offload_optimizer)
+        moved += reference * (not learners.offload_reference)
         return cls(
-            learner=(trained + base + reference) // learners.num_learners,
-            offloaded=offloaded // learners.num_learners,
+            learner=(_TRAINED_BYTES * trained + base + reference) // learners.num_learners,
+            offloaded=on_host // learners.num_learners,
+            working=_working(policy, learners.max_tokens_per_microbatch, dtype_bytes, learners.gradient_checkpointing),
+            asleep=moved // learners.num_learners,
             copies=_state_copies(settings, policy, critic) // learners.num_learners,
             engine_weights=dtype_bytes * policy.num_parameters // shards,
             sequence=max_tokens * (kv_token_bytes(policy.config, dtype_bytes) or 0) // shards,
@@ -88,19 +104,49 @@ class MemoryNeed:
         )
 
 
+def _working(model: ModelFacts, tokens: int, dtype_bytes: int, recomputed: bool) -> int:
+    """Estimate what a forward and backward pass over ``tokens`` holds beside weights, gradients and moments.
+
+    Two layers are gathered, and the gradient of one. With activations recomputed, each layer leaves its input, and one
+    has all of its own: about ten times the width and three times that of its feed-forward part per token.
+    """
+    config = model.config.get_text_config()
+    width, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    layer = tokens * (10 * width + 3 * inner) * dtype_bytes
+    activations: int = tokens * width * layers * dtype_bytes + layer if recomputed else layers * layer
+    head = (config.vocab_size or 0) * width
+    gathered: int = (
+        3 * dtype_bytes * max(0, model.num_parameters - head) // layers + (dtype_bytes + _WEIGHT_BYTES) * head
+    )
+    return activations + gathered + _CHUNK_BYTES
+
+
 def _state_copies(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> int:
     """Bytes of all learners' kept states."""
     return _COPIES * _SAVED_BYTES * _num_trained(settings, policy, critic) * settings.fault_tolerance.keeps_state
 
 
-def check_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, on_gpu: bool) -> list[Check]:
-    """Compare the need with this machine; a cluster's nodes are taken to be like it."""
+def check_memory(
+    settings: Settings, machine: Machine, need: MemoryNeed, *, on_gpu: bool, colocated: bool = False
+) -> list[Check]:
+    """Compare the need with this machine; a cluster's nodes are taken to be like it.
+
+    Args:
+        settings: The run's settings.
+        machine: This machine.
+        need: What the models take.
+        on_gpu: Whether replicas run on GPUs.
+        colocated: Whether each replica shares its GPU with a learner.
+    """
     if not on_gpu:
-        return [_cpu_memory(settings, machine, need)]
-    learner_on_gpu = settings.learners.num_gpus_per_learner != 0
+        return [_cpu_memory(settings, machine, need, colocated=colocated)]
+    if settings.learners.num_gpus_per_learner == 0:
+        return [_cpu_memory(settings, machine, need, engines=False), _engine_gpu(settings, machine, need)]
     return [
-        _learner_gpu(machine, need) if learner_on_gpu else _cpu_memory(settings, machine, need, engines=False),
-        _engine_gpu(settings, machine, need),
+        _learner_gpu(machine, need, colocated=colocated),
+        _engine_gpu(settings, machine, need, colocated=colocated),
+        _host_memory(settings, machine, need, colocated=colocated),
     ]
 
 
@@ -137,11 +183,14 @@ def _parameters(model: ModelFacts | None) -> int:
     return 0 if model is None else model.num_parameters
 
 
-def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engines: bool = True) -> Check:
+def _cpu_memory(
+    settings: Settings, machine: Machine, need: MemoryNeed, *, engines: bool = True, colocated: bool = False
+) -> Check:
     learners, replicas = settings.learners.num_learners, settings.rollouts.num_replicas if engines else 0
     engine = need.engine_weights + need.cpu_cache
     processes = learners * _LEARNER_PROCESS_BYTES + replicas * _ENGINE_PROCESSES_BYTES + _DRIVER_AND_RAY_BYTES
-    total = learners * (need.learner + need.copies) + replicas * engine + processes
+    # While it moves, what is moved is there twice.
+    total = learners * (need.learner + need.copies + need.asleep * colocated) + replicas * engine + processes
     parts = [f"learners {in_units(learners * need.learner)}"]
     if need.copies:
         parts.append(f"copies of their state {in_units(learners * need.copies)}")
@@ -161,31 +210,56 @@ def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engin
     return passed("memory", detail)
 
 
-def _learner_gpu(machine: Machine, need: MemoryNeed) -> Check:
+def _host_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, colocated: bool) -> Check:
+    """CPU memory of a machine that holds all replicas and learners, or as many as it has GPUs for."""
+    name, learners, replicas = "host memory", settings.learners.num_learners, settings.rollouts.num_replicas
+    gpus = replicas if colocated else learners + replicas * settings.rollouts.tensor_parallel_size
+    share = min(1.0, len(machine.gpus) / gpus) if machine.gpus else 1.0
+    parts = {"kept states": learners * need.copies, "offloaded": learners * need.offloaded}
+    if colocated:
+        parts |= {"sleeping learners": learners * need.asleep, "sleeping engines": replicas * need.engine_weights}
+    parts["programs"] = learners * _LEARNER_PROCESS_BYTES + replicas * _ENGINE_PROCESSES_BYTES
+    total = int(share * sum(parts.values())) + _DRIVER_AND_RAY_BYTES
+    told = ", ".join(f"{part} {in_units(int(share * size))}" for part, size in parts.items() if size)
+    detail = f"{in_units(total)} ({told}), {in_units(machine.available_bytes)} free"
+    if not machine.gpus:
+        return passed(name, f"{detail} here; the cluster's nodes share it")
+    if total > machine.available_bytes:
+        remedy = "keep no states (fault_tolerance.state_interval=0), or spread the run over more nodes"
+        return failed(name, detail, remedy)
+    return passed(name, detail)
+
+
+def _learner_gpu(machine: Machine, need: MemoryNeed, *, colocated: bool) -> Check:
     name = "learner memory"
     on_gpu = need.learner - need.offloaded
-    detail = f"{in_units(on_gpu)} a GPU for weights, gradients and Adam"
-    if not machine.gpus:
+    detail = f"{in_units(on_gpu)} a GPU for weights, gradients and Adam, about {in_units(need.working)} to compute"
+    sizes = [gpu.memory_bytes for gpu in machine.gpus if gpu.memory_bytes]
+    if not sizes:
         return passed(name, f"{detail}; no GPU here to compare with")
-    size = min(gpu.memory_bytes for gpu in machine.gpus)
+    size = min(sizes) - RESIDUE_BYTES * colocated
     detail = f"{detail}, of {in_units(size)}"
     if on_gpu > size:
-        enough = -(-on_gpu // int(0.6 * size))
+        enough = -(-on_gpu // max(1, size - need.working)) if size > need.working else -(-2 * on_gpu // size)
         remedy = f"shard over more GPUs (learners.num_learners times {enough}) or set learners.offload_optimizer"
         return failed(name, detail, remedy)
-    if on_gpu > 0.7 * size:
-        remedy = "activations may not fit: more num_learners, gradient_checkpointing, or smaller microbatches"
+    if on_gpu + need.working > size:
+        remedy = "may not fit: more num_learners, gradient_checkpointing, or a smaller max_tokens_per_microbatch"
         return warned(name, detail, remedy)
     return passed(name, detail)
 
 
-def _engine_gpu(settings: Settings, machine: Machine, need: MemoryNeed) -> Check:
+def _engine_gpu(settings: Settings, machine: Machine, need: MemoryNeed, *, colocated: bool = False) -> Check:
     name = "engine memory"
     weights = f"{in_units(need.engine_weights)} of weights a GPU"
-    if not machine.gpus:
+    sizes = [gpu.memory_bytes for gpu in machine.gpus if gpu.memory_bytes]
+    if not sizes:
         return passed(name, f"{weights}; no GPU here to compare with")
-    share = int(settings.rollouts.gpu_memory_utilization * min(gpu.memory_bytes for gpu in machine.gpus))
+    share = int(settings.rollouts.gpu_memory_utilization * min(sizes))
     detail = f"{weights}, of {in_units(share)}"
+    if colocated and share + RESIDUE_BYTES > min(sizes):
+        remedy = f"lower rollouts.gpu_memory_utilization: a sleeping learner leaves about {in_units(RESIDUE_BYTES)}"
+        return failed(name, detail, remedy)
     if need.sequence == 0 and need.engine_weights < share:
         return passed(name, detail)
     sequences = (share - need.engine_weights) // max(1, need.sequence)
