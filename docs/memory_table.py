@@ -5,10 +5,9 @@ Run ``python docs/memory_table.py`` after a change of rlhf_ray/doctor/memory.py;
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rlhf_ray import PPOConfig
 from rlhf_ray.doctor.memory import RESIDUE_BYTES, MemoryNeed
@@ -28,8 +27,7 @@ KEY_VALUE_HEADS = {"0.5B": 2, "1.5B": 2, "7B": 4, "32B": 8}
 TIED = ("0.5B", "1.5B")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Case:
+class Case(NamedTuple):
     """A row of the table."""
 
     model: str
