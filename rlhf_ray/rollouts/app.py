@@ -191,13 +191,13 @@ class RolloutApp:
             health_check_timeout_s=30.0,
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=5.0,
-            **replica_options(self._spec, self._num_cpus),
+            **replica_options(self._spec, self._num_cpus, worker_env(**self._spec.env)),
         )
 
 
-def replica_options(spec: EngineSpec, num_cpus: float) -> dict[str, Any]:
+def replica_options(spec: EngineSpec, num_cpus: float, runtime_env: dict[str, Any]) -> dict[str, Any]:
     """What Ray reserves per replica and how it starts its process, as arguments of a deployment."""
-    options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": worker_env(**spec.env)}
+    options: dict[str, Any] = {"num_cpus": num_cpus, "runtime_env": runtime_env}
     extra: dict[str, Any] = {}
     if spec.on_gpu and spec.tensor_parallel_size == 1:
         options["num_gpus"] = REPLICA_SHARE if spec.colocated else 1

@@ -53,8 +53,8 @@ class Placed:
         self.start_ranks()
 
     def start_replica(self) -> Any:
-        options = dict(replica_options(SPEC, FEW_CPUS)["ray_actor_options"])
-        return Process.options(**options | {"runtime_env": None}, scheduling_strategy="SPREAD").remote()
+        options = dict(replica_options(SPEC, FEW_CPUS, {})["ray_actor_options"])
+        return Process.options(**options, scheduling_strategy="SPREAD").remote()
 
     def start_ranks(self) -> None:
         bundle = rank_resources(SPEC, FEW_CPUS)
