@@ -118,13 +118,23 @@ def test_a_copy_that_fails_costs_its_version_alone(
     assert sorted(kept.versions) == [2, 4]
 
 
+def test_memory_that_is_taken_already_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(tensor.nbytes for tensor in state_of(0).values())
+    left = [1_000_000 + 2 * size, 1_000_000 + size]  # The first version is in memory when the second one asks.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(module, "host_memory", lambda: (10_000_000, left.pop(0)))
+    kept = keeping(1, 2)
+    assert [MEMORY_NAME in os.readlink(path) for path in kept.paths()] == [True, True]
+
+
 def test_where_memory_is_short_the_state_lies_on_disk(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     size = sum(tensor.nbytes for tensor in state_of(0).values())
-    # Two versions of four ranks, and a tenth stays free: a byte is missing.
-    monkeypatch.setattr(module, "host_memory", lambda: (10_000_000, 1_000_000 + 8 * size - 1))
+    # Two versions of four ranks, then one, and a tenth stays free: a byte is missing.
+    left = [1_000_000 + 8 * size - 1, 1_000_000 + 4 * size - 1]
+    monkeypatch.setattr(module, "host_memory", lambda: (10_000_000, left.pop(0)))
     kept = keeping(1, 2)
     assert same(read(kept, 2), state_of(2))
     assert not any(MEMORY_NAME in os.readlink(path) for path in kept.paths())
@@ -151,52 +161,103 @@ def test_memory_is_two_versions_and_no_more(tmp_path: Path, monkeypatch: pytest.
     assert allocated(kept) <= 12 * number + 2**16
 
 
-def test_tensors_of_a_gpu_come_through_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU: the device is simulated, the order of its events is checked."""
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
+    """On the CPU: all tensors count as those of a GPU, the order of whose events is checked."""
+    return SimulatedGpu(monkeypatch)
 
-    class Stream:
-        def wait_stream(self, other: Any) -> None:
-            waited.append(other)
 
-        def __enter__(self) -> None:
-            return None
+class SimulatedGpu:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waited: list[Any] = []
+        self.copies: list[Any] = []
+        """Begun, and done where true."""
+        self.made_outside: list[torch.Size] = []
+        """Shapes of what was made contiguous in another stream than that of the copies."""
+        waited, copies, made_outside, within = self.waited, self.copies, self.made_outside, [False]
 
-        def __exit__(self, *_: Any) -> None:
-            return None
+        class Stream:
+            def wait_stream(self, other: Any) -> None:
+                waited.append(other)
 
-    class Event:
-        def record(self, stream: Stream) -> None:
-            self.number = len(copies)
+            def __enter__(self) -> None:
+                within[0] = True
 
-        def synchronize(self) -> None:
-            assert copies[self.number - 1] is not None, "a copy that was never begun"
-            for index in range(self.number):
-                if callable(copies[index]):
-                    copies[index]()
-                    copies[index] = True
+            def __exit__(self, *_: Any) -> None:
+                within[0] = False
 
-    class Buffer(torch.Tensor):
-        """Copies into it arrive when the event is waited for, as on a GPU."""
+        class Event:
+            def record(self, stream: Stream) -> None:
+                self.number = len(copies)
 
-        def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Buffer:  # type: ignore[override]
-            assert non_blocking
-            target = self
-            copies.append(lambda: torch.Tensor.copy_(target, source))
-            return self
+            def synchronize(self) -> None:
+                assert copies[self.number - 1] is not None, "a copy that was never begun"
+                for index in range(self.number):
+                    if callable(copies[index]):
+                        copies[index]()
+                        copies[index] = True
 
-    waited: list[Any] = []
-    copies: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "training")
-    monkeypatch.setattr(module, "_on_device", lambda tensor: True)
-    monkeypatch.setattr(module, "_pinned", lambda size: torch.zeros(size, dtype=torch.uint8).as_subclass(Buffer))
+        class Buffer(torch.Tensor):
+            """Copies into it arrive when the event is waited for, as on a GPU."""
+
+            def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Buffer:  # type: ignore[override]
+                assert non_blocking
+                assert within[0]
+                target = self
+                copies.append(lambda: torch.Tensor.copy_(target, source))
+                return self
+
+        def contiguous(tensor: torch.Tensor, make: Any = torch.Tensor.contiguous) -> torch.Tensor:
+            if not tensor.is_contiguous() and not within[0]:
+                made_outside.append(tensor.shape)
+            return make(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "training")
+        monkeypatch.setattr(module, "_on_device", lambda tensor: True)
+        monkeypatch.setattr(module, "_pinned", lambda size: torch.zeros(size, dtype=torch.uint8).as_subclass(Buffer))
+
+
+def test_tensors_of_a_gpu_come_through_two_buffers(gpu: SimulatedGpu) -> None:
     kept = keeping(1, 2)
     assert same(read(kept, 2), state_of(2))
     assert same(read(kept, 1), state_of(1))
-    assert waited == ["training", "training"]
-    assert len(copies) == 2 * (4 + 1 + 1 + 1)
+    assert gpu.waited == ["training", "training"]
+    assert len(gpu.copies) == 2 * (4 + 1 + 1 + 1)
+
+
+def test_what_a_gpu_makes_for_a_copy_is_made_in_the_stream_of_the_copy(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    kept, transposed = KeptState(), torch.arange(12.0).view(3, 4).T
+    kept.write(str(tmp_path / "file"), {"transposed": transposed}, 1).result()
+    assert torch.equal(load_file(tmp_path / "file")["transposed"], transposed)
+    assert gpu.made_outside == []
+
+
+def test_a_copy_that_failed_writes_nothing_afterward(
+    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is closed by then, and another one may have got its number."""
+    kept, written, write = KeptState(), [], module._write_all
+
+    def filling_disk(descriptor: int, data: memoryview, offset: int) -> None:
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError("No space left on device")
+        write(descriptor, data, offset)
+
+    monkeypatch.setattr(module, "_write_all", filling_disk)
+    failed = kept.write(str(tmp_path / "file"), state_of(1), 1)
+    with pytest.raises(OSError, match="No space left"):
+        failed.result()
+    victim = os.open(tmp_path / "victim", os.O_RDWR | os.O_CREAT)
+    assert victim == written[0], "the number of the file that was closed"
+    kept.begin(2, state_of(2))
+    assert same(read(kept, 2), state_of(2))
+    os.close(victim)
+    assert (tmp_path / "victim").read_bytes() == b""
 
 
 def open_states() -> int:
