@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import subprocess
@@ -392,6 +393,58 @@ def test_weights_do_not_change_while_they_are_copied(
     learner.recall(1)
     assert all(torch.equal(before[name], one) for name, one in runs.full_weights(learner.policy).items())
     assert kept.versions == [1]
+
+
+@pytest.mark.parametrize("begin", [lambda learner, _: learner.keep_state(1), Learner.save])
+def test_weights_do_not_leave_the_device_while_they_are_copied(
+    begin: Callable[[Learner, str], Any],
+    make_learner: Callable[..., Learner],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora = SCENARIOS["lora"]  # Whose frozen weights a checkpoint takes without a copy.
+    learner = make_learner(KeptState(2), replace(lora, spec=lora.spec | {"keeps_state": True}))
+    runs.update(learner, lora, 0)
+    before, sizes = copy.deepcopy(learner.state()), runs.device_bytes(learner)
+    may_copy, write = threading.Event(), module._write_tensors
+    monkeypatch.setattr(module, "_write_tensors", lambda *arguments: (may_copy.wait(30), write(*arguments)))
+
+    begin(learner, str(tmp_path))
+    leaving = threading.Thread(target=learner.offload)
+    leaving.start()
+    leaving.join(0.3)
+    assert leaving.is_alive()
+    assert runs.device_bytes(learner) == sizes
+    may_copy.set()
+    leaving.join(30)
+
+    assert learner.is_offloaded
+    learner.onload()
+    assert runs.same_state(before, learner.state())
+    file = learner.keep_state(1)
+    assert file.version == (1 if begin is not Learner.save else 0)
+    learner.recall(file.version)
+    assert runs.same_state(before, learner.state())
+
+
+@pytest.mark.parametrize("way", ["recall", "load"])
+def test_a_checkpoint_of_what_was_gone_back_to_is_no_copy_of_what_came_after_it(
+    way: str, make_learner: Callable[..., Learner], tmp_path: Path
+) -> None:
+    learner = make_learner(KeptState(2), replace(RESUMED, spec={"keeps_state": True}))
+    runs.update(learner, RESUMED, 0)
+    learner.save(str(tmp_path / "one"), version=1).result()
+    wanted = copy.deepcopy(learner.state())
+    runs.update(learner, RESUMED, 1)
+    learner.keep_state(2)
+    getattr(learner, way)(1 if way == "recall" else str(tmp_path / "one"))
+    assert runs.same_state(wanted, learner.state())
+
+    learner.save(str(tmp_path / "again"), version=1).result()
+
+    other = make_learner()
+    other.load(str(tmp_path / "again"))
+    assert runs.same_state(wanted, other.state())
 
 
 @pytest.mark.parametrize("keeps_state", [True, False])
