@@ -136,8 +136,10 @@ class KeptState:
 
     def _copy(self, file: StateFile, version: int, tensors: Tensors) -> None:
         try:
+            file.failed = False
             file.write(version, tensors, self._staging)
         except Exception as error:  # A full disk: the version before is still there, and training goes on.
+            file.failed = True
             _LOG.error("the learner's state at policy version %d is not kept: %r", version, error)
 
 
@@ -146,6 +148,7 @@ class StateFile:
 
     Attributes:
         version: Of the policy; ``None``: the file is not complete.
+        failed: Whether it will not be, since the last copy to it ended early.
         reader: Done when what is being read of it was read.
     """
 
@@ -153,6 +156,7 @@ class StateFile:
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         self.reader: Future[Any] | None = None
+        self.failed = False
         metadata = self._header().get("__metadata__", {})
         self.version: int | None = int(metadata["version"]) if "version" in metadata else None
 

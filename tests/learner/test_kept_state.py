@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import gc
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import rlhf_ray
 from rlhf_ray.learner import kept_state as module
-from rlhf_ray.learner.kept_state import KeptState
+from rlhf_ray.learner.kept_state import KeptState, StateFile
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.state_keeper import StateKeeper
+from rlhf_ray.learner.train_loop import _Worker
 
 MEMORY_NAME = "rlhf-ray-learner-state"
 
@@ -261,14 +264,13 @@ def test_a_copy_that_failed_writes_nothing_afterward(
     assert (tmp_path / "victim").read_bytes() == b""
 
 
-def open_states() -> int:
-    """Memory of kept states that any process here has open."""
+def open_states(*processes: int) -> int:
+    """Memory of kept states that this process, and others, have open."""
     found = 0
-    for path in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            found += MEMORY_NAME in os.readlink(path)
-        except OSError:
-            continue
+    for process in (os.getpid(), *processes):
+        for path in Path(f"/proc/{process}/fd").glob("*"):
+            with suppress(OSError):
+                found += MEMORY_NAME in os.readlink(path)
     return found
 
 
@@ -296,6 +298,7 @@ kept.wait()
 
 
 def test_a_process_that_is_killed_in_a_copy_leaves_the_version_before_and_no_memory_for_good() -> None:
+    gc.collect()
     before = open_states()
     environment = os.environ | {"PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
     child = subprocess.Popen(
@@ -311,7 +314,7 @@ def test_a_process_that_is_killed_in_a_copy_leaves_the_version_before_and_no_mem
     paths = json.loads(child.stdout.readline())
     for _ in range(2):  # The same files again: nothing is opened twice.
         asyncio.run(keeper.hold_state(0, paths))
-    assert open_states() == before + 4
+    assert open_states(child.pid) == before + 4
     child.communicate("die\n")
     assert child.returncode == -9
     assert open_states() == before + 2
@@ -427,6 +430,36 @@ def test_weights_do_not_leave_the_device_while_they_are_copied(
     assert runs.same_state(before, learner.state())
 
 
+def test_a_checkpoint_copies_anew_what_could_not_be_kept(
+    make_learner: Callable[..., Learner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(kept := KeptState(2), replace(RESUMED, spec={"keeps_state": True}))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_write_tensors", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+        learner.keep_state(0)
+        assert kept.versions == []
+    learner.save(str(tmp_path / "one")).result()
+    other = make_learner()
+    other.load(str(tmp_path / "one"))
+    assert_same_state(learner, other)
+
+
+def test_ranks_that_keep_no_state_do_not_go_back_to_what_a_checkpoint_is_written_of(
+    make_learner: Callable[..., Learner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is freed as soon as a rank has written its file: some would have it, others not any more."""
+    learner, may_write = make_learner(kept := KeptState()), threading.Event()
+    copy_to = StateFile.copy_to
+    monkeypatch.setattr(StateFile, "copy_to", lambda *arguments: (may_write.wait(30), copy_to(*arguments)))
+    written = learner.save(str(tmp_path))
+    worker = object.__new__(_Worker)
+    worker._kept, worker._learner, worker._keeps_state = kept, learner, False
+    assert kept.versions == [0]
+    assert worker._recall(0) is None
+    may_write.set()
+    written.result()
+
+
 @pytest.mark.parametrize("way", ["recall", "load"])
 def test_a_checkpoint_of_what_was_gone_back_to_is_no_copy_of_what_came_after_it(
     way: str, make_learner: Callable[..., Learner], tmp_path: Path
@@ -537,7 +570,7 @@ def digest():
 if paths:
     kept.adopt(paths)
     worker = object.__new__(_Worker)
-    worker._kept, worker._learner = kept, learner
+    worker._kept, worker._learner, worker._keeps_state = kept, learner, True
     version = worker._recall(3)
     runs.update(learner, runs.RESUMED, 2)
     print(json.dumps([version, digest()]), flush=True)
