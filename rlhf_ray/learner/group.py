@@ -237,7 +237,9 @@ class LearnerGroup:
         self._since_kept.append(orders)
         if result.kept_version is not None:
             # Where a checkpoint is written of an older one, the next copy overwrites the newer.
-            safe = min(result.kept_version, self._saving_version or result.kept_version)
+            safe = min(
+                result.kept_version, result.kept_version if self._saving_version is None else self._saving_version
+            )
             while self._since_kept and self._since_kept[0][0].version <= safe:
                 self._since_kept.popleft()
         return result

@@ -131,10 +131,14 @@ def _deal(target: torch.Tensor, parts: Mapping[int, torch.Tensor]) -> None:
         for send in sends:
             send.wait()
         return
-    for piece in _pieces(target):
+    # In the order of its numbers, whatever that is in memory: pieces of another one would be copies.
+    filled = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
+    for piece in _pieces(filled):
         received = piece if piece.device == _CPU else torch.empty_like(piece, device=_CPU)
         dist.recv(received, _reader())
         piece.copy_(received)
+    if filled is not target:
+        target.copy_(filled)
 
 
 def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -17,7 +17,7 @@ import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -68,7 +68,7 @@ class KeptState:
         self.wait()
         if len(self._files) < self._count:
             size = sum(local_part(tensor).nbytes for tensor in tensors.values())
-            self._files.append(StateFile(_room(size, self._count)))
+            self._files.append(StateFile(_room(size, self._count - len(self._files))))
         free = [file for file in self._files if file.version is None or file.version != spare]
         file = min(free or self._files, key=StateFile.age)
         self._stage(tensors)
@@ -136,8 +136,10 @@ class KeptState:
 
     def _copy(self, file: StateFile, version: int, tensors: Tensors) -> None:
         try:
+            file.failed = False
             file.write(version, tensors, self._staging)
         except Exception as error:  # A full disk: the version before is still there, and training goes on.
+            file.failed = True
             _LOG.error("the learner's state at policy version %d is not kept: %r", version, error)
 
 
@@ -146,6 +148,7 @@ class StateFile:
 
     Attributes:
         version: Of the policy; ``None``: the file is not complete.
+        failed: Whether it will not be, since the last copy to it ended early.
         reader: Done when what is being read of it was read.
     """
 
@@ -153,6 +156,7 @@ class StateFile:
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         self.reader: Future[Any] | None = None
+        self.failed = False
         metadata = self._header().get("__metadata__", {})
         self.version: int | None = int(metadata["version"]) if "version" in metadata else None
 
@@ -221,13 +225,15 @@ class StateFile:
 def _write_tensors(descriptor: int, header: bytes, parts: Iterable[torch.Tensor], staging: _Staging | None) -> None:
     """Write parts after a header of :func:`_layout`, and the header's first bytes last."""
     offset = len(header)
-    for part in parts:
-        for piece in _pieces(part.contiguous()):
-            if staging is not None and _on_device(piece):
-                staging.write(descriptor, piece, offset)
-            else:
-                _write_all(descriptor, _memory(piece), offset)
-            offset += piece.nbytes
+    # All of a copy in one stream: what contiguous() allocates there is not given away before it was read.
+    with nullcontext() if staging is None else staging.stream():
+        for part in parts:
+            for piece in _pieces(part.contiguous()):
+                if staging is not None and _on_device(piece):
+                    staging.write(descriptor, piece, offset)
+                else:
+                    _write_all(descriptor, _memory(piece), offset)
+                offset += piece.nbytes
     if staging is not None:
         staging.finish()
     os.ftruncate(descriptor, offset)
@@ -247,13 +253,17 @@ class _Staging:
 
     def begin(self) -> None:
         """Let copies wait for what the caller's stream has been given to do so far."""
+        self._pending = [None, None]  # A copy that failed may have left one, of a file that is closed by now.
         self._stream.wait_stream(torch.cuda.current_stream())
 
+    def stream(self) -> Any:
+        """Within, this thread's stream is that of the copies."""
+        return torch.cuda.stream(self._stream)
+
     def write(self, descriptor: int, piece: torch.Tensor, offset: int) -> None:
-        """Begin to bring a piece to the host, and meanwhile write the one before."""
-        with torch.cuda.stream(self._stream):
-            self._buffers[self._turn][: piece.nbytes].copy_(piece, non_blocking=True)
-            self._filled[self._turn].record(self._stream)
+        """Begin to bring a piece to the host, within :meth:`stream`, and meanwhile write the one before."""
+        self._buffers[self._turn][: piece.nbytes].copy_(piece, non_blocking=True)
+        self._filled[self._turn].record(self._stream)
         self._pending[self._turn] = descriptor, piece.nbytes, offset
         self._turn = 1 - self._turn
         self._drain(self._turn)
@@ -296,7 +306,7 @@ def _layout(tensors: Tensors, version: int) -> tuple[bytes, list[torch.Tensor]]:
 
 
 def _room(size: int, count: int) -> int:
-    """Descriptor of an empty file without a name for a state of ``size`` bytes, one of ``count`` of each rank here."""
+    """Descriptor of an empty file without a name for a state of ``size`` bytes, of ``count`` that each rank makes."""
     total, available = host_memory()
     if available - count * size * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) >= _FREE_SHARE * total:
         with suppress(OSError):  # A sandbox may not let it.

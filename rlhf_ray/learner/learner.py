@@ -423,13 +423,13 @@ class Learner:
         self._take_counts(mine)
 
     def keep_state(self, version: int, *, spare: int | None = None) -> StateFile:
-        """Begin to copy the state, which is that of policy ``version``; once, as long as nothing has changed it.
+        """Begin to copy the state, which is that of policy ``version``; once it succeeds, not again before a change.
 
         Args:
             version: The policy's.
             spare: A version that is kept and must not be overwritten.
         """
-        if self._copy is None:
+        if self._copy is None or self._copy.failed:
             self._copy = self._kept.begin(version, self._named(self.state()), spare=spare)
         return self._copy
 

@@ -7,14 +7,15 @@ optimizer's state all outlive it. It runs the same on CPUs.
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch.distributed.tensor import DTensor
 
 __all__ = ["Residency"]
 
+# PyTorch rounds pinned memory up to a power of two: by itself a tensor would take up to twice its size.
+_SLAB_BYTES = 2**26
 # An engine that was killed a moment ago may not have given its memory back yet.
 _PATIENCE_S = 30.0
 _RETRY_S = 0.5
@@ -29,9 +30,9 @@ class Residency:
 
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
-        self._away: list[tuple[torch.UntypedStorage, torch.Tensor]] = []
-        # Pinning memory is slow: the buffers are kept, by size.
-        self._spare: defaultdict[int, list[torch.Tensor]] = defaultdict(list)
+        self._away: list[tuple[torch.UntypedStorage, int]] = []
+        # Pinning memory is slow: it is kept.
+        self._slabs: list[torch.Tensor] = []
         self.is_offloaded = False
 
     def offload(self, tensors: Iterable[torch.Tensor]) -> None:
@@ -39,12 +40,13 @@ class Residency:
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
         storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in local)}
         storages.pop(0, None)  # Empty ones.
-        for storage in filter(torch.UntypedStorage.resizable, storages.values()):  # On CPUs numpy may read one.
-            self._away.append((storage, self._buffer(storage).copy_(_bytes(storage), non_blocking=True)))
+        # On CPUs numpy may read one.
+        self._away = [(one, one.nbytes()) for one in filter(torch.UntypedStorage.resizable, storages.values())]
+        for on_device, on_host in self._pieces():
+            on_host.copy_(on_device, non_blocking=True)
         self._synchronize()
         for storage, _ in self._away:
             storage.resize_(0)
-        self._spare.clear()
         self.is_offloaded = True
         if self._on_gpu:
             torch.cuda.empty_cache()
@@ -52,18 +54,26 @@ class Residency:
     def onload(self) -> None:
         """Bring all of them back."""
         ends_at = time.monotonic() + _PATIENCE_S
-        for storage, host in self._away:
-            _allocate(storage, len(host), ends_at)
-            _bytes(storage).copy_(host, non_blocking=True)
+        for storage, size in self._away:
+            _allocate(storage, size, ends_at)
+        for on_device, on_host in self._pieces():
+            on_device.copy_(on_host, non_blocking=True)
         self._synchronize()
-        for _, host in self._away:
-            self._spare[len(host)].append(host)
         self._away.clear()
         self.is_offloaded = False
 
-    def _buffer(self, storage: torch.UntypedStorage) -> torch.Tensor:
-        spare = self._spare[storage.nbytes()]
-        return spare.pop() if spare else torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=self._on_gpu)
+    def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """What is away, piece by piece: its bytes on the device, and their place in host memory."""
+        place = 0
+        for storage, size in self._away:
+            whole, done = _bytes(storage), 0
+            while done < size:
+                slab, start = divmod(place, _SLAB_BYTES)
+                if slab == len(self._slabs):
+                    self._slabs.append(torch.empty(_SLAB_BYTES, dtype=torch.uint8, pin_memory=self._on_gpu))
+                length = min(size - done, _SLAB_BYTES - start)
+                yield whole[done : done + length], self._slabs[slab][start : start + length]
+                done, place = done + length, place + length
 
     def _synchronize(self) -> None:
         if self._on_gpu:

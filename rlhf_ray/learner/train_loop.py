@@ -304,7 +304,8 @@ class _Worker:
     def _recall(self, version: int) -> int | None:
         """Go back to the newest state up to ``version`` that all ranks have; tells which."""
         found: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(found, self._kept.versions)
+        # Without kept states there is at most one that a checkpoint is being written of, and freed then.
+        dist.all_gather_object(found, self._kept.versions if self._keeps_state else [])
         common = set.intersection(*map(set, found))
         newest = max((kept for kept in common if kept <= version), default=None)
         if newest is not None:

@@ -24,6 +24,7 @@ import torch.distributed as dist
 from learner_scenarios import Scenario
 
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
+from rlhf_ray.learner.initial_weights import _deal, reads_weights
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.lora import LoraSpec, add_adapters, tied_names
 from rlhf_ray.learner.models import freeze, load_critic, load_policy, shard
@@ -53,6 +54,15 @@ def differences(learner: Learner, folder: Path, case: dict[str, Any]) -> list[st
     if not case.get("lora") and learner._reference is not None:
         pairs["reference"] = learner._reference.model, reference
     return [f"{name}: {found}" for name, pair in pairs.items() for found in _compared(*pair)]
+
+
+def transposed_differences() -> list[str]:
+    """What is not as on the reader in a buffer whose memory is in another order than its numbers."""
+    wanted = torch.arange(12.0).view(3, 4).T
+    buffer = wanted.clone() if reads_weights() else torch.zeros(3, 4).T
+    assert not buffer.is_contiguous()
+    _deal(buffer, dict.fromkeys(range(dist.get_world_size()), wanted))
+    return [] if torch.equal(buffer, wanted) else [str(buffer)]
 
 
 def _compared(sharded: Any, whole: Any) -> Iterator[str]:
@@ -124,6 +134,8 @@ def main(folder: Path, rank: int, world_size: int, nodes: int) -> None:
     for name, case in json.loads((folder / "cases.json").read_text()).items():
         if case.get("measured"):
             results[name] = growth_until_sharded(folder, case)
+        elif case.get("transposed"):
+            results[name] = transposed_differences()
         else:
             results[name] = differences(learner_of(folder, case), folder / case["folder"], case)
         gc.collect()

@@ -455,6 +455,13 @@ def test_an_update_that_is_refused_half_way_is_undone(group: LearnerGroup, ranks
     assert ranks.weights == after(1, 2, 3, 4, 5, 6)
 
 
+def test_the_version_before_any_update_is_spared_too(group: LearnerGroup, ranks: Ranks) -> None:
+    group.save(Folder.at("/checkpoint"))
+    update(group, 1, 2, 3, 4)
+    assert ranks.spared == [0] * 4
+    assert [orders[0].version for orders in group._since_kept] == [1, 2, 3, 4]
+
+
 def test_a_version_that_is_being_saved_is_spared_and_what_follows_it_can_be_made_again(
     group: LearnerGroup, ranks: Ranks
 ) -> None:

@@ -76,6 +76,7 @@ def several(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Callable[
     cases |= {
         "tied in the file": {"folder": "tied", "critic": "policy"},
         "not safetensors": {"folder": "bin", "critic": "policy"},
+        "memory in another order": {"transposed": True},
         "adapters": {"folder": "qwen2", "lora": True},
         "a trained critic": {"folder": "trained", "critic": "critic"},
         "bfloat16": {"folder": "qwen2", "critic": "policy", "spec": {"dtype": "bfloat16"}},

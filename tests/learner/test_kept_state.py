@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import gc
 import json
 import os
 import subprocess
@@ -10,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +27,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 import rlhf_ray
 from rlhf_ray.learner import kept_state as module
-from rlhf_ray.learner.kept_state import KeptState
+from rlhf_ray.learner.kept_state import KeptState, StateFile
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.state_keeper import StateKeeper
+from rlhf_ray.learner.train_loop import _Worker
 
 MEMORY_NAME = "rlhf-ray-learner-state"
 
@@ -118,13 +122,23 @@ def test_a_copy_that_fails_costs_its_version_alone(
     assert sorted(kept.versions) == [2, 4]
 
 
+def test_memory_that_is_taken_already_is_not_asked_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = sum(tensor.nbytes for tensor in state_of(0).values())
+    left = [1_000_000 + 2 * size, 1_000_000 + size]  # The first version is in memory when the second one asks.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(module, "host_memory", lambda: (10_000_000, left.pop(0)))
+    kept = keeping(1, 2)
+    assert [MEMORY_NAME in os.readlink(path) for path in kept.paths()] == [True, True]
+
+
 def test_where_memory_is_short_the_state_lies_on_disk(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     size = sum(tensor.nbytes for tensor in state_of(0).values())
-    # Two versions of four ranks, and a tenth stays free: a byte is missing.
-    monkeypatch.setattr(module, "host_memory", lambda: (10_000_000, 1_000_000 + 8 * size - 1))
+    # Two versions of four ranks, then one, and a tenth stays free: a byte is missing.
+    left = [1_000_000 + 8 * size - 1, 1_000_000 + 4 * size - 1]
+    monkeypatch.setattr(module, "host_memory", lambda: (10_000_000, left.pop(0)))
     kept = keeping(1, 2)
     assert same(read(kept, 2), state_of(2))
     assert not any(MEMORY_NAME in os.readlink(path) for path in kept.paths())
@@ -151,62 +165,112 @@ def test_memory_is_two_versions_and_no_more(tmp_path: Path, monkeypatch: pytest.
     assert allocated(kept) <= 12 * number + 2**16
 
 
-def test_tensors_of_a_gpu_come_through_two_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU: the device is simulated, the order of its events is checked."""
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
+    """On the CPU: all tensors count as those of a GPU, the order of whose events is checked."""
+    return SimulatedGpu(monkeypatch)
 
-    class Stream:
-        def wait_stream(self, other: Any) -> None:
-            waited.append(other)
 
-        def __enter__(self) -> None:
-            return None
+class SimulatedGpu:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.waited: list[Any] = []
+        self.copies: list[Any] = []
+        """Begun, and done where true."""
+        self.made_outside: list[torch.Size] = []
+        """Shapes of what was made contiguous in another stream than that of the copies."""
+        waited, copies, made_outside, within = self.waited, self.copies, self.made_outside, [False]
 
-        def __exit__(self, *_: Any) -> None:
-            return None
+        class Stream:
+            def wait_stream(self, other: Any) -> None:
+                waited.append(other)
 
-    class Event:
-        def record(self, stream: Stream) -> None:
-            self.number = len(copies)
+            def __enter__(self) -> None:
+                within[0] = True
 
-        def synchronize(self) -> None:
-            assert copies[self.number - 1] is not None, "a copy that was never begun"
-            for index in range(self.number):
-                if callable(copies[index]):
-                    copies[index]()
-                    copies[index] = True
+            def __exit__(self, *_: Any) -> None:
+                within[0] = False
 
-    class Buffer(torch.Tensor):
-        """Copies into it arrive when the event is waited for, as on a GPU."""
+        class Event:
+            def record(self, stream: Stream) -> None:
+                self.number = len(copies)
 
-        def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Buffer:  # type: ignore[override]
-            assert non_blocking
-            target = self
-            copies.append(lambda: torch.Tensor.copy_(target, source))
-            return self
+            def synchronize(self) -> None:
+                assert copies[self.number - 1] is not None, "a copy that was never begun"
+                for index in range(self.number):
+                    if callable(copies[index]):
+                        copies[index]()
+                        copies[index] = True
 
-    waited: list[Any] = []
-    copies: list[Any] = []
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "training")
-    monkeypatch.setattr(module, "_on_device", lambda tensor: True)
-    monkeypatch.setattr(module, "_pinned", lambda size: torch.zeros(size, dtype=torch.uint8).as_subclass(Buffer))
+        class Buffer(torch.Tensor):
+            """Copies into it arrive when the event is waited for, as on a GPU."""
+
+            def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Buffer:  # type: ignore[override]
+                assert non_blocking
+                assert within[0]
+                target = self
+                copies.append(lambda: torch.Tensor.copy_(target, source))
+                return self
+
+        def contiguous(tensor: torch.Tensor, make: Any = torch.Tensor.contiguous) -> torch.Tensor:
+            if not tensor.is_contiguous() and not within[0]:
+                made_outside.append(tensor.shape)
+            return make(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: "training")
+        monkeypatch.setattr(module, "_on_device", lambda tensor: True)
+        monkeypatch.setattr(module, "_pinned", lambda size: torch.zeros(size, dtype=torch.uint8).as_subclass(Buffer))
+
+
+def test_tensors_of_a_gpu_come_through_two_buffers(gpu: SimulatedGpu) -> None:
     kept = keeping(1, 2)
     assert same(read(kept, 2), state_of(2))
     assert same(read(kept, 1), state_of(1))
-    assert waited == ["training", "training"]
-    assert len(copies) == 2 * (4 + 1 + 1 + 1)
+    assert gpu.waited == ["training", "training"]
+    assert len(gpu.copies) == 2 * (4 + 1 + 1 + 1)
 
 
-def open_states() -> int:
-    """Memory of kept states that any process here has open."""
+def test_what_a_gpu_makes_for_a_copy_is_made_in_the_stream_of_the_copy(gpu: SimulatedGpu, tmp_path: Path) -> None:
+    kept, transposed = KeptState(), torch.arange(12.0).view(3, 4).T
+    kept.write(str(tmp_path / "file"), {"transposed": transposed}, 1).result()
+    assert torch.equal(load_file(tmp_path / "file")["transposed"], transposed)
+    assert gpu.made_outside == []
+
+
+def test_a_copy_that_failed_writes_nothing_afterward(
+    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is closed by then, and another one may have got its number."""
+    kept, written, write = KeptState(), [], module._write_all
+
+    def filling_disk(descriptor: int, data: memoryview, offset: int) -> None:
+        written.append(descriptor)
+        if len(written) == 2:
+            raise OSError("No space left on device")
+        write(descriptor, data, offset)
+
+    monkeypatch.setattr(module, "_write_all", filling_disk)
+    failed = kept.write(str(tmp_path / "file"), state_of(1), 1)
+    with pytest.raises(OSError, match="No space left"):
+        failed.result()
+    victim = os.open(tmp_path / "victim", os.O_RDWR | os.O_CREAT)
+    assert victim == written[0], "the number of the file that was closed"
+    kept.begin(2, state_of(2))
+    assert same(read(kept, 2), state_of(2))
+    os.close(victim)
+    assert (tmp_path / "victim").read_bytes() == b""
+
+
+def open_states(*processes: int) -> int:
+    """Memory of kept states that this process, and others, have open."""
     found = 0
-    for path in Path("/proc").glob("[0-9]*/fd/*"):
-        try:
-            found += MEMORY_NAME in os.readlink(path)
-        except OSError:
-            continue
+    for process in (os.getpid(), *processes):
+        for path in Path(f"/proc/{process}/fd").glob("*"):
+            with suppress(OSError):
+                found += MEMORY_NAME in os.readlink(path)
     return found
 
 
@@ -234,6 +298,7 @@ kept.wait()
 
 
 def test_a_process_that_is_killed_in_a_copy_leaves_the_version_before_and_no_memory_for_good() -> None:
+    gc.collect()
     before = open_states()
     environment = os.environ | {"PYTHONPATH": str(Path(rlhf_ray.__file__).parents[1])}
     child = subprocess.Popen(
@@ -249,7 +314,7 @@ def test_a_process_that_is_killed_in_a_copy_leaves_the_version_before_and_no_mem
     paths = json.loads(child.stdout.readline())
     for _ in range(2):  # The same files again: nothing is opened twice.
         asyncio.run(keeper.hold_state(0, paths))
-    assert open_states() == before + 4
+    assert open_states(child.pid) == before + 4
     child.communicate("die\n")
     assert child.returncode == -9
     assert open_states() == before + 2
@@ -331,6 +396,88 @@ def test_weights_do_not_change_while_they_are_copied(
     learner.recall(1)
     assert all(torch.equal(before[name], one) for name, one in runs.full_weights(learner.policy).items())
     assert kept.versions == [1]
+
+
+@pytest.mark.parametrize("begin", [lambda learner, _: learner.keep_state(1), Learner.save])
+def test_weights_do_not_leave_the_device_while_they_are_copied(
+    begin: Callable[[Learner, str], Any],
+    make_learner: Callable[..., Learner],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lora = SCENARIOS["lora"]  # Whose frozen weights a checkpoint takes without a copy.
+    learner = make_learner(KeptState(2), replace(lora, spec=lora.spec | {"keeps_state": True}))
+    runs.update(learner, lora, 0)
+    before, sizes = copy.deepcopy(learner.state()), runs.device_bytes(learner)
+    may_copy, write = threading.Event(), module._write_tensors
+    monkeypatch.setattr(module, "_write_tensors", lambda *arguments: (may_copy.wait(30), write(*arguments)))
+
+    begin(learner, str(tmp_path))
+    leaving = threading.Thread(target=learner.offload)
+    leaving.start()
+    leaving.join(0.3)
+    assert leaving.is_alive()
+    assert runs.device_bytes(learner) == sizes
+    may_copy.set()
+    leaving.join(30)
+
+    assert learner.is_offloaded
+    learner.onload()
+    assert runs.same_state(before, learner.state())
+    file = learner.keep_state(1)
+    assert file.version == (1 if begin is not Learner.save else 0)
+    learner.recall(file.version)
+    assert runs.same_state(before, learner.state())
+
+
+def test_a_checkpoint_copies_anew_what_could_not_be_kept(
+    make_learner: Callable[..., Learner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner = make_learner(kept := KeptState(2), replace(RESUMED, spec={"keeps_state": True}))
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_write_tensors", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+        learner.keep_state(0)
+        assert kept.versions == []
+    learner.save(str(tmp_path / "one")).result()
+    other = make_learner()
+    other.load(str(tmp_path / "one"))
+    assert_same_state(learner, other)
+
+
+def test_ranks_that_keep_no_state_do_not_go_back_to_what_a_checkpoint_is_written_of(
+    make_learner: Callable[..., Learner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is freed as soon as a rank has written its file: some would have it, others not any more."""
+    learner, may_write = make_learner(kept := KeptState()), threading.Event()
+    copy_to = StateFile.copy_to
+    monkeypatch.setattr(StateFile, "copy_to", lambda *arguments: (may_write.wait(30), copy_to(*arguments)))
+    written = learner.save(str(tmp_path))
+    worker = object.__new__(_Worker)
+    worker._kept, worker._learner, worker._keeps_state = kept, learner, False
+    assert kept.versions == [0]
+    assert worker._recall(0) is None
+    may_write.set()
+    written.result()
+
+
+@pytest.mark.parametrize("way", ["recall", "load"])
+def test_a_checkpoint_of_what_was_gone_back_to_is_no_copy_of_what_came_after_it(
+    way: str, make_learner: Callable[..., Learner], tmp_path: Path
+) -> None:
+    learner = make_learner(KeptState(2), replace(RESUMED, spec={"keeps_state": True}))
+    runs.update(learner, RESUMED, 0)
+    learner.save(str(tmp_path / "one"), version=1).result()
+    wanted = copy.deepcopy(learner.state())
+    runs.update(learner, RESUMED, 1)
+    learner.keep_state(2)
+    getattr(learner, way)(1 if way == "recall" else str(tmp_path / "one"))
+    assert runs.same_state(wanted, learner.state())
+
+    learner.save(str(tmp_path / "again"), version=1).result()
+
+    other = make_learner()
+    other.load(str(tmp_path / "again"))
+    assert runs.same_state(wanted, other.state())
 
 
 @pytest.mark.parametrize("keeps_state", [True, False])
@@ -423,7 +570,7 @@ def digest():
 if paths:
     kept.adopt(paths)
     worker = object.__new__(_Worker)
-    worker._kept, worker._learner = kept, learner
+    worker._kept, worker._learner, worker._keeps_state = kept, learner, True
     version = worker._recall(3)
     runs.update(learner, runs.RESUMED, 2)
     print(json.dumps([version, digest()]), flush=True)

@@ -430,26 +430,27 @@ def test_more_microbatches_make_the_host_wait_no_more_often(
 ) -> None:
     from transformers import masking_utils
 
+    from rlhf_ray.learner import varlen_attention
+
     waits, find, tolist = Waits(), masking_utils.find_packed_sequence_indices, torch.Tensor.tolist
+    attend = varlen_attention._sequence_by_sequence
 
     def found(positions: torch.Tensor) -> Any:
         waits.count -= 1  # Waits once a forward pass, in transformers.
         return find(positions)
 
+    def attended(*arguments: Any, **more: Any) -> torch.Tensor:  # In the place of a GPU's kernel, which waits for none.
+        before = waits.count
+        answer = attend(*arguments, **more)
+        waits.count = before
+        return answer
+
     def listed(tensor: torch.Tensor) -> Any:  # On a CPU it dispatches nothing.
         waits.count += 1
         return tolist(tensor)
 
-    by_sequence = varlen_attention._sequence_by_sequence
-
-    def apart(*arguments: Any, **keywords: Any) -> Any:
-        before = waits.count  # In the place of the kernel, which reads lengths on the GPU.
-        answer = by_sequence(*arguments, **keywords)
-        waits.count = before
-        return answer
-
     monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", found)
-    monkeypatch.setattr(varlen_attention, "_sequence_by_sequence", apart)
+    monkeypatch.setattr(varlen_attention, "_sequence_by_sequence", attended)
     monkeypatch.setattr(torch.Tensor, "tolist", listed)
     learner = runs.build(models, SCENARIOS[name])
     counts, microbatches = [], []

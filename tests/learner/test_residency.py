@@ -26,14 +26,19 @@ def test_tensors_that_share_memory_still_do_when_it_is_back() -> None:
     assert padded[0].tolist() == [1.0] * 4
 
 
-def test_host_memory_is_taken_once() -> None:
-    tensors = [torch.randn(10), torch.randn(20)]
-    residency = Residency(CPU)
-    residency.offload(tensors)
-    first = {host.data_ptr() for _, host in residency._away}
-    residency.onload()
-    residency.offload(tensors)
-    assert {host.data_ptr() for _, host in residency._away} == first
+def test_host_memory_is_taken_once_and_is_that_of_all_tensors_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself each would take the next power of two, where it is pinned."""
+    monkeypatch.setattr(module, "_SLAB_BYTES", 16)
+    tensors = [torch.randn(9), torch.randn(17).bfloat16(), torch.randn(()), torch.randn(5)]
+    wanted = [tensor.clone() for tensor in tensors]
+    residency, taken = Residency(CPU), []
+    for _ in range(2):
+        residency.offload(tensors)
+        taken.append([(slab.data_ptr(), slab.nbytes) for slab in residency._slabs])
+        residency.onload()
+        assert all(map(torch.equal, tensors, wanted))
+    assert taken[0] == taken[1]
+    assert [size for _, size in taken[0]] == [16] * 6  # Of 94 bytes.
 
 
 @pytest.mark.parametrize("patience_s", [10.0, 0.0])
