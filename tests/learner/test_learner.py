@@ -430,8 +430,6 @@ def test_more_microbatches_make_the_host_wait_no_more_often(
 ) -> None:
     from transformers import masking_utils
 
-    from rlhf_ray.learner import varlen_attention
-
     waits, find, tolist = Waits(), masking_utils.find_packed_sequence_indices, torch.Tensor.tolist
     attend = varlen_attention._sequence_by_sequence
 
