@@ -247,6 +247,11 @@ class LearnerGroup:
         published: tuple[WeightManifest, list[Any]] = self._execute("publish", (None,))[0]
         return published
 
+    def stage(self) -> None:
+        """In the learners' turn: have ranks copy what :meth:`send` sends in that of the engines."""
+        if self._spec.colocated:
+            self._execute("stage", (None,))
+
     def send(self, replica_ids: tuple[str, ...]) -> int | None:
         """Send the policy to the replicas over NCCL or ipc; returns its size in bytes.
 
@@ -364,12 +369,14 @@ class LearnerGroup:
                 self._check_state()
             answers = self._ask(verb, arguments)
             if answers is None:
-                self._recover(recalls=recalls)
+                with self.turn():
+                    self._recover(recalls=recalls)
                 return None
             for answer in answers:
                 if isinstance(answer, Refusal):
                     if answer.half_done:
-                        self._undo()
+                        with self.turn():
+                            self._undo()
                     raise LearnerError(f"the learners refuse to {verb}: {answer.message}")
             return answers
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -273,6 +274,43 @@ def test_a_turn_is_held_and_given_back_until_the_bridge_knows_it(
     # After Ctrl-C the caller does not wait for learners that may be in the middle of something.
     after = ["give back", "give back", *(["away"] if error is None else [])]
     assert calls == (["work", *after] if colocated else ["work"])
+
+
+def test_learners_that_died_while_they_sent_come_back_in_their_turn(
+    ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    depth = [0]
+
+    def note(call: str, answer: Any) -> Any:
+        calls.append(call if depth[0] else f"{call} (engines' turn)")
+        return answer
+
+    @contextmanager
+    def turn(self: LearnerGroup) -> Iterator[None]:
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    monkeypatch.setattr(LearnerGroup, "turn", turn)
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    bridge = Actor(
+        wait_ready=lambda *_: note("start", "group"),
+        controller=lambda: None,
+        places=lambda: ({}, {}),
+        execute=lambda command, _: note(command.verb, GroupLost() if command.verb == "send" else [0]),
+    )
+    group = group_of(bridge, monkeypatch, colocated=True)
+    group.wait_ready()
+    group.stage()
+    assert group.send(("a",)) is None
+    assert calls == ["start", "layout", "stage", "send (engines' turn)", "start", "layout", "recall"]
+
+
+def test_nothing_is_staged_where_learners_have_gpus_of_their_own(
+    ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group_of(Actor(), monkeypatch, colocated=False).stage()
 
 
 class Batch:

@@ -358,7 +358,8 @@ def test_weights_are_sent_the_way_that_is_set(transfer: str, monkeypatch: pytest
         module, "Learner", lambda spec, kept: SimpleNamespace(is_offloaded=False, weight_source=lambda: source)
     )
     bridge = SimpleNamespace(set_version=Call(lambda version: None))
-    worker = module._Worker(SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer=transfer), bridge, 0)
+    spec = SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer=transfer, colocated=False)
+    worker = module._Worker(spec, bridge, 0)
     worker.version = 4
 
     send = Command(verb="send", arguments=(("app", "deployment", 1, ("a", "b")),), group=GROUP)
@@ -415,6 +416,13 @@ class SharedLearner:
         assert not self.is_offloaded
         self.moves.append("export")
 
+    def stage_weights(self) -> None:
+        assert not self.is_offloaded
+        self.moves.append("stage")
+
+    def weight_source(self) -> Any:
+        return SimpleNamespace(size_bytes=lambda: 12)
+
 
 def test_a_rank_leaves_its_gpu_when_it_is_told_to_and_comes_back_for_a_command() -> None:
     class Polled(Bridge):
@@ -437,6 +445,35 @@ def test_a_rank_leaves_its_gpu_when_it_is_told_to_and_comes_back_for_a_command()
     assert bridge.resident == [True, False, False, True, False]
     # To leave has no answer: that it asks again says it.
     assert [result for _, result in bridge.answers] == [False, None, None]
+
+
+def test_a_rank_sends_what_it_has_staged_and_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sender:
+        def send(self, version: int, replicas: tuple[str, ...]) -> None:
+            assert learner.is_offloaded
+            learner.moves.append(f"send {version}")
+
+        def close(self) -> None: ...
+
+    learner = SharedLearner()
+    monkeypatch.setitem(sys.modules, "rlhf_ray.weight_sync.nccl", SimpleNamespace(NcclSender=None))
+    monkeypatch.setitem(sys.modules, "rlhf_ray.weight_sync.ipc", SimpleNamespace(IpcSender=lambda **_: Sender()))
+    monkeypatch.setattr(module, "Learner", lambda spec, kept: learner)
+    bridge = SimpleNamespace(set_version=Call(lambda version: None))
+    spec = SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer="ipc", colocated=True)
+    worker = module._Worker(spec, bridge, 0)
+    send = Command(verb="send", arguments=(("app", "deployment", 1, ("a",)),), group=GROUP)
+    with pytest.raises(LearnerError, match="version 0 was not staged"):
+        worker.execute(send)
+    for version in (1, 2):
+        worker.version = version
+        worker.execute(order("stage"))
+        worker.offload()
+        assert worker.execute(send) == 12
+    assert learner.moves == ["stage", "offload", "send 1", "onload", "stage", "offload", "send 2"]
+    worker.version = 3  # Ranks that were started again have staged nothing of it.
+    with pytest.raises(LearnerError, match="version 3 was not staged"):
+        worker.execute(send)
 
 
 def test_a_rank_builds_its_models_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
