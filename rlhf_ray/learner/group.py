@@ -307,7 +307,7 @@ class LearnerGroup:
     def renew(self, spec: LearnerSpec) -> None:
         """Begin again with other settings of the same parts: version 0, as after a start."""
         self._spec, self._renewed = spec, True
-        self._execute("renew", (spec,), recalls=False)
+        self._execute("renew", ((spec, True),), recalls=False)
         self._begin_at(0)
         self._initial_version = 0
 
@@ -404,7 +404,7 @@ class LearnerGroup:
             self.restarts += 1
             self._wait_ready()
             if self._renewed:  # Ray Train starts it with what the first one was started with.
-                self._execute("renew", (self._spec,), recalls=False)
+                self._execute("renew", ((self._spec, False),), recalls=False)
             came_back = not recalls or self._come_back(self._initial_version)
         if not came_back:
             self._state_is_lost = True

@@ -353,8 +353,12 @@ class _Worker:
                     _LOG.warning("the learners' state is not kept: %r", error)
         return None
 
-    def _renew(self, spec: LearnerSpec) -> None:
-        """Build the models anew, when nothing of those before is left: both at once may not fit."""
+    def _renew(self, argument: tuple[LearnerSpec, bool]) -> None:
+        """Build the models anew, when nothing of those before is left: both at once may not fit.
+
+        Ranks that were started again are brought to the same settings, and go back to what was kept under them.
+        """
+        spec, begins = argument
         self._published.clear()
         self._updated = None
         self._to_keep = self._staged_version = None
@@ -366,7 +370,8 @@ class _Worker:
         gc.collect()  # Hooks of FSDP and the model that they are on refer to each other.
         if spec.on_gpu:
             torch.cuda.empty_cache()
-        self._kept.forget()
+        if begins:
+            self._kept.forget()
         self._learner = Learner(spec, self._kept)
         self.version, self._broken_off = 0, None
 

@@ -382,6 +382,11 @@ class Ranks:
             self.weights, self.version = list(self.kept[newest]), newest
         return newest
 
+    def renew(self, argument: Any) -> None:
+        self.weights, self.version, self.copying = [], 0, None
+        if argument[1]:
+            self.kept = {}
+
     def load(self, argument: Any) -> None:
         self.weights, self.version, self.kept = ["loaded"], argument[1], {}
 
@@ -439,6 +444,20 @@ def test_updates_since_the_newest_kept_state_are_made_again(group: LearnerGroup,
     assert ranks.commands[restarted + 1 :][: dies_at - base] == [
         ("update", one) for one in range(base + 1, dies_at + 1)
     ]
+
+
+def test_another_trials_learners_that_die_go_on_with_its_settings_from_what_was_kept(
+    group: LearnerGroup, ranks: Ranks
+) -> None:
+    update(group, 1, 2, 3, 4)
+    spec: Any = SimpleNamespace(colocated=False, sequence_parallel=1)
+    group.renew(spec)
+    assert (ranks.weights, ranks.kept) == ([], {})
+    update(group, 1, 2, 3, 4)
+    ranks.dies = once("update", 5)
+    update(group, 5)
+    assert ranks.weights == after(1, 2, 3, 4, 5)
+    assert [argument for verb, argument in ranks.commands if verb == "renew"] == [(spec, True), (spec, False)]
 
 
 def test_a_death_while_updates_are_made_again_begins_with_the_kept_state_again(

@@ -309,9 +309,10 @@ class Sender:
         self._closed.append(self._learner.closed)
 
 
+@pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
-    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+    on_gpu: bool, begins: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "Learner", CyclicLearner)
     # What is freed goes back to the GPU before anything new is built there.
@@ -335,12 +336,13 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
     worker._sender = Sender(worker._learner, closed)
     worker.version = 3
 
-    worker.execute(Command(verb="renew", arguments=(spec,), group=GROUP))
+    worker.execute(Command(verb="renew", arguments=((spec, begins),), group=GROUP))
 
     assert CyclicLearner.found == [0, 0]
     assert closed == [False]
     assert emptied == [0] * on_gpu
-    assert worker._kept.versions == []
+    # Ranks that were started again go back to it.
+    assert worker._kept.versions == ([] if begins else [3])
     assert (worker._sender, worker.version) == (None, 0)
 
 
