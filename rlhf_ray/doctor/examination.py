@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.algorithms.ray_session import choose_device
+from rlhf_ray.algorithms.ray_session import choose_device, resolve_colocation
 from rlhf_ray.doctor.check import Check, Status, failed, passed, warned
 from rlhf_ray.doctor.cluster import check_ray
 from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
@@ -66,6 +66,7 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     yield check_open_files(machine)
     yield check_gpus(settings, machine, torch_sees=_torch_gpus())
     on_gpu, _ = choose_device(settings, len(machine.gpus))
+    colocated = resolve_colocation(settings, len(machine.gpus), on_gpu=on_gpu)
     say("starting Ray")
     yield check_ray(settings)
     say("reading the model")
@@ -82,7 +83,9 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     if policy is None or (has_critic and critic is None):
         yield warned("memory, engine", "not looked at without the model", "correct the model first")
         return
-    yield from _with_models(settings, machine, policy, critic, on_gpu=on_gpu, skip_engine=skip_engine, say=say)
+    yield from _with_models(
+        settings, machine, policy, critic, on_gpu=on_gpu, colocated=colocated, skip_engine=skip_engine, say=say
+    )
 
 
 def table(found: list[Check]) -> Table:
@@ -106,6 +109,7 @@ def _with_models(
     critic: ModelFacts | None,
     *,
     on_gpu: bool,
+    colocated: bool,
     skip_engine: bool,
     say: Callable[[str], None],
 ) -> Iterator[Check]:
@@ -113,7 +117,7 @@ def _with_models(
     yield check_disk(settings, policy, critic)
     yield check_shared_memory(machine, 4 * policy.num_parameters)
     try:
-        spec, max_tokens = _engine_spec(settings, policy, on_gpu=on_gpu)
+        spec, max_tokens = _engine_spec(settings, policy, on_gpu=on_gpu, colocated=colocated)
     except ConfigError as error:
         yield failed(error.field, repr(error.value), error.remedy)
         return
@@ -125,7 +129,7 @@ def _with_models(
         max_tokens=max_tokens,
         cpu_cache=spec.engine_args.get("kv_cache_memory_bytes") or 0,
     )
-    yield from check_memory(settings, machine, need, on_gpu=on_gpu)
+    yield from check_memory(settings, machine, need, on_gpu=on_gpu, colocated=colocated)
     if not skip_engine:
         from rlhf_ray.doctor.engine import check_engine
 
@@ -159,7 +163,7 @@ def _inputs(settings: Settings) -> Check:
     return passed("data, rewards", "can be read")
 
 
-def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tuple[EngineSpec, int]:
+def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool, colocated: bool) -> tuple[EngineSpec, int]:
     """Make what a replica of this run would be given, and its longest sequence in tokens."""
     from rlhf_ray.rollouts.admission import max_concurrent_groups
     from rlhf_ray.rollouts.engine_spec import engine_spec, longest_completion, max_prompt_tokens
@@ -180,6 +184,7 @@ def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool) -> tup
         on_gpu=on_gpu,
         learners_on_gpu=on_gpu and settings.learners.num_gpus_per_learner != 0,
         dtype=("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype,
+        colocated=colocated,
     )
     return spec, prompt_tokens + longest_completion(rollouts, evaluation)[1]
 

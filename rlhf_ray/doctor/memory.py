@@ -41,6 +41,8 @@ class MemoryNeed:
     """Policy, critic, optimizers and reference, a learner."""
     offloaded: int
     """What of it a learner on a GPU keeps in CPU memory."""
+    away: int
+    """What of it is in CPU memory in the turn of an engine on the same GPU."""
     copies: int
     """Kept copies of a learner's state, in CPU memory."""
     engine_weights: int
@@ -77,10 +79,13 @@ class MemoryNeed:
         reference = dtype_bytes * policy.num_parameters if settings.training.kl_coef > 0 and not lora else 0
         base = _WEIGHT_BYTES * policy.num_parameters if lora else 0
         shards, learners = settings.rollouts.tensor_parallel_size, settings.learners
+        # Gradients are kept by an optimizer that is there anyway.
+        asleep = trained if learners.offload_optimizer else trained * _SAVED_BYTES // _TRAINED_BYTES
         offloaded = (trained + base) * learners.offload_optimizer + reference * learners.offload_reference
         return cls(
             learner=(trained + base + reference) // learners.num_learners,
             offloaded=offloaded // learners.num_learners,
+            away=(asleep + base + reference) // learners.num_learners,
             copies=_state_copies(settings, policy, critic) // learners.num_learners,
             engine_weights=dtype_bytes * policy.num_parameters // shards,
             sequence=max_tokens * (kv_token_bytes(policy.config, dtype_bytes) or 0) // shards,
@@ -93,14 +98,28 @@ def _state_copies(settings: Settings, policy: ModelFacts, critic: ModelFacts | N
     return _COPIES * _SAVED_BYTES * _num_trained(settings, policy, critic) * settings.fault_tolerance.keeps_state
 
 
-def check_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, on_gpu: bool) -> list[Check]:
-    """Compare the need with this machine; a cluster's nodes are taken to be like it."""
+def check_memory(
+    settings: Settings, machine: Machine, need: MemoryNeed, *, on_gpu: bool, colocated: bool = False
+) -> list[Check]:
+    """Compare the need with this machine; a cluster's nodes are taken to be like it.
+
+    Args:
+        settings: The run's settings.
+        machine: This machine.
+        need: What models take.
+        on_gpu: Whether engines run on GPUs.
+        colocated: Whether each learner takes turns with an engine, on one GPU.
+    """
     if not on_gpu:
-        return [_cpu_memory(settings, machine, need)]
-    learner_on_gpu = settings.learners.num_gpus_per_learner != 0
+        engine = need.engine_weights + need.cpu_cache
+        return [_cpu_memory(settings, machine, need, learner=need.learner, engine=engine)]
+    if settings.learners.num_gpus_per_learner == 0:
+        return [_cpu_memory(settings, machine, need, learner=need.learner), _engine_gpu(settings, machine, need)]
+    learner, engine = (need.away, need.engine_weights) if colocated else (need.offloaded, 0)
     return [
-        _learner_gpu(machine, need) if learner_on_gpu else _cpu_memory(settings, machine, need, engines=False),
+        _learner_gpu(machine, need),
         _engine_gpu(settings, machine, need),
+        _cpu_memory(settings, machine, need, learner=learner, engine=engine),
     ]
 
 
@@ -137,22 +156,23 @@ def _parameters(model: ModelFacts | None) -> int:
     return 0 if model is None else model.num_parameters
 
 
-def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, engines: bool = True) -> Check:
-    learners, replicas = settings.learners.num_learners, settings.rollouts.num_replicas if engines else 0
-    engine = need.engine_weights + need.cpu_cache
+def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, learner: int, engine: int = 0) -> Check:
+    """Compare what a learner and an engine have in CPU memory."""
+    learners, replicas = settings.learners.num_learners, settings.rollouts.num_replicas
     processes = learners * _LEARNER_PROCESS_BYTES + replicas * _ENGINE_PROCESSES_BYTES + _DRIVER_AND_RAY_BYTES
-    total = learners * (need.learner + need.copies) + replicas * engine + processes
-    parts = [f"learners {in_units(learners * need.learner)}"]
+    total = learners * (learner + need.copies) + replicas * engine + processes
+    parts = [f"learners {in_units(learners * learner)}"]
     if need.copies:
         parts.append(f"copies of their state {in_units(learners * need.copies)}")
-    if engines:
-        parts.append(f"engines {in_units(replicas * engine)} with cache {in_units(need.cpu_cache)} each")
+    if engine:
+        cache = f" with cache {in_units(need.cpu_cache)} each" if need.cpu_cache else ""
+        parts.append(f"engines {in_units(replicas * engine)}{cache}")
     parts.append(f"programs {in_units(processes)}")
     detail = f"{in_units(total)} ({', '.join(parts)}), {in_units(machine.available_bytes)} free"
     if settings.resources.ray_address is not None:
         return passed("memory", f"{detail} here; the cluster's nodes share it")
     if total > machine.available_bytes:
-        remedy = "use a smaller model, fewer replicas, less rollouts.kv_cache_bytes"
+        remedy = "use a smaller model, fewer replicas" + ", less rollouts.kv_cache_bytes" * (need.cpu_cache > 0)
         if need.copies:
             remedy += ", or turn copies off: fault_tolerance.state_interval=0"
         return failed("memory", detail, remedy)

@@ -122,20 +122,58 @@ def statuses(checks: Iterable[Check]) -> dict[str, str]:
 )
 def test_gpus(machine: MakeMachine, gpu_gib: float, learner: str, engine: str) -> None:
     settings = Settings()
-    found = check_memory(settings, machine(gpus=1, gpu_gib=gpu_gib), need(settings), on_gpu=True)
-    assert statuses(found) == {"learner memory": learner, "engine memory": engine}
+    found = check_memory(settings, machine(gpus=1, gpu_gib=gpu_gib, available_gib=99), need(settings), on_gpu=True)
+    assert statuses(found) == {"learner memory": learner, "engine memory": engine, "memory": "ok"}
+
+
+@pytest.mark.parametrize("colocated", [False, True])
+@pytest.mark.parametrize(
+    ("billions", "gpus", "a_gpu", "in_host", "away"),
+    # Policy and critic. GiB of weights, gradients and Adam on a GPU: 2 * 16 bytes a parameter. In host memory: copies
+    # of 2 * 24, and where GPUs are shared 2 * 12 of learners that are away, and 2 of each sleeping engine.
+    [
+        (0.5, 1, 14.9, 22.4, 12.1),
+        (1.5, 2, 22.4, 67.1, 39.1),
+        (7.0, 8, 26.1, 312.9, 260.8),
+        (32.0, 16, 59.6, 1430.5, 1668.9),
+    ],
+)
+def test_the_arithmetic_of_models_and_gpus(
+    billions: float, gpus: int, a_gpu: float, in_host: float, away: float, colocated: bool, machine: MakeMachine
+) -> None:
+    settings = Settings(
+        learners=LearnerSettings(num_learners=gpus),
+        rollouts=RolloutSettings(num_replicas=gpus),
+        resources=ResourceSettings(colocate=colocated),
+    )
+    needed = need(settings, policy=int(billions * BILLION))
+    assert needed.learner / GIB == pytest.approx(a_gpu, abs=0.05)
+    total = in_host + colocated * away + 1.5 + gpus * (0.7 + 1.3)
+
+    def memory(available_gib: float) -> Check:
+        here = machine(gpus=gpus, available_gib=available_gib)
+        return check_memory(settings, here, needed, on_gpu=True, colocated=colocated)[2]
+
+    assert memory(total * 1.3).status == "ok"
+    assert memory(total * 1.01).status == "warn"
+    assert memory(total * 0.99).status == "fail"
+
+
+def test_what_an_optimizer_keeps_in_host_memory_is_there_in_any_turn(machine: MakeMachine) -> None:
+    settings = Settings(learners=LearnerSettings(offload_optimizer=True))
+    assert need(settings).away == need(settings).offloaded == 32 * BILLION
 
 
 def test_the_remedy_shards_enough(machine: MakeMachine) -> None:
     settings = Settings()
-    learner, _ = check_memory(settings, machine(gpus=8, gpu_gib=24), need(settings), on_gpu=True)
+    learner, *_ = check_memory(settings, machine(gpus=8, gpu_gib=24), need(settings), on_gpu=True)
     assert "times 3" in learner.remedy  # 29.8 GiB over three GPUs of 24, 40 % left for activations
 
 
 def test_a_group_that_does_not_fit_is_slow(machine: MakeMachine) -> None:
     settings = Settings(rollouts=RolloutSettings(group_size=64))
     # 0.85 * 4 GiB - 1.86 GiB leave 1.54 GiB; a sequence of 1,000 tokens takes 27 MiB: 57 of them.
-    _, engine = check_memory(settings, machine(gpus=1, gpu_gib=4), need(settings), on_gpu=True)
+    _, engine, _ = check_memory(settings, machine(gpus=1, gpu_gib=4), need(settings), on_gpu=True)
     assert engine.status == "warn"
     assert "57 longest sequences" in engine.detail
 
