@@ -152,10 +152,15 @@ class Bridge(StateKeeper):
         if self._turns is not None:
             await self._turns.give_back(token)
 
-    async def wait_away(self) -> None:
-        """See :meth:`Turns.wait_away`."""
-        if self._turns is not None:
-            await self._turns.wait_away()
+    async def wait_away(self, timeout_s: float) -> bool:
+        """See :meth:`Turns.wait_away`; whether time is over."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self._turns is not None:
+                    await self._turns.wait_away()
+        except TimeoutError:
+            return True
+        return False
 
     async def follow_turn(
         self, replica_id: str, *, awake: bool, actor: Any, place: Place, timeout_s: float

@@ -170,7 +170,8 @@ class LearnerGroup:
                 # A bridge that was started again in this moment is asked to hold what it was never given back.
                 while not ray.wait([held], timeout=_CHECK_S)[0]:
                     ray.get(self.bridge.give_turn_back.remote(token))
-        self._await(self.bridge.wait_away.remote(), "to leave their GPUs")
+        if self._await(self.bridge.wait_away.remote(self._update_timeout_s), "to leave their GPUs"):
+            raise self._too_slow("to leave their GPUs")
 
     def replicas_are_placed(self) -> bool:
         """Whether every replica that shares a GPU with a learner has its own, where it waits to build its engine."""
@@ -289,8 +290,7 @@ class LearnerGroup:
             finally:
                 self._saving_version = None
             if saved is None:
-                limit = f"learners.update_timeout_s = {self._update_timeout_s:g} s"
-                raise LearnerError(f"the learners took longer than {limit} to write a checkpoint")
+                raise self._too_slow("to write a checkpoint")
             if isinstance(saved, GroupLost):
                 raise LearnerError("the learners were started again while they wrote a checkpoint")
             files: dict[str, StoredFile] = saved
@@ -387,10 +387,12 @@ class LearnerGroup:
         self._last_command = command.command_id
         answers = self._await(self.bridge.execute.remote(command, self._update_timeout_s), f"to {verb}")
         if answers is None:
-            raise LearnerError(
-                f"the learners took longer than learners.update_timeout_s = {self._update_timeout_s:g} s to {verb}"
-            )
+            raise self._too_slow(f"to {verb}")
         return None if isinstance(answers, GroupLost) else list(answers)
+
+    def _too_slow(self, purpose: str) -> LearnerError:
+        limit = f"learners.update_timeout_s = {self._update_timeout_s:g} s"
+        return LearnerError(f"the learners took longer than {limit} {purpose}")
 
     def _check_state(self) -> None:
         if self._state_is_lost:

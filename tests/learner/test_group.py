@@ -256,7 +256,7 @@ def test_a_turn_is_held_and_given_back_until_the_bridge_knows_it(
     bridge = Actor(
         hold_turn=hold,
         give_turn_back=lambda token: calls.append("give back"),
-        wait_away=lambda: calls.append("away"),
+        wait_away=lambda timeout_s: calls.append("away"),
     )
     group = group_of(bridge, monkeypatch, colocated=colocated)
 
@@ -311,6 +311,16 @@ def test_nothing_is_staged_where_learners_have_gpus_of_their_own(
     ended: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     group_of(Actor(), monkeypatch, colocated=False).stage()
+
+
+def test_learners_that_do_not_leave_their_gpus_are_an_error(ended: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    bridge = Actor(
+        hold_turn=lambda token: None, give_turn_back=lambda token: None, wait_away=lambda timeout_s: timeout_s == 1.0
+    )
+    group = group_of(bridge, monkeypatch, colocated=True)
+    with pytest.raises(LearnerError, match="update_timeout_s = 1 s to leave their GPUs"), group.turn():
+        pass
 
 
 class Batch:

@@ -235,7 +235,7 @@ class Machine:
                 recalled = version - (verb == "update")
                 await self.call("execute", Command(verb="recall", arguments=(recalled,), group=self._group), PATIENCE_S)
         await self.give_back(token, held)
-        await self.call("wait_away")
+        assert not await self.call("wait_away", PATIENCE_S)
 
     # Deaths.
 
@@ -357,7 +357,8 @@ def test_the_learners_turn_is_over_when_every_rank_is_away() -> None:
             assert await bridge.wait_turn(rank, "group", PLACE, PATIENCE_S)
         await bridge.give_turn_back("turn")
         await held
-        over = asyncio.ensure_future(bridge.wait_away())
+        assert await bridge.wait_away(0.01)
+        over = asyncio.ensure_future(bridge.wait_away(PATIENCE_S))
         for rank in (0, 1):
             told = await bridge.next_command(rank, "group", 0, PATIENCE_S, True)
             assert told is not None
