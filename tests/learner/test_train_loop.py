@@ -227,7 +227,7 @@ def test_a_refusal_says_whether_weights_are_those_of_no_version() -> None:
     assert [result.half_done for _, result in bridge.answers[:2]] == [True, False]
 
 
-@pytest.mark.parametrize("verbs", [["update", "publish", "update"], ["update", "update"]])
+@pytest.mark.parametrize("verbs", [["update", "publish", "update"], ["update", "update"], ["update", "offload"]])
 def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs: list[str]) -> None:
     events: list[str] = []
 
@@ -243,8 +243,12 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs:
         def keep_state(self, version: int, *, spare: int | None) -> None:
             events.append(f"copy of {version}")
 
+        def offload(self) -> None:
+            events.append("offload")
+
     class Publishing(Worker):
         execute = module._Worker.execute
+        offload = module._Worker.offload
 
         def _publish(self, _: None) -> None:
             events.append("published")
@@ -261,7 +265,7 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs:
     module._serve(worker, bridge, 1, GROUP, timeline=False)
 
     first = ["updated", "answered"] + (["published", "answered"] if "publish" in verbs else [])
-    assert events[: len(first) + 2] == [*first, "copy of 1", "updated"]
+    assert events[: len(first) + 2] == [*first, "copy of 1", "offload" if verbs[-1] == "offload" else "updated"]
 
 
 def test_a_state_that_was_loaded_is_kept_when_that_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:

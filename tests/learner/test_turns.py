@@ -377,11 +377,13 @@ def test_weights_are_sent_while_engines_are_awake_whoever_wants_the_turn_meanwhi
         assert told is None
         held = asyncio.ensure_future(bridge.hold_turn("update"))
         assert await bridge.wait_turn(0, "group", PLACE, PATIENCE_S)
+        assert await bridge.next_command(0, "group", 1, 0.001, True) is None
         await bridge.give_turn_back("update")
         await held
         sending = asyncio.ensure_future(
             bridge.execute(Command(verb="send", arguments=(None,), group="group"), PATIENCE_S)
         )
+        await asyncio.sleep(0.01)
         # One that is there must leave first: the engine could not wake.
         for resident in (True, False):
             command = await bridge.next_command(0, "group", 1, PATIENCE_S, resident)
