@@ -105,7 +105,7 @@ def host_bytes(case: Case, need: MemoryNeed) -> int:
     """Of a node: kept states, and what sleeps while another process has the GPU."""
     learners = min(case.settings.get("learners.num_learners", 1), case.per_node)
     replicas = min(case.settings.get("rollouts.num_replicas", 1), case.per_node)
-    asleep = learners * need.asleep + replicas * need.engine_weights
+    asleep = learners * need.away + replicas * need.engine_weights
     return learners * need.copies + asleep * case.colocated
 
 

@@ -31,7 +31,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.plain_values import plain_value, restored_value, shown_value
 from rlhf_ray.schedule import Schedule
-from rlhf_ray.setting_names import OTHER_NAMES, missing_attribute, setting_names, unknown_section, unknown_setting
+from rlhf_ray.setting_names import (
+    OTHER_NAMES,
+    missing_attribute,
+    setting_names,
+    unknown_section,
+    unknown_setting,
+    with_todays_names,
+)
 from rlhf_ray.settings import RewardSpec, Settings, quickstart_preset
 from rlhf_ray.validation import section_types, setting_types, typed_value, validate
 from rlhf_ray.yaml_text import parsed_override, parsed_sections, yaml_text
@@ -289,7 +296,7 @@ class AlgorithmConfig:
             ConfigError: The file is missing, is not YAML, or holds an unknown name or a wrong value; or it holds all
                 that makes up another algorithm than the one that is asked for.
         """
-        sections = parsed_sections(source)
+        sections = with_todays_names(parsed_sections(source))
         config = cls._from({**sections, "algorithm": algorithm or sections.get("algorithm")}, from_text=True)
         if algorithm is not None:
             config._check_is_not(_algorithm_config(sections.get("algorithm") or _DEFAULT_ALGORITHM))

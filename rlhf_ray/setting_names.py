@@ -145,6 +145,16 @@ def setting_names() -> dict[str, tuple[str, ...]]:
     return {section: tuple(setting_types(section)) for section in section_types()}
 
 
+def with_todays_names(sections: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings as an earlier version wrote them to the folders of its runs and checkpoints, by the names of today."""
+    section = sections.get("fault_tolerance")
+    old = "keep_learner_state"
+    if not isinstance(section, Mapping) or not isinstance(section.get(old), bool):
+        return sections
+    others = {name: value for name, value in section.items() if name != old}
+    return {**sections, "fault_tolerance": {"state_interval": int(section[old]), **others}}
+
+
 def unknown_section(key: str, section: str, name: str, value: Any) -> ConfigError:
     """What to raise for a ``key`` whose section does not exist."""
     near = _near(section, section_types())

@@ -501,7 +501,7 @@ class ResourceSettings:
     )
     colocate: Literal["auto"] | bool = setting(
         "auto",
-        "whether each replica shares its GPU with a learner and they take turns, which needs rollouts.max_staleness 0, rollouts.tensor_parallel_size 1 and as many learners as replicas; auto: where the GPUs do not suffice for both, and never on CPUs",
+        "whether each replica shares its GPU with a learner and they take turns, which needs rollouts.max_staleness 0, rollouts.tensor_parallel_size 1 and as many learners as replicas; auto: where the GPUs do not suffice for both and reward models, and never on CPUs",
     )
     ray_address: str | None = setting(None, "Ray cluster to join; unset: RAY_ADDRESS, else a Ray on this machine")
     cpus_per_replica: float | None = setting(

@@ -319,6 +319,7 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"rollouts.tensor_parallel_size": 2, "resources.device": "cpu"}, "rollouts.tensor_parallel_size", "use 1"),
     ({"rollouts.weight_transfer": "nccl", "resources.device": "cpu"}, "rollouts.weight_transfer", "needs GPUs"),
     ({"rollouts.weight_transfer": "ipc", "resources.device": "cpu"}, "rollouts.weight_transfer", "ipc needs GPUs"),
+    ({"rollouts.weight_transfer": "ipc", "resources.colocate": False}, "rollouts.weight_transfer", "share it"),
     (
         {"rollouts.weight_transfer": "ipc", "rollouts.max_paused_replicas": 2},
         "rollouts.max_paused_replicas",

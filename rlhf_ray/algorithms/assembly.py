@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import uuid
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -259,7 +259,7 @@ def _started_parts(
     # The dataset is read in this thread while the others wait for processes.
     inputs.prompts.open()
     rewards.progress = training_progress(settings, inputs)
-    _wait(learners, app, rewards, reporters)
+    _wait(learners, app, rewards, reporters, in_turn=session.colocated)
     if session.lease is not None:
         session.lease.started()
     sends = _weight_transfer(settings, session) != "shared_memory"
@@ -329,7 +329,9 @@ def training_sampling(settings: Settings) -> SamplingSettings:
     )
 
 
-def _wait(learners: LearnerGroup, app: RolloutApp, rewards: RewardStage, reporters: ReporterSet) -> None:
+def _wait(
+    learners: LearnerGroup, app: RolloutApp, rewards: RewardStage, reporters: ReporterSet, *, in_turn: bool
+) -> None:
     """Wait for all three; the first that fails ends the wait for the others."""
     stopped = threading.Event()
 
@@ -338,10 +340,16 @@ def _wait(learners: LearnerGroup, app: RolloutApp, rewards: RewardStage, reporte
         if not stopped.is_set():
             rewards.start()
 
+    def wait_for_app() -> None:
+        if in_turn:  # Engines are built when learners have left: their time begins then.
+            wait([learners_ready])
+        app.wait_ready()
+
     with ThreadPoolExecutor(3, "start-up") as pool:
+        learners_ready = pool.submit(learners.wait_ready)
         pending = {
-            pool.submit(learners.wait_ready): "learners",
-            pool.submit(app.wait_ready): "rollout replicas",
+            learners_ready: "learners",
+            pool.submit(wait_for_app): "rollout replicas",
             pool.submit(start_rewards): "reward workers",
         }
         try:
@@ -354,8 +362,6 @@ def _wait(learners: LearnerGroup, app: RolloutApp, rewards: RewardStage, reporte
 
 
 def _report_progress(pending: dict[Any, str], reporters: ReporterSet) -> None:
-    from concurrent.futures import FIRST_COMPLETED, wait
-
     while pending:
         reporters.phase("starting " + ", ".join(sorted(pending.values())))
         done, _ = wait(pending, return_when=FIRST_COMPLETED)

@@ -109,7 +109,8 @@ def resolve_colocation(settings: Settings, gpus: float, *, on_gpu: bool) -> bool
         and rollouts.weight_transfer != "nccl"
         and learners.num_gpus_per_learner != 0
     )
-    return on_gpu and can and gpus < _gpus_needed(settings, colocated=False)
+    of_models = _gpus_of_models(settings, on_gpu=on_gpu)
+    return on_gpu and can and gpus < _gpus_needed(settings, colocated=False) + of_models
 
 
 def resolve_device(settings: Settings, gpus: float) -> bool:
@@ -267,7 +268,7 @@ class RaySession:
 
         def room(cpus: float) -> Room:
             shares = cpu_shares(settings, cpus)
-            taken = Room(cpus=shares.total(settings), gpus=gpus)
+            taken = Room(cpus=shares.total(settings), gpus=gpus, in_pairs=self.colocated and self.on_gpu)
             offered[taken] = shares
             return taken
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,9 +14,11 @@ from rlhf_ray.checkpoints.checkpoint import Checkpoint
 from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.checkpoints.store import CheckpointStore
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.plain_values import plain_value
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.reporting.run_lock import RunLock
-from rlhf_ray.settings import CheckpointingSettings
+from rlhf_ray.setting_names import with_todays_names
+from rlhf_ray.settings import CheckpointingSettings, Settings
 
 if TYPE_CHECKING:
     from rlhf_ray.config import AlgorithmConfig
@@ -116,7 +118,12 @@ def check_same(directory: RunDirectory, resolved: str) -> None:
     Raises:
         ConfigError: They differ.
     """
-    there, here = dict(_flat(_recorded(directory))), dict(_flat(yaml.safe_load(resolved)))
+    here = dict(_flat(yaml.safe_load(resolved)))
+    # A setting that the run does not know is one that came later: it ran as that is by default.
+    defaults = dict(_flat(plain_value(asdict(Settings()))))
+    there: dict[str, Any] = {name: defaults.get(name) for name in here} | dict(
+        _flat(with_todays_names(_recorded(directory)))
+    )
     here[_PATH] = _own_path(here.get(_PATH), run_name=directory.name, recorded=there.get(_PATH))
     there[_PATH] = None if there.get(_PATH) is None else Folder.at(there[_PATH]).location
     names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))

@@ -24,6 +24,8 @@ class Room:
 
     cpus: float
     gpus: float
+    in_pairs: bool = False
+    """Whether replica and learner share each GPU: Ray pairs them as long as nothing else takes parts of GPUs."""
 
     def __sub__(self, other: Room) -> Room:
         return Room(cpus=self.cpus - other.cpus, gpus=self.gpus - other.gpus)
@@ -74,7 +76,8 @@ class TrialRoom:
             free -= taken
         others = len(self._starting) + len(self._running)
         is_next = next(iter(self._waiting)) == trial
-        granted = is_next and need.fits_in(free)
+        is_in_the_way = bool(self._starting) and any(room.in_pairs for room in (need, *self._starting.values()))
+        granted = is_next and need.fits_in(free) and not is_in_the_way
         if granted:
             del self._waiting[trial]
             self._starting[trial] = need

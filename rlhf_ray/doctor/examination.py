@@ -66,6 +66,7 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     yield check_open_files(machine)
     yield check_gpus(settings, machine, torch_sees=_torch_gpus())
     on_gpu, _ = choose_device(settings, len(machine.gpus))
+    colocated = resolve_colocation(settings, len(machine.gpus), on_gpu=on_gpu)
     say("starting Ray")
     yield check_ray(settings)
     say("reading the model")
@@ -82,7 +83,9 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     if policy is None or (has_critic and critic is None):
         yield warned("memory, engine", "not looked at without the model", "correct the model first")
         return
-    yield from _with_models(settings, machine, policy, critic, on_gpu=on_gpu, skip_engine=skip_engine, say=say)
+    yield from _with_models(
+        settings, machine, policy, critic, on_gpu=on_gpu, colocated=colocated, skip_engine=skip_engine, say=say
+    )
 
 
 def table(found: list[Check]) -> Table:
@@ -106,6 +109,7 @@ def _with_models(
     critic: ModelFacts | None,
     *,
     on_gpu: bool,
+    colocated: bool,
     skip_engine: bool,
     say: Callable[[str], None],
 ) -> Iterator[Check]:

@@ -48,8 +48,8 @@ class MemoryNeed:
     """What of it a learner on a GPU keeps in CPU memory."""
     working: int
     """An estimate of gathered layers and activations of a microbatch, a learner."""
-    asleep: int
-    """Weights, moments and reference of a learner in CPU memory, where an engine has its turn on the GPU."""
+    away: int
+    """What of it is in CPU memory in the turn of an engine on the same GPU."""
     copies: int
     """Kept copies of a learner's state, in CPU memory."""
     engine_weights: int
@@ -82,21 +82,18 @@ class MemoryNeed:
         """
         # The frozen weights serve as the reference too.
         lora = settings.model.lora_rank > 0
-        trained = _num_trained(settings, policy, critic)
+        trained = _TRAINED_BYTES * _num_trained(settings, policy, critic)
         reference = dtype_bytes * policy.num_parameters if settings.training.kl_coef > 0 and not lora else 0
         base = _WEIGHT_BYTES * policy.num_parameters if lora else 0
         shards, learners = settings.rollouts.tensor_parallel_size, settings.learners
-        on_host = (
-            _TRAINED_BYTES * trained + base
-        ) * learners.offload_optimizer + reference * learners.offload_reference
-        # Gradients are not moved: there are none between updates.
-        moved = (_SAVED_BYTES * trained + base) * (not learners.offload_optimizer)
-        moved += reference * (not learners.offload_reference)
+        # Gradients are kept by an optimizer that is there anyway.
+        asleep = trained if learners.offload_optimizer else trained * _SAVED_BYTES // _TRAINED_BYTES
+        offloaded = (trained + base) * learners.offload_optimizer + reference * learners.offload_reference
         return cls(
-            learner=(_TRAINED_BYTES * trained + base + reference) // learners.num_learners,
-            offloaded=on_host // learners.num_learners,
+            learner=(trained + base + reference) // learners.num_learners,
+            offloaded=offloaded // learners.num_learners,
             working=_working(policy, learners.max_tokens_per_microbatch, dtype_bytes, learners.gradient_checkpointing),
-            asleep=moved // learners.num_learners,
+            away=(asleep + base + reference) // learners.num_learners,
             copies=_state_copies(settings, policy, critic) // learners.num_learners,
             engine_weights=dtype_bytes * policy.num_parameters // shards,
             sequence=max_tokens * (kv_token_bytes(policy.config, dtype_bytes) or 0) // shards,
@@ -135,18 +132,20 @@ def check_memory(
     Args:
         settings: The run's settings.
         machine: This machine.
-        need: What the models take.
-        on_gpu: Whether replicas run on GPUs.
-        colocated: Whether each replica shares its GPU with a learner.
+        need: What models take.
+        on_gpu: Whether engines run on GPUs.
+        colocated: Whether each learner takes turns with an engine, on one GPU.
     """
     if not on_gpu:
-        return [_cpu_memory(settings, machine, need, colocated=colocated)]
+        engine = need.engine_weights + need.cpu_cache
+        return [_cpu_memory(settings, machine, need, learner=need.learner, engine=engine)]
     if settings.learners.num_gpus_per_learner == 0:
-        return [_cpu_memory(settings, machine, need, engines=False), _engine_gpu(settings, machine, need)]
+        return [_cpu_memory(settings, machine, need, learner=need.learner), _engine_gpu(settings, machine, need)]
+    learner, engine = (need.away, need.engine_weights) if colocated else (need.offloaded, 0)
     return [
         _learner_gpu(machine, need, colocated=colocated),
         _engine_gpu(settings, machine, need, colocated=colocated),
-        _host_memory(settings, machine, need, colocated=colocated),
+        _cpu_memory(settings, machine, need, learner=learner, engine=engine),
     ]
 
 
@@ -183,51 +182,29 @@ def _parameters(model: ModelFacts | None) -> int:
     return 0 if model is None else model.num_parameters
 
 
-def _cpu_memory(
-    settings: Settings, machine: Machine, need: MemoryNeed, *, engines: bool = True, colocated: bool = False
-) -> Check:
-    learners, replicas = settings.learners.num_learners, settings.rollouts.num_replicas if engines else 0
-    engine = need.engine_weights + need.cpu_cache
+def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, learner: int, engine: int = 0) -> Check:
+    """Compare what a learner and an engine have in CPU memory."""
+    learners, replicas = settings.learners.num_learners, settings.rollouts.num_replicas
     processes = learners * _LEARNER_PROCESS_BYTES + replicas * _ENGINE_PROCESSES_BYTES + _DRIVER_AND_RAY_BYTES
-    # While it moves, what is moved is there twice.
-    total = learners * (need.learner + need.copies + need.asleep * colocated) + replicas * engine + processes
-    parts = [f"learners {in_units(learners * need.learner)}"]
+    total = learners * (learner + need.copies) + replicas * engine + processes
+    parts = [f"learners {in_units(learners * learner)}"]
     if need.copies:
         parts.append(f"copies of their state {in_units(learners * need.copies)}")
-    if engines:
-        parts.append(f"engines {in_units(replicas * engine)} with cache {in_units(need.cpu_cache)} each")
+    if engine:
+        cache = f" with cache {in_units(need.cpu_cache)} each" if need.cpu_cache else ""
+        parts.append(f"engines {in_units(replicas * engine)}{cache}")
     parts.append(f"programs {in_units(processes)}")
     detail = f"{in_units(total)} ({', '.join(parts)}), {in_units(machine.available_bytes)} free"
     if settings.resources.ray_address is not None:
         return passed("memory", f"{detail} here; the cluster's nodes share it")
     if total > machine.available_bytes:
-        remedy = "use a smaller model, fewer replicas, less rollouts.kv_cache_bytes"
+        remedy = "use a smaller model, fewer replicas" + ", less rollouts.kv_cache_bytes" * (need.cpu_cache > 0)
         if need.copies:
             remedy += ", or turn copies off: fault_tolerance.state_interval=0"
         return failed("memory", detail, remedy)
     if total > 0.8 * machine.available_bytes:
         return warned("memory", detail, "activations may not fit: lower learners.max_tokens_per_microbatch")
     return passed("memory", detail)
-
-
-def _host_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, colocated: bool) -> Check:
-    """CPU memory of a machine that holds all replicas and learners, or as many as it has GPUs for."""
-    name, learners, replicas = "host memory", settings.learners.num_learners, settings.rollouts.num_replicas
-    gpus = replicas if colocated else learners + replicas * settings.rollouts.tensor_parallel_size
-    share = min(1.0, len(machine.gpus) / gpus) if machine.gpus else 1.0
-    parts = {"kept states": learners * need.copies, "offloaded": learners * need.offloaded}
-    if colocated:
-        parts |= {"sleeping learners": learners * need.asleep, "sleeping engines": replicas * need.engine_weights}
-    parts["programs"] = learners * _LEARNER_PROCESS_BYTES + replicas * _ENGINE_PROCESSES_BYTES
-    total = int(share * sum(parts.values())) + _DRIVER_AND_RAY_BYTES
-    told = ", ".join(f"{part} {in_units(int(share * size))}" for part, size in parts.items() if size)
-    detail = f"{in_units(total)} ({told}), {in_units(machine.available_bytes)} free"
-    if not machine.gpus:
-        return passed(name, f"{detail} here; the cluster's nodes share it")
-    if total > machine.available_bytes:
-        remedy = "keep no states (fault_tolerance.state_interval=0), or spread the run over more nodes"
-        return failed(name, detail, remedy)
-    return passed(name, detail)
 
 
 def _learner_gpu(machine: Machine, need: MemoryNeed, *, colocated: bool) -> Check:

@@ -33,7 +33,7 @@ _SNAPSHOT_TIMEOUT_S = 7200.0
 _MOST_SPANS = 100_000
 _MOST_FAILURES = 1_000
 # What a rank does without its models.
-_WITHOUT_MODELS = frozenset({"layout", "stop", "offload"})
+_WITHOUT_MODELS = frozenset({"layout", "stop", "offload", "send"})
 
 __all__ = ["Bridge", "Command", "GroupLost", "RankFailure", "Refusal", "bridge_actor"]
 
@@ -43,8 +43,8 @@ class Command:
     """One order to all ranks of a worker group."""
 
     verb: str
-    """``layout``, ``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` or
-    ``stop``; ``offload`` is the bridge's own, for a rank whose turn is over."""
+    """``layout``, ``update``, ``publish``, ``stage``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export``
+    or ``stop``; ``offload`` is the bridge's own, for a rank whose turn is over."""
     arguments: tuple[Any, ...]
     """One entry a rank, or a single one for all."""
     group: str
@@ -152,10 +152,15 @@ class Bridge(StateKeeper):
         if self._turns is not None:
             await self._turns.give_back(token)
 
-    async def wait_away(self) -> None:
-        """See :meth:`Turns.wait_away`."""
-        if self._turns is not None:
-            await self._turns.wait_away()
+    async def wait_away(self, timeout_s: float) -> bool:
+        """See :meth:`Turns.wait_away`; whether time is over."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                if self._turns is not None:
+                    await self._turns.wait_away()
+        except TimeoutError:
+            return True
+        return False
 
     async def follow_turn(
         self, replica_id: str, *, awake: bool, actor: Any, place: Place, timeout_s: float
@@ -340,7 +345,7 @@ class Bridge(StateKeeper):
 
     async def current_weights(self) -> tuple[WeightManifest, list[Any]] | None:
         """The newest published weights if they are in the object store; the learners are not asked for them."""
-        return None if self._manifest is None else (self._manifest, self._refs)
+        return (self._manifest, self._refs) if self._manifest and self._manifest.version == self._version else None
 
     def _has(self, min_version: int) -> bool:
         return self._manifest is not None and self._manifest.version >= min_version
@@ -404,14 +409,24 @@ class Bridge(StateKeeper):
             return None
         return pending.command if self._may_come(pending.command) else None
 
+    def _engines_load(self, now: bool) -> None:
+        if self._turns is not None:
+            self._turns.engines_load = now
+
     def _may_come(self, command: Command) -> bool:
         """Whether the GPUs are free for a command."""
-        return self._turns is None or command.verb in _WITHOUT_MODELS or self._turns.engines_sleep()
+        if self._turns is None:
+            return True
+        if command.verb == "send":
+            return self._turns.ranks_are_away()
+        return command.verb in _WITHOUT_MODELS or self._turns.engines_sleep()
 
     async def _answers(self, command: Command) -> list[Any] | RankFailure | GroupLost:
         async with self._changed:
-            # One that was started again waits until the ranks have found it.
-            await self._changed.wait_for(lambda: self._failure or self._is_complete())
+            # One that was started again waits until the ranks have found it; those of another group may await a turn.
+            await self._changed.wait_for(
+                lambda: self._failure or self._is_complete() or self._group not in (None, command.group)
+            )
             if self._failure is not None:
                 return self._failure
             if self._group != command.group:
@@ -419,8 +434,14 @@ class Bridge(StateKeeper):
             pending = self._pending = _Pending(command=command)
             if command.verb == "save":
                 self._saved[command.command_id] = {}
+            self._engines_load(command.verb == "send")
             self._changed.notify_all()
-        await pending.finished.wait()
+        try:
+            await pending.finished.wait()
+        finally:
+            async with self._changed:
+                self._engines_load(False)
+                self._changed.notify_all()
         if self._group != command.group:
             return GroupLost()
         return self._failure or [pending.answers[rank] for rank in range(self._world_size)]

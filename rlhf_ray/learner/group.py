@@ -170,7 +170,8 @@ class LearnerGroup:
                 # A bridge that was started again in this moment is asked to hold what it was never given back.
                 while not ray.wait([held], timeout=_CHECK_S)[0]:
                     ray.get(self.bridge.give_turn_back.remote(token))
-        self._await(self.bridge.wait_away.remote(), "to leave their GPUs")
+        if self._await(self.bridge.wait_away.remote(self._update_timeout_s), "to leave their GPUs"):
+            raise self._too_slow("to leave their GPUs")
 
     def replicas_are_placed(self) -> bool:
         """Whether every replica that shares a GPU with a learner has its own, where it waits to build its engine."""
@@ -249,6 +250,11 @@ class LearnerGroup:
         published: tuple[WeightManifest, list[Any]] = self._execute("publish", (None,))[0]
         return published
 
+    def stage(self) -> None:
+        """In the learners' turn: have ranks copy what :meth:`send` sends in that of the engines."""
+        if self._spec.colocated:
+            self._execute("stage", (None,))
+
     def send(self, replica_ids: tuple[str, ...]) -> int | None:
         """Send the policy to the replicas over NCCL or ipc; returns its size in bytes.
 
@@ -286,8 +292,7 @@ class LearnerGroup:
             finally:
                 self._saving_version = None
             if saved is None:
-                limit = f"learners.update_timeout_s = {self._update_timeout_s:g} s"
-                raise LearnerError(f"the learners took longer than {limit} to write a checkpoint")
+                raise self._too_slow("to write a checkpoint")
             if isinstance(saved, GroupLost):
                 raise LearnerError("the learners were started again while they wrote a checkpoint")
             files: dict[str, StoredFile] = saved
@@ -304,7 +309,7 @@ class LearnerGroup:
     def renew(self, spec: LearnerSpec) -> None:
         """Begin again with other settings of the same parts: version 0, as after a start."""
         self._spec, self._renewed = spec, True
-        self._execute("renew", (spec,), recalls=False)
+        self._execute("renew", ((spec, True),), recalls=False)
         self._begin_at(0)
         self._initial_version = 0
 
@@ -366,12 +371,14 @@ class LearnerGroup:
                 self._check_state()
             answers = self._ask(verb, arguments)
             if answers is None:
-                self._recover(recalls=recalls)
+                with self.turn():
+                    self._recover(recalls=recalls)
                 return None
             for answer in answers:
                 if isinstance(answer, Refusal):
                     if answer.half_done:
-                        self._undo()
+                        with self.turn():
+                            self._undo()
                     raise LearnerError(f"the learners refuse to {verb}: {answer.message}")
             return answers
 
@@ -382,10 +389,12 @@ class LearnerGroup:
         self._last_command = command.command_id
         answers = self._await(self.bridge.execute.remote(command, self._update_timeout_s), f"to {verb}")
         if answers is None:
-            raise LearnerError(
-                f"the learners took longer than learners.update_timeout_s = {self._update_timeout_s:g} s to {verb}"
-            )
+            raise self._too_slow(f"to {verb}")
         return None if isinstance(answers, GroupLost) else list(answers)
+
+    def _too_slow(self, purpose: str) -> LearnerError:
+        limit = f"learners.update_timeout_s = {self._update_timeout_s:g} s"
+        return LearnerError(f"the learners took longer than {limit} {purpose}")
 
     def _check_state(self) -> None:
         if self._state_is_lost:
@@ -399,7 +408,7 @@ class LearnerGroup:
             self.restarts += 1
             self._wait_ready()
             if self._renewed:  # Ray Train starts it with what the first one was started with.
-                self._execute("renew", (self._spec,), recalls=False)
+                self._execute("renew", ((self._spec, False),), recalls=False)
             came_back = not recalls or self._come_back(self._initial_version)
         if not came_back:
             self._state_is_lost = True

@@ -69,7 +69,7 @@ from rlhf_ray.model_weights import heads
 from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.types import Float32Array
-from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets
+from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets, staged
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
 if TYPE_CHECKING:
@@ -168,6 +168,7 @@ class Learner:
         self._kept = kept or KeptState()
         self._copy: StateFile | None = None
         """Holds, or will, the state as it is now."""
+        self._staged: Callable[[], Iterator[tuple[str, torch.Tensor]]] | None = None
         self._saving = ThreadPoolExecutor(1, "save-state")
         self._training = spec.training
         device = spec.device
@@ -355,15 +356,23 @@ class Learner:
             gather_buckets(policy.checkpoint_buffers().items(), dtype=torch.float32, keep=keep),
         )
 
+    def stage_weights(self) -> None:
+        """Copy this rank's part of the policy to host memory: what a :meth:`weight_source` sends from now on."""
+        dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
+        self._check_finite("published", dtype)
+        self._staged = None  # Its memory is used again.
+        self._staged = staged(self.policy.checkpoint_parameters(dtype=dtype), dtype)
+
     def weight_source(self) -> ShardedSource:
-        """The policy as vLLM's NCCL trainer engine reads it."""
+        """The policy as vLLM's trainer engines read it, again for each version."""
         from rlhf_ray.weight_sync.nccl import ShardedSource
 
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
         policy = self.policy
-        self._check_finite("published", dtype)
+        if self._staged is None:
+            self._check_finite("published", dtype)
         return ShardedSource(
-            lambda: policy.checkpoint_parameters(dtype=dtype),
+            lambda: policy.checkpoint_parameters(dtype=dtype) if self._staged is None else self._staged(),
             policy.checkpoint_shapes(),
             dtype,
             device=self._device,

@@ -1,8 +1,8 @@
 """The Ray Train loop around a learner: waits for commands at the bridge, carries them out, answers.
 
-Consumes ``layout``, ``update``, ``publish``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export`` and
-``stop``; each rank answers for itself and the Algorithm is unblocked by the last answer. ``ray.train.report`` is far
-too slow for a step and is not used.
+Consumes ``layout``, ``update``, ``publish``, ``stage``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export``
+and ``stop``; each rank answers for itself and the Algorithm is unblocked by the last answer. ``ray.train.report`` is
+far too slow for a step and is not used.
 
 Where replicas share the ranks' GPUs a rank waits for the learners' turn before it builds its models, takes them to host
 memory when it is told to (``offload``, which has no answer), and brings them back for the next command.
@@ -41,9 +41,10 @@ __all__ = ["lost_a_peer", "train_loop"]
 _LOG = logging.getLogger(__name__)
 _POLL_S = 30.0
 _TELL_TIMEOUT_S = 10.0
-_SHARE_WEIGHTS = frozenset({"publish", "send"})
-_READ_WEIGHTS = frozenset({"update", "publish", "send", "save", "export"})
-_USE_MODELS = _READ_WEIGHTS | {"load", "recall"}
+_SHARE_WEIGHTS = frozenset({"publish", "stage", "send"})
+_READ_WEIGHTS = frozenset({"update", "publish", "stage", "send", "save", "export"})
+# Where GPUs are shared, what is sent was staged: engines are awake then.
+_USE_MODELS = _READ_WEIGHTS - {"send"} | {"load", "recall"}
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -151,6 +152,7 @@ class _Worker:
         self._broken_off: str | None = None
         """Why weights are those of no version: an update ended after some of its steps."""
         self._sender: Any = None
+        self._staged_version: int | None = None
         # The bridge names objects that this process owns; they live as long as these references.
         self._published: list[Any] = []
         self._saved: tuple[str, Any] = "", None
@@ -234,12 +236,18 @@ class _Worker:
         self._published = refs
         return manifest, refs
 
+    def _stage(self, argument: None) -> None:
+        self._learner.stage_weights()
+        self._staged_version = self.version
+
     def _send(self, argument: tuple[str, str, int, tuple[str, ...]]) -> int:
         # Here, since it imports vLLM.
         from rlhf_ray.weight_sync.ipc import IpcSender
         from rlhf_ray.weight_sync.nccl import NcclSender
 
         app_name, deployment_name, tensor_parallel_size, replica_ids = argument
+        if self._spec.colocated and self._staged_version != self.version:
+            raise LearnerError(f"policy version {self.version} was not staged before its models left the GPU")
         source = self._learner.weight_source()
         if self._sender is None:
             sender_class = IpcSender if self._spec.weight_transfer == "ipc" else NcclSender
@@ -346,11 +354,15 @@ class _Worker:
                     _LOG.warning("the learners' state is not kept: %r", error)
         return None
 
-    def _renew(self, spec: LearnerSpec) -> None:
-        """Build the models anew, when nothing of those before is left: both at once may not fit."""
+    def _renew(self, argument: tuple[LearnerSpec, bool]) -> None:
+        """Build the models anew, when nothing of those before is left: both at once may not fit.
+
+        Ranks that were started again are brought to the same settings, and go back to what was kept under them.
+        """
+        spec, begins = argument
         self._published.clear()
         self._updated = None
-        self._to_keep = None
+        self._to_keep = self._staged_version = None
         if self._sender is not None:  # It reads the weights of the learner before.
             self._sender.close()
             self._sender = None
@@ -359,7 +371,8 @@ class _Worker:
         gc.collect()  # Hooks of FSDP and the model that they are on refer to each other.
         if spec.on_gpu:
             torch.cuda.empty_cache()
-        self._kept.forget()
+        if begins:
+            self._kept.forget()
         self._learner = Learner(spec, self._kept)
         self.version, self._broken_off = 0, None
 

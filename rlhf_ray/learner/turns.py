@@ -66,6 +66,8 @@ class Turns:
         self._clock = clock
         self._grace_ends = clock() + _GRACE_S
         self._wanted: set[str] = set()
+        self.engines_load = False
+        """Whether ranks send to engines, which must be awake for that: the learners' turn comes afterward."""
         self._given_back: set[str] = set()
         self._engines: dict[str, _Engine] = {}
         self._heard_of: set[str] = set()
@@ -96,7 +98,7 @@ class Turns:
     async def wait_away(self) -> None:
         """Wait until all ranks have left, or the learners' turn is wanted again."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._wanted or self._ranks_are_away())
+            await self._changed.wait_for(lambda: self.is_wanted or self.ranks_are_away())
 
     async def follow(self, engine: str, *, awake: bool, actor: Any, place: Place, timeout_s: float) -> bool | None:
         """Long poll of an engine that says how it is: whether it must be awake, once that changes; ``None``: not yet.
@@ -109,7 +111,7 @@ class Turns:
             self._changed.notify_all()
             try:
                 async with asyncio.timeout(timeout_s):
-                    await self._changed.wait_for(lambda: self._wanted if awake else self._ranks_are_away())
+                    await self._changed.wait_for(lambda: self.is_wanted if awake else self.ranks_are_away())
             except TimeoutError:
                 return None
             if not awake:
@@ -130,25 +132,26 @@ class Turns:
 
     def must_leave(self, rank: int) -> bool:
         """Whether a rank holds models in the engines' turn."""
-        return self._ranks.get(rank, False) and not self._wanted
+        return self._ranks.get(rank, False) and not self.is_wanted
 
     @property
     def is_wanted(self) -> bool:
         """Whether it is the learners' turn, or will be as soon as the engines sleep."""
-        return bool(self._wanted)
+        return bool(self._wanted) and not self.engines_load
 
     def engines_sleep(self) -> bool:
         """Whether a rank may come: no engine is awake, as far as can be known."""
         all_known = len(self._heard_of) >= self._num_engines or self._clock() > self._grace_ends
         return all_known and not any(engine.awake for engine in self._engines.values())
 
+    def ranks_are_away(self) -> bool:
+        """Whether it is the engines' turn, and no rank is on its GPU any more."""
+        return not self.is_wanted and len(self._ranks) == self._num_ranks and not any(self._ranks.values())
+
     async def places(self) -> tuple[dict[str, Place], dict[int, Place]]:
         """Where engines and ranks are."""
         await self._forget_dead(asleep=True)
         return {name: engine.place for name, engine in self._engines.items()}, dict(self._rank_places)
-
-    def _ranks_are_away(self) -> bool:
-        return not self._wanted and len(self._ranks) == self._num_ranks and not any(self._ranks.values())
 
     async def _forget_dead(self, *, asleep: bool = False) -> None:
         """Forget engines that died: the learners would wait for ever for one that was awake."""

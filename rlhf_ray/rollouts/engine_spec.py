@@ -140,7 +140,7 @@ def weight_transfer(setting: str, *, between_gpus: bool, colocated: bool = False
         remedy = "NCCL refuses two ranks on one GPU, which learners and replicas share; use ipc or shared_memory"
         raise ConfigError("rollouts.weight_transfer", setting, remedy)
     if setting == "ipc" and not (colocated and between_gpus):
-        remedy = "weights stay on a GPU only where a learner and a replica share it; use auto"
+        remedy = "weights stay on a GPU only where a learner and a replica share it (resources.colocate); use auto"
         raise ConfigError("rollouts.weight_transfer", setting, remedy)
     return setting
 

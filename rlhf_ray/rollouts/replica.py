@@ -118,8 +118,8 @@ class RolloutReplica:
     async def begin_update(self) -> LoadReport:
         """Pause for weights that the learners are about to send (NCCL, ipc)."""
         if self._in_group:
+            self._in_transfer = True  # Also while it waits: it would begin without learners that died meanwhile.
             await self._updating.acquire()
-            self._in_transfer = True
             async with self._failing():
                 await self._engine.begin_update()
         return self._report()

@@ -104,6 +104,9 @@ def check_weight_transfer(settings: Settings) -> None:
     if settings.learners.num_gpus_per_learner == 0:
         remedy = f"{transfer} needs learners on GPUs; use auto, or set learners.num_gpus_per_learner to 1"
         raise ConfigError("rollouts.weight_transfer", transfer, remedy)
+    if transfer == "ipc" and settings.resources.colocate is False:
+        remedy = "weights stay on a GPU only where a learner and a replica share it (resources.colocate); use auto"
+        raise ConfigError("rollouts.weight_transfer", transfer, remedy)
     if settings.rollouts.max_paused_replicas is not None:
         remedy = f"{transfer} sends to all replicas at once; use None, or rollouts.weight_transfer shared_memory"
         raise ConfigError("rollouts.max_paused_replicas", settings.rollouts.max_paused_replicas, remedy)

@@ -7,7 +7,7 @@ keep no full tensor.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +15,7 @@ import torch
 
 from rlhf_ray.weight_sync.manifest import BucketLayout, TensorLayout
 
-__all__ = ["DEFAULT_BUCKET_BYTES", "full_tensor", "gather_buckets", "on_mesh", "unpack_bucket"]
+__all__ = ["DEFAULT_BUCKET_BYTES", "full_tensor", "gather_buckets", "on_mesh", "staged", "unpack_bucket"]
 
 DEFAULT_BUCKET_BYTES = 256 * 1024 * 1024
 # Views into a bucket must start on an address that every dtype can be read from.
@@ -103,6 +103,33 @@ def on_mesh(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Ten
     return type(tensor).from_local(
         local, mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
+
+
+def staged(
+    parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype
+) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
+    """Copy this rank's part of each tensor, in ``dtype``, to (pinned) host memory; the call gives them back, sharded.
+
+    A collective where a tensor cannot be kept as it is.
+    """
+    copies = [(name, _host_copy(tensor.detach(), dtype)) for name, tensor in parameters]
+    return lambda: ((name, copy()) for name, copy in copies)
+
+
+def _host_copy(tensor: torch.Tensor, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
+    mesh = getattr(tensor, "device_mesh", None)
+    if mesh is None or any(one.is_partial() for one in tensor.placements):
+        full = _on_host(full_tensor(tensor, dtype), dtype)
+        return lambda: full
+    host = _on_host(tensor.to_local(), dtype)
+    kind, placements, shape, stride = type(tensor), tensor.placements, tensor.shape, tensor.stride()
+    return lambda: kind.from_local(
+        host.to(mesh.device_type), mesh, placements, run_check=False, shape=shape, stride=stride
+    )
+
+
+def _on_host(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(tensor.shape, dtype=dtype, pin_memory=tensor.is_cuda).copy_(tensor)
 
 
 def _layout(tensors: list[TensorLayout]) -> BucketLayout:

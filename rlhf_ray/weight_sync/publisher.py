@@ -35,6 +35,10 @@ class WeightSource(Protocol):
         """Gather the policy into the object store."""
         ...
 
+    def stage(self) -> None:
+        """Have what comes next at hand for :meth:`send`, where learners and replicas take turns."""
+        ...
+
     def send(self, replica_ids: tuple[str, ...]) -> int | None:
         """Send the policy to the replicas; its size in bytes, ``None`` where the learners died meanwhile."""
         ...
@@ -226,6 +230,7 @@ class DirectPublisher(_Publisher):
 
     def gather(self, version: int) -> Callable[[], Publication]:
         """See :meth:`Publisher.gather`."""
+        self._source.stage()
         return lambda: self._send(version)
 
     def _send(self, version: int) -> Publication:
@@ -238,6 +243,7 @@ class DirectPublisher(_Publisher):
                 break
             self._failures.next_try()
             self._ask_all("abandon_update")
+            self._source.stage()  # Those that come back have nothing at hand.
         else:
             deaths = f"learners or replicas died {_MOST_TRIES} times while version {version} was sent"
             raise WeightSyncError(deaths + self._failures.told())

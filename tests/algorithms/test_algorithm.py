@@ -94,6 +94,30 @@ def test_a_trial_without_evaluations_says_nothing(bare: Algorithm) -> None:
     assert said(bare, range(1, 4)) == [None, None, None]
 
 
+def test_a_delivery_that_was_interrupted_is_finished_before_the_learners_turn(
+    bare: Algorithm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def turn() -> Any:
+        calls.append("turn")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.SequenceBatch, "from_groups", lambda *_, **__: None)
+    monkeypatch.setattr(module, "shaped", lambda *_, **__: None)
+    monkeypatch.setattr(Algorithm, "_plan", lambda *_: None)
+    bare.settings = PPOConfig().settings
+    bare._iteration, bare.policy_version, bare._updating = 0, 0, False
+    bare._parts = SimpleNamespace(  # type: ignore[assignment]
+        publications=SimpleNamespace(version=0, finish_interrupted=lambda: calls.append("finished")),
+        controller=SimpleNamespace(collect=lambda version: SimpleNamespace(groups=())),
+        learners=SimpleNamespace(turn=turn),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        bare.training_step()
+    assert calls == ["finished", "turn"]
+
+
 class FakeParts:
     """Writes down what is done to it, in order."""
 

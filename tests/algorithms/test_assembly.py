@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -116,6 +117,27 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
     assert "prompts.close" in calls
     if "rewards.start" in calls:  # Its models may take GPUs of the node that learners need to be on together.
         assert "learners.wait_placed" in calls[: calls.index("rewards.start")]
+
+
+@pytest.mark.parametrize("in_turn", [True, False])
+def test_the_time_of_engines_that_wait_for_learners_begins_after_these(in_turn: bool) -> None:
+    calls: list[str] = []
+    app_waits = threading.Event()
+
+    def wait_for_learners() -> None:
+        assert app_waits.wait(0.2 if in_turn else 10.0) is not in_turn
+        calls.append("learners")
+
+    def wait_for_app() -> None:
+        app_waits.set()
+        calls.append("app")
+
+    learners: Any = SimpleNamespace(wait_ready=wait_for_learners, wait_placed=lambda stopped: None)
+    app: Any = SimpleNamespace(wait_ready=wait_for_app)
+    rewards: Any = SimpleNamespace(start=lambda: None)
+    module._wait(learners, app, rewards, SimpleNamespace(phase=lambda text: None), in_turn=in_turn)  # type: ignore[arg-type]
+    assert sorted(calls) == ["app", "learners"]
+    assert not in_turn or calls == ["learners", "app"]
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,7 @@ def test_actors_of_reward_models_share_too() -> None:
 )
 def test_reward_models_have_gpus_beside_replicas_and_learners(gpus: float, num_gpus: float | None, fits: bool) -> None:
     settings = with_reward_models(RewardModelReward("rm", num_gpus=num_gpus))
+    settings = replace(settings, resources=replace(settings.resources, colocate=False))
     if fits:
         assert resolve_device(settings, gpus) is (gpus > 0)
     else:
@@ -304,6 +305,14 @@ def test_reward_models_have_what_pairs_leave() -> None:
     assert resolve_device(settings, 3.0)
     with pytest.raises(ConfigError, match="reward models need 1 GPUs, and replicas and learners leave 0"):
         resolve_device(settings, 2.0)
+
+
+@pytest.mark.parametrize(("gpus", "shares"), [(5.0, False), (4.0, True), (3.0, True)])
+def test_replicas_and_learners_share_gpus_where_reward_models_leave_too_few(gpus: float, shares: bool) -> None:
+    settings = sharing()
+    settings = replace(settings, rewards=replace(settings.rewards, functions=[RewardModelReward("rm", num_gpus=1.0)]))
+    assert resolve_device(settings, gpus)
+    assert resolve_colocation(settings, gpus, on_gpu=True) is shares
 
 
 def test_a_trial_needs_the_room_of_all_its_actors() -> None:

@@ -215,6 +215,26 @@ def test_a_run_that_reported_nothing_begins_again(resume: str, tmp_path: Path) -
 # --- settings ---
 
 
+@pytest.mark.parametrize(("kept", "interval"), [(True, 1), (False, 0)])
+def test_a_run_of_an_earlier_version_goes_on(kept: bool, interval: int, tmp_path: Path) -> None:
+    run = a_run(tmp_path / "run", iterations=3, checkpoints=(2,))
+    settings = yaml.safe_load(run.directory.config.read_text())
+    # Its folder names a setting that is gone, and not those that have come.
+    del settings["fault_tolerance"]["state_interval"], settings["learners"]["sequence_parallel"]
+    del settings["resources"]["colocate"]
+    settings["fault_tolerance"]["keep_learner_state"] = kept
+    run.directory.config.write_text(yaml.safe_dump(settings))
+
+    again = PPOConfig.from_yaml(run.directory.config)
+    assert again.settings.fault_tolerance.state_interval == interval
+    again.reporting(run_dir=str(tmp_path / "run")).checkpointing(resume="same")
+    assert start(again.copy()).checkpoint is not None
+    with pytest.raises(ConfigError, match=f"state_interval is {interval} there and 7 here"):
+        start(again.copy().fault_tolerance(state_interval=7))
+    with pytest.raises(ConfigError, match="sequence_parallel is 1 there and 2 here"):
+        start(again.copy().learners(num_learners=2, sequence_parallel=2))
+
+
 def test_other_settings_are_named(tmp_path: Path) -> None:
     a_run(tmp_path / "run", iterations=3, checkpoints=(2,))
     config = config_of(tmp_path / "run", resume="same").training(lr=3e-6).rollouts(group_size=16)

@@ -38,6 +38,21 @@ def test_gpus_count_too(cluster: Cluster) -> None:
     assert not room.ask("b", Room(cpus=1.0, gpus=1.0)).granted
 
 
+def test_nothing_else_starts_while_pairs_are_placed(cluster: Cluster) -> None:
+    room, pair, other = cluster.room(), Room(cpus=1.0, gpus=1.0, in_pairs=True), Room(cpus=1.0, gpus=1.0)
+    assert room.ask("a", pair).granted
+    assert not room.ask("b", pair).granted
+    room.started("a")
+    cluster.free = Room(cpus=7.0, gpus=1.0)
+    assert room.ask("b", pair).granted
+    room.leave("b")
+    assert room.ask("c", other).granted
+    assert not room.ask("d", Room(cpus=1.0, gpus=0.0, in_pairs=True)).granted
+    room.leave("c")
+    assert room.ask("d", Room(cpus=1.0, gpus=0.0, in_pairs=True)).granted
+    assert not room.ask("c", other).granted
+
+
 def test_what_a_started_trial_takes_is_counted_once(cluster: Cluster) -> None:
     room = cluster.room()
     room.ask("a", Room(cpus=6.0, gpus=0.0))

@@ -64,9 +64,14 @@ def test_gpus_of_replicas_and_learners_add_up(gpus: int, status: str) -> None:
     assert judged(on_cpus, gpus=gpus).status == "ok"
 
 
-@pytest.mark.parametrize(("gpus", "status"), [(3, "ok"), (2, "fail")])
-def test_gpus_of_reward_models_come_on_top(gpus: int, status: str) -> None:
-    settings = Settings(rewards=RewardSettings(functions=[RewardModelReward("rm", num_gpus=0.5, num_workers=2)]))
+@pytest.mark.parametrize(
+    ("gpus", "colocate", "status"), [(3, False, "ok"), (2, False, "fail"), (2, "auto", "ok"), (1, "auto", "fail")]
+)
+def test_gpus_of_reward_models_come_on_top(gpus: int, colocate: Any, status: str) -> None:
+    settings = Settings(
+        rewards=RewardSettings(functions=[RewardModelReward("rm", num_gpus=0.5, num_workers=2)]),
+        resources=ResourceSettings(colocate=colocate),
+    )
     assert judged(settings, gpus=gpus).status == status
 
 

@@ -131,6 +131,33 @@ def test_the_engine_is_started_with_a_replica_s_arguments(
     assert asked == [(str(model_folder), 48, 77.0)]
 
 
+@pytest.mark.parametrize("transfer", ["auto", "ipc"])
+def test_the_engine_of_a_gpu_that_a_learner_shares_is_started_as_it_will_be(
+    tmp_path: Path,
+    model_folder: Path,
+    surroundings: None,
+    transfer: str,
+    machine: Callable[..., Machine],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from rlhf_ray.doctor import engine
+
+    asked: list[Any] = []
+
+    def start(spec: Any, *, timeout_s: float) -> Check:
+        asked.append((spec.colocated, spec.engine_args["enable_sleep_mode"], spec.weight_transfer))
+        return Check("vLLM engine", "ok", "pretended")
+
+    monkeypatch.setattr(engine, "check_engine", start)
+    monkeypatch.setattr(examination.Machine, "here", functools.partial(machine, gpus=1))
+    run = settings(tmp_path, model_folder, max_prompt_tokens=40, weight_transfer=transfer)
+    run = replace(run, resources=replace(run.resources, device="cuda"))
+    found = by_name(checks(run, skip_engine=False))
+    assert found["vLLM engine"].status == "ok"
+    assert "learners" in found["memory"].detail
+    assert asked == [(True, True, "ipc" if transfer == "ipc" else "shared_memory")]
+
+
 def test_what_is_in_the_home_folder_reaches_the_engine_by_its_whole_name(
     tmp_path: Path, model_folder: Path, surroundings: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -369,15 +369,27 @@ def take_turns(learner: Learner) -> None:
     assert learner.state()
     assert list(learner.weight_buckets())
     tensors, sizes = device_tensors(learner), device_bytes(learner)
+    weights = gathered(learner.policy.checkpoint_parameters())
+    learner.stage_weights()
     assert max(sizes) > 0  # A rank may have nothing of a small tensor.
     learner.offload()
     learner.offload()
     assert learner.is_offloaded
     assert set(device_bytes(learner)) == {0}
+    assert learner._staged is not None
+    for _ in range(2):
+        # What is sent then is as it was, on every rank.
+        staged = gathered(learner._staged())
+        assert list(staged) == list(weights)
+        assert all(torch.equal(staged[name], weights[name]) for name in weights)
     learner.onload()
     learner.onload()
     assert device_bytes(learner) == sizes
     assert [id(tensor) for tensor in device_tensors(learner)] == [id(tensor) for tensor in tensors]
+
+
+def gathered(parameters: Iterable[tuple[str, torch.Tensor]]) -> Weights:
+    return {name: full_tensor(tensor.detach()).clone() for name, tensor in parameters}
 
 
 def device_tensors(learner: Learner) -> list[torch.Tensor]:

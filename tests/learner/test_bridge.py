@@ -402,6 +402,29 @@ def test_versions_start_at_zero_and_follow_what_was_published() -> None:
     run(test())
 
 
+def test_an_engine_that_wakes_is_given_no_version_that_another_one_has_followed() -> None:
+    async def test() -> list[Any]:
+        bridge, seen = Bridge(1), []
+        await bridge.set_weights(manifest(3), ["ref"])  # For a replica that started late.
+        seen.append(await bridge.current_weights())
+        await bridge.set_version(4)  # Was sent.
+        seen.append(await bridge.current_weights())
+        await bridge.set_weights(manifest(2), ["restored"])
+        seen.append(await bridge.current_weights())
+        return seen
+
+    assert run(test()) == [(manifest(3), ["ref"]), None, (manifest(2), ["restored"])]
+
+
+def test_a_command_to_a_group_that_is_gone_is_not_held_up_by_one_that_waits_for_its_turn() -> None:
+    async def test() -> None:
+        bridge = Bridge(1, 1)
+        assert not await bridge.wait_turn(0, "next", ("node", "0"), 0.001)
+        assert await bridge.execute(order("send"), 5.0) == GroupLost()
+
+    run(test())
+
+
 @pytest.mark.parametrize("min_version", [2, 3])
 def test_weights_that_are_new_enough_are_given_at_once(min_version: int) -> None:
     async def test() -> None:

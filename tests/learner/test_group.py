@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -255,7 +256,7 @@ def test_a_turn_is_held_and_given_back_until_the_bridge_knows_it(
     bridge = Actor(
         hold_turn=hold,
         give_turn_back=lambda token: calls.append("give back"),
-        wait_away=lambda: calls.append("away"),
+        wait_away=lambda timeout_s: calls.append("away"),
     )
     group = group_of(bridge, monkeypatch, colocated=colocated)
 
@@ -273,6 +274,53 @@ def test_a_turn_is_held_and_given_back_until_the_bridge_knows_it(
     # After Ctrl-C the caller does not wait for learners that may be in the middle of something.
     after = ["give back", "give back", *(["away"] if error is None else [])]
     assert calls == (["work", *after] if colocated else ["work"])
+
+
+def test_learners_that_died_while_they_sent_come_back_in_their_turn(
+    ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    depth = [0]
+
+    def note(call: str, answer: Any) -> Any:
+        calls.append(call if depth[0] else f"{call} (engines' turn)")
+        return answer
+
+    @contextmanager
+    def turn(self: LearnerGroup) -> Iterator[None]:
+        depth[0] += 1
+        yield
+        depth[0] -= 1
+
+    monkeypatch.setattr(LearnerGroup, "turn", turn)
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    bridge = Actor(
+        wait_ready=lambda *_: note("start", "group"),
+        controller=lambda: None,
+        places=lambda: ({}, {}),
+        execute=lambda command, _: note(command.verb, GroupLost() if command.verb == "send" else [0]),
+    )
+    group = group_of(bridge, monkeypatch, colocated=True)
+    group.wait_ready()
+    group.stage()
+    assert group.send(("a",)) is None
+    assert calls == ["start", "layout", "stage", "send (engines' turn)", "start", "layout", "recall"]
+
+
+def test_nothing_is_staged_where_learners_have_gpus_of_their_own(
+    ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group_of(Actor(), monkeypatch, colocated=False).stage()
+
+
+def test_learners_that_do_not_leave_their_gpus_are_an_error(ended: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "wait", lambda refs, timeout: (refs, []))
+    bridge = Actor(
+        hold_turn=lambda token: None, give_turn_back=lambda token: None, wait_away=lambda timeout_s: timeout_s == 1.0
+    )
+    group = group_of(bridge, monkeypatch, colocated=True)
+    with pytest.raises(LearnerError, match="update_timeout_s = 1 s to leave their GPUs"), group.turn():
+        pass
 
 
 class Batch:
@@ -344,6 +392,11 @@ class Ranks:
             self.weights, self.version = list(self.kept[newest]), newest
         return newest
 
+    def renew(self, argument: Any) -> None:
+        self.weights, self.version, self.copying = [], 0, None
+        if argument[1]:
+            self.kept = {}
+
     def load(self, argument: Any) -> None:
         self.weights, self.version, self.kept = ["loaded"], argument[1], {}
 
@@ -401,6 +454,20 @@ def test_updates_since_the_newest_kept_state_are_made_again(group: LearnerGroup,
     assert ranks.commands[restarted + 1 :][: dies_at - base] == [
         ("update", one) for one in range(base + 1, dies_at + 1)
     ]
+
+
+def test_another_trials_learners_that_die_go_on_with_its_settings_from_what_was_kept(
+    group: LearnerGroup, ranks: Ranks
+) -> None:
+    update(group, 1, 2, 3, 4)
+    spec: Any = SimpleNamespace(colocated=False, sequence_parallel=1)
+    group.renew(spec)
+    assert (ranks.weights, ranks.kept) == ([], {})
+    update(group, 1, 2, 3, 4)
+    ranks.dies = once("update", 5)
+    update(group, 5)
+    assert ranks.weights == after(1, 2, 3, 4, 5)
+    assert [argument for verb, argument in ranks.commands if verb == "renew"] == [(spec, True), (spec, False)]
 
 
 def test_a_death_while_updates_are_made_again_begins_with_the_kept_state_again(

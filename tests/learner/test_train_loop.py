@@ -227,7 +227,7 @@ def test_a_refusal_says_whether_weights_are_those_of_no_version() -> None:
     assert [result.half_done for _, result in bridge.answers[:2]] == [True, False]
 
 
-@pytest.mark.parametrize("verbs", [["update", "publish", "update"], ["update", "update"]])
+@pytest.mark.parametrize("verbs", [["update", "publish", "update"], ["update", "update"], ["update", "offload"]])
 def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs: list[str]) -> None:
     events: list[str] = []
 
@@ -243,8 +243,12 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs:
         def keep_state(self, version: int, *, spare: int | None) -> None:
             events.append(f"copy of {version}")
 
+        def offload(self) -> None:
+            events.append("offload")
+
     class Publishing(Worker):
         execute = module._Worker.execute
+        offload = module._Worker.offload
 
         def _publish(self, _: None) -> None:
             events.append("published")
@@ -261,7 +265,7 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs:
     module._serve(worker, bridge, 1, GROUP, timeline=False)
 
     first = ["updated", "answered"] + (["published", "answered"] if "publish" in verbs else [])
-    assert events[: len(first) + 2] == [*first, "copy of 1", "updated"]
+    assert events[: len(first) + 2] == [*first, "copy of 1", "offload" if verbs[-1] == "offload" else "updated"]
 
 
 def test_a_state_that_was_loaded_is_kept_when_that_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -309,9 +313,10 @@ class Sender:
         self._closed.append(self._learner.closed)
 
 
+@pytest.mark.parametrize("begins", [False, True])
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
-    on_gpu: bool, monkeypatch: pytest.MonkeyPatch
+    on_gpu: bool, begins: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "Learner", CyclicLearner)
     # What is freed goes back to the GPU before anything new is built there.
@@ -335,12 +340,13 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
     worker._sender = Sender(worker._learner, closed)
     worker.version = 3
 
-    worker.execute(Command(verb="renew", arguments=(spec,), group=GROUP))
+    worker.execute(Command(verb="renew", arguments=((spec, begins),), group=GROUP))
 
     assert CyclicLearner.found == [0, 0]
     assert closed == [False]
     assert emptied == [0] * on_gpu
-    assert worker._kept.versions == []
+    # Ranks that were started again go back to it.
+    assert worker._kept.versions == ([] if begins else [3])
     assert (worker._sender, worker.version) == (None, 0)
 
 
@@ -358,7 +364,8 @@ def test_weights_are_sent_the_way_that_is_set(transfer: str, monkeypatch: pytest
         module, "Learner", lambda spec, kept: SimpleNamespace(is_offloaded=False, weight_source=lambda: source)
     )
     bridge = SimpleNamespace(set_version=Call(lambda version: None))
-    worker = module._Worker(SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer=transfer), bridge, 0)
+    spec = SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer=transfer, colocated=False)
+    worker = module._Worker(spec, bridge, 0)
     worker.version = 4
 
     send = Command(verb="send", arguments=(("app", "deployment", 1, ("a", "b")),), group=GROUP)
@@ -415,6 +422,13 @@ class SharedLearner:
         assert not self.is_offloaded
         self.moves.append("export")
 
+    def stage_weights(self) -> None:
+        assert not self.is_offloaded
+        self.moves.append("stage")
+
+    def weight_source(self) -> Any:
+        return SimpleNamespace(size_bytes=lambda: 12)
+
 
 def test_a_rank_leaves_its_gpu_when_it_is_told_to_and_comes_back_for_a_command() -> None:
     class Polled(Bridge):
@@ -437,6 +451,35 @@ def test_a_rank_leaves_its_gpu_when_it_is_told_to_and_comes_back_for_a_command()
     assert bridge.resident == [True, False, False, True, False]
     # To leave has no answer: that it asks again says it.
     assert [result for _, result in bridge.answers] == [False, None, None]
+
+
+def test_a_rank_sends_what_it_has_staged_and_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sender:
+        def send(self, version: int, replicas: tuple[str, ...]) -> None:
+            assert learner.is_offloaded
+            learner.moves.append(f"send {version}")
+
+        def close(self) -> None: ...
+
+    learner = SharedLearner()
+    monkeypatch.setitem(sys.modules, "rlhf_ray.weight_sync.nccl", SimpleNamespace(NcclSender=None))
+    monkeypatch.setitem(sys.modules, "rlhf_ray.weight_sync.ipc", SimpleNamespace(IpcSender=lambda **_: Sender()))
+    monkeypatch.setattr(module, "Learner", lambda spec, kept: learner)
+    bridge = SimpleNamespace(set_version=Call(lambda version: None))
+    spec = SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer="ipc", colocated=True)
+    worker = module._Worker(spec, bridge, 0)
+    send = Command(verb="send", arguments=(("app", "deployment", 1, ("a",)),), group=GROUP)
+    with pytest.raises(LearnerError, match="version 0 was not staged"):
+        worker.execute(send)
+    for version in (1, 2):
+        worker.version = version
+        worker.execute(order("stage"))
+        worker.offload()
+        assert worker.execute(send) == 12
+    assert learner.moves == ["stage", "offload", "send 1", "onload", "stage", "offload", "send 2"]
+    worker.version = 3  # Ranks that were started again have staged nothing of it.
+    with pytest.raises(LearnerError, match="version 3 was not staged"):
+        worker.execute(send)
 
 
 def test_a_rank_builds_its_models_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

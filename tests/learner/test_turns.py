@@ -39,8 +39,10 @@ def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 class Machine:
     """GPUs with a replica and a rank each, the bridge, and a driver; each that wakes or comes looks around first."""
 
-    def __init__(self, seed: int, count: int) -> None:
+    def __init__(self, seed: int, count: int, *, sends: bool = False) -> None:
         self._random = random.Random(seed)
+        self._sends = sends
+        self._staged: dict[str, int] = {}
         self._count = count
         self.awake: set[str] = set()
         self.resident: set[tuple[str, int]] = set()
@@ -157,10 +159,23 @@ class Machine:
             if command.verb == "offload":
                 self.resident.discard(me)
                 continue
+            if command.verb == "send":
+                if self.resident:
+                    self.violations.append(f"ranks {sorted(self.resident)} take memory that engines need to wake")
+                sent = self._staged.get(group, -1)
+                while rank == 0 and len(self.awake) < self._count:  # Each replica takes them when it is awake.
+                    await asyncio.sleep(0.001)
+                if rank == 0 and sent == version:
+                    self.served.update(dict.fromkeys(self.awake, sent))
+                    await self.call("set_version", sent)
+                await self.call("answer", command.command_id, rank, sent)
+                continue
             self.resident.add(me)
             self.look()
             await self.pause()
             version = command.argument(rank) if command.verb in ("update", "recall") else version
+            if command.verb == "stage":
+                self._staged[group] = version
             if command.verb == "publish" and rank == 0:
                 self._deaths += 1
                 await self.call("set_weights", _manifest(version, f"publication {self._deaths}"), [])
@@ -172,7 +187,9 @@ class Machine:
         for version in range(1, iterations + 1):
             async with asyncio.timeout(PATIENCE_S):
                 await self.interrupted_turn(version)
-                await self.turn(version, "update", "publish")
+                await self.turn(version, "update", "stage" if self._sends else "publish")
+                while self._sends and not await self.send(version):
+                    await self.turn(version, "stage")
                 # Collect, with what every engine serves then.
                 while len(self.awake) < self._count or set(self.served.values()) != {version}:
                     if await self.call("current_weights") is None:  # They went with the learners that had them.
@@ -188,6 +205,15 @@ class Machine:
         self._abandoned.append(asyncio.ensure_future(self.call("execute", command, PATIENCE_S)))
         await asyncio.sleep(self._random.uniform(0.0, 0.02))
         await self.give_back(token, held)
+
+    async def send(self, version: int) -> bool:
+        """In the engines' turn; false where the learners died meanwhile."""
+        command = Command(verb="send", arguments=(version,), group=self._group)
+        answer = await self.call("execute", command, PATIENCE_S)
+        if isinstance(answer, GroupLost):
+            return False
+        assert answer == [version] * self._count
+        return True
 
     async def give_back(self, token: str, held: asyncio.Future[Any]) -> None:
         while not held.done():  # As the learner group does.
@@ -209,7 +235,7 @@ class Machine:
                 recalled = version - (verb == "update")
                 await self.call("execute", Command(verb="recall", arguments=(recalled,), group=self._group), PATIENCE_S)
         await self.give_back(token, held)
-        await self.call("wait_away")
+        assert not await self.call("wait_away", PATIENCE_S)
 
     # Deaths.
 
@@ -260,11 +286,12 @@ def _manifest(version: int, publication: str) -> Any:
     return WeightManifest(version=version, publication=publication, buckets=())
 
 
+@pytest.mark.parametrize("sends", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kinds", [(), ("engine",), ("learners",), ("bridge",), ("engine", "learners", "bridge")])
-def test_no_rank_is_on_its_gpu_while_an_engine_is_awake(count: int, kinds: tuple[str, ...]) -> None:
+def test_no_rank_is_on_its_gpu_while_an_engine_is_awake(count: int, kinds: tuple[str, ...], sends: bool) -> None:
     for seed in range(3):
-        machine = Machine(seed, count)
+        machine = Machine(seed, count, sends=sends)
         asyncio.run(machine.run(10, kinds))
         assert machine.violations == []
 
@@ -330,7 +357,8 @@ def test_the_learners_turn_is_over_when_every_rank_is_away() -> None:
             assert await bridge.wait_turn(rank, "group", PLACE, PATIENCE_S)
         await bridge.give_turn_back("turn")
         await held
-        over = asyncio.ensure_future(bridge.wait_away())
+        assert await bridge.wait_away(0.01)
+        over = asyncio.ensure_future(bridge.wait_away(PATIENCE_S))
         for rank in (0, 1):
             told = await bridge.next_command(rank, "group", 0, PATIENCE_S, True)
             assert told is not None
@@ -340,6 +368,40 @@ def test_the_learners_turn_is_over_when_every_rank_is_away() -> None:
         return seen
 
     assert asyncio.run(run()) == [False, True]
+
+
+def test_weights_are_sent_while_engines_are_awake_whoever_wants_the_turn_meanwhile() -> None:
+    async def run() -> list[str]:
+        bridge, seen = Bridge(1, 1), []
+        told = await bridge.follow_turn("engine", awake=False, actor=Actor(), place=PLACE, timeout_s=0.001)
+        assert told is None
+        held = asyncio.ensure_future(bridge.hold_turn("update"))
+        assert await bridge.wait_turn(0, "group", PLACE, PATIENCE_S)
+        assert await bridge.next_command(0, "group", 1, 0.001, True) is None
+        await bridge.give_turn_back("update")
+        await held
+        sending = asyncio.ensure_future(
+            bridge.execute(Command(verb="send", arguments=(None,), group="group"), PATIENCE_S)
+        )
+        await asyncio.sleep(0.01)
+        # One that is there must leave first: the engine could not wake.
+        for resident in (True, False):
+            command = await bridge.next_command(0, "group", 1, PATIENCE_S, resident)
+            assert command is not None
+            seen.append(command.verb)
+        assert await bridge.follow_turn("engine", awake=False, actor=Actor(), place=PLACE, timeout_s=PATIENCE_S)
+        # A replica that starts asks for weights, and the engine is needed awake all the same.
+        wanted = asyncio.ensure_future(bridge.hold_turn("publish"))
+        await asyncio.sleep(0.05)
+        about = {"actor": Actor(), "place": PLACE}
+        assert await bridge.follow_turn("engine", awake=True, timeout_s=0.05, **about) is None
+        await bridge.answer(command.command_id, 0, "sent")
+        seen += await sending
+        assert await bridge.follow_turn("engine", awake=True, timeout_s=PATIENCE_S, **about) is False
+        wanted.cancel()
+        return seen
+
+    assert asyncio.run(run()) == ["offload", "send", "sent"]
 
 
 GPUS: list[Place] = [("one", "0"), ("one", "1"), ("two", "0")]

@@ -214,6 +214,24 @@ def test_a_replica_with_half_of_the_weights_ends_when_their_learners_died(
     assert ends == ([] if finished else [1])
 
 
+def test_a_replica_that_would_begin_an_update_when_it_wakes_ends_when_its_learners_died(
+    replica: RolloutReplica, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+
+    async def run() -> None:
+        replica._updating, replica._in_group = asyncio.Lock(), True
+        await replica._updating.acquire()  # It is asleep.
+        begins = asyncio.ensure_future(replica.begin_update())
+        await asyncio.sleep(0)
+        await replica.abandon_update()
+        begins.cancel()
+
+    asyncio.run(run())
+    assert ends == [1]
+
+
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_a_replica_that_starts_after_its_run_deletes_the_application_instead(
     is_gone: bool, monkeypatch: pytest.MonkeyPatch

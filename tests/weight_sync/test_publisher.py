@@ -56,6 +56,7 @@ class Learners:
         bucket = BucketLayout(size_bytes=640, tensors=())
         self.manifest = WeightManifest(version=version, publication="p", buckets=(bucket, bucket))
         self.sent_to: list[tuple[str, ...]] = []
+        self.staged = 0
         self.attended = 0
         self.told: list[list[ReplicaFailure]] = []
         """What replicas say of failures, look by look."""
@@ -69,7 +70,12 @@ class Learners:
     def publish(self) -> tuple[WeightManifest, list[Any]]:
         return self.manifest, ["ref 0", "ref 1"]
 
+    def stage(self) -> None:
+        assert self.staged == len(self.sent_to)
+        self.staged += 1
+
     def send(self, replica_ids: tuple[str, ...]) -> int | None:
+        assert self.staged == len(self.sent_to) + 1, "what died had it"
         self.sent_to.append(replica_ids)
         return None if len(self.sent_to) <= self.deaths else 999
 
