@@ -262,7 +262,9 @@ def test_stop_leaves_nothing_behind(algorithm: Algorithm) -> None:
 
 def test_a_replica_that_cannot_start_says_why_and_leaves_nothing(cluster: None, tmp_path: Path) -> None:
     config = (
-        PPOConfig().reporting(run_dir=str(tmp_path / "run")).rollouts(engine_args={"quantization": "no-such-thing"})
+        PPOConfig()
+        .reporting(run_dir=str(tmp_path / "run"))
+        .rollouts(engine_args={"scheduling_policy": "no-such-thing"})
     )
     with pytest.raises(RolloutError, match=r"cannot start: ValidationError.*no-such-thing"):
         config.build_algo()
