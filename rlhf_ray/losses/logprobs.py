@@ -94,9 +94,11 @@ def _select(scaled: Tensor, targets: Tensor) -> Tensor:
 
 
 def _entropy(scaled: Tensor) -> Tensor:
+    # An offset of all logits changes nothing but the size of the two terms, whose difference would lose digits.
+    shifted = scaled - scaled.detach().amax(dim=-1, keepdim=True)
     # A finite floor under the logits: 0 * -inf would be NaN.
-    floored = scaled.clamp(min=torch.finfo(scaled.dtype).min)
-    return torch.logsumexp(scaled, dim=-1) - (torch.softmax(scaled, dim=-1) * floored).sum(dim=-1)
+    floored = shifted.clamp(min=torch.finfo(shifted.dtype).min)
+    return torch.logsumexp(shifted, dim=-1) - (torch.softmax(shifted, dim=-1) * floored).sum(dim=-1)
 
 
 def _check_targets(logits: Tensor, targets: Tensor) -> None:

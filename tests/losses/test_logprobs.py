@@ -110,3 +110,10 @@ def test_misuse_is_refused():
     for temperature in (0.0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature = "):
             token_entropy(logits, temperature=temperature)
+
+
+def test_an_offset_of_all_logits_costs_the_entropy_no_digits() -> None:
+    # As real models have it: a vocabulary of 49,152, logits around 20.
+    logits = 4.0 * torch.randn(8, 49152, generator=torch.Generator().manual_seed(0)) + 20.0
+    expected = torch.distributions.Categorical(logits=logits.double()).entropy()
+    assert torch.allclose(token_entropy(logits).double(), expected, rtol=0.0, atol=5e-5)
