@@ -10,10 +10,11 @@ from pathlib import Path
 
 from rlhf_ray.doctor.check import Check, failed, in_units, passed, warned
 from rlhf_ray.doctor.driver import GPU, Driver
+from rlhf_ray.host_memory import first_line, host_memory
 from rlhf_ray.rollouts.engine_spec import vllm_build
 from rlhf_ray.settings import Settings
 
-__all__ = ["Machine", "check_cores", "check_gpus", "check_open_files", "check_shared_memory", "host_memory"]
+__all__ = ["Machine", "check_cores", "check_gpus", "check_open_files", "check_shared_memory"]
 
 _GIB = 1024**3
 _SHARED_MEMORY = Path("/dev/shm")
@@ -119,36 +120,7 @@ def check_gpus(settings: Settings, machine: Machine, *, torch_sees: int) -> Chec
 
 def _cores() -> int:
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = _first_line(Path("/sys/fs/cgroup/cpu.max")).split()
+    quota = first_line(Path("/sys/fs/cgroup/cpu.max")).split()
     if len(quota) == 2 and quota[0].isdigit():
         return max(1, min(allowed, int(quota[0]) // int(quota[1])))
     return allowed
-
-
-def host_memory() -> tuple[int, int]:
-    """Total and available bytes: the machine's, or the container's where that has less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = next(
-        (int(line.split()[1]) * 1024 for line in _lines(Path("/proc/meminfo")) if line.startswith("MemAvailable:")),
-        total,
-    )
-    for limit_file, usage_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
-        limit, usage = _first_line(Path(limit_file)), _first_line(Path(usage_file))
-        if limit.isdigit() and usage.isdigit() and int(limit) < total:
-            return int(limit), min(available, int(limit) - int(usage))
-    return total, available
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except OSError:
-        # Not Linux, or not this version of cgroups.
-        return []
-
-
-def _first_line(path: Path) -> str:
-    return next(iter(_lines(path)), "")

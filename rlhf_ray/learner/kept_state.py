@@ -24,7 +24,7 @@ import torch
 from torch.distributed.checkpoint._hf_utils import CUSTOM_METADATA_KEY, SAVED_OFFSETS_KEY
 from torch.distributed.tensor import DTensor
 
-from rlhf_ray.doctor.machine import host_memory
+from rlhf_ray.host_memory import host_memory
 from rlhf_ray.learner.initial_weights import local_part
 
 __all__ = ["KeptState", "StateFile"]
