@@ -44,7 +44,7 @@ def run(bench: Bench) -> None:
 
 def spec(bench: Bench) -> EngineSpec:
     """As a replica's on this machine, for the quickstart's model."""
-    from rlhf_ray.model_config import load_model_config
+    from rlhf_ray.models.config import load_model_config
     from rlhf_ray.rollouts.engine_spec import engine_spec
 
     path = model_path()

@@ -87,7 +87,7 @@ def measure(overrides: list[str], iterations: int, folder: Path) -> list[dict[st
 def raw_generation(folder: Path) -> None:
     """A bare engine answers an iteration's prompts, one turn after the other."""
     from rlhf_ray import PPOConfig
-    from rlhf_ray.algorithms.assembly import check_inputs, training_sampling
+    from rlhf_ray.algorithm.assembly import check_inputs, training_sampling
     from rlhf_ray.rollouts.engine_spec import engine_spec
     from rlhf_ray.rollouts.seeds import group_seed
 

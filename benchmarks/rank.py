@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from rlhf_ray import AlgorithmConfig
+from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.learner.learner import LearnerSpec
-from rlhf_ray.plugins import advantage_plugin, loss_plugin
 
 
 @contextmanager

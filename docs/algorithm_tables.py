@@ -22,8 +22,8 @@ from typing import Any
 
 import rlhf_ray
 from rlhf_ray import AlgorithmConfig, PPOConfig
-from rlhf_ray.plugins import advantage_plugin
-from rlhf_ray.validation import section_types
+from rlhf_ray.config.checks import section_types
+from rlhf_ray.config.plugins import advantage_plugin
 
 FOLDER = Path(__file__).parent / "algorithms"
 BASELINE = Path(__file__).parents[1] / "benchmarks" / "results" / "baseline.json"

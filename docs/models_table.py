@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.model_config import check_causal
+from rlhf_ray.models.config import check_causal
 from rlhf_ray.rollouts.engine_spec import check_served
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))

@@ -1,4 +1,4 @@
-"""Around the loop: writes the reference of settings, ``docs/settings.md``, from ``rlhf_ray/settings.py``.
+"""Around the loop: writes the reference of settings, ``docs/settings.md``, from ``rlhf_ray/config/settings.py``.
 
 Run ``python docs/settings_table.py`` after a change of a setting; a test compares the two.
 """
@@ -14,13 +14,13 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.validation import section_types
+from rlhf_ray.config.checks import section_types
 
 INTRODUCTION = """\
 # Settings
 
-Written by `docs/settings_table.py` from `rlhf_ray/settings.py`, where each setting is declared; edit that file, not
-this one.
+Written by `docs/settings_table.py` from `rlhf_ray/config/settings.py`, where each setting is declared; edit that file,
+not this one.
 
 The same sections and names hold in Python (`PPOConfig().training(lr=1e-6)`), in YAML (`training: {lr: 1e-6}`) and on
 the command line (`training.lr=1e-6`). Defaults are written as in YAML; `null` is Python's `None`. A name that does not

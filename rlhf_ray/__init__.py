@@ -28,8 +28,9 @@ from rlhf_ray.algorithms.reinforce_pp import ReinforcePPBaselineConfig, Reinforc
 from rlhf_ray.algorithms.remax import ReMaxConfig
 from rlhf_ray.algorithms.rloo import RLOOConfig
 from rlhf_ray.algorithms.sapo import SAPOConfig
-from rlhf_ray.config import BUILT_IN_ALGORITHMS as _BUILT_IN_ALGORITHMS
-from rlhf_ray.config import AlgorithmConfig
+from rlhf_ray.config.builder import BUILT_IN_ALGORITHMS as _BUILT_IN_ALGORITHMS
+from rlhf_ray.config.builder import AlgorithmConfig
+from rlhf_ray.config.plugins import register_advantage, register_loss
 from rlhf_ray.errors import (
     ConfigError,
     DataError,
@@ -39,11 +40,11 @@ from rlhf_ray.errors import (
     RolloutError,
     WeightSyncError,
 )
-from rlhf_ray.plugins import register_advantage, register_loss
 
 if TYPE_CHECKING:
-    from rlhf_ray.algorithms.algorithm import Algorithm
-    from rlhf_ray.algorithms.trainables import (
+    from rlhf_ray.algorithm.algorithm import Algorithm
+    from rlhf_ray.rewards.reward_model.reward import RewardModelReward
+    from rlhf_ray.tune.trainables import (
         CISPO,
         DAPO,
         GMPO,
@@ -59,7 +60,6 @@ if TYPE_CHECKING:
         ReinforcePPBaseline,
         ReMax,
     )
-    from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
     __version__: str
 
@@ -108,9 +108,9 @@ __all__ = [
 ]
 
 _LAZY_MODULES = {
-    "Algorithm": "rlhf_ray.algorithms.algorithm",
+    "Algorithm": "rlhf_ray.algorithm.algorithm",
     "RewardModelReward": "rlhf_ray.rewards.reward_model.reward",
-} | dict.fromkeys(_BUILT_IN_ALGORITHMS, "rlhf_ray.algorithms.trainables")
+} | dict.fromkeys(_BUILT_IN_ALGORITHMS, "rlhf_ray.tune.trainables")
 
 
 def __getattr__(name: str) -> Any:

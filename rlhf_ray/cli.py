@@ -30,8 +30,8 @@ from rlhf_ray.launchers.command import add_launch_command
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rlhf_ray.algorithms.algorithm import Algorithm
-    from rlhf_ray.config import AlgorithmConfig
+    from rlhf_ray.algorithm.algorithm import Algorithm
+    from rlhf_ray.config.builder import AlgorithmConfig
     from rlhf_ray.reporting.summary import RunSummary
 
 __all__ = ["load_config", "main"]
@@ -100,8 +100,8 @@ def load_config(path: str | None, overrides: Sequence[str]) -> AlgorithmConfig:
     Raises:
         ConfigError: There is no such file, or a setting in it or in ``overrides`` is wrong.
     """
-    from rlhf_ray.config import AlgorithmConfig
-    from rlhf_ray.yaml_text import parsed_override
+    from rlhf_ray.config.builder import AlgorithmConfig
+    from rlhf_ray.config.yaml_text import parsed_override
 
     named = [parsed_override(override)[1] for override in overrides if override.startswith(_ALGORITHM)]
     config = AlgorithmConfig.from_yaml("{}\n" if path is None else Path(path), algorithm=named[-1] if named else None)
@@ -259,7 +259,7 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _config(args: argparse.Namespace) -> int:
-    from rlhf_ray.yaml_text import yaml_text
+    from rlhf_ray.config.yaml_text import yaml_text
 
     config = load_config(args.conf, args.overrides)
     schedule, preset, values = config.schedule().rows(), config.quickstart_values, config.to_dict(plain=True)

@@ -16,12 +16,12 @@ import yaml
 
 from rlhf_ray import cli
 from rlhf_ray.algorithms.ppo import PPOConfig
-from rlhf_ray.config import AlgorithmConfig
+from rlhf_ray.config.builder import AlgorithmConfig
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError, DataError, LearnerError, RewardError
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.completions import CompletionsReporter
 from rlhf_ray.reporting.report import DEFAULT_TABLES
-from rlhf_ray.settings import Settings
 from rlhf_ray.types import ScoredGroup
 
 

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from rlhf_ray import AlgorithmConfig, ConfigError, config, plugins
+from rlhf_ray import AlgorithmConfig, ConfigError
+from rlhf_ray.config import builder as config
+from rlhf_ray.config import plugins
+from rlhf_ray.config.checks import section_types, setting_types
+from rlhf_ray.config.settings import quickstart_preset
 from rlhf_ray.reporting.metrics import METRICS, metric_for
-from rlhf_ray.settings import quickstart_preset
-from rlhf_ray.validation import section_types, setting_types
 
 
 def script(name: str) -> ModuleType:

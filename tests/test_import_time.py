@@ -66,9 +66,9 @@ def test_configuring_imports_no_engine(statement: str) -> None:
     assert not modules.intersection(HEAVY)
 
 
-@pytest.mark.parametrize("name, module", [("PPO", "trainables"), ("Algorithm", "algorithm")])
+@pytest.mark.parametrize("name, module", [("PPO", "tune.trainables"), ("Algorithm", "algorithm.algorithm")])
 def test_algorithm_classes_come_when_asked_for(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = ModuleType(f"rlhf_ray.algorithms.{module}")
+    fake = ModuleType(f"rlhf_ray.{module}")
     setattr(fake, name, type(name, (), {}))
     monkeypatch.setitem(sys.modules, fake.__name__, fake)
 

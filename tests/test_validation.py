@@ -9,9 +9,9 @@ from typing import Any, get_args
 import pytest
 
 from rlhf_ray import ConfigError, PPOConfig
-from rlhf_ray.plugins import Plugin
-from rlhf_ray.settings import Settings, TrainingSettings
-from rlhf_ray.validation import RANGES, check_loss, section_types, setting_types, typed_value, validate
+from rlhf_ray.config.checks import RANGES, check_loss, section_types, setting_types, typed_value, validate
+from rlhf_ray.config.plugins import Plugin
+from rlhf_ray.config.settings import Settings, TrainingSettings
 
 NUMBERS = {int, float}
 # Checked by a function of their own, because the remedy is not a range.

@@ -13,7 +13,7 @@ import pytest
 import ray
 
 import rlhf_ray
-from rlhf_ray.learner import bridge as bridge_module
+from rlhf_ray.learner.remote import bridge as bridge_module
 from rlhf_ray.worker_env import worker_env
 
 HIDES = {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from rlhf_ray.config import AlgorithmConfig
+from rlhf_ray.config.builder import AlgorithmConfig
 
 __all__ = ["ReMaxConfig"]
 

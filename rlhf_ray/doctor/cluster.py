@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.doctor.check import Check, failed, in_units, passed
 from rlhf_ray.doctor.child import ChildFailure, answer, run_child
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.settings import Settings
 
 __all__ = ["check_ray", "judge_resources"]
 
@@ -17,7 +17,7 @@ _TIMEOUT_S = 120.0
 
 def check_ray(settings: Settings) -> Check:
     """Start or join Ray in a process of its own and look at its resources."""
-    from rlhf_ray.algorithms.ray_connection import cluster_to_join
+    from rlhf_ray.algorithm.ray_connection import cluster_to_join
 
     address = settings.resources.ray_address
     joined = cluster_to_join(address)
@@ -44,7 +44,7 @@ def judge_resources(settings: Settings, found: Mapping[str, Any], *, address: st
         found: ``ray.cluster_resources()``, and those of each node as ``nodes``.
         address: Where the cluster is; none: started here.
     """
-    from rlhf_ray.algorithms.ray_session import (
+    from rlhf_ray.algorithm.ray_session import (
         check_nodes,
         choose_device,
         cpu_shares,
@@ -72,8 +72,8 @@ def judge_resources(settings: Settings, found: Mapping[str, Any], *, address: st
 def _look(address: str | None) -> dict[str, Any]:
     import ray
 
-    from rlhf_ray.algorithms.ray_connection import connect
-    from rlhf_ray.algorithms.ray_session import node_resources
+    from rlhf_ray.algorithm.ray_connection import connect
+    from rlhf_ray.algorithm.ray_session import node_resources
 
     # As a run does it: without an address Ray joins the cluster on its record, and starts one only where there is none.
     try:

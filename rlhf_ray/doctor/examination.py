@@ -8,7 +8,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.algorithms.ray_session import choose_device, resolve_colocation
+from rlhf_ray.algorithm.ray_session import choose_device, resolve_colocation
+from rlhf_ray.config.plugins import advantage_plugin
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.doctor.check import Check, Status, failed, passed, warned
 from rlhf_ray.doctor.cluster import check_ray
 from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
@@ -16,10 +18,8 @@ from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
 from rlhf_ray.doctor.model import ModelFacts, check_model
 from rlhf_ray.doctor.packages import check_packages, check_python, check_torchvision
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.model_path import absolute_if_local
-from rlhf_ray.plugins import advantage_plugin
+from rlhf_ray.models.path import absolute_if_local
 from rlhf_ray.rollouts.engine import EngineSpec
-from rlhf_ray.settings import Settings
 
 __all__ = ["checks", "examine", "table"]
 
@@ -153,7 +153,7 @@ def _policy(settings: Settings) -> tuple[Check, ModelFacts | None]:
 
 def _inputs(settings: Settings) -> Check:
     """Look at what the run itself looks at before it starts anything: rewards, lengths and datasets."""
-    from rlhf_ray.algorithms.assembly import check_inputs
+    from rlhf_ray.algorithm.assembly import check_inputs
 
     try:
         check_inputs(settings)

@@ -8,11 +8,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.doctor.check import Check, failed, in_units, passed, warned
 from rlhf_ray.doctor.driver import GPU, Driver
 from rlhf_ray.host_memory import first_line, host_memory
 from rlhf_ray.rollouts.engine_spec import vllm_build
-from rlhf_ray.settings import Settings
 
 __all__ = ["Machine", "check_cores", "check_gpus", "check_open_files", "check_shared_memory"]
 

@@ -13,11 +13,11 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.doctor.check import Check, failed, in_units, passed, warned
 from rlhf_ray.doctor.machine import Machine
 from rlhf_ray.doctor.model import ModelFacts
-from rlhf_ray.model_config import kv_token_bytes
-from rlhf_ray.settings import Settings
+from rlhf_ray.models.config import kv_token_bytes
 
 __all__ = ["RESIDUE_BYTES", "MemoryNeed", "check_disk", "check_memory"]
 

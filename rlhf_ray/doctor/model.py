@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from rlhf_ray.doctor.check import Check, failed, passed
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.model_config import load_model_config
-from rlhf_ray.model_path import absolute_if_local, looks_local
+from rlhf_ray.models.config import load_model_config
+from rlhf_ray.models.path import absolute_if_local, looks_local
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.settings import DataSettings
 
 __all__ = ["SET_SETTINGS", "HeldOutSet", "held_out_sets"]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from rlhf_ray.errors import ConfigError
 
 if TYPE_CHECKING:
-    from rlhf_ray.config import AlgorithmConfig
+    from rlhf_ray.config.builder import AlgorithmConfig
 
 __all__ = ["Program", "environment"]
 

@@ -17,7 +17,7 @@ from rlhf_ray.launchers.program import Program, environment
 from rlhf_ray.launchers.sbatch import SlurmJob
 
 if TYPE_CHECKING:
-    from rlhf_ray.config import AlgorithmConfig
+    from rlhf_ray.config.builder import AlgorithmConfig
 
 __all__ = ["SUMMARY", "add_options", "run"]
 
@@ -179,7 +179,7 @@ def _going_on(program: Program, config: AlgorithmConfig, usual: Path, working_di
 
 def _check_run(run_dir: Path, config: AlgorithmConfig) -> None:
     """Find settings that the run in a directory was not begun with: the job would end as soon as it starts."""
-    from rlhf_ray.algorithms.resuming import check_same, resolved_yaml
+    from rlhf_ray.algorithm.resuming import check_same, resolved_yaml
     from rlhf_ray.reporting.run_directory import RunDirectory
 
     directory = RunDirectory(run_dir)

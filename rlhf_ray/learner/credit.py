@@ -16,12 +16,12 @@ from rlhf_ray.advantages import (
     kl_penalized_rewards,
     whiten,
 )
+from rlhf_ray.config.plugins import Plugin
+from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.losses import aggregate
-from rlhf_ray.plugins import Plugin
-from rlhf_ray.settings import TrainingSettings
 
 __all__ = ["CreditAssignment", "gathered_rows", "merged_moments"]
 

@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_ray.advantages import kl
 from rlhf_ray.advantages.padding import blank
+from rlhf_ray.config.plugins import Plugin
+from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.credit import CreditAssignment, merged_moments
@@ -65,9 +67,7 @@ from rlhf_ray.learner.sequence_parallel import SequenceSlices, SlicedScorer
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.losses.chunked_logprobs import sums_halves_in_float32
-from rlhf_ray.model_weights import heads
-from rlhf_ray.plugins import Plugin
-from rlhf_ray.settings import TrainingSettings
+from rlhf_ray.models.weights import heads
 from rlhf_ray.types import Float32Array
 from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets, staged
 from rlhf_ray.weight_sync.manifest import BucketLayout

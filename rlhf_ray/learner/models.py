@@ -13,10 +13,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.hub import hub_lookup
 from rlhf_ray.learner.initial_weights import InitialWeights, without_weights
 from rlhf_ray.learner.varlen_attention import VARLEN, flash_kernel, register, unsupported
-from rlhf_ray.model_weights import first_nonfinite, heads
+from rlhf_ray.models.hub import hub_lookup
+from rlhf_ray.models.weights import first_nonfinite, heads
 from rlhf_ray.weight_sync.buckets import full_tensor
 
 if TYPE_CHECKING:

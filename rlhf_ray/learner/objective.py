@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from rlhf_ray.config.plugins import Plugin
+from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.losses import entropy_bonus, kl_loss
-from rlhf_ray.plugins import Plugin
-from rlhf_ray.settings import TrainingSettings
 
 __all__ = ["PolicyObjective", "PolicyTerms"]
 

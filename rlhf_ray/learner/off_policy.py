@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.learner.credit import gathered_rows
 from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.losses import aggregate, behavior_weights, m2po_mask
-from rlhf_ray.settings import TrainingSettings
 
 __all__ = ["correction_weights", "effective_sample_size", "loglinear_proximal", "m2po_kept", "staleness_metrics"]
 

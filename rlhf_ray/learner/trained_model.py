@@ -12,13 +12,13 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.learner.initial_weights import local_part
 from rlhf_ray.learner.lora import merged_parameters
 from rlhf_ray.learner.models import reshard
-from rlhf_ray.model_weights import first_nonfinite
-from rlhf_ray.settings import TrainingSettings
+from rlhf_ray.models.weights import first_nonfinite
 from rlhf_ray.weight_sync.buckets import full_tensor
 
 if TYPE_CHECKING:

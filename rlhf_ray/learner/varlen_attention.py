@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.model_weights import caps_attention
+from rlhf_ray.models.weights import caps_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

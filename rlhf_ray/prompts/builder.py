@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 
+from rlhf_ray.config.settings import REWARD_ARGUMENTS, DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.chat_template import read_chat_template, template_variables
 from rlhf_ray.prompts.row_codec import Row
 from rlhf_ray.prompts.text_encoding import special_tokens_around, text_flaw, with_special_tokens
-from rlhf_ray.settings import REWARD_ARGUMENTS, DataSettings
 from rlhf_ray.types import ChatMessage, Prompt, PromptText
 from rlhf_ray.untrusted_text import shortened
 

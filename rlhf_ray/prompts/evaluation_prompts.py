@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Overlong, PromptBuilder
 from rlhf_ray.prompts.check import check_source, log_choices
@@ -14,7 +15,6 @@ from rlhf_ray.prompts.reader import PromptReader
 from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
 from rlhf_ray.prompts.source import PromptSource, find_eval_source
 from rlhf_ray.prompts.tokenizer import load_tokenizer
-from rlhf_ray.settings import DataSettings
 from rlhf_ray.types import Prompt
 
 __all__ = ["check_prompts", "load_prompts"]

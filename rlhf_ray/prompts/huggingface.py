@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import DataError
-from rlhf_ray.hub import hub_lookup
+from rlhf_ray.models.hub import hub_lookup
 from rlhf_ray.prompts.csv_rows import typed_rows
 from rlhf_ray.prompts.row_codec import Row, arrow_rows, encode_rows
 from rlhf_ray.prompts.row_store import RowStore

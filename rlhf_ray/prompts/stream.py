@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
 from rlhf_ray.prompts.check import check_source, log_choices
@@ -26,7 +27,6 @@ from rlhf_ray.prompts.reader import PromptReader
 from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
 from rlhf_ray.prompts.source import find_source
 from rlhf_ray.prompts.tokenizer import load_tokenizer
-from rlhf_ray.settings import DataSettings
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt
 

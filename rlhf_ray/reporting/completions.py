@@ -9,10 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ray.config.settings import ModelSettings, Settings
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.reporting.token_texts import TokenTexts
-from rlhf_ray.settings import ModelSettings, Settings
 from rlhf_ray.types import Completion, Float32Array, PromptText, ScoredGroup
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import rich
 from rich.console import Console
 from rich.live import Live
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.panel import ProgressPanel, duration, plain_line
 from rlhf_ray.reporting.progress import Progress
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.settings import Settings
 
 __all__ = ["ConsoleReporter", "resolve_mode"]
 

@@ -7,10 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any, TextIO
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.metrics import Scalar, flatten
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.settings import Settings
 
 __all__ = ["JsonlReporter"]
 

@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 
 import yaml
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.settings import Settings
 
 __all__ = ["MlflowReporter"]
 

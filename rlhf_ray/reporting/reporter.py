@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.settings import Settings
 from rlhf_ray.types import Float32Array, ScoredGroup, Span
 
 __all__ = ["Reporter"]

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.settings import Settings
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Float32Array, ScoredGroup, Span
 from rlhf_ray.untrusted_text import shortened

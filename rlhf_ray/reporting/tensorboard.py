@@ -10,10 +10,10 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.settings import Settings
 
 __all__ = ["TensorBoardReporter"]
 

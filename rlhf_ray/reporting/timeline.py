@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.settings import Settings
 from rlhf_ray.types import Span
 
 __all__ = ["TimelineReporter", "trace_events"]

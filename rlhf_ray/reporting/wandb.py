@@ -13,11 +13,11 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.settings import Settings
 from rlhf_ray.types import Float32Array, PromptText, ScoredGroup
 
 __all__ = ["WandbReporter"]

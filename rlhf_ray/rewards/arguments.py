@@ -8,9 +8,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+from rlhf_ray.config.settings import REWARD_ARGUMENTS
+from rlhf_ray.config.user_code import bound_arguments
 from rlhf_ray.errors import DataError
-from rlhf_ray.settings import REWARD_ARGUMENTS
-from rlhf_ray.user_code import bound_arguments
 
 __all__ = [
     "CallLog",

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
+from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardFunction, RewardSettings, RewardSpec
+from rlhf_ray.config.user_code import bound_arguments, load_reference, nearest
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.arguments import Parameters
 from rlhf_ray.rewards.registry import build_reward, is_factory
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
-from rlhf_ray.settings import REWARD_ARGUMENTS, RewardFunction, RewardSettings, RewardSpec
-from rlhf_ray.user_code import bound_arguments, load_reference, nearest
 
 __all__ = ["NamedReward", "resolve_rewards", "reward_models"]
 

@@ -20,13 +20,13 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import RewardError
 from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.functions import NamedReward, resolve_rewards
 from rlhf_ray.rewards.scoring import Scores, Tokenizer
 from rlhf_ray.rewards.shipping import pack, pack_rewards
 from rlhf_ray.rewards.worker import LONG_CALL_S, ConcurrentRewardWorker, SequentialRewardWorker
-from rlhf_ray.settings import RewardSettings
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup, Span

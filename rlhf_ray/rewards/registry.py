@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from types import NoneType
 from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, get_args, get_origin, get_type_hints
 
+from rlhf_ray.config.settings import RewardFunction
+from rlhf_ray.config.user_code import nearest
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.rewards.arguments import Parameters
-from rlhf_ray.settings import RewardFunction
 from rlhf_ray.untrusted_text import shortened
-from rlhf_ray.user_code import nearest
 
 if TYPE_CHECKING:
     from rlhf_ray.rewards.functions import NamedReward

@@ -18,11 +18,11 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardFunction
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.tokenizer import decoded
 from rlhf_ray.rewards.arguments import CallLog, Parameters, TrainerState, TrainingProgress, own_copies
 from rlhf_ray.rewards.functions import NamedReward
-from rlhf_ray.settings import REWARD_ARGUMENTS, RewardFunction
 from rlhf_ray.types import Float32Array, RolloutGroup, ScoredGroup
 from rlhf_ray.untrusted_text import shortened
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from rlhf_ray.settings import RewardSettings
+from rlhf_ray.config.settings import RewardSettings
 
 if TYPE_CHECKING:
     from rlhf_ray.learner.batch import SequenceBatch

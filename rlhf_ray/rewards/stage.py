@@ -8,6 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.functions import resolve_rewards
 from rlhf_ray.rewards.pool import RewardPool
@@ -15,7 +16,6 @@ from rlhf_ray.rewards.reward_model.pool import ModelPoolSpec, RewardModelPool
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.scoring import Scores, Tokenizer
 from rlhf_ray.rewards.shipping import pack
-from rlhf_ray.settings import RewardSettings
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Float32Array, RewardFailure, RolloutGroup, ScoredGroup, Span
 

@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import Generic, TypeVar
 
-from rlhf_ray.settings import Settings
+from rlhf_ray.config.settings import Settings
 
 __all__ = ["GroupLedger", "admission_capacity", "max_concurrent_groups"]
 

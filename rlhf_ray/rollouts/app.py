@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from rlhf_ray.errors import RolloutError
-from rlhf_ray.learner.turns import REPLICA_SHARE
+from rlhf_ray.learner.remote.turns import REPLICA_SHARE
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
 from rlhf_ray.rollouts.serve_instance import QUIET, deploy, end_unused_serve, serve_is_running

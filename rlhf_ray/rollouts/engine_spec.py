@@ -10,11 +10,11 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_ray.config.settings import EvaluationSettings, ModelSettings, RolloutSettings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.hub import hub_environment, hub_lookup
-from rlhf_ray.model_config import context_length, keeps_states, kv_token_bytes
+from rlhf_ray.models.config import context_length, keeps_states, kv_token_bytes
+from rlhf_ray.models.hub import hub_environment, hub_lookup
 from rlhf_ray.rollouts.engine import EngineSpec
-from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase

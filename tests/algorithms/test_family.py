@@ -27,13 +27,13 @@ from rlhf_ray import (
     ReMaxConfig,
     RLOOConfig,
     SAPOConfig,
-    config,
-    plugins,
     register_advantage,
 )
-from rlhf_ray.plugins import advantage_plugin, loss_plugin
-from rlhf_ray.settings import ModelSettings, Settings
-from rlhf_ray.validation import section_types, setting_types
+from rlhf_ray.config import builder as config
+from rlhf_ray.config import plugins
+from rlhf_ray.config.checks import section_types, setting_types
+from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
+from rlhf_ray.config.settings import ModelSettings, Settings
 
 Config = type[AlgorithmConfig]
 
@@ -293,7 +293,7 @@ def test_other_ways_to_set_a_default_win() -> None:
 
 @pytest.fixture(scope="module")
 def trainables() -> ModuleType:
-    return importlib.import_module("rlhf_ray.algorithms.trainables")
+    return importlib.import_module("rlhf_ray.tune.trainables")
 
 
 @every_algorithm

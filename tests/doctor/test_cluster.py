@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 
 from rlhf_ray import RewardModelReward
+from rlhf_ray.config.settings import LearnerSettings, ResourceSettings, RewardSettings, RolloutSettings, Settings
 from rlhf_ray.doctor import cluster
 from rlhf_ray.doctor.check import Check
 from rlhf_ray.doctor.child import ChildFailure
-from rlhf_ray.settings import LearnerSettings, ResourceSettings, RewardSettings, RolloutSettings, Settings
 
 
 @pytest.fixture(autouse=True)
 def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """The build of vLLM, whatever is installed here: one entry; it fits the test."""
     build: list[str | None] = [None]
-    monkeypatch.setattr("rlhf_ray.algorithms.ray_session.vllm_build", lambda: build[0])
+    monkeypatch.setattr("rlhf_ray.algorithm.ray_session.vllm_build", lambda: build[0])
     return build
 
 
@@ -150,7 +150,7 @@ def test_the_child_leaves_it_to_ray_what_to_join(
     asked: list[dict[str, Any]] = []
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr("rlhf_ray.algorithms.ray_connection._probe", lambda *_: None)
+    monkeypatch.setattr("rlhf_ray.algorithm.ray_connection._probe", lambda *_: None)
     monkeypatch.setattr("ray.init", lambda **given: asked.append(given))
     monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 2.0})
     dead, living = ({"Alive": alive, "Resources": {"CPU": 2.0}} for alive in (False, True))

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rlhf_ray.config.settings import DataSettings, ModelSettings, RewardSettings, RolloutSettings, Settings
 from rlhf_ray.doctor import Check, examination
 from rlhf_ray.doctor.examination import checks, examine, table
 from rlhf_ray.doctor.machine import Machine
-from rlhf_ray.settings import DataSettings, ModelSettings, RewardSettings, RolloutSettings, Settings
 
 FOUND = [
     Check("python", "ok", "3.11.7"),

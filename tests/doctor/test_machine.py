@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import ResourceSettings, Settings
 from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
-from rlhf_ray.settings import ResourceSettings, Settings
 
 MakeMachine = Callable[..., Machine]
 GIB = 1024**3

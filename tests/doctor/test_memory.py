@@ -9,11 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 from transformers import Qwen2Config
 
-from rlhf_ray.doctor.check import Check
-from rlhf_ray.doctor.machine import Machine
-from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
-from rlhf_ray.doctor.model import ModelFacts
-from rlhf_ray.settings import (
+from rlhf_ray.config.settings import (
     CheckpointingSettings,
     FaultToleranceSettings,
     LearnerSettings,
@@ -23,6 +19,10 @@ from rlhf_ray.settings import (
     Settings,
     TrainingSettings,
 )
+from rlhf_ray.doctor.check import Check
+from rlhf_ray.doctor.machine import Machine
+from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
+from rlhf_ray.doctor.model import ModelFacts
 
 MakeMachine = Callable[..., Machine]
 GIB = 1024**3

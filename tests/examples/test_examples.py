@@ -101,7 +101,7 @@ def test_the_file_is_valid_as_it_is_and_uses_the_critic() -> None:
 
 
 def test_two_overrides_make_it_a_local_run_that_asks_no_hub(model: Path, problems: Path, no_hub: None) -> None:
-    from rlhf_ray.algorithms.assembly import check_inputs, evaluator
+    from rlhf_ray.algorithm.assembly import check_inputs, evaluator
 
     config = cli.load_config(str(YAML), [f"data.path={problems}", f"model.path={model}"]).validate()
     inputs = check_inputs(config.settings)
@@ -111,7 +111,7 @@ def test_two_overrides_make_it_a_local_run_that_asks_no_hub(model: Path, problem
 
 
 def test_a_local_test_set_can_be_measured_on_the_way(model: Path, problems: Path, no_hub: None) -> None:
-    from rlhf_ray.algorithms.assembly import check_inputs
+    from rlhf_ray.algorithm.assembly import check_inputs
 
     overrides = [f"data.path={problems}", f"data.eval_path={problems}", f"model.path={model}", "evaluation.interval=10"]
     config = cli.load_config(str(YAML), overrides).validate()

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from rlhf_ray import cli
-from rlhf_ray.settings import Settings
+from rlhf_ray.config.settings import Settings
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCHEMA = yaml.safe_load(Path(__file__).with_name("rayjob_schema.yaml").read_text())

@@ -17,7 +17,7 @@ from ray import serve
 from ray.util.state import list_actors, list_objects, list_placement_groups
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.reporting.run_lock import RunLock
 from rlhf_ray.rollouts.serve_instance import serve_is_running
 

@@ -21,10 +21,11 @@ import torch
 import yaml
 from ray.util.state import list_actors, list_placement_groups
 
-from rlhf_ray import PPOConfig, ReMaxConfig, RewardError, RolloutError, plugins, register_advantage, register_loss
-from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray import PPOConfig, ReMaxConfig, RewardError, RolloutError, register_advantage, register_loss
+from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.checkpoints.checkpoint import Checkpoint
 from rlhf_ray.checkpoints.folder import Folder
+from rlhf_ray.config import plugins
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.engine import LoadReport
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.types import ScoredGroup

@@ -20,11 +20,11 @@ from ray.util.state import list_actors
 from safetensors.torch import load_file
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.learner import turns
-from rlhf_ray.learner.group import rank_resources
-from rlhf_ray.learner.turns import Place, check_pairing
+from rlhf_ray.learner.remote import turns
+from rlhf_ray.learner.remote.group import rank_resources
+from rlhf_ray.learner.remote.turns import Place, check_pairing
 from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.rollouts.app import replica_options
 
@@ -110,7 +110,7 @@ def test_replicas_and_learners_are_placed_in_pairs_and_stay_so(gpus: None) -> No
 
 
 def test_halves_are_not_placed_in_pairs_which_is_an_error(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("rlhf_ray.rollouts.app.REPLICA_SHARE", "rlhf_ray.learner.group.LEARNER_SHARE"):
+    for module in ("rlhf_ray.rollouts.app.REPLICA_SHARE", "rlhf_ray.learner.remote.group.LEARNER_SHARE"):
         monkeypatch.setattr(module, 0.5)
     assert turns.REPLICA_SHARE + turns.LEARNER_SHARE == 1.0
     placed = Placed()

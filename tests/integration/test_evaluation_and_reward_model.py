@@ -14,7 +14,7 @@ import torch
 from ray.util.state import list_actors
 
 from rlhf_ray import PPOConfig, RewardModelReward
-from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.quickstart.task import eval_rows, train_rows
 from rlhf_ray.reporting.metrics import flatten, metric_for

@@ -11,7 +11,7 @@ import pytest
 import ray
 
 from rlhf_ray import GRPOConfig, LearnerError, PPOConfig
-from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.weight_sync.manifest import WeightManifest
 

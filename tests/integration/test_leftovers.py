@@ -14,10 +14,10 @@ import pytest
 import ray
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.algorithms import assembly
-from rlhf_ray.algorithms.algorithm import Algorithm
+from rlhf_ray.algorithm import assembly
+from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.learner.group import LearnerGroup
+from rlhf_ray.learner.remote.group import LearnerGroup
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.rewards.pool import RewardPool
 from rlhf_ray.rollouts.app import RolloutApp

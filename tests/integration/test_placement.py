@@ -15,8 +15,8 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 from rlhf_ray.errors import LearnerError
-from rlhf_ray.learner import group as group_module
-from rlhf_ray.learner.group import LearnerGroup
+from rlhf_ray.learner.remote import group as group_module
+from rlhf_ray.learner.remote.group import LearnerGroup
 from rlhf_ray.rollouts import app as app_module
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.engine import EngineSpec
@@ -53,7 +53,7 @@ def parts(
         from ray.train import RunConfig, ScalingConfig
         from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-        from rlhf_ray.learner.ray_trainer import announce_controller
+        from rlhf_ray.learner.remote.ray_trainer import announce_controller
 
         each = {"CPU": 0.1, "GPU": 1}
         return DataParallelTrainer(

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from rlhf_ray import PPOConfig, cli
-from rlhf_ray.algorithms.resuming import resolved_yaml
+from rlhf_ray.algorithm.resuming import resolved_yaml
 from rlhf_ray.reporting.run_directory import RunDirectory
 
 StandIn = Callable[..., Path]

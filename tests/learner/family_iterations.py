@@ -24,12 +24,12 @@ import torch.distributed as dist
 from model_families import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_ray.config.settings import EvaluationSettings, ModelSettings, RolloutSettings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.rollouts.engine import RolloutEngine
 from rlhf_ray.rollouts.engine_spec import engine_spec
-from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, ScoredGroup
 from rlhf_ray.weight_sync.manifest import WeightManifest
 

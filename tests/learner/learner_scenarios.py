@@ -23,16 +23,16 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_ray
+from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
+from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.initial_weights import local_part
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.packing import RankPlan, UpdatePlan, plan_update
+from rlhf_ray.learner.remote.update_result import UpdateResult
 from rlhf_ray.learner.trained_model import TrainedModel
-from rlhf_ray.learner.update_result import UpdateResult
-from rlhf_ray.plugins import advantage_plugin, loss_plugin
-from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor
 from rlhf_ray.weight_sync.manifest import BucketLayout
 

@@ -11,14 +11,12 @@ from pathlib import Path
 import learner_scenarios as runs
 import pytest
 import torch
+from family_iterations import ENVIRONMENT
+from model_families import NOT_TRIED, UNKNOWN, WORKING, causal_families, tiny_config
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from family_iterations import ENVIRONMENT
-from model_families import NOT_TRIED, UNKNOWN, WORKING, causal_families, tiny_config
 
 import rlhf_ray
 from rlhf_ray.errors import ConfigError

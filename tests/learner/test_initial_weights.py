@@ -14,11 +14,9 @@ from typing import Any
 import loading_ranks
 import pytest
 import torch
+from model_families import NOT_TRIED, causal_families, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from model_families import NOT_TRIED, causal_families, tiny_config
 
 import rlhf_ray
 

@@ -29,8 +29,8 @@ import rlhf_ray
 from rlhf_ray.learner import kept_state as module
 from rlhf_ray.learner.kept_state import KeptState, StateFile
 from rlhf_ray.learner.learner import Learner
-from rlhf_ray.learner.state_keeper import StateKeeper
-from rlhf_ray.learner.train_loop import _Worker
+from rlhf_ray.learner.remote.state_keeper import StateKeeper
+from rlhf_ray.learner.remote.train_loop import _Worker
 
 MEMORY_NAME = "rlhf-ray-learner-state"
 
@@ -554,7 +554,7 @@ from rlhf_ray.learner import kept_state as module
 from rlhf_ray.learner.initial_weights import local_part
 from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.learner import Learner
-from rlhf_ray.learner.train_loop import _Worker
+from rlhf_ray.learner.remote.train_loop import _Worker
 
 folder, rank, paths = Path(sys.argv[2]), int(sys.argv[3]), json.loads(sys.argv[4])
 torch.set_num_threads(1)

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import sys
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,12 +21,10 @@ import numpy as np
 import pytest
 import torch
 from learner_scenarios import RESUMED, SCENARIOS, Outcome, RankResult, Scenario
+from model_families import tiny_config
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from model_families import tiny_config
 
 from rlhf_ray.learner import varlen_attention
 from rlhf_ray.learner.batch import SequenceBatch
@@ -35,8 +32,8 @@ from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.learner import Learner, _num_threads
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.packing import plan_update
+from rlhf_ray.learner.remote.update_result import UpdateResult, merged_results
 from rlhf_ray.learner.trained_model import TrainedModel
-from rlhf_ray.learner.update_result import UpdateResult, merged_results
 from rlhf_ray.reporting.metrics import metric_for
 from rlhf_ray.weight_sync.buckets import ByteArray
 from rlhf_ray.weight_sync.manifest import BucketLayout, under_each_name

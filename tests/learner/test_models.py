@@ -1,19 +1,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from model_families import tiny_config
 from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from model_families import tiny_config
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner import models as module

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.learner.off_policy import (
     correction_weights,
@@ -15,7 +16,6 @@ from rlhf_ray.learner.off_policy import (
     staleness_metrics,
 )
 from rlhf_ray.losses import m2po_mask
-from rlhf_ray.settings import TrainingSettings
 
 PROXIMAL = torch.tensor([[0.5, 0.4], [0.2, 0.9]]).log()
 SAMPLING = torch.tensor([[0.25, 0.5], [0.8, 1e-9]]).log()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +12,11 @@ import pytest
 import sequence_parallel_ranks as ranks
 import torch
 from learner_scenarios import RESUMED, SCENARIOS, Outcome
+from model_families import tiny_config
 from sequence_parallel_ranks import NAMES, NOT_SLICED, ON_FOUR_RANKS, SCORED, SlicedResult
 
 from rlhf_ray.learner.learner import Learner
-from rlhf_ray.learner.update_result import merged_results
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from model_families import tiny_config
+from rlhf_ray.learner.remote.update_result import merged_results
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 

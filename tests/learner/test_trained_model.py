@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.trained_model import TrainedModel, learning_rate_factor
-from rlhf_ray.settings import TrainingSettings
 
 
 class TwoLayers(nn.Module):  # type: ignore[misc]

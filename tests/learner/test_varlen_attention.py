@@ -1,16 +1,12 @@
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from model_families import APART_BY_VARLEN, NOT_TRIED, causal_families, tiny_config
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from model_families import APART_BY_VARLEN, NOT_TRIED, causal_families, tiny_config
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner import varlen_attention as module

@@ -4,10 +4,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import NumberedRow, Outcome, Overlong, PromptBuilder
 from rlhf_ray.prompts.tokenizer import load_tokenizer
-from rlhf_ray.settings import DataSettings
 from rlhf_ray.types import Prompt
 
 USER = {"role": "user", "content": "1+1?"}

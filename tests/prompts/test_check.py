@@ -3,13 +3,13 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import PromptBuilder
 from rlhf_ray.prompts.check import check_source, log_choices
 from rlhf_ray.prompts.row_codec import Row
 from rlhf_ray.prompts.row_store import RowStore
 from rlhf_ray.prompts.tokenizer import load_tokenizer
-from rlhf_ray.settings import DataSettings
 
 
 class Rows:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.csv_rows import csv_rows
 from rlhf_ray.prompts.source import find_eval_source, find_source
-from rlhf_ray.settings import DataSettings
 
 CELLS = ["007", "1.50", "true", "NA", "2024-01-01", "1e5", " ", "null", "", "NaN", "12:30", "0x1F", "-0", " 7 "]
 

@@ -3,10 +3,10 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.evaluation_prompts import check_prompts, load_prompts
 from rlhf_ray.quickstart import task
-from rlhf_ray.settings import DataSettings
 from rlhf_ray.types import Prompt
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts import data_context, reader
 from rlhf_ray.prompts.builder import PromptBuilder
@@ -14,7 +15,6 @@ from rlhf_ray.prompts.reader import PromptReader
 from rlhf_ray.prompts.row_codec import encode_rows
 from rlhf_ray.prompts.row_store import RowStore
 from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
-from rlhf_ray.settings import DataSettings
 from rlhf_ray.types import Prompt
 
 BUILDER = PromptBuilder.from_settings(

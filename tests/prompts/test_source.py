@@ -10,12 +10,12 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.huggingface import HubSource
 from rlhf_ray.prompts.row_codec import ROW_COLUMN, Row, decode_row
 from rlhf_ray.prompts.source import PromptSource, find_eval_source, find_source
 from rlhf_ray.quickstart import task
-from rlhf_ray.settings import DataSettings
 
 ROWS: list[Row] = [
     {"prompt": f"p{i}", "chat": [{"role": "user", "content": str(i)}], "meta": {"n": [i, i + 1], "s": None}}

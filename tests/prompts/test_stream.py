@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts import PromptPosition, PromptStream
-from rlhf_ray.settings import DataSettings
 from rlhf_ray.types import Prompt
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_runs")

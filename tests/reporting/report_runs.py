@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import yaml
 
+from rlhf_ray.config.settings import ReportingSettings, Settings
 from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.completions import CompletionsReporter
 from rlhf_ray.reporting.jsonl import JsonlReporter
-from rlhf_ray.settings import ReportingSettings, Settings
 from rlhf_ray.types import Completion, Float32Array, Prompt, PromptText, RolloutGroup, ScoredGroup, VersionSpan
 
 HOSTILE = (

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf_ray.config.settings import ReportingSettings, Settings
 from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.completions import CompletionsReporter, completions_path
-from rlhf_ray.settings import ReportingSettings, Settings
 from rlhf_ray.types import ScoredGroup, VersionSpan
 
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rlhf_ray.config.settings import ReportingSettings, Settings
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.console import ConsoleReporter, resolve_mode
-from rlhf_ray.settings import ReportingSettings, Settings
 
 
 def with_progress(progress: str) -> Settings:

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.jsonl import JsonlReporter
-from rlhf_ray.settings import Settings
 
 
 def strict(text: str) -> dict[str, Any]:

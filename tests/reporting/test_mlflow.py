@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
+from rlhf_ray.config.settings import ReportingSettings, Settings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.mlflow import MlflowReporter
-from rlhf_ray.settings import ReportingSettings, Settings
 
 
 @pytest.fixture(autouse=True)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from report_runs import iteration, write_run
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.jsonl import JsonlReporter
 from rlhf_ray.reporting.report import write_report
-from rlhf_ray.settings import Settings
 
 
 def test_the_page_of_one_run_lies_in_its_folder(tmp_path: Path) -> None:

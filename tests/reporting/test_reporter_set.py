@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import ReportingSettings, Settings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting import Reporter, ReporterSet, RunDirectory
-from rlhf_ray.settings import ReportingSettings, Settings
 from rlhf_ray.types import Float32Array, ScoredGroup
 
 

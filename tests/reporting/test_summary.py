@@ -6,10 +6,10 @@ from typing import Any
 
 from rich.console import Console
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.completions import CompletionsReporter
 from rlhf_ray.reporting.summary import RunSummary, show_evaluation, show_quickstart, show_samples, show_summary
-from rlhf_ray.settings import Settings
 from rlhf_ray.types import ScoredGroup
 
 

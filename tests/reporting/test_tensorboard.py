@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.tensorboard import TensorBoardReporter
-from rlhf_ray.settings import Settings
 
 
 def test_scalars_and_configuration_can_be_read_back(run_dir: RunDirectory, result: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def test_torch_is_not_imported() -> None:
 import sys, tempfile
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.tensorboard import TensorBoardReporter
-from rlhf_ray.settings import Settings
+from rlhf_ray.config.settings import Settings
 reporter = TensorBoardReporter()
 reporter.start(Settings(), RunDirectory.create(tempfile.mkdtemp(), algorithm="PPO"))
 reporter.report({"training_iteration": 1, "a": 1.0})

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.reporting.timeline import TimelineReporter, trace_events
-from rlhf_ray.settings import Settings
 from rlhf_ray.types import Span
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardSettings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards import NamedReward, gsm8k, resolve_rewards
-from rlhf_ray.settings import REWARD_ARGUMENTS, RewardSettings
 
 CALL = {"prompts": ["p"], "completions": ["#### 4"], "completion_ids": [[1, 2, 3]], "answer": ["4"]}
 

@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 import ray
 
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.rewards import RewardPool, math_equivalence
 from rlhf_ray.rewards import pool as pool_module
 from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.pool import MAX_BATCH
-from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
 
 GroupOf = Callable[..., RolloutGroup]

@@ -9,10 +9,10 @@ import pytest
 from ray import cloudpickle
 
 from rlhf_ray import rewards
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.rewards import resolve_rewards
 from rlhf_ray.rewards.registry import build_reward, built_in_names, is_factory, row_check, with_row_check
-from rlhf_ray.settings import RewardSettings
 
 FIELD = "rewards.functions[0]"
 

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import DataError
 from rlhf_ray.rewards import RewardScorer
 from rlhf_ray.rewards.arguments import TrainingProgress, completion_texts
 from rlhf_ray.rewards.functions import resolve_rewards
 from rlhf_ray.rewards.scoring import ScoringError, logged_means
-from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RolloutGroup, ScoredGroup
 
 GroupOf = Callable[..., RolloutGroup]

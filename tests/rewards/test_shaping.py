@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.rewards.shaping import shaped
-from rlhf_ray.settings import RewardSettings
 
 # Two groups of two; the second completion and the last are truncated.
 REWARDS = [4.0, 1.0, 0.0, 2.0]

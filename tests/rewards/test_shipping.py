@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards import resolve_rewards, shipping
 from rlhf_ray.rewards.shipping import pack, pack_rewards, unpack, unpack_rewards
-from rlhf_ray.settings import RewardSettings
 
 ELSEWHERE = """
 import sys

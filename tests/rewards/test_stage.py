@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from rlhf_ray import RewardModelReward
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.rewards.pool import RewardPool
 from rlhf_ray.rewards.reward_model.pool import RewardModelPool
 from rlhf_ray.rewards.scoring import Scores
 from rlhf_ray.rewards.stage import CombinedRewards, RewardStage, reward_stage
-from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
 
 GroupOf = Callable[..., RolloutGroup]

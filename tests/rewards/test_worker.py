@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.prompts import tokenizer
 from rlhf_ray.quickstart import model_path
@@ -13,7 +14,6 @@ from rlhf_ray.rewards import exact_match, resolve_rewards
 from rlhf_ray.rewards.scoring import Scores
 from rlhf_ray.rewards.shipping import pack, pack_rewards
 from rlhf_ray.rewards.worker import SequentialRewardWorker, load_tokenizer
-from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RewardFailure, RolloutGroup
 
 

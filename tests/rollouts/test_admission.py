@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.settings import DataSettings, RolloutSettings, Settings
 from rlhf_ray.rollouts.admission import GroupLedger, admission_capacity, max_concurrent_groups
-from rlhf_ray.settings import DataSettings, RolloutSettings, Settings
 
 
 def ledger(**given: Any) -> GroupLedger[int]:

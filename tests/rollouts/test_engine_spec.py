@@ -10,11 +10,11 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from rlhf_ray import hub
+from rlhf_ray.config.settings import EvaluationSettings, ModelSettings, QuantizationName, RolloutSettings
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.models import hub
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.engine_spec import engine_spec, eos_token_ids, max_prompt_tokens, weight_transfer
-from rlhf_ray.settings import EvaluationSettings, ModelSettings, QuantizationName, RolloutSettings
 
 CONFIG = Qwen2Config(
     vocab_size=64,

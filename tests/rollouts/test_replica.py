@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ray.exceptions import ActorDiedError, OwnerDiedError
 
-from rlhf_ray.learner.bridge import Bridge as LearnersBridge
+from rlhf_ray.learner.remote.bridge import Bridge as LearnersBridge
 from rlhf_ray.rollouts import replica as replica_module
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica

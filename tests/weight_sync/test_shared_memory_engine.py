@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from rlhf_ray.config.settings import EvaluationSettings, ModelSettings, RolloutSettings
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine
 from rlhf_ray.rollouts.engine_spec import engine_spec
-from rlhf_ray.settings import EvaluationSettings, ModelSettings, RolloutSettings
 from rlhf_ray.types import Completion, Prompt, SamplingSettings
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
 from rlhf_ray.weight_sync.manifest import WeightManifest, joined_names

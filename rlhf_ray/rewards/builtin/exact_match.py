@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import Any
 
+from rlhf_ray.config.settings import RewardFunction
 from rlhf_ray.rewards.arguments import Completions, column, completion_texts
 from rlhf_ray.rewards.builtin.gold import GoldAnswer, gold_answers
 from rlhf_ray.rewards.builtin.user_pattern import UserPattern
 from rlhf_ray.rewards.registry import built_in, with_row_check
-from rlhf_ray.settings import RewardFunction
 
 __all__ = ["exact_match"]
 

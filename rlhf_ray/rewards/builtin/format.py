@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from rlhf_ray.config.settings import RewardFunction
 from rlhf_ray.rewards.arguments import Completions, completion_texts
 from rlhf_ray.rewards.builtin.user_pattern import UserPattern
 from rlhf_ray.rewards.registry import built_in
-from rlhf_ray.settings import RewardFunction
 
 __all__ = ["format"]
 

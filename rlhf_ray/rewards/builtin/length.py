@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_ray.config.settings import RewardFunction
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.registry import built_in
-from rlhf_ray.settings import RewardFunction
 
 __all__ = ["length"]
 

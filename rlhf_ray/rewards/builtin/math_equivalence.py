@@ -16,12 +16,12 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
+from rlhf_ray.config.settings import RewardFunction
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.rewards.arguments import Completions, column, completion_texts
 from rlhf_ray.rewards.builtin import math_grader
 from rlhf_ray.rewards.builtin.gold import gold_answers, number_text
 from rlhf_ray.rewards.registry import built_in
-from rlhf_ray.settings import RewardFunction
 from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["math_equivalence"]

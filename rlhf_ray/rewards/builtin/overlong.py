@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_ray.config.settings import RewardFunction
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.registry import built_in
-from rlhf_ray.settings import RewardFunction
 
 __all__ = ["overlong", "soft_overlong_punishment"]
 

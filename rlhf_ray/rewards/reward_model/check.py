@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.hub import hub_lookup
-from rlhf_ray.model_config import check_unquantized, context_length
+from rlhf_ray.models.config import check_unquantized, context_length
+from rlhf_ray.models.hub import hub_lookup
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
 if TYPE_CHECKING:

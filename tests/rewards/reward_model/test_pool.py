@@ -16,6 +16,7 @@ import ray
 from ray.exceptions import RayActorError
 
 from rlhf_ray import RewardModelReward
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError, RewardError
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.rewards.reward_model import pool as module
@@ -24,7 +25,6 @@ from rlhf_ray.rewards.reward_model.pool import ModelPoolSpec, RewardModelPool
 from rlhf_ray.rewards.scoring import Scores
 from rlhf_ray.rewards.shipping import pack
 from rlhf_ray.rewards.stage import CombinedRewards, reward_stage
-from rlhf_ray.settings import RewardSettings
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
 
 pytestmark = pytest.mark.usefixtures("cluster")

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from rlhf_ray import PPOConfig, RewardModelReward
+from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.functions import resolve_rewards, reward_models
-from rlhf_ray.settings import RewardSettings
 
 
 def test_yaml_and_python_name_the_same_reward() -> None:

@@ -1,0 +1,258 @@
+"""Before anything is started: a new run directory, or one whose run goes on."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from rlhf_ray.checkpoints.checkpoint import Checkpoint
+from rlhf_ray.checkpoints.folder import Folder
+from rlhf_ray.checkpoints.store import CheckpointStore
+from rlhf_ray.config.names import with_todays_names
+from rlhf_ray.config.plain_values import plain_value
+from rlhf_ray.config.settings import CheckpointingSettings, Settings
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.reporting.run_lock import RunLock
+
+if TYPE_CHECKING:
+    from rlhf_ray.config.builder import AlgorithmConfig
+
+__all__ = ["RunStart", "check_same", "open_run", "open_trial_run", "resolved_yaml"]
+
+_LOG = logging.getLogger(__name__)
+# Where a run lies, how it goes on and how it is shown is not what it is: one begun at a terminal may go on in a queue.
+_MAY_DIFFER = {"reporting.run_dir", "reporting.progress", "checkpointing.resume"}
+_PATH = "checkpointing.path"
+# Tune may start a trial anew while the actor that had it before is still stopping its parts.
+_TRIAL_WAIT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunStart:
+    """Where a run begins."""
+
+    directory: RunDirectory
+    lock: RunLock
+    """Keeps other drivers out until it is released."""
+    store: CheckpointStore
+    resolved: str
+    """All settings, as YAML."""
+    checkpoint: Checkpoint | None = None
+    """What it goes on from; ``None``: from the first iteration, or what Ray Tune restores."""
+    goes_on: bool = False
+    """Whether the directory held the run before: what it tells of that stays until :meth:`take_up`."""
+    has_history: bool = False
+    """Whether the directory holds iterations of which only a restored checkpoint tells where the run goes on."""
+
+    def take_up(self, iteration: int) -> None:
+        """Let the directory tell of the run that goes on, once that is certain; with no iteration it begins again."""
+        if iteration > 0:
+            self.directory.forget_after(iteration)
+        elif (aside := self.directory.set_aside()) is not None:
+            _LOG.warning("the run in %s begins again; what it had reported is in %s", self.directory.path, aside)
+        self.directory.write_config(self.resolved)
+
+
+def resolved_yaml(config: AlgorithmConfig) -> str:
+    """All settings as YAML, without the folder's own name, so that the file reruns the run in a new one."""
+    return config.copy().reporting(run_dir=None).checkpointing(resume="never").to_yaml()
+
+
+def open_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
+    """Make a run directory, or open the one of the run that goes on and find its newest complete checkpoint.
+
+    Args:
+        config: The run's settings.
+        algorithm: Its name, for the default name of a directory.
+
+    Raises:
+        ConfigError: The directory holds a run, and ``checkpointing.resume`` does not allow to go on with it; another
+            driver is writing it; there is nothing to go on from; or checkpoints cannot be written.
+    """
+    run_dir, checkpointing = config.settings.reporting.run_dir, config.settings.checkpointing
+    _try_out(checkpointing)
+    if checkpointing.resume == "never" or run_dir is None or not _holds_a_run(config, run_dir):
+        directory = RunDirectory.create(run_dir, algorithm=algorithm)
+        with _locked(directory) as lock:
+            return _begun(config, directory, lock)
+    directory = RunDirectory.reopen(run_dir)
+    with _locked(directory) as lock:
+        return _gone_on(config, directory, lock)
+
+
+def open_trial_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
+    """Make the run directory of a Ray Tune trial, or open it again: Tune starts a trial anew after a pause or failure.
+
+    Args:
+        config: The trial's settings; ``reporting.run_dir`` is its own.
+        algorithm: Its name.
+
+    Raises:
+        ConfigError: Another driver is writing the directory, or checkpoints cannot be written.
+    """
+    run_dir = config.settings.reporting.run_dir
+    assert run_dir is not None, "a trial's run directory lies in its own folder"
+    _try_out(config.settings.checkpointing)
+    has_history = RunDirectory.holds_a_run(run_dir)
+    directory = RunDirectory.reopen(run_dir) if has_history else RunDirectory.create(run_dir, algorithm=algorithm)
+    with _locked(directory, wait_s=_TRIAL_WAIT_S) as lock:
+        store, resolved = _store_and_resolved(config, directory, recorded=None)
+        if not has_history:
+            directory.write_config(resolved)
+        return RunStart(directory=directory, lock=lock, store=store, resolved=resolved, has_history=has_history)
+
+
+def check_same(directory: RunDirectory, resolved: str) -> None:
+    """Compare settings with those of the run in a directory.
+
+    Args:
+        directory: Where a run is.
+        resolved: All settings, as YAML.
+
+    Raises:
+        ConfigError: They differ.
+    """
+    here = dict(_flat(yaml.safe_load(resolved)))
+    # A setting that the run does not know is one that came later: it ran as that is by default.
+    defaults = dict(_flat(plain_value(asdict(Settings()))))
+    there: dict[str, Any] = {name: defaults.get(name) for name in here} | dict(
+        _flat(with_todays_names(_recorded(directory)))
+    )
+    here[_PATH] = _own_path(here.get(_PATH), run_name=directory.name, recorded=there.get(_PATH))
+    there[_PATH] = None if there.get(_PATH) is None else Folder.at(there[_PATH]).location
+    names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
+    differing = [name for name in names if name not in _MAY_DIFFER]
+    if differing:
+        listed = "; ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in differing)
+        remedy = (
+            f"holds a run with other settings: {listed}. Choose another folder, or set checkpointing.resume to any to "
+            "go on with the new ones"
+        )
+        raise ConfigError("reporting.run_dir", str(directory.path), remedy)
+
+
+@contextmanager
+def _locked(directory: RunDirectory, *, wait_s: float = 0.0) -> Iterator[RunLock]:
+    """Keep other drivers out, unless what is done here fails."""
+    lock = RunLock.take(directory.path, wait_s=wait_s)
+    try:
+        yield lock
+    except BaseException:
+        lock.release()
+        raise
+
+
+def _begun(config: AlgorithmConfig, directory: RunDirectory, lock: RunLock) -> RunStart:
+    store, resolved = _store_and_resolved(config, directory, recorded=None)
+    if config.settings.checkpointing.interval > 0 and store.is_taken():
+        remedy = f"{store.folder} holds checkpoints of another run; give this one a folder of another name"
+        raise ConfigError("reporting.run_dir", str(directory.path), remedy)
+    directory.write_config(resolved)
+    return RunStart(directory=directory, lock=lock, store=store, resolved=resolved)
+
+
+def _gone_on(config: AlgorithmConfig, directory: RunDirectory, lock: RunLock) -> RunStart:
+    checkpointing = config.settings.checkpointing
+    recorded = _recorded(directory)
+    store, resolved = _store_and_resolved(config, directory, recorded=dict(_flat(recorded)).get(_PATH))
+    if checkpointing.resume == "same":
+        check_same(directory, resolved)
+    checkpoint = store.newest()
+    if checkpoint is None:
+        _check_may_begin_again(checkpointing, directory, store)
+    return RunStart(directory=directory, lock=lock, store=store, resolved=resolved, checkpoint=checkpoint, goes_on=True)
+
+
+def _holds_a_run(config: AlgorithmConfig, run_dir: str) -> bool:
+    """Whether a run came as far as to report something, or to complete a checkpoint wherever it keeps them."""
+    directory = RunDirectory.at(run_dir)
+    if RunDirectory.holds_a_run(run_dir) or not directory.config.exists():
+        return RunDirectory.holds_a_run(run_dir)
+    recorded = dict(_flat(_recorded(directory))).get(_PATH)
+    return _store_and_resolved(config, directory, recorded=recorded)[0].newest() is not None
+
+
+def _check_may_begin_again(
+    checkpointing: CheckpointingSettings, directory: RunDirectory, store: CheckpointStore
+) -> None:
+    """Tell a run that ended before its first checkpoint from one whose checkpoints are lost, or lie elsewhere.
+
+    A job that is queued again begins again in the first case. The second checkpoint is begun when the first is
+    complete: a run that came this far had one. Who asks for a resume by hand has something to go on from in mind.
+    """
+    last, interval = directory.last_iteration(), checkpointing.interval
+    had_one = interval > 0 and last >= 2 * interval
+    if last == 0 or (checkpointing.resume == "same" and not had_one):
+        _LOG.warning("%s: no complete checkpoint in %s; the run begins again", directory.path, store.folder)
+        return
+    remedy = (
+        f"it reported {last} iterations, and there is no complete checkpoint of it in {store.folder} to go on from. "
+        "Where that lies elsewhere, name its folder with checkpointing.path; to begin again, name another run "
+        "directory"
+    )
+    raise ConfigError("reporting.run_dir", str(directory.path), remedy)
+
+
+def _try_out(checkpointing: CheckpointingSettings) -> None:
+    # A folder of the run directory is as writable as that.
+    if checkpointing.interval > 0 and checkpointing.path is not None:
+        Folder.at(checkpointing.path).try_out()
+
+
+def _store_and_resolved(
+    config: AlgorithmConfig, directory: RunDirectory, *, recorded: str | None
+) -> tuple[CheckpointStore, str]:
+    path = _own_path(config.settings.checkpointing.path, run_name=directory.name, recorded=recorded)
+    folder = Folder.at(directory.checkpoints if path is None else path)
+    is_own = path is None or folder.name == directory.name
+    store = CheckpointStore(folder, run_id=directory.run_id(), is_own=is_own)
+    return store, resolved_yaml(config.copy().checkpointing(path=path))
+
+
+def _own_path(given: str | None, *, run_name: str, recorded: str | None) -> str | None:
+    """The run's own folder in ``checkpointing.path``, which several runs may name.
+
+    Args:
+        given: The setting; none: the run directory's folder.
+        run_name: Name of the run directory.
+        recorded: What the run used before: it may have been begun before runs had folders of their own, or been
+            renamed since.
+    """
+    if given is None:
+        return None
+    folder = Folder.at(given)
+    own = folder if folder.name == run_name else folder / run_name
+    if recorded is not None and Folder.at(recorded) in (folder, own):
+        return Folder.at(recorded).location
+    return own.location
+
+
+def _recorded(directory: RunDirectory) -> Mapping[str, Any]:
+    """The settings that the run was begun with.
+
+    Raises:
+        ConfigError: There are none: they were not written whole, or the file was taken away.
+    """
+    try:
+        settings = yaml.safe_load(directory.config.read_text(encoding="utf-8"))
+    except (FileNotFoundError, yaml.YAMLError):
+        settings = None
+    if not isinstance(settings, Mapping):
+        remedy = "its config.yaml holds no settings; copy that of a checkpoint there, or choose another folder"
+        raise ConfigError("reporting.run_dir", str(directory.path), remedy)
+    return settings
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Sections apart, every setting under its dotted name."""
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and not prefix:
+            yield from _flat(value, f"{name}.")
+        else:
+            yield prefix + name, value

@@ -1,0 +1,1 @@
+"""Settings of a run: their declaration, the fluent builder, YAML, checks, and the user code that they name."""

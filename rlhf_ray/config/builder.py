@@ -1,0 +1,479 @@
+"""Before the loop: the fluent builder of a run's settings, and their way to and from YAML.
+
+::
+
+    Python calls --.
+    nested dict  --+--> AlgorithmConfig --> Settings (frozen sections) --> Algorithm
+    YAML         --+          |
+    overrides    --'          `--> config.yaml (reruns the run)
+
+All four accept the same sections and names, declared once in ``settings.py``, and check names and types at once.
+
+A setting has the value of the last of these layers that has one:
+
+1. the default in ``settings.py``, that of a language model;
+2. the quickstart's preset, where the layers below name neither ``model.path`` nor ``data.path``: all of it or nothing;
+3. ``defaults`` of the algorithm's class;
+4. what was given.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import MISSING, Field, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
+
+from rlhf_ray.config.checks import section_types, setting_types, typed_value, validate
+from rlhf_ray.config.names import (
+    OTHER_NAMES,
+    missing_attribute,
+    setting_names,
+    unknown_section,
+    unknown_setting,
+    with_todays_names,
+)
+from rlhf_ray.config.plain_values import plain_value, restored_value, shown_value
+from rlhf_ray.config.schedule import Schedule
+from rlhf_ray.config.settings import RewardSpec, Settings, quickstart_preset
+from rlhf_ray.config.yaml_text import parsed_override, parsed_sections, yaml_text
+from rlhf_ray.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rlhf_ray.algorithm.algorithm import Algorithm
+
+__all__ = ["BUILT_IN_ALGORITHMS", "AlgorithmConfig"]
+
+_DEFAULT_ALGORITHM: Final = "PPO"
+BUILT_IN_ALGORITHMS: Final[Mapping[str, str]] = {
+    "CISPO": "rlhf_ray.algorithms.cispo",
+    "DAPO": "rlhf_ray.algorithms.dapo",
+    "DrGRPO": "rlhf_ray.algorithms.dr_grpo",
+    "GMPO": "rlhf_ray.algorithms.gmpo",
+    "GRPO": "rlhf_ray.algorithms.grpo",
+    "GSPO": "rlhf_ray.algorithms.gspo",
+    "MaxRL": "rlhf_ray.algorithms.maxrl",
+    "OPO": "rlhf_ray.algorithms.opo",
+    "PPO": "rlhf_ray.algorithms.ppo",
+    "RLOO": "rlhf_ray.algorithms.rloo",
+    "ReMax": "rlhf_ray.algorithms.remax",
+    "ReinforcePP": "rlhf_ray.algorithms.reinforce_pp",
+    "ReinforcePPBaseline": "rlhf_ray.algorithms.reinforce_pp",
+    "SAPO": "rlhf_ray.algorithms.sapo",
+}
+"""Name of an algorithm -> the module of its configuration class."""
+_registered: dict[str, type[AlgorithmConfig]] = {}
+_Sections = Mapping[str, Mapping[str, Any]]
+
+
+class AlgorithmConfig:
+    """A run's settings under construction; subclasses name the algorithm.
+
+    Each section is a method that takes its settings as keyword arguments, changes this config and returns it, so that
+    calls chain. ``help(PPOConfig.training)`` lists a section's settings with their defaults and meanings.
+
+    A value may be a Ray Tune search space (``tune.loguniform(...)``, ``tune.grid_search([...])``); such a config goes
+    to ``tune.Tuner`` and cannot be built by itself.
+    """
+
+    __slots__ = ("_frozen", "_given", "_settings")
+
+    algorithm_name: ClassVar[str]
+    """Name of the algorithm and of its Trainable; a subclass that sets it is registered under it."""
+    defaults: ClassVar[_Sections] = {}
+    """Where the defaults differ from those of the parent class: section -> setting -> value."""
+
+    def __init__(self) -> None:
+        if not hasattr(self, "algorithm_name"):
+            raise TypeError(f"{type(self).__name__} names no algorithm; use one that does, such as PPOConfig")
+        self._given: _Sections = {}
+        self._settings = self._resolved(self._given)
+        self._frozen = False
+
+    if not TYPE_CHECKING:  # A type checker would take every attribute for one that exists.
+
+        def __getattr__(self, name: str) -> Any:
+            raise missing_attribute(type(self).__name__, name)
+
+        def __setattr__(self, name: str, value: Any) -> None:
+            # A subclass without slots takes any attribute; one that is named like a setting would change nothing.
+            if name in {*section_types(), *OTHER_NAMES}.union(*setting_names().values()):
+                raise missing_attribute(type(self).__name__, name)
+            super().__setattr__(name, value)
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "algorithm_name" in vars(cls):
+            _registered[cls.algorithm_name] = cls
+
+    # The sections; the settings of each are added to signature and docstring below, from settings.py.
+
+    def model(self, **values: Any) -> Self:
+        """Set which weights are trained."""
+        return self._set({"model": values})
+
+    def data(self, **values: Any) -> Self:
+        """Set where prompts come from."""
+        return self._set({"data": values})
+
+    def rollouts(self, **values: Any) -> Self:
+        """Set how completions are sampled, and on what."""
+        return self._set({"rollouts": values})
+
+    def rewards(self, *functions: RewardSpec, **values: Any) -> Self:
+        """Set how completions are scored; reward functions may be positional."""
+        if functions and "functions" in values:
+            remedy = "reward functions are given twice; pass them as positional arguments alone"
+            raise ConfigError("rewards.functions", values["functions"], remedy)
+        return self._set({"rewards": {"functions": functions, **values} if functions else values})
+
+    def training(self, **values: Any) -> Self:
+        """Set the algorithm's numbers."""
+        return self._set({"training": values})
+
+    def learners(self, **values: Any) -> Self:
+        """Set where and how updates run."""
+        return self._set({"learners": values})
+
+    def evaluation(self, **values: Any) -> Self:
+        """Set when and how the policy is measured on held-out prompts."""
+        return self._set({"evaluation": values})
+
+    def checkpointing(self, **values: Any) -> Self:
+        """Set when state is written."""
+        return self._set({"checkpointing": values})
+
+    def reporting(self, **values: Any) -> Self:
+        """Set where a run is seen."""
+        return self._set({"reporting": values})
+
+    def fault_tolerance(self, **values: Any) -> Self:
+        """Set what a run survives."""
+        return self._set({"fault_tolerance": values})
+
+    def debugging(self, **values: Any) -> Self:
+        """Set reproducibility and noise."""
+        return self._set({"debugging": values})
+
+    def callbacks(self, **values: Any) -> Self:
+        """Set user functions called on the driver."""
+        return self._set({"callbacks": values})
+
+    def resources(self, **values: Any) -> Self:
+        """Set what a run takes of the cluster."""
+        return self._set({"resources": values})
+
+    # Reading and copying.
+
+    @property
+    def settings(self) -> Settings:
+        """The frozen sections, every layer of values resolved."""
+        return self._settings
+
+    @property
+    def quickstart_values(self) -> dict[str, Any]:
+        """What is taken from the quickstart's preset, by dotted name; empty where a model or data is named."""
+        chosen = {field for layer in (self._class_defaults(), self._given) for field, _ in _flat(layer)}
+        return {field: value for field, value in _flat(self._preset()) if field not in chosen}
+
+    def copy(self) -> Self:
+        """Return an unfrozen copy that shares no list or mapping with this config."""
+        new = copy.copy(self)
+        new._given = _copied_value(self._given)
+        new._settings = new._resolved(new._given)
+        new._frozen = False
+        return new
+
+    def freeze(self) -> Self:
+        """Refuse every later change of this config."""
+        self._frozen = True
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # Functions and datasets are shared: a deep copy of a dataset or of a model inside a reward serves nobody.
+        new = self.copy()
+        new._frozen = self._frozen
+        return new
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AlgorithmConfig):
+            return NotImplemented
+        return type(self) is type(other) and self._settings == other._settings
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """Show the calls that make this config: only what differs from the defaults."""
+        defaults, calls = self._resolved({}), []
+        for section, names in setting_names().items():
+            ours, theirs = getattr(self._settings, section), getattr(defaults, section)
+            changed = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
+            if changed:
+                arguments = ", ".join(f"{name}={shown_value(getattr(ours, name))}" for name in changed)
+                calls.append(f".{section}({arguments})")
+        return f"{type(self).__name__}()" + "".join(calls)
+
+    # Checking and building.
+
+    def validate(self) -> Self:
+        """Check every setting and combination without starting anything, and return this config.
+
+        Raises:
+            ConfigError: The first thing wrong.
+        """
+        validate(self._settings)
+        return self
+
+    def schedule(self) -> Schedule:
+        """Return what a run with these settings does: its sizes and counts.
+
+        Raises:
+            ConfigError: The settings are wrong, so there is no such run.
+        """
+        return Schedule.of(self.validate()._settings)
+
+    @property
+    def algorithm_class(self) -> type[Algorithm]:
+        """The Trainable of this algorithm; a subclass with its own overrides this."""
+        trainables = importlib.import_module("rlhf_ray.tune.trainables")
+        found: type[Algorithm] = getattr(trainables, self.algorithm_name, None) or trainables.trainable(type(self))
+        return found
+
+    def build_algo(self) -> Algorithm:
+        """Validate, then start the algorithm with a frozen copy of this config.
+
+        Raises:
+            ConfigError: The settings are wrong.
+        """
+        self.validate()
+        return self.algorithm_class(config=self.copy().freeze())
+
+    def build(self) -> Algorithm:
+        """Do what :meth:`build_algo` does."""
+        return self.build_algo()
+
+    # Dictionaries, YAML and overrides.
+
+    def to_dict(self, *, plain: bool = False) -> dict[str, Any]:
+        """Return every setting, nested by section, and the algorithm's name under ``algorithm``.
+
+        Args:
+            plain: Whether functions and datasets become text, as in :meth:`to_yaml`. By default they are kept, so
+                that ``from_dict`` restores the config exactly, Ray Tune's trials included.
+        """
+        convert = plain_value if plain else _copied_value
+        sections = {
+            section: {name: convert(getattr(getattr(self._settings, section), name)) for name in names}
+            for section, names in setting_names().items()
+        }
+        return {"algorithm": self.algorithm_name, **sections}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make a config from nested sections, dotted names (``"training.lr"``), or both; dotted ones win.
+
+        Args:
+            values: The settings to change, and optionally ``algorithm``.
+
+        Raises:
+            ConfigError: A name is unknown or a value has the wrong type.
+        """
+        return cls._from(values, from_text=False)
+
+    @classmethod
+    def from_yaml(cls, source: str | os.PathLike[str], *, algorithm: str | None = None) -> Self:
+        """Make a config from a YAML file, or from YAML text: a string with a line break, or a colon and a space.
+
+        Args:
+            source: The file or the text.
+            algorithm: Name of the algorithm, in place of the one that the source names.
+
+        Raises:
+            ConfigError: The file is missing, is not YAML, or holds an unknown name or a wrong value; or it holds all
+                that makes up another algorithm than the one that is asked for.
+        """
+        sections = with_todays_names(parsed_sections(source))
+        config = cls._from({**sections, "algorithm": algorithm or sections.get("algorithm")}, from_text=True)
+        if algorithm is not None:
+            config._check_is_not(_algorithm_config(sections.get("algorithm") or _DEFAULT_ALGORITHM))
+        return config
+
+    def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return every setting as YAML that reruns the run, and write it to a file where one is named.
+
+        A function that can be imported is written as ``module:function`` (``file.py:function`` for a script); one that
+        cannot, such as a closure, becomes a marker that ``from_yaml`` refuses by name. So does a dataset object.
+        """
+        text = yaml_text(self.to_dict(plain=True))
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def apply_overrides(self, overrides: Iterable[str]) -> Self:
+        """Set ``section.name=value`` pairs, values in YAML, and return this config; all of them or none.
+
+        Raises:
+            ConfigError: A pair is malformed, a name is unknown, or a value has the wrong type; or ``algorithm=NAME``
+                names another algorithm than this config's.
+        """
+        values = dict(parsed_override(override) for override in overrides)
+        name = values.pop("algorithm", self.algorithm_name)
+        if name != self.algorithm_name:
+            remedy = f"this is a config of {self.algorithm_name}; start from {_algorithm_config(name).__name__}()"
+            raise ConfigError("algorithm", name, remedy)
+        return self._set(_nested(values), from_text=True)
+
+    @classmethod
+    def _from(cls, values: Mapping[str, Any], *, from_text: bool) -> Self:
+        sections = dict(values)
+        config_class = cls._class_named(sections.pop("algorithm", None))
+        return config_class()._set(_nested(sections), from_text=from_text)
+
+    @classmethod
+    def _class_named(cls, name: Any) -> type[Self]:
+        own_name = getattr(cls, "algorithm_name", None)
+        if own_name is not None and name in (None, own_name):
+            return cls
+        found = _algorithm_config(_DEFAULT_ALGORITHM if name is None else name)
+        if not issubclass(found, cls):
+            raise ConfigError(
+                "algorithm", name, f"these are not settings of {own_name}; read them with {found.__name__}"
+            )
+        return found
+
+    def _set(self, sections: _Sections, *, from_text: bool = False) -> Self:
+        if self._frozen:
+            field, value = next(_flat(sections), ("settings", None))
+            raise ConfigError(field, value, "this config is frozen; change a copy(), which is not")
+        self._given = _merged(self._given, _typed(sections, from_text))
+        self._settings = self._resolved(self._given)
+        return self
+
+    def _resolved(self, given: _Sections) -> Settings:
+        plain, layers = Settings(), _merged(self._preset(), self._class_defaults(), given)
+        return replace(plain, **{section: replace(getattr(plain, section), **own) for section, own in layers.items()})
+
+    def _preset(self) -> _Sections:
+        named = _merged(self._class_defaults(), self._given)
+        paths = (named.get(section, {}).get("path") for section in ("model", "data"))
+        return quickstart_preset() if all(path is None for path in paths) else {}
+
+    def _check_is_not(self, other: type[AlgorithmConfig]) -> None:
+        """Refuse settings that are another algorithm's in all but name, as a run's config.yaml holds them."""
+        defaults, given = self._resolved({}), dict(_flat(self._given))
+        made_of = (
+            dict(_flat(_merged(other._class_defaults(), self._class_defaults()))) if other is not type(self) else {}
+        )
+        if not made_of.keys() <= given.keys():
+            return
+        for field in made_of:
+            section, _, name = field.partition(".")
+            if given[field] != getattr(getattr(defaults, section), name):
+                remedy = (
+                    f"the file sets {field} to {given[field]!r} and all else that makes up {other.algorithm_name}; "
+                    f"leave out its lines of {', '.join(made_of)}"
+                )
+                raise ConfigError("algorithm", self.algorithm_name, remedy)
+
+    @classmethod
+    def _class_defaults(cls) -> _Sections:
+        return _merged(*(_typed(vars(base).get("defaults", {}), False) for base in reversed(cls.__mro__)))
+
+
+# --- sections -------------------------------------------------------------------------------------------------------
+
+
+def _typed(sections: _Sections, from_text: bool) -> _Sections:
+    """Check names and types, and return the values as their settings hold them."""
+    typed: dict[str, dict[str, Any]] = {section: {} for section in sections}
+    for section, values in sections.items():
+        for name, value in values.items():
+            field = f"{section}.{name}"
+            if name not in setting_types(section):
+                raise unknown_setting(section, name, value)
+            typed[section][name] = typed_value(field, restored_value(field, value), from_text=from_text)
+    return typed
+
+
+def _merged(*layers: _Sections) -> dict[str, dict[str, Any]]:
+    """Join layers of sections; the later ones win."""
+    merged: dict[str, dict[str, Any]] = {}
+    for layer in layers:
+        for section, values in layer.items():
+            merged.setdefault(section, {}).update(values)
+    return merged
+
+
+def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Join nested sections and dotted names into sections."""
+    nested: dict[str, dict[str, Any]] = {}
+    for key, value in sorted(values.items(), key=lambda item: "." in str(item[0])):
+        section, dot, name = str(key).partition(".")
+        if section not in section_types():
+            raise unknown_section(str(key), section, name, value)
+        # A section with nothing in it is what is left when all its lines are commented out.
+        if not dot and not isinstance(value, Mapping | None):
+            raise ConfigError(section, value, f"give the section's settings by name, such as {section}: {{...}}")
+        nested.setdefault(section, {}).update({name: value} if dot else value or {})
+    return nested
+
+
+def _flat(sections: _Sections) -> Iterator[tuple[str, Any]]:
+    return ((f"{section}.{name}", value) for section, values in sections.items() for name, value in values.items())
+
+
+def _algorithm_config(name: Any) -> type[Any]:
+    known_name = isinstance(name, str) and (name in _registered or name in BUILT_IN_ALGORITHMS)
+    if known_name and name not in _registered:
+        importlib.import_module(BUILT_IN_ALGORITHMS[name])
+    if not known_name:
+        known = sorted({*_registered, *BUILT_IN_ALGORITHMS})
+        meant = next((f"did you mean {one}? " for one in known if one.lower() == str(name).lower()), "")
+        raise ConfigError("algorithm", name, f"no such algorithm; {meant}there is {', '.join(known)}")
+    return _registered[name]
+
+
+def _copied_value(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_copied_value(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _copied_value(item) for key, item in value.items()}
+    return value
+
+
+# --- help -----------------------------------------------------------------------------------------------------------
+
+
+def _document_section(section: str) -> None:
+    """Give a section's method the signature and the list of settings that ``settings.py`` declares."""
+    method: Any = vars(AlgorithmConfig)[section]
+    section_type: Any = section_types()[section]
+    settings: tuple[Field[Any], ...] = fields(section_type)
+    lines = [f"    {item.name}: {item.metadata['meaning']}. Default: {_default_text(item)}." for item in settings]
+    raises = "Raises:\n    ConfigError: A name is unknown, a value has the wrong type, or this config is frozen."
+    method.__doc__ = "\n".join([method.__doc__, "", "Args:", *lines, "", raises])
+    written = [item for item in inspect.signature(method).parameters.values() if item.kind is not item.VAR_KEYWORD]
+    taken = {item.name for item in written}
+    named = [
+        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=item.type)
+        for item in settings
+        if item.name not in taken
+    ]
+    method.__signature__ = inspect.Signature([*written, *named], return_annotation="Self")
+
+
+def _default(item: Field[Any]) -> Any:
+    return item.default if item.default_factory is MISSING else item.default_factory()
+
+
+def _default_text(item: Field[Any]) -> str:
+    quickstart = f", quickstart {item.metadata['quickstart']!r}" if "quickstart" in item.metadata else ""
+    return f"{_default(item)!r}{quickstart}"
+
+
+for _section in section_types():
+    _document_section(_section)

@@ -1,0 +1,380 @@
+"""The Ray Train loop around a learner: waits for commands at the bridge, carries them out, answers.
+
+Consumes ``layout``, ``update``, ``publish``, ``stage``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export``
+and ``stop``; each rank answers for itself and the Algorithm is unblocked by the last answer. ``ray.train.report`` is
+far too slow for a step and is not used.
+
+Where replicas share the ranks' GPUs a rank waits for the learners' turn before it builds its models, takes them to host
+memory when it is told to (``offload``, which has no answer), and brings them back for the next command.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import shutil
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import ray
+import torch
+import torch.distributed as dist
+
+from rlhf_ray.checkpoints.folder import Folder, StoredFile
+from rlhf_ray.errors import LearnerError
+from rlhf_ray.learner.kept_state import KeptState
+from rlhf_ray.learner.learner import Learner, LearnerSpec
+from rlhf_ray.learner.remote.bridge import Command, RankFailure, Refusal
+from rlhf_ray.learner.remote.update_result import UpdateOrder, UpdateResult
+from rlhf_ray.types import Span
+from rlhf_ray.weight_sync.manifest import WeightManifest
+from rlhf_ray.weight_sync.replica_lost import ReplicaFailure, ReplicaLostError
+
+__all__ = ["lost_a_peer", "train_loop"]
+
+_LOG = logging.getLogger(__name__)
+_POLL_S = 30.0
+_TELL_TIMEOUT_S = 10.0
+_SHARE_WEIGHTS = frozenset({"publish", "stage", "send"})
+_READ_WEIGHTS = frozenset({"update", "publish", "stage", "send", "save", "export"})
+# Where GPUs are shared, what is sent was staged: engines are awake then.
+_USE_MODELS = _READ_WEIGHTS - {"send"} | {"load", "recall"}
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Entry point of one Ray Train worker; ``config`` holds the ``spec`` and the ``bridge`` handle."""
+    import ray.train
+
+    rank = ray.train.get_context().get_world_rank()
+    spec, bridge = config["spec"], config["bridge"]
+    try:
+        group = _name_of_group()
+        if spec.colocated:
+            _wait_turn(bridge, rank, group)
+        _serve(_Worker(spec, bridge, rank), bridge, rank, group, timeline=spec.timeline)
+    except Exception as error:
+        # Ray Train ends the process group before it ends the workers.
+        if not lost_a_peer(error) and dist.is_initialized():
+            # The Algorithm must hear the reason at once; Ray Train's own report of it comes seconds later.
+            ray.get(bridge.fail.remote(RankFailure(rank=rank, message=traceback.format_exc())))
+        raise
+
+
+def _wait_turn(bridge: Any, rank: int, group: str) -> None:
+    """Wait until the engines on the ranks' GPUs sleep."""
+    context = ray.get_runtime_context()
+    place = context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", ()))
+    while not ray.get(bridge.wait_turn.remote(rank, group, place, _POLL_S)):
+        pass
+
+
+def _serve(worker: _Worker, bridge: Any, rank: int, group: str, *, timeline: bool) -> None:
+    # By verb: a replica that starts may have had weights published before the Algorithm's call came once more.
+    answered: dict[str, tuple[str, Any]] = {}
+    while True:
+        command: Command | None = ray.get(
+            bridge.next_command.remote(rank, group, worker.version, _POLL_S, worker.is_resident)
+        )
+        if command is None:
+            continue
+        if command.verb == "offload":
+            worker.offload()
+            continue
+        if command.verb == "stop":
+            ray.get(bridge.answer.remote(command.command_id, rank, None))
+            return
+        started = time.perf_counter()
+        known, result = answered.get(command.verb, ("", None))
+        repeated = known == command.command_id  # The bridge was started again and lost the answer.
+        if repeated:
+            worker.repeat(command)
+        else:
+            try:
+                result = worker.execute(command)
+            except LearnerError as error:  # Every rank raises it alike; only what is unforeseen ends them.
+                result = Refusal(str(error), half_done=worker.is_half_done)
+            answered[command.verb] = command.command_id, result
+        bridge.answer.remote(command.command_id, rank, result)
+        worker.answered(command.verb)
+        if timeline and not repeated and not isinstance(result, Refusal):
+            bridge.add_spans.remote(_spans(rank, command.verb, time.perf_counter() - started, result))
+
+
+def _name_of_group() -> str:
+    """A name for this start of the worker group, the same on all ranks."""
+    names = [uuid.uuid4().hex]
+    dist.broadcast_object_list(names, src=0)
+    return names[0]
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank, or a replica, died: Ray Train starts the group again."""
+    # gloo has no type of its own for that; its messages begin with its source file.
+    return isinstance(error, (dist.DistError, ReplicaLostError)) or "gloo/transport" in str(error)
+
+
+def _spans(rank: int, verb: str, seconds: float, result: Any) -> list[Span]:
+    """A command that has just ended, and the halves of an update within it."""
+    lane = f"learner {rank}"
+    whole = Span.ending_now(lane, verb, seconds)
+    if verb != "update":
+        return [whole]
+    middle = whole.end - result.figures["update_s"]
+    start = middle - result.figures["advantage_s"]
+    estimates = Span(lane=lane, name="estimates and advantages", start=start, end=middle)
+    return [whole, estimates, Span(lane=lane, name="optimizer steps", start=middle, end=whole.end)]
+
+
+class _Worker:
+    """Maps a command to the learner's method."""
+
+    def __init__(self, spec: LearnerSpec, bridge: Any, rank: int) -> None:
+        self._bridge = bridge
+        self._rank = rank
+        self._spec = spec
+        self._keeper: Any = None
+        self._keeps_state = spec.keeps_state
+        self._kept = KeptState(2 if spec.keeps_state else 1)
+        self._to_keep: tuple[int, int | None] | None = None
+        """Version of the state that is to be kept, and one that is spared."""
+        if spec.keeps_state:
+            self._adopt_state()
+        self._learner = Learner(spec, self._kept)
+        self.version = 0
+        """Of the policy that this rank holds."""
+        self._updated: tuple[int, UpdateResult] | None = None
+        self._broken_off: str | None = None
+        """Why weights are those of no version: an update ended after some of its steps."""
+        self._sender: Any = None
+        self._staged_version: int | None = None
+        # The bridge names objects that this process owns; they live as long as these references.
+        self._published: list[Any] = []
+        self._saved: tuple[str, Any] = "", None
+
+    @property
+    def is_resident(self) -> bool:
+        """Whether the models are where they compute."""
+        return not self._learner.is_offloaded
+
+    def offload(self) -> None:
+        """Leave the GPU to an engine, once what is to be kept was copied."""
+        self._begin_to_keep()
+        self._learner.offload()
+
+    def execute(self, command: Command) -> Any:
+        """Carry out one command and return this rank's answer."""
+        argument = command.argument(self._rank)
+        if command.verb not in _SHARE_WEIGHTS:
+            self._begin_to_keep()
+        if self._broken_off is not None and command.verb in _READ_WEIGHTS:
+            raise LearnerError(self._broken_off)
+        if command.verb in _USE_MODELS and self._learner.is_offloaded:
+            self._learner.onload()
+        if command.verb == "save":
+            return self._save(argument, command.command_id)
+        return getattr(self, f"_{command.verb}")(argument)
+
+    def answered(self, verb: str) -> None:
+        """After an answer: copy what an update has made, but no sooner than engines have it."""
+        if verb != "update":
+            self._begin_to_keep()
+
+    @property
+    def is_half_done(self) -> bool:
+        """Whether weights are those of no version."""
+        return self._broken_off is not None
+
+    def repeat(self, command: Command) -> None:
+        """Tell a bridge that was started again what else it knew of a command that was carried out."""
+        save_id, files = self._saved
+        if command.command_id == save_id:
+            self._bridge.saved.remote(save_id, self._rank, files)
+
+    def _layout(self, argument: None) -> bool:
+        return self._learner.packed
+
+    def _update(self, argument: UpdateOrder) -> UpdateResult:
+        batch, plan, version = argument.batch, argument.plan, argument.version
+        if self._updated is not None and self._updated[0] == version == self.version:
+            # Whoever asked did not wait for the answer (Ctrl-C in a notebook, a time limit), and asks again.
+            return self._updated[1]
+        steps_before = self._learner.steps_taken
+        try:
+            figures = self._learner.update(
+                ray.get(batch), plan, update_policy=argument.update_policy, keep_advantages=argument.with_advantages
+            )
+        except LearnerError as error:
+            message = f"policy version {version}: {error}"
+            if self._learner.steps_taken != steps_before:
+                self._broken_off = f"{message} (its first steps were not undone: restore a checkpoint, or start again)"
+            raise LearnerError(message) from error
+        self.version = version
+        if argument.keeps_state:
+            self._to_keep = version, argument.spared_version
+        result = UpdateResult(
+            figures=figures, advantages=self._learner.advantages, kept_version=max(self._kept.versions, default=None)
+        )
+        self._updated = version, result
+        return result
+
+    def _publish(self, argument: None) -> tuple[WeightManifest, list[Any]] | None:
+        layouts, refs = [], []
+        for layout, pieces in self._learner.weight_buckets():
+            layouts.append(layout)
+            if pieces is not None:
+                refs.append(ray.put(pieces))  # The one copy that is made: pieces may be the learner's own memory.
+        if self._rank != 0:
+            return None
+        manifest = WeightManifest(version=self.version, publication=uuid.uuid4().hex, buckets=tuple(layouts))
+        ray.get(self._bridge.set_weights.remote(manifest, refs))
+        self._published = refs
+        return manifest, refs
+
+    def _stage(self, argument: None) -> None:
+        self._learner.stage_weights()
+        self._staged_version = self.version
+
+    def _send(self, argument: tuple[str, str, int, tuple[str, ...]]) -> int:
+        # Here, since it imports vLLM.
+        from rlhf_ray.weight_sync.ipc import IpcSender
+        from rlhf_ray.weight_sync.nccl import NcclSender
+
+        app_name, deployment_name, tensor_parallel_size, replica_ids = argument
+        if self._spec.colocated and self._staged_version != self.version:
+            raise LearnerError(f"policy version {self.version} was not staged before its models left the GPU")
+        source = self._learner.weight_source()
+        if self._sender is None:
+            sender_class = IpcSender if self._spec.weight_transfer == "ipc" else NcclSender
+            self._sender = sender_class(
+                app_name=app_name,
+                deployment_name=deployment_name,
+                rank=self._rank,
+                source=source,
+                tensor_parallel_size=tensor_parallel_size,
+                tell=self._tell_stuck,
+            )
+        self._sender.send(self.version, replica_ids)
+        if self._rank == 0:
+            ray.get(self._bridge.set_version.remote(self.version))
+        return source.size_bytes()
+
+    def _tell_stuck(self, message: str) -> None:
+        failure = ReplicaFailure(told_by="learner rank 0", message=message, is_new=False)
+        ray.get(self._bridge.replica_failed.remote(failure), timeout=_TELL_TIMEOUT_S)
+
+    def _save(self, folder: Folder, save_id: str) -> None:
+        """Begin to copy what is to be saved; the rest is done while the commands that come next are carried out."""
+        here = folder.local or Path(tempfile.mkdtemp(prefix="rlhf-ray-checkpoint-"))
+        here.mkdir(parents=True, exist_ok=True)
+        written = self._learner.save(str(here), self.version)
+        self._hold_state()
+        finish = threading.Thread(target=self._finish_save, args=(folder, here, save_id, written), name="checkpoint")
+        finish.start()
+
+    def _finish_save(self, folder: Folder, here: Path, save_id: str, written: Future[Any]) -> None:
+        try:
+            written.result()
+            files = sorted(here.glob(f"shard-{self._rank + 1:05d}-*"))
+            if folder.local is None:
+                for file in files:
+                    folder.upload(file)
+            answer: Any = {file.name: StoredFile.of(file) for file in files}
+        except Exception:  # Whatever it is, training goes on; the driver says so.
+            answer = RankFailure(rank=self._rank, message=traceback.format_exc())
+        finally:
+            if folder.local is None:
+                shutil.rmtree(here, ignore_errors=True)
+        self._saved = save_id, answer
+        ray.get(self._bridge.saved.remote(save_id, self._rank, answer))
+
+    def _load(self, argument: tuple[Folder, int]) -> None:
+        folder, version = argument
+        if folder.local is not None:
+            self._learner.load(str(folder.local))
+        else:
+            with tempfile.TemporaryDirectory(prefix="rlhf-ray-checkpoint-", ignore_cleanup_errors=True) as here:
+                for name in folder.files():
+                    folder.download(name, Path(here) / name)
+                self._learner.load(here)
+        self._kept.forget()
+        self.version, self._broken_off = version, None
+        if self._keeps_state:  # At once: the checkpoint may be gone by the time that a rank dies.
+            self._to_keep = version, None
+            self._begin_to_keep()
+            self._learner.wait_copied()
+
+    def _recall(self, version: int) -> int | None:
+        """Go back to the newest state up to ``version`` that all ranks have; tells which."""
+        found: list[Any] = [None] * dist.get_world_size()
+        # Without kept states there is at most one that a checkpoint is being written of, and freed then.
+        dist.all_gather_object(found, self._kept.versions if self._keeps_state else [])
+        common = set.intersection(*map(set, found))
+        newest = max((kept for kept in common if kept <= version), default=None)
+        if newest is not None:
+            self._learner.recall(newest)
+            self.version, self._broken_off, self._updated = newest, None, None
+        return newest
+
+    def _adopt_state(self) -> None:
+        try:
+            self._kept.adopt(self._reach_keeper("held_state", self._rank) or [])
+        except OSError as error:
+            _LOG.warning("the state that was kept of rank %d cannot be read: %r", self._rank, error)
+
+    def _begin_to_keep(self) -> None:
+        if self._to_keep is None:
+            return
+        (version, spared), self._to_keep = self._to_keep, None
+        try:
+            self._learner.keep_state(version, spare=spared)
+        except OSError as error:
+            _LOG.warning("the state of rank %d is not kept: %r", self._rank, error)
+        self._hold_state()
+
+    def _hold_state(self) -> None:
+        if self._keeps_state:
+            self._reach_keeper("hold_state", self._rank, self._kept.paths())
+
+    def _reach_keeper(self, method: str, *arguments: Any) -> Any:
+        for tries_left in (1, 0):
+            if self._keeper is None:
+                self._keeper = ray.get(self._bridge.keeper.remote(ray.get_runtime_context().get_node_id()))
+            try:
+                return ray.get(getattr(self._keeper, method).remote(*arguments))
+            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+                # One on another node than the bridge's ends with the bridge, which starts another one.
+                self._keeper = None
+                if not tries_left:
+                    _LOG.warning("the learners' state is not kept: %r", error)
+        return None
+
+    def _renew(self, argument: tuple[LearnerSpec, bool]) -> None:
+        """Build the models anew, when nothing of those before is left: both at once may not fit.
+
+        Ranks that were started again are brought to the same settings, and go back to what was kept under them.
+        """
+        spec, begins = argument
+        self._published.clear()
+        self._updated = None
+        self._to_keep = self._staged_version = None
+        if self._sender is not None:  # It reads the weights of the learner before.
+            self._sender.close()
+            self._sender = None
+        self._learner.close()
+        del self._learner
+        gc.collect()  # Hooks of FSDP and the model that they are on refer to each other.
+        if spec.on_gpu:
+            torch.cuda.empty_cache()
+        if begins:
+            self._kept.forget()
+        self._learner = Learner(spec, self._kept)
+        self.version, self._broken_off = 0, None
+
+    def _export(self, folder: str) -> None:
+        self._learner.export(folder)

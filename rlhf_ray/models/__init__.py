@@ -1,0 +1,1 @@
+"""What is known of a Hugging Face model without running it."""

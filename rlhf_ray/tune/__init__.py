@@ -1,0 +1,1 @@
+"""What differs where an algorithm is a Ray Tune trial."""
