@@ -19,7 +19,7 @@ from gpu import Bench
 from rlhf_ray import PPOConfig
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine
-from rlhf_ray.types import Completion, Prompt, SamplingSettings
+from rlhf_ray.types import Prompt, SamplingSettings, Trajectory
 
 PROMPTS, GROUP, TOKENS = 64, 8, 256
 # Per token, against transformers in bfloat16: kernels round differently.
@@ -89,7 +89,7 @@ async def engine(bench: Bench) -> dict[str, Any]:
         group_size=GROUP, max_new_tokens=TOKENS, temperature=1.0, top_p=1.0, top_k=0, stop=(), stop_token_ids=()
     )
 
-    async def sample(seed: int) -> list[tuple[Completion, ...]]:
+    async def sample(seed: int) -> list[tuple[Trajectory, ...]]:
         return await asyncio.gather(*(own.generate(each, sampling, seed=seed + each.prompt_id) for each in prompts))
 
     try:
@@ -126,7 +126,7 @@ async def engine(bench: Bench) -> dict[str, Any]:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def distance(whole: Any, prompts: list[Prompt], groups: list[tuple[Completion, ...]]) -> dict[str, float]:
+def distance(whole: Any, prompts: list[Prompt], groups: list[tuple[Trajectory, ...]]) -> dict[str, float]:
     """Of an engine's log-probabilities from those of transformers, over the first completion of some prompts."""
     differences = []
     for prompt, (completion, *_) in list(zip(prompts, groups, strict=True))[:8]:

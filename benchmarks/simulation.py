@@ -28,7 +28,7 @@ import yaml
 from provenance import write_result
 
 from rlhf_ray.rollouts.flow import RolloutFlow
-from rlhf_ray.types import Completion, Prompt, RolloutGroup, SamplingSettings, ScoredGroup, VersionSpan
+from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 HERE = Path(__file__).parent
 Model = dict[str, Any]
@@ -153,13 +153,13 @@ class Pool:
         lengths = [self._length() for _ in range(sampling.group_size)]
         completions = await asyncio.gather(*(self._write(number, length) for length in lengths))
         return RolloutGroup(
-            group_id=prompt.prompt_id, prompt=prompt, completions=tuple(completions), replica_id=str(number)
+            group_id=prompt.prompt_id, prompt=prompt, trajectories=tuple(completions), replica_id=str(number)
         )
 
     def _length(self) -> int:
         return int(min(max(1.0, self._rng.lognormvariate(self._mu, self._lengths["sigma"])), self._lengths["max"]))
 
-    async def _write(self, number: int, length: int) -> Completion:
+    async def _write(self, number: int, length: int) -> Trajectory:
         replica, marks = self.replicas[number], self._marks[number]
         await replica.write(length)
         begun = replica.progress - length
@@ -174,7 +174,7 @@ class Pool:
             if end > start
         )
         # One number, length times: nobody reads the tokens.
-        return Completion(
+        return Trajectory.single_turn(
             token_ids=np.broadcast_to(np.int32(0), (length,)),
             sampling_logprobs=np.broadcast_to(np.float32(0), (length,)),
             asked_version=0,
@@ -188,7 +188,7 @@ class Scorer:
 
     async def score(self, group: RolloutGroup) -> ScoredGroup:
         """Give every completion 0."""
-        rewards = np.zeros(len(group.completions), dtype=np.float32)
+        rewards = np.zeros(len(group.trajectories), dtype=np.float32)
         return ScoredGroup(group=group, rewards=rewards, rewards_by_function={}, texts=(), reward_s=0.0)
 
 
@@ -250,7 +250,7 @@ async def train(model: Model, replicas: int, staleness: int, partial: bool, lear
         asked = loop.time()
         collected = await flow.collect(version)
         waited += loop.time() - asked
-        spans = [span for scored in collected.groups for c in scored.group.completions for span in c.version_spans]
+        spans = [span for scored in collected.groups for c in scored.group.trajectories for span in c.version_spans]
         size = sum(span.end - span.start for span in spans)
         trained = [span for span in spans if version - span.version <= staleness] if partial else spans
         in_loss = sum(span.end - span.start for span in trained)
@@ -295,14 +295,14 @@ async def controller_alone(groups: int, in_flight: int) -> dict[str, float]:
         waiting.append(turn)
         most = max(most, len(waiting))
         await turn
-        completion = Completion(
+        completion = Trajectory.single_turn(
             token_ids=np.zeros(1, dtype=np.int32),
             sampling_logprobs=np.zeros(1, dtype=np.float32),
             asked_version=0,
             version_spans=(VersionSpan(version=min_version, start=0, end=1),),
             finish_reason="stop",
         )
-        return RolloutGroup(group_id=prompt.prompt_id, prompt=prompt, completions=(completion,), replica_id="r")
+        return RolloutGroup(group_id=prompt.prompt_id, prompt=prompt, trajectories=(completion,), replica_id="r")
 
     async def answer() -> None:
         # While the pool is full, in an order of its own.

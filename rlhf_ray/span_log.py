@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rlhf_ray.types import Span
+from rlhf_ray.types import TraceSpan
 
 __all__ = ["SpanLog"]
 
@@ -20,9 +20,9 @@ class SpanLog:
     """
 
     def __init__(self, most: int = 10_000) -> None:
-        self._spans: deque[Span] = deque(maxlen=most)
+        self._spans: deque[TraceSpan] = deque(maxlen=most)
 
-    def add(self, *spans: Span) -> None:
+    def add(self, *spans: TraceSpan) -> None:
         """Keep spans."""
         self._spans.extend(spans)
 
@@ -33,9 +33,9 @@ class SpanLog:
         try:
             yield
         finally:
-            self.add(Span.ending_now(lane, name, time.perf_counter() - started))
+            self.add(TraceSpan.ending_now(lane, name, time.perf_counter() - started))
 
-    def take(self) -> list[Span]:
+    def take(self) -> list[TraceSpan]:
         """Give what was kept since the last call."""
         taken = []
         while self._spans:

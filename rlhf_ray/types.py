@@ -1,6 +1,6 @@
 """The nouns that cross a stage or a process of the training loop.
 
-Prompt -> RolloutGroup (of Completions) -> ScoredGroup -> what the learner trains on. All are frozen; token
+Prompt -> RolloutGroup (of Trajectories) -> ScoredGroup -> SequenceBatch. All are frozen; token
 arrays are variable-length numpy arrays, never padded batches.
 """
 
@@ -17,8 +17,8 @@ import numpy.typing as npt
 from rlhf_ray.untrusted_text import shortened
 
 __all__ = [
+    "BoolArray",
     "ChatMessage",
-    "Completion",
     "Float32Array",
     "Int32Array",
     "Prompt",
@@ -27,11 +27,14 @@ __all__ = [
     "RolloutGroup",
     "SamplingSettings",
     "ScoredGroup",
-    "Span",
+    "TraceSpan",
+    "Trajectory",
+    "Turn",
     "VersionSpan",
 ]
 
 Int32Array: TypeAlias = npt.NDArray[np.int32]
+BoolArray: TypeAlias = npt.NDArray[np.bool_]
 Float32Array: TypeAlias = npt.NDArray[np.float32]
 ChatMessage: TypeAlias = dict[str, Any]
 """``role`` and ``content``, both strings, and what else the chat template reads, such as ``tool_calls``."""
@@ -69,7 +72,7 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSpan:
-    """Tokens ``start <= t < end`` of a completion were sampled from policy ``version``."""
+    """Tokens ``start <= t < end`` of a trajectory were sampled from policy ``version``."""
 
     version: int
     start: int
@@ -77,33 +80,67 @@ class VersionSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Completion:
-    """One sampled continuation, as the engine wrote it."""
+class Turn:
+    """What the policy sampled without interruption, and the reward that its surroundings gave for it."""
+
+    start: int
+    """First sampled token, counted from the end of the prompt."""
+    end: int
+    """One past the last sampled token; what follows up to the next turn was observed."""
+    reward: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trajectory:
+    """All tokens after a prompt: sampled by the policy, in one turn or several, and observed between turns.
+
+    Example:
+        A calculator answers ``95;`` to ``37+58``, after which the policy samples ``95``; with one token per character::
+
+            token_ids     3 7 + 5 8 9 5 ; 9 5
+            turns         Turn(start=0, end=5), Turn(start=8, end=10, reward=1.0)
+            loss_mask     1 1 1 1 1 0 0 0 1 1
+    """
 
     token_ids: Int32Array
-    """``[T]``, EOS or stop token included when one was sampled."""
+    """``[T]``, EOS or stop tokens included where they were sampled."""
     sampling_logprobs: Float32Array
-    """``[T]``, log-probability of each token under the distribution it was drawn from, in nats."""
+    """``[T]``, log-probability of each sampled token under the distribution it was drawn from, in nats; 0 at others."""
+    turns: tuple[Turn, ...]
     version_spans: tuple[VersionSpan, ...]
+    """Of the sampled tokens, in order."""
     asked_version: int
     """Policy version when the engine was asked: keys and values of the prompt may be that old."""
     finish_reason: str
     """``stop`` (EOS or a stop condition) or ``length`` (truncated)."""
 
+    @classmethod
+    def single_turn(cls, *, token_ids: Int32Array, **fields: Any) -> Trajectory:
+        """A completion: every token was sampled, without interruption."""
+        return cls(token_ids=token_ids, turns=(Turn(start=0, end=len(token_ids)),), **fields)
+
+    @property
+    def loss_mask(self) -> BoolArray:
+        """``[T]``, true at tokens that the policy sampled."""
+        mask = np.zeros(len(self.token_ids), dtype=np.bool_)
+        for turn in self.turns:
+            mask[turn.start : turn.end] = True
+        return mask
+
     @property
     def truncated(self) -> bool:
-        """Whether the completion was cut by a length limit."""
+        """Whether a length limit ended it."""
         return self.finish_reason == "length"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """The G completions of one prompt."""
+    """The G trajectories of one prompt."""
 
     group_id: int
     """Order of submission; equals the prompt's ``prompt_id``."""
     prompt: Prompt
-    completions: tuple[Completion, ...]
+    trajectories: tuple[Trajectory, ...]
     replica_id: str
     """Which replica wrote the group."""
 
@@ -130,7 +167,7 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Span:
+class TraceSpan:
     """Something that took time, for the timeline."""
 
     lane: str
@@ -141,7 +178,7 @@ class Span:
     end: float
 
     @classmethod
-    def ending_now(cls, lane: str, name: str, seconds: float) -> Span:
+    def ending_now(cls, lane: str, name: str, seconds: float) -> TraceSpan:
         """Something that has just ended."""
         now = time.time()
         return cls(lane=lane, name=name, start=now - seconds, end=now)

@@ -454,10 +454,10 @@ def test_quickstart_shows_what_the_model_wrote(
 def addition(group_id: int, prompt: str, completion: str, reward: float) -> ScoredGroup:
     import numpy as np
 
-    from rlhf_ray.types import Completion, Prompt, RolloutGroup, VersionSpan
+    from rlhf_ray.types import Prompt, RolloutGroup, Trajectory, VersionSpan
 
     tokens = np.frombuffer(completion.encode(), dtype=np.uint8).astype(np.int32)
-    written = Completion(
+    written = Trajectory.single_turn(
         token_ids=tokens,
         sampling_logprobs=np.zeros(len(tokens), dtype=np.float32),
         asked_version=0,
@@ -469,7 +469,7 @@ def addition(group_id: int, prompt: str, completion: str, reward: float) -> Scor
         group=RolloutGroup(
             group_id=group_id,
             prompt=Prompt(prompt_id=group_id, token_ids=tokens, text=prompt),
-            completions=(written,),
+            trajectories=(written,),
             replica_id="replica",
         ),
         rewards=rewards,

@@ -27,7 +27,7 @@ def evaluation_metrics(outcomes: Sequence[ScoredGroup | RewardFailure], *, pass_
         Key -> figure. ``reward_stderr`` needs two scored prompts, ``pass_at_<k>`` (k = 1, 2, 4, ... and n) one.
     """
     scored = [outcome for outcome in outcomes if isinstance(outcome, ScoredGroup)]
-    completions = [c for group in scored for c in group.group.completions]
+    completions = [c for group in scored for c in group.group.trajectories]
     logged = logged_means(scored).items()
     return {
         **_reward_metrics(scored, pass_threshold),

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_ray.types import Completion, Float32Array, Int32Array, ScoredGroup
+from rlhf_ray.types import Float32Array, Int32Array, ScoredGroup, Trajectory
 
 __all__ = ["SequenceBatch"]
 
@@ -47,8 +47,8 @@ class SequenceBatch:
         Tokens that are staler than ``max_staleness``, of completions that were carried over, do not enter the losses;
         they come first, for versions only rise.
         """
-        sizes = [len(scored.group.completions) for scored in groups]
-        rows = [(scored.group.prompt, c) for scored in groups for c in scored.group.completions]
+        sizes = [len(scored.group.trajectories) for scored in groups]
+        rows = [(scored.group.prompt, c) for scored in groups for c in scored.group.trajectories]
         staleness = [np.int32(version) - _versions(c) for _, c in rows]
         return cls(
             token_ids=np.concatenate([piece for prompt, c in rows for piece in (prompt.token_ids, c.token_ids)]),
@@ -115,7 +115,7 @@ class SequenceBatch:
         return sum(getattr(self, field.name).nbytes for field in fields(self))
 
 
-def _versions(completion: Completion) -> Int32Array:
+def _versions(completion: Trajectory) -> Int32Array:
     """``[T]``, which policy version sampled each token."""
     spans = completion.version_spans
     lengths = [span.end - span.start for span in spans]

@@ -13,7 +13,7 @@ from rlhf_ray.config.settings import ModelSettings, Settings
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.reporting.token_texts import TokenTexts
-from rlhf_ray.types import Completion, Float32Array, PromptText, ScoredGroup
+from rlhf_ray.types import Float32Array, PromptText, ScoredGroup, Trajectory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -101,12 +101,12 @@ def _table(
         ]
     )
     extras = list(dict.fromkeys(name for scored in groups for name in scored.extras))
-    places = [(scored, index) for scored in groups for index in range(len(scored.group.completions))]
+    places = [(scored, index) for scored in groups for index in range(len(scored.group.trajectories))]
     known: Sequence[Float32Array | None] = [None] * len(places) if advantages is None else advantages
     rows = [
         _row(step, scored, index)
-        | _tokens(scored.group.completions[index], scored.texts[index], token_texts)
-        | {"advantages": _of_last_tokens(own, len(scored.group.completions[index].token_ids))}
+        | _tokens(scored.group.trajectories[index], scored.texts[index], token_texts)
+        | {"advantages": _of_last_tokens(own, len(scored.group.trajectories[index].token_ids))}
         for (scored, index), own in zip(places, known, strict=True)
     ]
     table = pa.Table.from_pylist(rows, schema=schema)
@@ -133,7 +133,7 @@ def _of_last_tokens(values: Float32Array | None, num_tokens: int) -> list[float 
 
 
 def _row(step: int, scored: ScoredGroup, index: int) -> dict[str, Any]:
-    completion = scored.group.completions[index]
+    completion = scored.group.trajectories[index]
     by_function = {f"rewards/{name}": float(rewards[index]) for name, rewards in scored.rewards_by_function.items()}
     return {
         "step": step,
@@ -149,7 +149,7 @@ def _row(step: int, scored: ScoredGroup, index: int) -> dict[str, Any]:
     }
 
 
-def _tokens(completion: Completion, text: str, token_texts: TokenTexts) -> dict[str, Any]:
+def _tokens(completion: Trajectory, text: str, token_texts: TokenTexts) -> dict[str, Any]:
     ids: list[int] = completion.token_ids.tolist()
     return {
         "token_ids": ids,
@@ -159,7 +159,7 @@ def _tokens(completion: Completion, text: str, token_texts: TokenTexts) -> dict[
     }
 
 
-def _versions(completion: Completion) -> list[int | None]:
+def _versions(completion: Trajectory) -> list[int | None]:
     versions: list[int | None] = [None] * len(completion.token_ids)
     for span in completion.version_spans:
         versions[span.start : span.end] = [span.version] * (span.end - span.start)
@@ -170,5 +170,5 @@ def _prompt_text(text: PromptText) -> str:
     return text if isinstance(text, str) else json.dumps(text, ensure_ascii=False)
 
 
-def _oldest_version(completion: Completion) -> int | None:
+def _oldest_version(completion: Trajectory) -> int | None:
     return min((span.version for span in completion.version_spans), default=None)

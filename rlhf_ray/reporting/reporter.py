@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.types import Float32Array, ScoredGroup, Span
+from rlhf_ray.types import Float32Array, ScoredGroup, TraceSpan
 
 __all__ = ["Reporter"]
 
@@ -40,7 +40,7 @@ class Reporter:
                 the completion was left out of it.
         """
 
-    def report_spans(self, step: int, spans: Sequence[Span]) -> None:
+    def report_spans(self, step: int, spans: Sequence[TraceSpan]) -> None:
         """Receive what replicas, reward actors, learners and the Algorithm did in iteration ``step``."""
 
     def stop(self) -> None:

@@ -13,7 +13,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.types import Float32Array, ScoredGroup, Span
+from rlhf_ray.types import Float32Array, ScoredGroup, TraceSpan
 from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["ReporterSet"]
@@ -97,7 +97,7 @@ class ReporterSet(Reporter):
         """Hand the iteration's groups to every reporter."""
         self._each("report_completions", step, groups, advantages)
 
-    def report_spans(self, step: int, spans: Sequence[Span]) -> None:
+    def report_spans(self, step: int, spans: Sequence[TraceSpan]) -> None:
         """Hand the iteration's spans to every reporter."""
         self._each("report_spans", step, spans)
 

@@ -12,7 +12,7 @@ from typing import Any
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.types import Span
+from rlhf_ray.types import TraceSpan
 
 __all__ = ["TimelineReporter", "trace_events"]
 
@@ -28,7 +28,7 @@ class TimelineReporter(Reporter):
         self._folder = run_dir.timeline
         self._folder.mkdir(exist_ok=True)
 
-    def report_spans(self, step: int, spans: Sequence[Span]) -> None:
+    def report_spans(self, step: int, spans: Sequence[TraceSpan]) -> None:
         """Write the iteration's trace."""
         path = self._folder / f"step_{step:06d}.json"
         unfinished = path.with_suffix(".tmp")
@@ -36,7 +36,7 @@ class TimelineReporter(Reporter):
         os.replace(unfinished, path)
 
 
-def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
+def trace_events(spans: Sequence[TraceSpan]) -> list[dict[str, Any]]:
     """Spans as complete events of the Trace Event Format, times in microseconds since the first one.
 
     A lane is a process. What overlaps in it without one being within the other lies in rows below each other.
@@ -44,7 +44,7 @@ def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
     if not spans:
         return []
     origin = min(span.start for span in spans)
-    lanes: defaultdict[str, list[Span]] = defaultdict(list)
+    lanes: defaultdict[str, list[TraceSpan]] = defaultdict(list)
     for span in spans:
         lanes[span.lane].append(span)
     events: list[dict[str, Any]] = []
@@ -56,9 +56,9 @@ def trace_events(spans: Sequence[Span]) -> list[dict[str, Any]]:
     return events
 
 
-def _in_rows(spans: Iterable[Span]) -> Iterable[tuple[int, Span]]:
+def _in_rows(spans: Iterable[TraceSpan]) -> Iterable[tuple[int, TraceSpan]]:
     """Put each span into the first row where it overlaps none, or lies within the last one."""
-    rows: list[list[Span]] = []
+    rows: list[list[TraceSpan]] = []
     for span in sorted(spans, key=lambda span: (span.start, -span.end)):
         for number, open_spans in enumerate(rows):
             while open_spans and open_spans[-1].end <= span.start:

@@ -90,7 +90,7 @@ class WandbReporter(Reporter):
 
 def _rows(scored: ScoredGroup, extras: Sequence[str]) -> Iterator[tuple[Any, ...]]:
     prompt = _text(scored.group.prompt.text)
-    for index, completion in enumerate(scored.group.completions):
+    for index, completion in enumerate(scored.group.trajectories):
         logged = (scored.extras[name][index] if name in scored.extras else None for name in extras)
         yield prompt, scored.texts[index], float(scored.rewards[index]), completion.finish_reason, *logged
 

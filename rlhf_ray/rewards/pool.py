@@ -29,7 +29,7 @@ from rlhf_ray.rewards.shipping import pack, pack_rewards
 from rlhf_ray.rewards.worker import LONG_CALL_S, ConcurrentRewardWorker, SequentialRewardWorker
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup, Span
+from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup, TraceSpan
 from rlhf_ray.untrusted_text import shortened
 from rlhf_ray.worker_env import worker_env
 
@@ -210,7 +210,7 @@ class RewardPool:
         thread.join()
         self._loop.close()
 
-    def take_spans(self) -> list[Span]:
+    def take_spans(self) -> list[TraceSpan]:
         """What each worker did since the last call."""
         return self._spans.take()
 

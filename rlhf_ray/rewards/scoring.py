@@ -192,9 +192,9 @@ class _Given:
         """
         if taken := sorted(REWARD_ARGUMENTS & group.prompt.columns.keys()):
             raise DataError(f"the dataset column {taken[0]!r} has the name of a reward argument: rename the column")
-        ids = tuple(completion.token_ids.tolist() for completion in group.completions)
+        ids = tuple(completion.token_ids.tolist() for completion in group.trajectories)
         texts = tuple(decoded(tokenizer, own) for own in ids)
-        state = progress.at(group.completions[0].asked_version)
+        state = progress.at(group.trajectories[0].asked_version)
         return cls(group=group, tokenizer=tokenizer, token_ids=ids, texts=texts, trainer_state=state)
 
     def arguments(self, name: str, parameters: Parameters, log: CallLog) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.scoring import Scores, Tokenizer
 from rlhf_ray.rewards.shipping import pack
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.types import Float32Array, RewardFailure, RolloutGroup, ScoredGroup, Span
+from rlhf_ray.types import Float32Array, RewardFailure, RolloutGroup, ScoredGroup, TraceSpan
 
 __all__ = ["CombinedRewards", "RewardStage", "reward_stage"]
 
@@ -32,7 +32,7 @@ class RewardStage(Protocol):
     def workers_replaced(self) -> int:
         """Reward actors that died, or were killed at a time limit, since the start."""
 
-    def take_spans(self) -> list[Span]:
+    def take_spans(self) -> list[TraceSpan]:
         """What each actor did since the last call, for the timeline."""
 
     def start(self) -> None:
@@ -79,7 +79,7 @@ class CombinedRewards:
         if self._functions is not None:
             self._functions.progress = progress
 
-    def take_spans(self) -> list[Span]:
+    def take_spans(self) -> list[TraceSpan]:
         """What each actor of functions and models did since the last call."""
         return [span for pool in self._pools for span in pool.take_spans()]
 

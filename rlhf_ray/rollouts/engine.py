@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rlhf_ray.errors import ConfigError, RolloutError
-from rlhf_ray.types import Completion, Prompt, SamplingSettings, VersionSpan
+from rlhf_ray.types import Prompt, SamplingSettings, Trajectory, VersionSpan
 from rlhf_ray.untrusted_text import shortened
 from rlhf_ray.weight_sync.buckets import ByteArray
 from rlhf_ray.weight_sync.manifest import WeightManifest
@@ -96,7 +96,7 @@ class RolloutEngine:
 
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
-    async def generate(self, prompt: Prompt, sampling: SamplingSettings, *, seed: int) -> tuple[Completion, ...]:
+    async def generate(self, prompt: Prompt, sampling: SamplingSettings, *, seed: int) -> tuple[Trajectory, ...]:
         """Draw ``sampling.group_size`` completions of one prompt; the i-th one's seed is ``seed + i``.
 
         Raises:
@@ -212,7 +212,7 @@ class RolloutEngine:
         )
 
 
-def _completion(choice: Any, asked_version: int) -> Completion:
+def _completion(choice: Any, asked_version: int) -> Trajectory:
     token_ids = np.asarray(choice.token_ids, dtype=np.int32)
     logprobs = np.asarray(choice.logprobs.logprobs, dtype=np.float32)
     if len(logprobs) != len(token_ids):
@@ -220,7 +220,7 @@ def _completion(choice: Any, asked_version: int) -> Completion:
     spans = tuple(
         VersionSpan(version=int(span.version), start=span.start, end=span.end) for span in choice.weight_versions
     )
-    return Completion(
+    return Trajectory.single_turn(
         token_ids=token_ids,
         sampling_logprobs=logprobs,
         version_spans=spans,

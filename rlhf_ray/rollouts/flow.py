@@ -22,7 +22,7 @@ from rlhf_ray.errors import DataError, RewardError, RolloutError
 from rlhf_ray.rollouts.admission import GroupLedger
 from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.seeds import group_seed
-from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Span
+from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, TraceSpan
 from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["Collected", "RolloutFlow"]
@@ -58,12 +58,12 @@ class Collected:
     reward_s: float
     """How long it was waited for after that: what rewards add to the rollout."""
     generated_tokens: int
-    """Completion tokens that replicas wrote since the last batch, for whichever one."""
+    """Trajectory tokens that replicas wrote since the last batch, for whichever one."""
     generating_s: float
     """Time since the last batch with a group at the replicas."""
     elapsed_s: float
     """All of the time since the last batch."""
-    spans: tuple[Span, ...]
+    spans: tuple[TraceSpan, ...]
     """What replicas wrote since the last batch."""
 
 
@@ -163,7 +163,7 @@ class RolloutFlow:
         self._last_completion = 0.0
         self._generated_tokens = 0
         self._counted_from: float | None = None
-        self._spans: list[Span] = []
+        self._spans: list[TraceSpan] = []
         self._last: tuple[int, Collected] | None = None
 
     async def restart(self, version: int) -> None:
@@ -385,7 +385,7 @@ class RolloutFlow:
     async def _training_part(self, group: _InFlight, sampling: SamplingSettings) -> ScoredGroup | RewardFailure:
         with self._generating_now():
             written = await self._generate_with_retry(group.prompt, sampling, group.version)
-        self._generated_tokens += sum(len(completion.token_ids) for completion in written.completions)
+        self._generated_tokens += sum(len(completion.token_ids) for completion in written.trajectories)
         group.unwritten -= 1
         if sampling is self._sampling:
             self._ledger.written(group.ticket)
@@ -422,7 +422,7 @@ class RolloutFlow:
                 async with asyncio.timeout(self._timeout_s) as limit:
                     group = await self._generate(bare, sampling, seed=seed, min_version=version)
                 lane, name = f"replica {group.replica_id}", f"group {prompt.prompt_id}"
-                self._spans.append(Span.ending_now(lane, name, _now() - started))
+                self._spans.append(TraceSpan.ending_now(lane, name, _now() - started))
                 return group
             except TimeoutError:
                 if not limit.expired():

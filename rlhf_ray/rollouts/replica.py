@@ -23,7 +23,7 @@ from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.engine import EngineSpec, LoadReport, RolloutEngine
 from rlhf_ray.rollouts.start_failure import engine_failure
 from rlhf_ray.rollouts.streams import FinishedGroups
-from rlhf_ray.types import Completion, Prompt, SamplingSettings, Span
+from rlhf_ray.types import Prompt, SamplingSettings, TraceSpan, Trajectory
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
@@ -77,7 +77,7 @@ class RolloutReplica:
         """Write a rollout group for each prompt with weights of ``min_version`` or newer, each given when finished."""
         await self._awake.wait()
         await self._catch_up(min_version)
-        finished: asyncio.Queue[asyncio.Task[tuple[Completion, ...]]] = asyncio.Queue()
+        finished: asyncio.Queue[asyncio.Task[tuple[Trajectory, ...]]] = asyncio.Queue()
         positions = {}
         for position, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
             task = asyncio.create_task(self._engine.generate(prompt, sampling, seed=seed))
@@ -284,7 +284,7 @@ class RolloutReplica:
     def _tell_pause(self) -> None:
         if self._timeline:
             name = f"load version {self._engine.version}"
-            pause = Span.ending_now(f"replica {self.replica_id}", name, self._engine.pause_s)
+            pause = TraceSpan.ending_now(f"replica {self.replica_id}", name, self._engine.pause_s)
             self._bridge.add_spans.remote([pause])
 
     @asynccontextmanager

@@ -13,11 +13,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from rlhf_ray.types import Completion, Prompt, RolloutGroup, SamplingSettings
+from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, Trajectory
 
 __all__ = ["FinishedGroups", "GroupStreams", "split_evenly"]
 
-FinishedGroups: TypeAlias = tuple[str, list[tuple[int, tuple[Completion, ...]]]]
+FinishedGroups: TypeAlias = tuple[str, list[tuple[int, tuple[Trajectory, ...]]]]
 """A replica's id, and the groups finished since its last answer: position in the request and completions."""
 
 # Serve balances requests, not groups: with several a replica no replica gets twice the work of another.
@@ -104,7 +104,7 @@ async def _deliver(answers: AsyncIterator[FinishedGroups], calls: Sequence[_Call
             call = calls[position]
             if not call.group.done():
                 group = RolloutGroup(
-                    group_id=call.prompt.prompt_id, prompt=call.prompt, completions=completions, replica_id=replica_id
+                    group_id=call.prompt.prompt_id, prompt=call.prompt, trajectories=completions, replica_id=replica_id
                 )
                 call.group.set_result(group)
 

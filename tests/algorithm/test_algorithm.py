@@ -23,7 +23,7 @@ from rlhf_ray.learner.remote.group import StateLostError
 from rlhf_ray.prompts.order import PromptPosition
 from rlhf_ray.reporting.run_lock import RunLock
 from rlhf_ray.span_log import SpanLog
-from rlhf_ray.types import Completion, Prompt, RolloutGroup, ScoredGroup
+from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory
 
 
 @pytest.fixture
@@ -70,15 +70,15 @@ def test_what_a_callback_edits_does_not_change_the_update(bare: Algorithm) -> No
     def spoil(*, algorithm: Algorithm, group: ScoredGroup) -> None:
         assert algorithm is bare
         group.rewards[:] = 9.0
-        group.group.completions[0].token_ids[:] = 0
+        group.group.trajectories[0].token_ids[:] = 0
         group.group.prompt.columns["tests"].clear()
 
     prompt = Prompt(prompt_id=0, token_ids=np.ones(1, dtype=np.int32), text="", columns={"tests": [1]})
     ids, logprobs = np.ones(2, dtype=np.int32), np.zeros(2, dtype=np.float32)
-    completion = Completion(
+    completion = Trajectory.single_turn(
         token_ids=ids, sampling_logprobs=logprobs, version_spans=(), asked_version=0, finish_reason="stop"
     )
-    group = RolloutGroup(group_id=0, prompt=prompt, completions=(completion,), replica_id="r")
+    group = RolloutGroup(group_id=0, prompt=prompt, trajectories=(completion,), replica_id="r")
     rewards = np.ones(1, dtype=np.float32)
     scored = ScoredGroup(group=group, rewards=rewards, rewards_by_function={}, texts=("",), reward_s=0.0)
     bare.settings = PPOConfig().callbacks(on_rollout_group=spoil).settings

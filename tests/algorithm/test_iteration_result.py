@@ -13,14 +13,14 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import plan_update
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.flow import Collected
-from rlhf_ray.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
+from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
 from rlhf_ray.weight_sync.publisher import Publication
 
 NAN = float("nan")
 
 
-def completion(length: int, *spans: tuple[int, int, int], finish_reason: str = "stop") -> Completion:
-    return Completion(
+def completion(length: int, *spans: tuple[int, int, int], finish_reason: str = "stop") -> Trajectory:
+    return Trajectory.single_turn(
         token_ids=np.arange(length, dtype=np.int32),
         sampling_logprobs=np.zeros(length, dtype=np.float32),
         asked_version=0,
@@ -30,10 +30,10 @@ def completion(length: int, *spans: tuple[int, int, int], finish_reason: str = "
 
 
 def scored(
-    group_id: int, prompt_tokens: int, completions: list[Completion], rewards: list[float], **by_function: list[float]
+    group_id: int, prompt_tokens: int, completions: list[Trajectory], rewards: list[float], **by_function: list[float]
 ) -> ScoredGroup:
     prompt = Prompt(prompt_id=group_id, token_ids=np.arange(prompt_tokens, dtype=np.int32), text="")
-    group = RolloutGroup(group_id=group_id, prompt=prompt, completions=tuple(completions), replica_id="r")
+    group = RolloutGroup(group_id=group_id, prompt=prompt, trajectories=tuple(completions), replica_id="r")
     return ScoredGroup(
         group=group,
         rewards=np.asarray(rewards, dtype=np.float32),

@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from rlhf_ray.types import Completion, Prompt, RolloutGroup, ScoredGroup
+from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory
 
 
 def _prompt(prompt_id: int) -> Prompt:
     return Prompt(prompt_id=prompt_id, token_ids=np.zeros(1, dtype=np.int32), text=str(prompt_id))
 
 
-def _completion(length: int, finish_reason: str) -> Completion:
-    return Completion(
+def _completion(length: int, finish_reason: str) -> Trajectory:
+    return Trajectory.single_turn(
         token_ids=np.zeros(length, dtype=np.int32),
         sampling_logprobs=np.zeros(length, dtype=np.float32),
         version_spans=(),
@@ -31,7 +31,7 @@ def _scored(
         _completion(length, "length" if index in truncated else "stop")
         for index, length in enumerate(lengths or [1] * len(rewards))
     )
-    group = RolloutGroup(group_id=prompt_id, prompt=_prompt(prompt_id), completions=completions, replica_id="r")
+    group = RolloutGroup(group_id=prompt_id, prompt=_prompt(prompt_id), trajectories=completions, replica_id="r")
     return ScoredGroup(
         group=group,
         rewards=np.asarray(rewards, dtype=np.float32),

@@ -270,7 +270,7 @@ def test_accuracy_is_of_the_one_function_and_leaves_failures_out(custom_reward: 
     def scored(correct: float) -> ScoredGroup:
         prompt = Prompt(prompt_id=0, token_ids=np.zeros(1, np.int32), text="1+1=")
         return ScoredGroup(
-            group=RolloutGroup(group_id=0, prompt=prompt, completions=(), replica_id="r"),
+            group=RolloutGroup(group_id=0, prompt=prompt, trajectories=(), replica_id="r"),
             rewards=np.full(1, 0.7, np.float32),
             rewards_by_function={"correct": np.full(1, correct, np.float32), "near": np.full(1, 0.9, np.float32)},
             texts=("",),

@@ -67,7 +67,7 @@ def test_every_replica_serves_the_published_version(algorithm: Algorithm) -> Non
 def test_both_replicas_write_rollouts(algorithm: Algorithm) -> None:
     groups = algorithm._running().controller.collect(algorithm.policy_version).groups
     assert len({scored.group.replica_id for scored in groups}) == 2
-    spans = [span for scored in groups for c in scored.group.completions for span in c.version_spans]
+    spans = [span for scored in groups for c in scored.group.trajectories for span in c.version_spans]
     assert {span.version for span in spans} == {algorithm.policy_version}
     # These groups were taken out of the loop: the next version must not count them as trained on.
     algorithm._running().controller.resume(algorithm.policy_version)
@@ -127,7 +127,7 @@ def test_the_exported_policy_samples_what_the_replicas_sample(algorithm: Algorit
 
     model = AutoModelForCausalLM.from_pretrained(algorithm.export_hf(tmp_path / "export"))
     scored = algorithm.sample_evaluation()[0]
-    prompt, completion = scored.group.prompt, scored.group.completions[0]
+    prompt, completion = scored.group.prompt, scored.group.trajectories[0]
     ids = torch.from_numpy(np.concatenate([prompt.token_ids, completion.token_ids]).astype(np.int64))[None]
     with torch.no_grad():
         greedy = model(ids).logits[0, len(prompt.token_ids) - 1 : -1].argmax(-1)

@@ -88,7 +88,7 @@ def test_partial_rollouts_are_trained_on_as_far_as_they_are_fresh_enough(
     iterations: list[tuple[dict[str, Any], tuple[ScoredGroup, ...]]],
 ) -> None:
     for number, (result, groups) in enumerate(iterations):
-        spans = [span for scored in groups for c in scored.group.completions for span in c.version_spans]
+        spans = [span for scored in groups for c in scored.group.trajectories for span in c.version_spans]
         sizes = [span.end - span.start for span in spans]
         fresh = [size for span, size in zip(spans, sizes, strict=True) if span.version >= number - STALENESS]
         assert result["rollouts"]["in_loss_fraction"] == pytest.approx(sum(fresh) / sum(sizes))
@@ -99,7 +99,7 @@ def test_partial_rollouts_are_trained_on_as_far_as_they_are_fresh_enough(
 def test_weights_change_in_the_middle_of_completions(
     iterations: list[tuple[dict[str, Any], tuple[ScoredGroup, ...]]],
 ) -> None:
-    completions = [c for _, groups in iterations for scored in groups for c in scored.group.completions]
+    completions = [c for _, groups in iterations for scored in groups for c in scored.group.trajectories]
     cut = [c for c in completions if len(c.version_spans) > 1]
 
     assert cut
@@ -146,5 +146,5 @@ def test_the_timeline_shows_every_part(asynchronous: Algorithm, iterations: obje
 def test_evaluation_is_of_the_policy_as_it_is(asynchronous: Algorithm, iterations: object) -> None:
     assert asynchronous.evaluate() == asynchronous.evaluate()
     scored = [outcome for outcome in asynchronous.sample_evaluation() if isinstance(outcome, ScoredGroup)]
-    spans = [span for group in scored for c in group.group.completions for span in c.version_spans]
+    spans = [span for group in scored for c in group.group.trajectories for span in c.version_spans]
     assert {span.version for span in spans} == {asynchronous.policy_version}

@@ -97,9 +97,9 @@ def test_samples_are_those_of_the_policy_as_it_is_and_come_again(
 ) -> None:
     assert algorithm.evaluate() == results[-1]["evaluation"]
     scored = algorithm.sample_evaluation()
-    assert [len(one.group.completions) for one in scored if isinstance(one, ScoredGroup)] == [4] * 20
+    assert [len(one.group.trajectories) for one in scored if isinstance(one, ScoredGroup)] == [4] * 20
     spans = [
-        s for one in scored if isinstance(one, ScoredGroup) for c in one.group.completions for s in c.version_spans
+        s for one in scored if isinstance(one, ScoredGroup) for c in one.group.trajectories for s in c.version_spans
     ]
     assert {span.version for span in spans} == {algorithm.policy_version}
 

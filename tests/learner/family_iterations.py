@@ -91,7 +91,7 @@ async def sampled(engine: RolloutEngine, version: int) -> SequenceBatch:
     for number, ids in enumerate(PROMPTS):
         prompt = Prompt(prompt_id=number, token_ids=np.asarray(ids, dtype=np.int32), text="", columns={})
         completions = await engine.generate(prompt, sampling, seed=100 * version + number)
-        group = RolloutGroup(group_id=number, prompt=prompt, completions=completions, replica_id="")
+        group = RolloutGroup(group_id=number, prompt=prompt, trajectories=completions, replica_id="")
         rewards = np.asarray([completion.token_ids.mean() / 100 for completion in completions], dtype=np.float32)
         texts = ("",) * GROUP
         groups.append(ScoredGroup(group=group, rewards=rewards, rewards_by_function={}, texts=texts, reward_s=0.0))

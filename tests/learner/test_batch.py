@@ -5,13 +5,13 @@ from dataclasses import replace
 import numpy as np
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.types import Completion, Prompt, RolloutGroup, ScoredGroup, VersionSpan
+from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
 
 
 def scored_group(group_id: int, prompt: list[int], completions: list[tuple[list[int], str]]) -> ScoredGroup:
     """A group whose log-probabilities and rewards tell where they came from."""
     written = tuple(
-        Completion(
+        Trajectory.single_turn(
             token_ids=np.asarray(ids, dtype=np.int32),
             sampling_logprobs=np.asarray([-(group_id + i / 10 + t / 100) for t in range(len(ids))], dtype=np.float32),
             # All tokens but the last of the version before.
@@ -26,7 +26,7 @@ def scored_group(group_id: int, prompt: list[int], completions: list[tuple[list[
     )
     row = Prompt(prompt_id=group_id, token_ids=np.asarray(prompt, dtype=np.int32), text="")
     return ScoredGroup(
-        group=RolloutGroup(group_id=group_id, prompt=row, completions=written, replica_id="r"),
+        group=RolloutGroup(group_id=group_id, prompt=row, trajectories=written, replica_id="r"),
         rewards=np.asarray([group_id + i / 10 for i in range(len(written))], dtype=np.float32),
         rewards_by_function={},
         texts=("",) * len(written),
@@ -61,9 +61,9 @@ def test_from_groups_lays_the_completions_out_in_order_each_after_its_prompt() -
 
 
 def test_fresh_is_what_was_asked_and_written_under_the_policy_that_is_trained() -> None:
-    def completion(asked: int, *written: int) -> Completion:
+    def completion(asked: int, *written: int) -> Trajectory:
         spans = tuple(VersionSpan(version=v, start=i, end=i + 1) for i, v in enumerate(written))
-        return Completion(
+        return Trajectory.single_turn(
             token_ids=np.zeros(len(written), dtype=np.int32),
             sampling_logprobs=np.zeros(len(written), dtype=np.float32),
             asked_version=asked,
@@ -73,7 +73,7 @@ def test_fresh_is_what_was_asked_and_written_under_the_policy_that_is_trained() 
 
     group = scored_group(1, [1], [([3], "stop")] * 3)
     completions = (completion(5, 5, 5), completion(4, 5, 5), completion(4, 4, 5))
-    group = replace(group, group=replace(group.group, completions=completions))
+    group = replace(group, group=replace(group.group, trajectories=completions))
 
     batch = SequenceBatch.from_groups([group], version=5, max_staleness=1)
 

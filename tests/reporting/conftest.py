@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
 from rlhf_ray.reporting import RunDirectory
-from rlhf_ray.types import Completion, Prompt, PromptText, RolloutGroup, ScoredGroup, VersionSpan
+from rlhf_ray.types import Prompt, PromptText, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
 
 # Tests of the report import what they share by name.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -59,7 +59,7 @@ def scored(group_id: int, prompt: PromptText, completions: list[tuple[str, float
         group=RolloutGroup(
             group_id=group_id,
             prompt=Prompt(prompt_id=group_id, token_ids=np.array([1, 2], dtype=np.int32), text=prompt),
-            completions=tuple(completion(text, version) for text, _, _, version in completions),
+            trajectories=tuple(completion(text, version) for text, _, _, version in completions),
             replica_id="replica",
         ),
         rewards=rewards,
@@ -72,10 +72,10 @@ def scored(group_id: int, prompt: PromptText, completions: list[tuple[str, float
     )
 
 
-def completion(text: str, oldest_version: int) -> Completion:
+def completion(text: str, oldest_version: int) -> Trajectory:
     """Write a text as the quickstart's tokenizer does, by bytes; its last token came from a newer policy."""
     tokens = np.array([*text.encode(), EOS_TOKEN_ID], dtype=np.int32)
-    return Completion(
+    return Trajectory.single_turn(
         token_ids=tokens,
         sampling_logprobs=-0.25 * np.arange(len(tokens), dtype=np.float32),
         asked_version=0,

@@ -14,7 +14,7 @@ from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.completions import CompletionsReporter
 from rlhf_ray.reporting.jsonl import JsonlReporter
-from rlhf_ray.types import Completion, Float32Array, Prompt, PromptText, RolloutGroup, ScoredGroup, VersionSpan
+from rlhf_ray.types import Float32Array, Prompt, PromptText, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
 
 HOSTILE = (
     "</script><script>window.hacked = 'script'</script>",
@@ -97,7 +97,7 @@ def group(
         group=RolloutGroup(
             group_id=group_id,
             prompt=Prompt(prompt_id=group_id, token_ids=np.asarray([1], dtype=np.int32), text=prompt),
-            completions=tuple(_completion(text, finish) for text in texts),
+            trajectories=tuple(_completion(text, finish) for text in texts),
             replica_id="replica",
         ),
         rewards=of_function,
@@ -107,9 +107,9 @@ def group(
     )
 
 
-def _completion(text: str, finish: str) -> Completion:
+def _completion(text: str, finish: str) -> Trajectory:
     ids = np.asarray([*text.encode(), EOS_TOKEN_ID], dtype=np.int32)
-    return Completion(
+    return Trajectory.single_turn(
         token_ids=ids,
         sampling_logprobs=-0.5 * np.arange(len(ids), dtype=np.float32),
         version_spans=(

@@ -100,9 +100,9 @@ def test_texts_of_tokens_are_null_where_they_are_not_the_text(run_dir: RunDirect
 
 def test_a_token_in_no_version_span_has_no_version(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
     group = groups[1].group
-    (completion,) = group.completions
+    (completion,) = group.trajectories
     known = replace(completion, version_spans=(VersionSpan(version=5, start=1, end=3),))
-    started(run_dir).report_completions(1, [replace(groups[1], group=replace(group, completions=(known,)))])
+    started(run_dir).report_completions(1, [replace(groups[1], group=replace(group, trajectories=(known,)))])
     versions = pq.read_table(completions_path(run_dir, 1)).column("token_versions").to_pylist()
     assert versions == [[None, 5, 5, None, None, None]]
 

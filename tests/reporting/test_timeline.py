@@ -9,14 +9,14 @@ import pytest
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.reporting.timeline import TimelineReporter, trace_events
-from rlhf_ray.types import Span
+from rlhf_ray.types import TraceSpan
 
 
-def span(lane: str, name: str, start: float, end: float) -> Span:
-    return Span(lane=lane, name=name, start=100.0 + start, end=100.0 + end)
+def span(lane: str, name: str, start: float, end: float) -> TraceSpan:
+    return TraceSpan(lane=lane, name=name, start=100.0 + start, end=100.0 + end)
 
 
-def rows(*spans: Span) -> dict[str, int]:
+def rows(*spans: TraceSpan) -> dict[str, int]:
     return {event["name"]: event["tid"] for event in trace_events(spans) if event["ph"] == "X"}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import ray
 
-from rlhf_ray.types import Completion, Prompt, PromptText, RolloutGroup, VersionSpan
+from rlhf_ray.types import Prompt, PromptText, RolloutGroup, Trajectory, VersionSpan
 
 EOS = 0
 
@@ -34,12 +34,12 @@ def make_group(
         span = VersionSpan(version=0, start=0, end=len(ids))
         logprobs = np.full(len(ids), -1.0, dtype=np.float32)
         completions.append(
-            Completion(
+            Trajectory.single_turn(
                 token_ids=ids, sampling_logprobs=logprobs, asked_version=0, version_spans=(span,), finish_reason="stop"
             )
         )
     row = Prompt(prompt_id=group_id, token_ids=np.array([1], dtype=np.int32), text=prompt, columns=columns)
-    return RolloutGroup(group_id=group_id, prompt=row, completions=tuple(completions), replica_id="r0")
+    return RolloutGroup(group_id=group_id, prompt=row, trajectories=tuple(completions), replica_id="r0")
 
 
 @pytest.fixture

@@ -446,7 +446,7 @@ def test_functions_written_for_trl_work_unchanged(tokenizer: Any, group_of: Grou
     ]
     scorer = RewardScorer(resolve_rewards(RewardSettings(functions=functions)), tokenizer)
     group = group_of(["four", "five"], prompt=[{"role": "user", "content": "2+2"}], ground_truth="four")
-    group = replace(group, completions=tuple(replace(one, asked_version=3) for one in group.completions))
+    group = replace(group, trajectories=tuple(replace(one, asked_version=3) for one in group.trajectories))
     progress = TrainingProgress(steps_per_version=4, max_steps=48, epochs_per_version=0.5)
     scores = asyncio.run(scorer.scores(group, progress))
     by_function = {
@@ -522,9 +522,9 @@ def test_both_forms_of_a_completion_where_the_tags_are_special(
     group = group_of(["", "", ""], prompt=[{"role": "user", "content": "2+2"}] if is_chat else "2+2")
     completions = tuple(
         replace(one, token_ids=np.array(own, dtype=np.int32))
-        for one, own in zip(group.completions, sequences, strict=True)
+        for one, own in zip(group.trajectories, sequences, strict=True)
     )
-    group = replace(group, completions=completions)
+    group = replace(group, trajectories=completions)
     scorer = RewardScorer(resolve_rewards(RewardSettings(functions=[tags, not_for_any])), thinking_tokenizer)
     scored = asyncio.run(scorer.score(group))
     assert seen["plain"] == ["2+24", "2+24", ""]

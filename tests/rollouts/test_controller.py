@@ -24,7 +24,7 @@ from rlhf_ray.rollouts import flow as module
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.seeds import group_seed
-from rlhf_ray.types import Completion, Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, VersionSpan
+from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 SAMPLING = SamplingSettings(group_size=2, max_new_tokens=4, temperature=1.0)
 GREEDY = SamplingSettings(group_size=1, max_new_tokens=4, temperature=0.0)
@@ -84,7 +84,7 @@ class Replicas:
 
 
 def written(prompt: Prompt, sampling: SamplingSettings) -> RolloutGroup:
-    completion = Completion(
+    completion = Trajectory.single_turn(
         token_ids=np.asarray([1], dtype=np.int32),
         sampling_logprobs=np.zeros(1, dtype=np.float32),
         asked_version=0,
@@ -92,7 +92,7 @@ def written(prompt: Prompt, sampling: SamplingSettings) -> RolloutGroup:
         finish_reason="stop",
     )
     completions = (completion,) * sampling.group_size
-    return RolloutGroup(group_id=prompt.prompt_id, prompt=prompt, completions=completions, replica_id="r")
+    return RolloutGroup(group_id=prompt.prompt_id, prompt=prompt, trajectories=completions, replica_id="r")
 
 
 class Rewards:
@@ -112,7 +112,7 @@ class Rewards:
         if group.group_id in self._failing:
             kind = "raised" if group.group_id % 2 else "timeout"
             return RewardFailure(group_id=group.group_id, kind=kind, message=f"bad answer {group.group_id}")
-        rewards = np.full(len(group.completions), group.prompt.columns["answer"], dtype=np.float32)
+        rewards = np.full(len(group.trajectories), group.prompt.columns["answer"], dtype=np.float32)
         return ScoredGroup(group=group, rewards=rewards, rewards_by_function={}, texts=(), reward_s=0.0)
 
 
@@ -522,7 +522,7 @@ class Verdicts(Rewards):
         self._failing_greedy = set(failing_greedy)
 
     async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
-        size = len(group.completions)
+        size = len(group.trajectories)
         if size == 1 and group.group_id in self._failing_greedy:
             return RewardFailure(group_id=group.group_id, kind="raised", message=f"bad greedy answer {group.group_id}")
         scored = await super().score(group)
@@ -625,7 +625,7 @@ def test_every_group_gets_the_reward_of_a_greedy_completion(make: Callable[..., 
     assert ids(collected.groups) == [0, 1, 2, 3]
     assert [scored.greedy_reward for scored in collected.groups] == [0.5, 1.5, 2.5, 3.5]
     # The greedy completion is not trained on.
-    assert all(len(scored.group.completions) == 2 for scored in collected.groups)
+    assert all(len(scored.group.trajectories) == 2 for scored in collected.groups)
     assert all(scored.rewards.tolist() == [0.0, 1.0] for scored in collected.groups)
     greedy = replace(sampling, group_size=1, temperature=0.0)
     for number in range(4):

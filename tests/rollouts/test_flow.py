@@ -17,7 +17,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from rlhf_ray.rollouts.flow import RolloutFlow
-from rlhf_ray.types import Completion, Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, VersionSpan
+from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 UPDATES = 25
@@ -82,14 +82,14 @@ class RandomRun:
             self.running -= 1
         # A token of each version that came by.
         versions = range(first, self.version + 1)
-        completion = Completion(
+        completion = Trajectory.single_turn(
             token_ids=np.zeros(len(versions), dtype=np.int32),
             sampling_logprobs=np.zeros(len(versions), dtype=np.float32),
             asked_version=first,
             version_spans=tuple(VersionSpan(version=v, start=i, end=i + 1) for i, v in enumerate(versions)),
             finish_reason="stop",
         )
-        return RolloutGroup(group_id=prompt.prompt_id, prompt=prompt, completions=(completion,) * 2, replica_id="r")
+        return RolloutGroup(group_id=prompt.prompt_id, prompt=prompt, trajectories=(completion,) * 2, replica_id="r")
 
     async def score(self, group: RolloutGroup) -> ScoredGroup | RewardFailure:
         await asyncio.sleep(self.rng.expovariate(5.0))
@@ -157,7 +157,7 @@ class RandomRun:
         self.counted += Counter(failed=collected.failures.total(), equal=collected.equal_reward_groups)
         for scored in collected.groups:
             self.trained.append(scored.group.group_id)
-            versions = [span.version for span in scored.group.completions[0].version_spans]
+            versions = [span.version for span in scored.group.trajectories[0].version_spans]
             # Of a partial rollout the tokens that are too old enter no loss: some token is not.
             self.ages.append(version - (max(versions) if self.partial else min(versions)))
 

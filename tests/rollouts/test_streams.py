@@ -10,7 +10,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve.exceptions import RequestCancelledError
 
 from rlhf_ray.rollouts.streams import FinishedGroups, GroupStreams, split_evenly
-from rlhf_ray.types import Completion, Prompt, RolloutGroup, SamplingSettings
+from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, Trajectory
 
 SAMPLING = SamplingSettings(group_size=2, max_new_tokens=4, temperature=1.0)
 GREEDY = SamplingSettings(group_size=1, max_new_tokens=4, temperature=0.0)
@@ -49,8 +49,8 @@ class Handle:
         return self.answers[-1]
 
 
-def completion(token: int) -> Completion:
-    return Completion(
+def completion(token: int) -> Trajectory:
+    return Trajectory.single_turn(
         token_ids=np.asarray([token], dtype=np.int32),
         sampling_logprobs=np.zeros(1, dtype=np.float32),
         asked_version=0,
@@ -108,7 +108,7 @@ def test_every_caller_gets_its_own_group(script: Script, num_replicas: int) -> N
     asked = [number for request, *_ in handle.requests for number in request]
     assert asked == numbers
     by_request = [position for request, *_ in handle.requests for position in range(len(request))]
-    assert [int(group.completions[0].token_ids[0]) for group in groups] == by_request
+    assert [int(group.trajectories[0].token_ids[0]) for group in groups] == by_request
     assert {group.replica_id for group in groups} == {"replica"}
     assert [seed for _, _, seeds, _ in handle.requests for seed in seeds] == [number * 10 for number in numbers]
 

@@ -17,7 +17,7 @@ from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine
 from rlhf_ray.rollouts.engine_spec import engine_spec
-from rlhf_ray.types import Completion, Prompt, SamplingSettings
+from rlhf_ray.types import Prompt, SamplingSettings, Trajectory
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
 from rlhf_ray.weight_sync.manifest import WeightManifest, joined_names
 
@@ -155,7 +155,7 @@ def scale(model: Any, factor: float) -> None:
         parameter.mul_(factor)
 
 
-async def completion_of(engine: RolloutEngine) -> Completion:
+async def completion_of(engine: RolloutEngine) -> Trajectory:
     prompt = Prompt(prompt_id=0, token_ids=np.asarray(PROMPT, dtype=np.int32), text="", columns={})
     (completion,) = await engine.generate(
         prompt, SamplingSettings(group_size=1, max_new_tokens=8, temperature=1.0), seed=0

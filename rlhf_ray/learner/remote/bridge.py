@@ -22,7 +22,7 @@ from rlhf_ray.checkpoints.folder import StoredFile
 from rlhf_ray.learner.remote.state_keeper import StateKeeper, keeper_on
 from rlhf_ray.learner.remote.turns import Place, Turns
 from rlhf_ray.span_log import SpanLog
-from rlhf_ray.types import Span
+from rlhf_ray.types import TraceSpan
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 from rlhf_ray.worker_env import worker_env
@@ -116,11 +116,11 @@ class Bridge(StateKeeper):
         self._spans = SpanLog(most=_MOST_SPANS)
         self._replica_failures: list[ReplicaFailure] = []
 
-    async def add_spans(self, spans: list[Span]) -> None:
+    async def add_spans(self, spans: list[TraceSpan]) -> None:
         """Keep what a rank or a replica did, for the timeline."""
         self._spans.add(*spans)
 
-    async def take_spans(self) -> list[Span]:
+    async def take_spans(self) -> list[TraceSpan]:
         """Give what was kept since the last call."""
         return self._spans.take()
 

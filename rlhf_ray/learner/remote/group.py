@@ -30,7 +30,7 @@ from rlhf_ray.learner.remote.bridge import Command, GroupLost, RankFailure, Refu
 from rlhf_ray.learner.remote.turns import LEARNER_SHARE, check_pairing
 from rlhf_ray.learner.remote.update_result import UpdateOrder, UpdateResult, merged_results
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.types import Span
+from rlhf_ray.types import TraceSpan
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 from rlhf_ray.worker_env import worker_env
@@ -265,9 +265,9 @@ class LearnerGroup:
         answers = self._try("send", (argument,), recalls=True)
         return None if answers is None else int(answers[0])
 
-    def take_spans(self) -> list[Span]:
+    def take_spans(self) -> list[TraceSpan]:
         """What ranks and replicas did since the last call, where ``reporting.timeline_interval`` asks for it."""
-        spans: list[Span] = ray.get(self.bridge.take_spans.remote())
+        spans: list[TraceSpan] = ray.get(self.bridge.take_spans.remote())
         return spans
 
     def take_replica_failures(self) -> list[ReplicaFailure]:

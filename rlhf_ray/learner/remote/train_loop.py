@@ -32,7 +32,7 @@ from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.remote.bridge import Command, RankFailure, Refusal
 from rlhf_ray.learner.remote.update_result import UpdateOrder, UpdateResult
-from rlhf_ray.types import Span
+from rlhf_ray.types import TraceSpan
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure, ReplicaLostError
 
@@ -119,16 +119,16 @@ def lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, (dist.DistError, ReplicaLostError)) or "gloo/transport" in str(error)
 
 
-def _spans(rank: int, verb: str, seconds: float, result: Any) -> list[Span]:
+def _spans(rank: int, verb: str, seconds: float, result: Any) -> list[TraceSpan]:
     """A command that has just ended, and the halves of an update within it."""
     lane = f"learner {rank}"
-    whole = Span.ending_now(lane, verb, seconds)
+    whole = TraceSpan.ending_now(lane, verb, seconds)
     if verb != "update":
         return [whole]
     middle = whole.end - result.figures["update_s"]
     start = middle - result.figures["advantage_s"]
-    estimates = Span(lane=lane, name="estimates and advantages", start=start, end=middle)
-    return [whole, estimates, Span(lane=lane, name="optimizer steps", start=middle, end=whole.end)]
+    estimates = TraceSpan(lane=lane, name="estimates and advantages", start=start, end=middle)
+    return [whole, estimates, TraceSpan(lane=lane, name="optimizer steps", start=middle, end=whole.end)]
 
 
 class _Worker:

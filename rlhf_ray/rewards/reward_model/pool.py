@@ -27,7 +27,7 @@ from rlhf_ray.rewards.reward_model.worker import RewardModelWorker
 from rlhf_ray.rewards.scoring import Scores
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.types import RewardFailure, RolloutGroup, Span
+from rlhf_ray.types import RewardFailure, RolloutGroup, TraceSpan
 from rlhf_ray.untrusted_text import shortened
 from rlhf_ray.worker_env import worker_env
 
@@ -127,7 +127,7 @@ class RewardModelPool:
         for thread in self._threads:
             thread.join(timeout=_JOIN_S)
 
-    def take_spans(self) -> list[Span]:
+    def take_spans(self) -> list[TraceSpan]:
         """What each actor did since the last call."""
         return self._spans.take()
 

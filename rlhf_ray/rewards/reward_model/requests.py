@@ -29,7 +29,7 @@ class Request:
     def num_tokens(self) -> int:
         """Tokens of its sequences, as the policy counts them."""
         prompt = len(self.group.prompt.token_ids)
-        return sum(prompt + len(completion.token_ids) for completion in self.group.completions)
+        return sum(prompt + len(completion.token_ids) for completion in self.group.trajectories)
 
     def tell(self, outcome: Scores | RewardFailure | Exception) -> None:
         """Answer whoever waits; nobody does who gave up."""

@@ -76,7 +76,9 @@ class RewardModelWorker:
         return self._loaded
 
     def _texts(self, group: RolloutGroup) -> tuple[str, ...]:
-        return tuple(decoded(self._policy_tokenizer, completion.token_ids.tolist()) for completion in group.completions)
+        return tuple(
+            decoded(self._policy_tokenizer, completion.token_ids.tolist()) for completion in group.trajectories
+        )
 
     def _encoded(self, group: RolloutGroup, texts: tuple[str, ...]) -> list[list[int]] | RewardFailure:
         try:

@@ -19,7 +19,7 @@ from rlhf_ray.learner.remote import train_loop as module
 from rlhf_ray.learner.remote.bridge import Command, RankFailure, Refusal
 from rlhf_ray.learner.remote.state_keeper import StateKeeper
 from rlhf_ray.learner.remote.update_result import UpdateOrder
-from rlhf_ray.types import Span
+from rlhf_ray.types import TraceSpan
 
 GROUP = "first"
 
@@ -44,7 +44,7 @@ class Bridge:
         self.answer = Call(lambda command_id, rank, result: self.answers.append((command_id, result)))
         self.saved = Call(lambda *arguments: self.saves.append(arguments))
         self.fail = Call(self.failures.append)
-        self.spans: list[Span] = []
+        self.spans: list[TraceSpan] = []
         self.add_spans = Call(self.spans.extend)
 
 

@@ -147,7 +147,7 @@ class FakeWorker:
                 time.sleep(60)
             if text == "raise":
                 raise MemoryError("out of memory")
-            one = np.ones(len(group.completions), dtype=np.float32)
+            one = np.ones(len(group.trajectories), dtype=np.float32)
             outcomes.append(Scores(rewards=one, rewards_by_function={"m": one}, texts=(), reward_s=0.0))
         return outcomes
 
