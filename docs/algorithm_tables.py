@@ -20,10 +20,10 @@ from statistics import mean
 from textwrap import fill
 from typing import Any
 
-import rlhf_ray
 from rlhf_ray import AlgorithmConfig, PPOConfig
-from rlhf_ray.config.checks import section_types
+from rlhf_ray.algorithms import built_in
 from rlhf_ray.config.plugins import advantage_plugin
+from rlhf_ray.config.settings import section_types
 
 FOLDER = Path(__file__).parent / "algorithms"
 BASELINE = Path(__file__).parents[1] / "benchmarks" / "results" / "baseline.json"
@@ -33,9 +33,7 @@ ConfigClass = type[AlgorithmConfig]
 
 def config_classes() -> list[ConfigClass]:
     """Return every algorithm's configuration class, PPO's first, the others by name."""
-    exported = (getattr(rlhf_ray, name) for name in rlhf_ray.__all__ if name.endswith("Config"))
-    classes = [item for item in exported if item is not AlgorithmConfig]
-    return sorted(classes, key=lambda item: (item is not PPOConfig, item.algorithm_name.lower()))
+    return sorted(built_in().values(), key=lambda item: (item is not PPOConfig, item.algorithm_name.lower()))
 
 
 def page_of(config_class: ConfigClass) -> Path:

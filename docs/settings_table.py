@@ -14,7 +14,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.config.checks import section_types
+from rlhf_ray.config.settings import section_types
 
 INTRODUCTION = """\
 # Settings

@@ -8,6 +8,9 @@
     print(algo.train())
 
 Importing the package starts nothing and imports neither Ray nor torch; ``build()`` and the algorithm classes do.
+
+Each algorithm of ``rlhf_ray.algorithms`` has two names here: ``PPOConfig``, its configuration, and ``PPO``, its
+:class:`Algorithm`.
 """
 
 from __future__ import annotations
@@ -15,20 +18,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.algorithms.cispo import CISPOConfig
-from rlhf_ray.algorithms.dapo import DAPOConfig
-from rlhf_ray.algorithms.dr_grpo import DrGRPOConfig
-from rlhf_ray.algorithms.gmpo import GMPOConfig
-from rlhf_ray.algorithms.grpo import GRPOConfig
-from rlhf_ray.algorithms.gspo import GSPOConfig
-from rlhf_ray.algorithms.maxrl import MaxRLConfig
-from rlhf_ray.algorithms.opo import OPOConfig
-from rlhf_ray.algorithms.ppo import PPOConfig
-from rlhf_ray.algorithms.reinforce_pp import ReinforcePPBaselineConfig, ReinforcePPConfig
-from rlhf_ray.algorithms.remax import ReMaxConfig
-from rlhf_ray.algorithms.rloo import RLOOConfig
-from rlhf_ray.algorithms.sapo import SAPOConfig
-from rlhf_ray.config.builder import BUILT_IN_ALGORITHMS as _BUILT_IN_ALGORITHMS
+from rlhf_ray.algorithms import built_in as _built_in
 from rlhf_ray.config.builder import AlgorithmConfig
 from rlhf_ray.config.plugins import register_advantage, register_loss
 from rlhf_ray.errors import (
@@ -43,74 +33,49 @@ from rlhf_ray.errors import (
 
 if TYPE_CHECKING:
     from rlhf_ray.algorithm.algorithm import Algorithm
+    from rlhf_ray.algorithms.cispo import CISPOConfig as CISPOConfig
+    from rlhf_ray.algorithms.dapo import DAPOConfig as DAPOConfig
+    from rlhf_ray.algorithms.dr_grpo import DrGRPOConfig as DrGRPOConfig
+    from rlhf_ray.algorithms.gmpo import GMPOConfig as GMPOConfig
+    from rlhf_ray.algorithms.grpo import GRPOConfig as GRPOConfig
+    from rlhf_ray.algorithms.gspo import GSPOConfig as GSPOConfig
+    from rlhf_ray.algorithms.maxrl import MaxRLConfig as MaxRLConfig
+    from rlhf_ray.algorithms.opo import OPOConfig as OPOConfig
+    from rlhf_ray.algorithms.ppo import PPOConfig as PPOConfig
+    from rlhf_ray.algorithms.reinforce_pp import ReinforcePPBaselineConfig as ReinforcePPBaselineConfig
+    from rlhf_ray.algorithms.reinforce_pp import ReinforcePPConfig as ReinforcePPConfig
+    from rlhf_ray.algorithms.remax import ReMaxConfig as ReMaxConfig
+    from rlhf_ray.algorithms.rloo import RLOOConfig as RLOOConfig
+    from rlhf_ray.algorithms.sapo import SAPOConfig as SAPOConfig
     from rlhf_ray.rewards.reward_model.reward import RewardModelReward
-    from rlhf_ray.tune.trainables import (
-        CISPO,
-        DAPO,
-        GMPO,
-        GRPO,
-        GSPO,
-        OPO,
-        PPO,
-        RLOO,
-        SAPO,
-        DrGRPO,
-        MaxRL,
-        ReinforcePP,
-        ReinforcePPBaseline,
-        ReMax,
-    )
 
+    CISPO = DAPO = DrGRPO = GMPO = GRPO = GSPO = MaxRL = OPO = PPO = RLOO = ReMax = SAPO = Algorithm
+    ReinforcePP = ReinforcePPBaseline = Algorithm
     __version__: str
 
+_CONFIGS = {config_class.__name__: config_class for config_class in _built_in().values()}
+_LAZY_MODULES = {
+    "Algorithm": "rlhf_ray.algorithm.algorithm",
+    "RewardModelReward": "rlhf_ray.rewards.reward_model.reward",
+} | dict.fromkeys(_built_in(), "rlhf_ray.tune.trainables")
+
 __all__ = [
-    "CISPO",
-    "DAPO",
-    "GMPO",
-    "GRPO",
-    "GSPO",
-    "OPO",
-    "PPO",
-    "RLOO",
-    "SAPO",
     "Algorithm",
     "AlgorithmConfig",
-    "CISPOConfig",
     "ConfigError",
-    "DAPOConfig",
     "DataError",
-    "DrGRPO",
-    "DrGRPOConfig",
-    "GMPOConfig",
-    "GRPOConfig",
-    "GSPOConfig",
     "LearnerError",
-    "MaxRL",
-    "MaxRLConfig",
-    "OPOConfig",
-    "PPOConfig",
     "RLHFRayError",
-    "RLOOConfig",
-    "ReMax",
-    "ReMaxConfig",
-    "ReinforcePP",
-    "ReinforcePPBaseline",
-    "ReinforcePPBaselineConfig",
-    "ReinforcePPConfig",
     "RewardError",
     "RewardModelReward",
     "RolloutError",
-    "SAPOConfig",
     "WeightSyncError",
     "__version__",
     "register_advantage",
     "register_loss",
 ]
-
-_LAZY_MODULES = {
-    "Algorithm": "rlhf_ray.algorithm.algorithm",
-    "RewardModelReward": "rlhf_ray.rewards.reward_model.reward",
-} | dict.fromkeys(_BUILT_IN_ALGORITHMS, "rlhf_ray.tune.trainables")
+__all__ += [*_CONFIGS, *_built_in()]
+globals().update(_CONFIGS)
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from rlhf_ray import PPOConfig, cli, errors
-from rlhf_ray.config.checks import section_types, setting_types
+from rlhf_ray.config.settings import section_types, setting_types
 
 ROOT = Path(__file__).parents[1]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))

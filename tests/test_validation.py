@@ -9,9 +9,11 @@ from typing import Any, get_args
 import pytest
 
 from rlhf_ray import ConfigError, PPOConfig
-from rlhf_ray.config.checks import RANGES, check_loss, section_types, setting_types, typed_value, validate
+from rlhf_ray.config.checks import check_loss, validate
+from rlhf_ray.config.declaration import Bounds
 from rlhf_ray.config.plugins import Plugin
-from rlhf_ray.config.settings import Settings, TrainingSettings
+from rlhf_ray.config.settings import Settings, TrainingSettings, declaration, section_types, setting_types
+from rlhf_ray.config.values import typed_value
 
 NUMBERS = {int, float}
 # Checked by a function of their own, because the remedy is not a range.
@@ -38,6 +40,7 @@ def numbers_in(annotation: Any) -> set[Any]:
 # --- ranges ---------------------------------------------------------------------------------------------------------
 
 # Setting -> (values that pass, values that do not).
+FIELDS = [field for field, _ in Settings()]
 EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "data.batch_size": ([1], [0, -4]),
     "rollouts.num_replicas": ([1, 8], [0]),
@@ -132,10 +135,10 @@ def test_edges_of_each_range(field: str) -> None:
         error = error_of({field: value})
         assert error.field == field
         assert repr(error.value) == repr(value)
-        assert error.remedy.startswith("give a ")
+        assert error.remedy.startswith(f"must be {declaration(field).metadata['bounds']}")
 
 
-def test_every_number_has_a_range_and_every_range_a_test() -> None:
+def test_every_number_has_bounds_and_the_bounds_a_test() -> None:
     numeric = {
         f"{section}.{name}"
         for section in section_types()
@@ -143,22 +146,22 @@ def test_every_number_has_a_range_and_every_range_a_test() -> None:
         if numbers_in(annotation)
     }
 
-    assert set(RANGES) == numeric - NOT_A_RANGE
-    assert set(EDGES) == set(RANGES)
+    assert set(EDGES) == numeric - NOT_A_RANGE
+    assert {field for field in FIELDS if declaration(field).metadata["bounds"] != Bounds()} <= numeric
 
 
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("training.lr", -1.0, "training.lr = -1.0: give a number greater than 0"),
-        ("training.gamma", 2.0, "training.gamma = 2.0: give a number of at least 0 and at most 1"),
-        ("training.clip_low", 1.1, "training.clip_low = 1.1: give a number greater than 0 and at most 1"),
+        ("training.lr", -1.0, "training.lr = -1.0: must be a number greater than 0"),
+        ("training.gamma", 2.0, "training.gamma = 2.0: must be a number of at least 0 and at most 1"),
+        ("training.clip_low", 1.1, "training.clip_low = 1.1: must be a number greater than 0 and at most 1"),
         (
             "training.max_grad_norm",
             0.0,
-            "training.max_grad_norm = 0.0: give a number greater than 0, or None (no clip)",
+            "training.max_grad_norm = 0.0: must be a number greater than 0, or None (no clip)",
         ),
-        ("rewards.weights", [math.inf], "rewards.weights = [inf]: give a finite number, or None (1 each)"),
+        ("rewards.weights", [math.inf], "rewards.weights = [inf]: must be a finite number, or None (1 each)"),
     ],
 )
 def test_a_range_error_reads_well(field: str, value: Any, message: str) -> None:
@@ -180,8 +183,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({"data.eval_path": "test.jsonl"}, "rewards.functions", ".rewards(my_reward)"),
     ({"rewards.functions": ["gsm8k", "exact_mach"]}, "rewards.functions[1]", "'exact_match'"),
     ({"rewards.functions": [{"name": "gsm9k", "last_number": True}]}, "rewards.functions[0]", "'gsm8k'"),
-    ({**GSM8K, "rewards.weights": [1.0, 0.5]}, "rewards.weights", "one weight a reward function: 1"),
-    ({"rewards.weights": []}, "rewards.weights", "one weight a reward function: 1"),
+    ({**GSM8K, "rewards.weights": [1.0, 0.5]}, "rewards.weights", "one weight per reward function: 1"),
+    ({"rewards.weights": []}, "rewards.weights", "one weight per reward function: 1"),
     ({**GSM8K, "rewards.weights": [0.0]}, "rewards.weights", "not 0"),
     ({**GSM8K, "evaluation.interval": 5}, "evaluation.interval", "set data.eval_path"),
     ({**GSM8K, "evaluation.at_start": True}, "evaluation.at_start", "or at_start to False"),
@@ -192,12 +195,12 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({**GSM8K, "data.eval_path": {"a": 3}}, "data.eval_path.a", "a hub id"),
     ({**GSM8K, "data.eval_path": {"a": {"path": "a.jsonl", "as_chat": "y"}}}, "data.eval_path.a.as_chat", "True or Fa"),
     ({**GSM8K, "data.eval_path": {"a b": "a.jsonl"}}, "data.eval_path", "letters, digits"),
-    ({**GSM8K, "data.csv_types": {"n": "number"}}, "data.csv_types.n", "one of int, float, bool"),
-    ({**GSM8K, "data.csv_types": {"n": ["int"]}}, "data.csv_types.n", "one of int, float, bool"),
+    ({**GSM8K, "data.csv_types": {"n": "number"}}, "data.csv_types.n", "one of 'int', 'float', 'bool'"),
+    ({**GSM8K, "data.csv_types": {"n": ["int"]}}, "data.csv_types.n", "one of 'int', 'float', 'bool'"),
     (
         {**GSM8K, "data.eval_path": {"a": {"path": "a.csv", "csv_types": {"n": "text"}}}},
         "data.eval_path.a.csv_types.n",
-        "the others are text",
+        "one of 'int', 'float', 'bool'",
     ),
     (
         {**GSM8K, "data.eval_path": {"a": {"path": "a.csv", "final_assistant": "keep"}}},
@@ -341,8 +344,8 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({**TURNS, "learners.num_gpus_per_learner": 0}, "learners.num_gpus_per_learner", "leave it out"),
     ({**TURNS, "rollouts.weight_transfer": "nccl"}, "rollouts.weight_transfer", "use auto or shared_memory"),
     ({"rollouts.engine_args": {"enable_sleep_mode": True}}, "rollouts.engine_args.enable_sleep_mode", "colocate"),
-    ({"data.prompt_column": ""}, "data.prompt_column", "empty text"),
-    ({"rollouts.stop": ["\n", ""]}, "rollouts.stop", "empty text"),
+    ({"data.prompt_column": ""}, "data.prompt_column", "must not be empty"),
+    ({"rollouts.stop": ["\n", ""]}, "rollouts.stop", "must not be empty"),
     ({"training.lr": {"grid_search": [1e-5, 1e-6]}}, "training.lr", "tune.Tuner(..., param_space=config)"),
 ]
 
@@ -437,7 +440,7 @@ def test_a_dataset_object_is_a_data_source() -> None:
 
 
 def test_settings_made_by_hand_are_type_checked_too() -> None:
-    with pytest.raises(ConfigError, match=r"training\.lr = 'fast': give a number"):
+    with pytest.raises(ConfigError, match=r"training\.lr = 'fast': must be a number"):
         validate(Settings(training=TrainingSettings(lr="fast")))  # type: ignore[arg-type]
 
 
@@ -493,27 +496,27 @@ def test_a_file_is_not_a_model_folder(tmp_path: Path) -> None:
 
 # Field, value, remedy; all from Python.
 WRONG_TYPES: list[tuple[str, Any, str]] = [
-    ("training.lr", "1e-6", "give a number"),
-    ("training.lr", True, "give a number"),
-    ("training.lr", None, "give a number"),
-    ("training.iterations", 3.0, "give a whole number"),
-    ("training.iterations", True, "give a whole number"),
-    ("training.iterations", "3", "give a whole number"),
-    ("training.max_grad_norm", "off", "give a number or None"),
-    ("training.whiten_advantages", 1, "give True or False"),
-    ("training.kl_in", "rewards", "give one of 'reward', 'loss'"),
-    ("training.kl_estimator", ["k1"], "give one of 'k1', 'k2', 'k3', 'abs'"),
-    ("training.adam_betas", (0.9,), "give 2 items, each a number"),
-    ("training.adam_betas", 0.9, "give 2 items, each a number"),
-    ("rollouts.stop", "###", "give a list, each item a string"),
-    ("rollouts.stop_token_ids", ["7"], "give a list, each item a whole number"),
-    ("rollouts.engine_args", [1], "give a mapping with string keys"),
-    ("rollouts.engine_args", {1: 2}, "give a mapping with string keys"),
-    ("rewards.functions", [3], "give a list, each item a string or a function or a mapping with string keys"),
-    ("rewards.weights", 1.0, "give a list, each item a number or None"),
-    ("model.path", 7, "give a string or None"),
-    ("data.split", None, "give a string"),
-    ("callbacks.on_train_result", 3, "give a function or None"),
+    ("training.lr", "1e-6", "must be a number"),
+    ("training.lr", True, "must be a number"),
+    ("training.lr", None, "must be a number"),
+    ("training.iterations", 3.0, "must be an integer"),
+    ("training.iterations", True, "must be an integer"),
+    ("training.iterations", "3", "must be an integer"),
+    ("training.max_grad_norm", "off", "must be a number or None"),
+    ("training.whiten_advantages", 1, "must be True or False"),
+    ("training.kl_in", "rewards", "must be one of 'reward', 'loss'"),
+    ("training.kl_estimator", ["k1"], "must be one of 'k1', 'k2', 'k3', 'abs'"),
+    ("training.adam_betas", (0.9,), "must be 2 items, each a number"),
+    ("training.adam_betas", 0.9, "must be 2 items, each a number"),
+    ("rollouts.stop", "###", "must be a list, each item a string"),
+    ("rollouts.stop_token_ids", ["7"], "must be a list, each item an integer"),
+    ("rollouts.engine_args", [1], "must be a mapping with string keys"),
+    ("rollouts.engine_args", {1: 2}, "must be a mapping with string keys"),
+    ("rewards.functions", [3], "must be a list, each item a string or a function or a mapping with string keys"),
+    ("rewards.weights", 1.0, "must be a list, each item a number or None"),
+    ("model.path", 7, "must be a string or None"),
+    ("data.split", None, "must be a string"),
+    ("callbacks.on_train_result", 3, "must be a function or None"),
 ]
 
 
@@ -528,14 +531,14 @@ def test_wrong_types_from_python(field: str, value: Any, remedy: str) -> None:
 @pytest.mark.parametrize(
     "field, value, remedy",
     [
-        ("training.lr", "fast", "give a number"),
-        ("training.lr", "nan", "give a number"),
-        ("training.iterations", "3", "give a whole number"),
-        ("training.dual_clip", "None", "give a number or null"),
-        ("data.path", "None", "give a value or null"),
-        ("model.path", "None", "give a string (in quotes if YAML reads it otherwise) or null"),
-        ("reporting.run_dir", 2024, "give a string (in quotes if YAML reads it otherwise) or null"),
-        ("data.shuffle", "true", "give true or false"),
+        ("training.lr", "fast", "must be a number"),
+        ("training.lr", "nan", "must be a number"),
+        ("training.iterations", "3", "must be an integer"),
+        ("training.dual_clip", "None", "must be a number or null"),
+        ("data.path", "None", "must be a value or null"),
+        ("model.path", "None", "must be a string (in quotes if YAML reads it otherwise) or null"),
+        ("reporting.run_dir", 2024, "must be a string (in quotes if YAML reads it otherwise) or null"),
+        ("data.shuffle", "true", "must be true or false"),
     ],
 )
 def test_wrong_types_from_text(field: str, value: Any, remedy: str) -> None:

@@ -307,11 +307,11 @@ def _started_parts(
 
 def training_progress(settings: Settings, inputs: Inputs) -> TrainingProgress:
     """How what reward functions are told of the training follows from the policy version."""
-    schedule = Schedule.of(settings)
+    schedule = Schedule(settings)
     return TrainingProgress(
         steps_per_version=schedule.optimizer_steps,
         max_steps=schedule.total_optimizer_steps,
-        epochs_per_version=schedule.prompts / inputs.prompts.num_rows,
+        epochs_per_version=settings.data.batch_size / inputs.prompts.num_rows,
     )
 
 
@@ -393,7 +393,7 @@ def _learner_group(
 def learner_spec(settings: Settings, inputs: Inputs, session: RaySession) -> LearnerSpec:
     """What the learners need of the settings."""
     learners, model = settings.learners, settings.model
-    dtype, schedule = _dtype(settings, session), Schedule.of(settings)
+    dtype, schedule = _dtype(settings, session), Schedule(settings)
     check_attention_device(model.attn_implementation, on_gpu=session.learners_on_gpu, dtype=dtype)
     return LearnerSpec(
         training=settings.training,

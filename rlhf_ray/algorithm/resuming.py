@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -14,6 +14,7 @@ from rlhf_ray.checkpoints.checkpoint import Checkpoint
 from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.checkpoints.store import CheckpointStore
 from rlhf_ray.config.names import with_todays_names
+from rlhf_ray.config.nested import flatten
 from rlhf_ray.config.plain_values import plain_value
 from rlhf_ray.config.settings import CheckpointingSettings, Settings
 from rlhf_ray.errors import ConfigError
@@ -118,12 +119,11 @@ def check_same(directory: RunDirectory, resolved: str) -> None:
     Raises:
         ConfigError: They differ.
     """
-    here = dict(_flat(yaml.safe_load(resolved)))
+    here = flatten(yaml.safe_load(resolved))
     # A setting that the run does not know is one that came later: it ran as that is by default.
-    defaults = dict(_flat(plain_value(asdict(Settings()))))
-    there: dict[str, Any] = {name: defaults.get(name) for name in here} | dict(
-        _flat(with_todays_names(_recorded(directory)))
-    )
+    defaults = {name: plain_value(value) for name, value in Settings()}
+    recorded = flatten(with_todays_names(_recorded(directory)))
+    there: dict[str, Any] = {name: defaults.get(name) for name in here} | recorded
     here[_PATH] = _own_path(here.get(_PATH), run_name=directory.name, recorded=there.get(_PATH))
     there[_PATH] = None if there.get(_PATH) is None else Folder.at(there[_PATH]).location
     names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
@@ -160,7 +160,7 @@ def _begun(config: AlgorithmConfig, directory: RunDirectory, lock: RunLock) -> R
 def _gone_on(config: AlgorithmConfig, directory: RunDirectory, lock: RunLock) -> RunStart:
     checkpointing = config.settings.checkpointing
     recorded = _recorded(directory)
-    store, resolved = _store_and_resolved(config, directory, recorded=dict(_flat(recorded)).get(_PATH))
+    store, resolved = _store_and_resolved(config, directory, recorded=flatten(recorded).get(_PATH))
     if checkpointing.resume == "same":
         check_same(directory, resolved)
     checkpoint = store.newest()
@@ -174,7 +174,7 @@ def _holds_a_run(config: AlgorithmConfig, run_dir: str) -> bool:
     directory = RunDirectory.at(run_dir)
     if RunDirectory.holds_a_run(run_dir) or not directory.config.exists():
         return RunDirectory.holds_a_run(run_dir)
-    recorded = dict(_flat(_recorded(directory))).get(_PATH)
+    recorded = flatten(_recorded(directory)).get(_PATH)
     return _store_and_resolved(config, directory, recorded=recorded)[0].newest() is not None
 
 
@@ -247,12 +247,3 @@ def _recorded(directory: RunDirectory) -> Mapping[str, Any]:
         remedy = "its config.yaml holds no settings; copy that of a checkpoint there, or choose another folder"
         raise ConfigError("reporting.run_dir", str(directory.path), remedy)
     return settings
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Sections apart, every setting under its dotted name."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and not prefix:
-            yield from _flat(value, f"{name}.")
-        else:
-            yield prefix + name, value

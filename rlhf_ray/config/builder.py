@@ -1,4 +1,4 @@
-"""Before the loop: the fluent builder of a run's settings, and their way to and from YAML.
+"""The fluent builder of a run's settings, and their way to and from YAML.
 
 ::
 
@@ -23,50 +23,36 @@ import copy
 import importlib
 import inspect
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
-from rlhf_ray.config.checks import section_types, setting_types, typed_value, validate
+from rlhf_ray.config.checks import validate
 from rlhf_ray.config.names import (
-    OTHER_NAMES,
+    is_known,
     missing_attribute,
-    setting_names,
     unknown_section,
     unknown_setting,
     with_todays_names,
 )
-from rlhf_ray.config.plain_values import plain_value, restored_value, shown_value
+from rlhf_ray.config.nested import flatten
+from rlhf_ray.config.plain_values import plain_value, shown_value
 from rlhf_ray.config.schedule import Schedule
-from rlhf_ray.config.settings import RewardSpec, Settings, quickstart_preset
+from rlhf_ray.config.settings import RewardSpec, Settings, quickstart_preset, section_types, setting_types
+from rlhf_ray.config.user_code import identity, load_reference, reference_to
+from rlhf_ray.config.values import typed_value
 from rlhf_ray.config.yaml_text import parsed_override, parsed_sections, yaml_text
 from rlhf_ray.errors import ConfigError
 
 if TYPE_CHECKING:
     from rlhf_ray.algorithm.algorithm import Algorithm
 
-__all__ = ["BUILT_IN_ALGORITHMS", "AlgorithmConfig"]
+__all__ = ["ALGORITHMS", "AlgorithmConfig"]
 
 _DEFAULT_ALGORITHM: Final = "PPO"
-BUILT_IN_ALGORITHMS: Final[Mapping[str, str]] = {
-    "CISPO": "rlhf_ray.algorithms.cispo",
-    "DAPO": "rlhf_ray.algorithms.dapo",
-    "DrGRPO": "rlhf_ray.algorithms.dr_grpo",
-    "GMPO": "rlhf_ray.algorithms.gmpo",
-    "GRPO": "rlhf_ray.algorithms.grpo",
-    "GSPO": "rlhf_ray.algorithms.gspo",
-    "MaxRL": "rlhf_ray.algorithms.maxrl",
-    "OPO": "rlhf_ray.algorithms.opo",
-    "PPO": "rlhf_ray.algorithms.ppo",
-    "RLOO": "rlhf_ray.algorithms.rloo",
-    "ReMax": "rlhf_ray.algorithms.remax",
-    "ReinforcePP": "rlhf_ray.algorithms.reinforce_pp",
-    "ReinforcePPBaseline": "rlhf_ray.algorithms.reinforce_pp",
-    "SAPO": "rlhf_ray.algorithms.sapo",
-}
-"""Name of an algorithm -> the module of its configuration class."""
-_registered: dict[str, type[AlgorithmConfig]] = {}
+ALGORITHMS: Final[dict[str, type[AlgorithmConfig]]] = {}
+"""Name of an algorithm -> its configuration class. A class registers itself when it is defined."""
 _Sections = Mapping[str, Mapping[str, Any]]
 
 
@@ -83,7 +69,10 @@ class AlgorithmConfig:
     __slots__ = ("_frozen", "_given", "_settings")
 
     algorithm_name: ClassVar[str]
-    """Name of the algorithm and of its Trainable; a subclass that sets it is registered under it."""
+    """Name of the algorithm and of its Trainable; a subclass that sets it is registered under it.
+
+    This is all that makes an algorithm, of the library's own in ``rlhf_ray/algorithms/`` and of a user's.
+    """
     defaults: ClassVar[_Sections] = {}
     """Where the defaults differ from those of the parent class: section -> setting -> value."""
 
@@ -101,14 +90,18 @@ class AlgorithmConfig:
 
         def __setattr__(self, name: str, value: Any) -> None:
             # A subclass without slots takes any attribute; one that is named like a setting would change nothing.
-            if name in {*section_types(), *OTHER_NAMES}.union(*setting_names().values()):
+            if is_known(name):
                 raise missing_attribute(type(self).__name__, name)
             super().__setattr__(name, value)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         if "algorithm_name" in vars(cls):
-            _registered[cls.algorithm_name] = cls
+            taken = ALGORITHMS.setdefault(cls.algorithm_name, cls)
+            if identity(taken) != identity(cls):
+                remedy = f"this is the name of {taken.__module__}.{taken.__qualname__}; choose another one"
+                raise ConfigError("algorithm_name", cls.algorithm_name, remedy)
+            ALGORITHMS[cls.algorithm_name] = cls  # Its module was run again, as notebooks do.
 
     # The sections; the settings of each are added to signature and docstring below, from settings.py.
 
@@ -177,8 +170,8 @@ class AlgorithmConfig:
     @property
     def quickstart_values(self) -> dict[str, Any]:
         """What is taken from the quickstart's preset, by dotted name; empty where a model or data is named."""
-        chosen = {field for layer in (self._class_defaults(), self._given) for field, _ in _flat(layer)}
-        return {field: value for field, value in _flat(self._preset()) if field not in chosen}
+        chosen = flatten(self._class_defaults()) | flatten(self._given)
+        return {field: value for field, value in flatten(self._preset()).items() if field not in chosen}
 
     def copy(self) -> Self:
         """Return an unfrozen copy that shares no list or mapping with this config."""
@@ -194,7 +187,7 @@ class AlgorithmConfig:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        # Functions and datasets are shared: a deep copy of a dataset or of a model inside a reward serves nobody.
+        # Functions and datasets are shared: a deep copy of a dataset or of a model inside a reward is of no use.
         new = self.copy()
         new._frozen = self._frozen
         return new
@@ -208,14 +201,12 @@ class AlgorithmConfig:
 
     def __repr__(self) -> str:
         """Show the calls that make this config: only what differs from the defaults."""
-        defaults, calls = self._resolved({}), []
-        for section, names in setting_names().items():
-            ours, theirs = getattr(self._settings, section), getattr(defaults, section)
-            changed = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
-            if changed:
-                arguments = ", ".join(f"{name}={shown_value(getattr(ours, name))}" for name in changed)
-                calls.append(f".{section}({arguments})")
-        return f"{type(self).__name__}()" + "".join(calls)
+        defaults = dict(self._resolved({}))
+        changed = {field: value for field, value in self._settings if value != defaults[field]}
+        shown = type(self).__name__ + "()"
+        for section, values in _nested(changed).items():
+            shown += f".{section}({', '.join(f'{name}={shown_value(value)}' for name, value in values.items())})"
+        return shown
 
     # Checking and building.
 
@@ -234,14 +225,15 @@ class AlgorithmConfig:
         Raises:
             ConfigError: The settings are wrong, so there is no such run.
         """
-        return Schedule.of(self.validate()._settings)
+        return Schedule(self.validate()._settings)
 
     @property
     def algorithm_class(self) -> type[Algorithm]:
         """The Trainable of this algorithm; a subclass with its own overrides this."""
+        # Not above: configurations are read without Ray, and what runs them imports them.
         trainables = importlib.import_module("rlhf_ray.tune.trainables")
-        found: type[Algorithm] = getattr(trainables, self.algorithm_name, None) or trainables.trainable(type(self))
-        return found
+        made: type[Algorithm] = trainables.trainable(ALGORITHMS.get(self.algorithm_name, type(self)))
+        return made
 
     def build_algo(self) -> Algorithm:
         """Validate, then start the algorithm with a frozen copy of this config.
@@ -266,11 +258,8 @@ class AlgorithmConfig:
                 that ``from_dict`` restores the config exactly, Ray Tune's trials included.
         """
         convert = plain_value if plain else _copied_value
-        sections = {
-            section: {name: convert(getattr(getattr(self._settings, section), name)) for name in names}
-            for section, names in setting_names().items()
-        }
-        return {"algorithm": self.algorithm_name, **sections}
+        name = self._written_name() if plain else self.algorithm_name
+        return {"algorithm": name, **_nested({field: convert(value) for field, value in self._settings})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -299,14 +288,15 @@ class AlgorithmConfig:
         sections = with_todays_names(parsed_sections(source))
         config = cls._from({**sections, "algorithm": algorithm or sections.get("algorithm")}, from_text=True)
         if algorithm is not None:
-            config._check_is_not(_algorithm_config(sections.get("algorithm") or _DEFAULT_ALGORITHM))
+            config._check_is_not(_algorithm_config(sections.get("algorithm")))
         return config
 
     def to_yaml(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return every setting as YAML that reruns the run, and write it to a file where one is named.
 
-        A function that can be imported is written as ``module:function`` (``file.py:function`` for a script); one that
-        cannot, such as a closure, becomes a marker that ``from_yaml`` refuses by name. So does a dataset object.
+        A function that can be imported is written as ``module:function`` (``file.py:function`` for a script), and so
+        is the class of a user's algorithm; a function that cannot, such as a closure, becomes a marker that
+        ``from_yaml`` refuses by name. So does a dataset object.
         """
         text = yaml_text(self.to_dict(plain=True))
         if path is not None:
@@ -322,10 +312,15 @@ class AlgorithmConfig:
         """
         values = dict(parsed_override(override) for override in overrides)
         name = values.pop("algorithm", self.algorithm_name)
-        if name != self.algorithm_name:
-            remedy = f"this is a config of {self.algorithm_name}; start from {_algorithm_config(name).__name__}()"
+        if name != self.algorithm_name and not isinstance(self, found := _algorithm_config(name)):
+            remedy = f"this is a config of {self.algorithm_name}; start from {found.__name__}()"
             raise ConfigError("algorithm", name, remedy)
         return self._set(_nested(values), from_text=True)
+
+    def _written_name(self) -> str:
+        """The algorithm as a process that imports nothing but the library can find it, where there is such a name."""
+        is_of_user = "algorithm_name" in vars(type(self)) and not type(self).__module__.startswith("rlhf_ray.")
+        return (is_of_user and reference_to(type(self))) or self.algorithm_name
 
     @classmethod
     def _from(cls, values: Mapping[str, Any], *, from_text: bool) -> Self:
@@ -336,9 +331,9 @@ class AlgorithmConfig:
     @classmethod
     def _class_named(cls, name: Any) -> type[Self]:
         own_name = getattr(cls, "algorithm_name", None)
-        if own_name is not None and name in (None, own_name):
+        if own_name is not None and name in (None, own_name, reference_to(cls)):
             return cls
-        found = _algorithm_config(_DEFAULT_ALGORITHM if name is None else name)
+        found = _algorithm_config(name)
         if not issubclass(found, cls):
             raise ConfigError(
                 "algorithm", name, f"these are not settings of {own_name}; read them with {found.__name__}"
@@ -347,7 +342,7 @@ class AlgorithmConfig:
 
     def _set(self, sections: _Sections, *, from_text: bool = False) -> Self:
         if self._frozen:
-            field, value = next(_flat(sections), ("settings", None))
+            field, value = next(iter(flatten(sections).items()), ("settings", None))
             raise ConfigError(field, value, "this config is frozen; change a copy(), which is not")
         self._given = _merged(self._given, _typed(sections, from_text))
         self._settings = self._resolved(self._given)
@@ -364,20 +359,18 @@ class AlgorithmConfig:
 
     def _check_is_not(self, other: type[AlgorithmConfig]) -> None:
         """Refuse settings that are another algorithm's in all but name, as a run's config.yaml holds them."""
-        defaults, given = self._resolved({}), dict(_flat(self._given))
-        made_of = (
-            dict(_flat(_merged(other._class_defaults(), self._class_defaults()))) if other is not type(self) else {}
-        )
-        if not made_of.keys() <= given.keys():
+        if other is type(self):
             return
-        for field in made_of:
-            section, _, name = field.partition(".")
-            if given[field] != getattr(getattr(defaults, section), name):
-                remedy = (
-                    f"the file sets {field} to {given[field]!r} and all else that makes up {other.algorithm_name}; "
-                    f"leave out its lines of {', '.join(made_of)}"
-                )
-                raise ConfigError("algorithm", self.algorithm_name, remedy)
+        defaults, given = self._resolved({}), flatten(self._given)
+        made_of = flatten(_merged(other._class_defaults(), self._class_defaults()))
+        differing = [field for field in made_of if field in given and given[field] != defaults[field]]
+        if differing and made_of.keys() <= given.keys():
+            field = differing[0]
+            remedy = (
+                f"the file sets {field} to {given[field]!r} and all else that makes up {other.algorithm_name}; "
+                f"leave out its lines of {', '.join(made_of)}"
+            )
+            raise ConfigError("algorithm", self.algorithm_name, remedy)
 
     @classmethod
     def _class_defaults(cls) -> _Sections:
@@ -392,10 +385,9 @@ def _typed(sections: _Sections, from_text: bool) -> _Sections:
     typed: dict[str, dict[str, Any]] = {section: {} for section in sections}
     for section, values in sections.items():
         for name, value in values.items():
-            field = f"{section}.{name}"
             if name not in setting_types(section):
                 raise unknown_setting(section, name, value)
-            typed[section][name] = typed_value(field, restored_value(field, value), from_text=from_text)
+            typed[section][name] = typed_value(f"{section}.{name}", value, from_text=from_text)
     return typed
 
 
@@ -422,19 +414,20 @@ def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return nested
 
 
-def _flat(sections: _Sections) -> Iterator[tuple[str, Any]]:
-    return ((f"{section}.{name}", value) for section, values in sections.items() for name, value in values.items())
-
-
 def _algorithm_config(name: Any) -> type[Any]:
-    known_name = isinstance(name, str) and (name in _registered or name in BUILT_IN_ALGORITHMS)
-    if known_name and name not in _registered:
-        importlib.import_module(BUILT_IN_ALGORITHMS[name])
-    if not known_name:
-        known = sorted({*_registered, *BUILT_IN_ALGORITHMS})
-        meant = next((f"did you mean {one}? " for one in known if one.lower() == str(name).lower()), "")
-        raise ConfigError("algorithm", name, f"no such algorithm; {meant}there is {', '.join(known)}")
-    return _registered[name]
+    """The configuration class that ``algorithm`` names: one that is registered, or ``module:Class``."""
+    if name is None:
+        name = _DEFAULT_ALGORITHM
+    if isinstance(name, str) and ":" in name:
+        found = load_reference(name, field="algorithm", value=name)
+        if not (isinstance(found, type) and issubclass(found, AlgorithmConfig) and hasattr(found, "algorithm_name")):
+            raise ConfigError("algorithm", name, "must be a subclass of AlgorithmConfig with an algorithm_name")
+        return found
+    if not isinstance(name, str) or name not in ALGORITHMS:
+        meant = next((f"did you mean {one}? " for one in ALGORITHMS if one.lower() == str(name).lower()), "")
+        known = f"there is {', '.join(sorted(ALGORITHMS))} (your own: 'module:Class' or 'file.py:Class')"
+        raise ConfigError("algorithm", name, f"no such algorithm; {meant}{known}")
+    return ALGORITHMS[name]
 
 
 def _copied_value(value: Any) -> Any:

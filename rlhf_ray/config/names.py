@@ -6,153 +6,125 @@ from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, Final
 
-from rlhf_ray.config.checks import section_types, setting_types
+from rlhf_ray.config.settings import section_types, setting_types
 from rlhf_ray.errors import ConfigError
 
-__all__ = ["OTHER_NAMES", "missing_attribute", "setting_names", "unknown_section", "unknown_setting"]
+__all__ = ["OTHER_NAMES", "is_known", "missing_attribute", "unknown_section", "unknown_setting", "with_todays_names"]
 
-_OF_THIS: Final[Mapping[str, tuple[str, ...]]] = {
-    "training.lr": ("actor_learning_rate", "actor_lr", "learning_rate", "policy_lr"),
-    "training.critic_lr": ("critic_learning_rate", "value_lr", "vf_lr"),
+_OF_THIS: Final[Mapping[str, str]] = {
+    "training.lr": "actor_learning_rate actor_lr learning_rate policy_lr",
+    "training.critic_lr": "critic_learning_rate value_lr vf_lr",
     "training.critic_lr (the critic has an optimizer of its own, and its loss no weight)": (
-        "value_loss_coef",
-        "vf_coef",
-        "vf_loss_coeff",
+        "value_loss_coef vf_coef vf_loss_coeff"
     ),
-    "training.lr_schedule": ("lr_scheduler", "lr_scheduler_type", "warmup_style"),
-    "training.lr_warmup_steps": ("num_warmup_steps", "warmup_steps"),
-    "training.lr_warmup_steps (in optimizer steps, not a share of the run)": ("lr_warmup_steps_ratio", "warmup_ratio"),
-    "training.adam_betas": ("betas",),
-    "training.max_grad_norm": ("grad_clip",),
-    "training.iterations (of the run: epochs x rows / data.batch_size)": ("num_train_epochs", "total_epochs"),
+    "training.lr_schedule": "lr_scheduler lr_scheduler_type warmup_style",
+    "training.lr_warmup_steps": "num_warmup_steps warmup_steps",
+    "training.lr_warmup_steps (in optimizer steps, not a share of the run)": "lr_warmup_steps_ratio warmup_ratio",
+    "training.adam_betas": "betas",
+    "training.max_grad_norm": "grad_clip",
+    "training.iterations (of the run: epochs x rows / data.batch_size)": "num_train_epochs total_epochs",
     "training.iterations (each makes training.num_epochs x training.num_minibatches optimizer steps)": (
-        "max_steps",
-        "total_training_steps",
+        "max_steps total_training_steps"
     ),
-    "training.num_epochs (passes over each batch) or training.iterations (of the run)": ("num_iterations",),
-    "training.num_epochs": ("num_ppo_epochs", "num_sgd_iter", "ppo_epochs"),
-    "training.num_minibatches": ("num_mini_batches",),
+    "training.num_epochs (passes over each batch) or training.iterations (of the run)": "num_iterations",
+    "training.num_epochs": "num_ppo_epochs num_sgd_iter ppo_epochs",
+    "training.num_minibatches": "num_mini_batches",
     "training.num_minibatches (their number in a pass, not their size)": (
-        "mini_batch_size",
-        "minibatch_size",
-        "ppo_mini_batch_size",
-        "sgd_minibatch_size",
-        "steps_per_generation",
+        "mini_batch_size minibatch_size ppo_mini_batch_size sgd_minibatch_size steps_per_generation"
     ),
-    "training.gamma": ("discount",),
-    "training.lambda_": ("gae_lambda", "lam", "lambda"),
-    "training.clip_low and training.clip_high": (
-        "clip_eps",
-        "clip_param",
-        "clip_range",
-        "clip_ratio",
-        "cliprange",
-        "epsilon",
-        "eps_clip",
-    ),
-    "training.clip_low": ("clip_ratio_low", "eps_clip_low"),
-    "training.clip_high": ("clip_ratio_high", "eps_clip_high", "epsilon_high"),
-    "training.dual_clip": ("clip_ratio_c", "delta"),
-    "training.value_clip": ("cliprange_value", "vf_clip_param"),
-    "training.entropy_coef": ("ent_coef", "entropy_coeff"),
-    "training.kl_coef": ("beta", "init_kl_coef", "kl_coeff", "kl_loss_coef"),
-    "training.kl_target": ("target_kl",),
-    "training.kl_in": ("use_kl_in_reward", "use_kl_loss"),
-    "training.kl_estimator": ("kl_loss_type", "kl_penalty"),
-    "training.loss_aggregation": ("loss_agg_mode", "loss_type"),
-    "training.advantage": ("adv_estimator", "advantage_estimator"),
-    "training.advantage (dr_grpo does not divide by the standard deviation)": (
-        "norm_adv_by_std_in_grpo",
-        "scale_rewards",
-    ),
-    "training.whiten_advantages": ("normalize_advantages", "whiten_adv"),
-    "training.mask_truncated": ("mask_truncated_completions", "overlong_filtering"),
-    "training.critic_warmup_iterations": ("critic_warmup",),
-    "data.path": ("dataset", "dataset_name", "prompt_data", "train_dataset", "train_files"),
-    "data.eval_path": ("eval_dataset", "val_files"),
-    "data.prompt_column": ("input_key", "prompt_key"),
-    "data.split": ("dataset_split", "dataset_train_split"),
-    "data.subset": ("dataset_config",),
-    "data.batch_size": ("rollout_batch_size",),
+    "training.gamma": "discount",
+    "training.lambda_": "gae_lambda lam lambda",
+    "training.clip_low and training.clip_high": "clip_eps clip_param clip_range clip_ratio cliprange epsilon eps_clip",
+    "training.clip_low": "clip_ratio_low eps_clip_low",
+    "training.clip_high": "clip_ratio_high eps_clip_high epsilon_high",
+    "training.dual_clip": "clip_ratio_c delta",
+    "training.value_clip": "cliprange_value vf_clip_param",
+    "training.entropy_coef": "ent_coef entropy_coeff",
+    "training.kl_coef": "beta init_kl_coef kl_coeff kl_loss_coef",
+    "training.kl_target": "target_kl",
+    "training.kl_in": "use_kl_in_reward use_kl_loss",
+    "training.kl_estimator": "kl_loss_type kl_penalty",
+    "training.loss_aggregation": "loss_agg_mode loss_type",
+    "training.advantage": "adv_estimator advantage_estimator",
+    "training.advantage (dr_grpo does not divide by the standard deviation)": "norm_adv_by_std_in_grpo scale_rewards",
+    "training.whiten_advantages": "normalize_advantages whiten_adv",
+    "training.mask_truncated": "mask_truncated_completions overlong_filtering",
+    "training.critic_warmup_iterations": "critic_warmup",
+    "data.path": "dataset dataset_name prompt_data train_dataset train_files",
+    "data.eval_path": "eval_dataset val_files",
+    "data.prompt_column": "input_key prompt_key",
+    "data.split": "dataset_split dataset_train_split",
+    "data.subset": "dataset_config",
+    "data.batch_size": "rollout_batch_size",
     "data.batch_size (prompts per iteration; each has rollouts.group_size completions)": (
-        "generation_batch_size",
-        "train_batch_size",
-        "train_batch_size_per_learner",
+        "generation_batch_size train_batch_size train_batch_size_per_learner"
     ),
     "data.batch_size and training.num_minibatches, with learners.max_tokens_per_microbatch for what fits the memory": (
-        "gradient_accumulation_steps",
-        "per_device_train_batch_size",
+        "gradient_accumulation_steps per_device_train_batch_size"
     ),
-    "rollouts.group_size": ("n", "n_samples_per_prompt", "num_generations", "rollout_n"),
-    "rollouts.max_new_tokens": (
-        "generate_max_len",
-        "max_completion_length",
-        "max_response_length",
-        "max_tokens",
-        "response_length",
-    ),
-    "rollouts.max_prompt_tokens": ("max_prompt_length", "prompt_max_len"),
-    "rollouts.num_replicas": ("num_engines", "num_env_runners", "num_rollout_workers", "vllm_num_engines"),
-    "rollouts.tensor_parallel_size": ("tensor_model_parallel_size", "vllm_tensor_parallel_size"),
-    "rollouts.gpu_memory_utilization": ("vllm_gpu_memory_utilization",),
-    "rollouts.engine_args": ("engine_kwargs", "vllm_args"),
-    "rewards.functions": ("reward_fn", "reward_funcs"),
-    "rewards.functions ({name: reward_model, path: ...})": ("reward_model", "reward_model_path", "reward_pretrain"),
-    "rewards.weights": ("reward_weights",),
-    "rewards.normalize": ("normalise", "whiten_rewards"),
-    "rewards.normalize_std": ("normalise_std",),
-    "rewards.truncated_reward": ("missing_eos_penalty",),
-    "learners.max_tokens_per_microbatch": ("max_token_len_per_gpu", "micro_batch_size", "ppo_max_token_len_per_gpu"),
-    "learners.sequence_parallel": ("sequence_parallel_size", "ulysses_sequence_parallel_size"),
-    "learners.num_gpus_per_learner": ("num_gpus_per_worker",),
-    "learners.num_learners or rollouts.num_replicas (GPUs follow from them)": ("n_gpus_per_node", "nnodes", "num_gpus"),
-    "learners.gradient_checkpointing": ("enable_gradient_checkpointing",),
-    "learners.compile_backend": ("torch_compile", "use_torch_compile"),
-    "resources.cpus_per_learner": ("num_cpus_per_learner",),
-    "resources.cpus_per_replica": ("num_cpus_per_env_runner", "num_cpus_per_worker"),
-    "model.path": ("model_name", "model_name_or_path", "pretrain", "sft_model_path"),
-    "model.critic_path": ("critic_pretrain", "value_model_path"),
-    "model.dtype": ("bf16", "fp16", "torch_dtype"),
-    "evaluation.interval": ("eval_steps", "evaluation_interval", "test_freq"),
-    "evaluation.at_start": ("eval_on_start", "val_before_train"),
-    "evaluation.num_prompts": ("evaluation_duration",),
-    "evaluation.samples_per_prompt": ("eval_n_samples_per_prompt", "n_samples_per_eval_prompt"),
-    "checkpointing.interval": ("checkpoint_frequency", "save_freq", "save_steps"),
-    "checkpointing.keep": ("max_actor_ckpt_to_keep", "save_total_limit"),
-    "fault_tolerance.state_interval (in updates; 0: off)": ("keep_learner_state",),
-    "reporting.run_dir": ("default_local_dir", "output_dir"),
-    "reporting.wandb_project": ("project_name", "use_wandb"),
+    "rollouts.group_size": "n n_samples_per_prompt num_generations rollout_n",
+    "rollouts.max_new_tokens": "generate_max_len max_completion_length max_response_length max_tokens response_length",
+    "rollouts.max_prompt_tokens": "max_prompt_length prompt_max_len",
+    "rollouts.num_replicas": "num_engines num_env_runners num_rollout_workers vllm_num_engines",
+    "rollouts.tensor_parallel_size": "tensor_model_parallel_size vllm_tensor_parallel_size",
+    "rollouts.gpu_memory_utilization": "vllm_gpu_memory_utilization",
+    "rollouts.engine_args": "engine_kwargs vllm_args",
+    "rewards.functions": "reward_fn reward_funcs",
+    "rewards.functions ({name: reward_model, path: ...})": "reward_model reward_model_path reward_pretrain",
+    "rewards.weights": "reward_weights",
+    "rewards.normalize": "normalise whiten_rewards",
+    "rewards.normalize_std": "normalise_std",
+    "rewards.truncated_reward": "missing_eos_penalty",
+    "learners.max_tokens_per_microbatch": "max_token_len_per_gpu micro_batch_size ppo_max_token_len_per_gpu",
+    "learners.sequence_parallel": "sequence_parallel_size ulysses_sequence_parallel_size",
+    "learners.num_gpus_per_learner": "num_gpus_per_worker",
+    "learners.num_learners or rollouts.num_replicas (GPUs follow from them)": "n_gpus_per_node nnodes num_gpus",
+    "learners.gradient_checkpointing": "enable_gradient_checkpointing",
+    "learners.compile_backend": "torch_compile use_torch_compile",
+    "resources.cpus_per_learner": "num_cpus_per_learner",
+    "resources.cpus_per_replica": "num_cpus_per_env_runner num_cpus_per_worker",
+    "model.path": "model_name model_name_or_path pretrain sft_model_path",
+    "model.critic_path": "critic_pretrain value_model_path",
+    "model.dtype": "bf16 fp16 torch_dtype",
+    "evaluation.interval": "eval_steps evaluation_interval test_freq",
+    "evaluation.at_start": "eval_on_start val_before_train",
+    "evaluation.num_prompts": "evaluation_duration",
+    "evaluation.samples_per_prompt": "eval_n_samples_per_prompt n_samples_per_eval_prompt",
+    "checkpointing.interval": "checkpoint_frequency save_freq save_steps",
+    "checkpointing.keep": "max_actor_ckpt_to_keep save_total_limit",
+    "fault_tolerance.state_interval (in updates; 0: off)": "keep_learner_state",
+    "reporting.run_dir": "default_local_dir output_dir",
+    "reporting.wandb_project": "project_name use_wandb",
     # Parts of other libraries: sections of a file, or methods of a configuration.
-    "rollouts (vLLM replicas sample completions)": ("env_runners", "sampler", "vllm"),
-    "data and rewards (prompts and what scores their completions)": ("env", "environment"),
-    "model": ("actor", "actor_rollout_ref", "policy", "rl_module"),
-    "training.critic_lr and model.critic_path": ("critic",),
-    "training.kl_coef (above 0 it starts the reference)": ("ref", "ref_model", "reference"),
-    "checkpointing": ("checkpoint",),
-    "training and reporting": ("trainer",),
-    "resources": ("scaling_config",),
-    "nothing in its place: there is one policy": ("multi_agent",),
-    "nothing in its place: it is PyTorch": ("framework",),
+    "rollouts (vLLM replicas sample completions)": "env_runners sampler vllm",
+    "data and rewards (prompts and what scores their completions)": "env environment",
+    "model": "actor actor_rollout_ref policy rl_module",
+    "training.critic_lr and model.critic_path": "critic",
+    "training.kl_coef (above 0 it starts the reference)": "ref ref_model reference",
+    "checkpointing": "checkpoint",
+    "training and reporting": "trainer",
+    "resources": "scaling_config",
+    "nothing in its place: there is one policy": "multi_agent",
+    "nothing in its place: it is PyTorch": "framework",
 }
 """Our setting, or what there is in a name's place -> names in RLlib, TRL, verl, OpenRLHF and the earlier ones here."""
 
-OTHER_NAMES: Final[Mapping[str, str]] = {name: ours for ours, names in _OF_THIS.items() for name in names}
+OTHER_NAMES: Final[Mapping[str, str]] = {name: ours for ours, names in _OF_THIS.items() for name in names.split()}
 """What other libraries call something -> the setting, or what there is in its place."""
-
-
-def setting_names() -> dict[str, tuple[str, ...]]:
-    """Every section's name and those of its settings, in order."""
-    return {section: tuple(setting_types(section)) for section in section_types()}
 
 
 def with_todays_names(sections: Mapping[str, Any]) -> Mapping[str, Any]:
     """Settings as an earlier version wrote them to the folders of its runs and checkpoints, by the names of today."""
-    section = sections.get("fault_tolerance")
-    old = "keep_learner_state"
+    section, old = sections.get("fault_tolerance"), "keep_learner_state"
     if not isinstance(section, Mapping) or not isinstance(section.get(old), bool):
         return sections
     others = {name: value for name, value in section.items() if name != old}
     return {**sections, "fault_tolerance": {"state_interval": int(section[old]), **others}}
+
+
+def is_known(name: str) -> bool:
+    """Whether a name is that of a section or a setting, here or in another library."""
+    return name in section_types() or bool(_called(name))
 
 
 def unknown_section(key: str, section: str, name: str, value: Any) -> ConfigError:
@@ -179,7 +151,7 @@ def missing_attribute(config: str, name: str) -> AttributeError:
     if not found or name in OTHER_NAMES:
         hint = _hint(found or _near(name, section_types())) or f"its sections are {', '.join(section_types())}"
     else:
-        calls = (f"config.{section}({name}=...)" for section, _, _ in (field.partition(".") for field in found))
+        calls = (f"config.{field.partition('.')[0]}({name}=...)" for field in found)
         hint = f"read {' or '.join(f'config.settings.{field}' for field in found)}, set {' or '.join(calls)}"
     return AttributeError(f"{config} has no {name}; {hint}")
 
@@ -192,12 +164,12 @@ def _hint(found: Iterable[str]) -> str:
 
 
 def _near(name: str, names: Iterable[str]) -> list[str]:
-    """The name that another one is a slip of the pen of; what only looks alike would lead astray."""
+    """The name of which another one is a typing mistake; what only looks alike would mislead."""
     return get_close_matches(name, names, n=1, cutoff=0.87)
 
 
 def _called(name: str) -> list[str]:
-    """The settings of any section with this very name, or what another library's name stands for."""
+    """The settings of any section with this very name, or what another library's name means."""
     name = name.rpartition(".")[2]  # Theirs are nested deeper.
-    same = [f"{section}.{name}" for section, names in setting_names().items() if name in names]
+    same = [f"{section}.{name}" for section in section_types() if name in setting_types(section)]
     return same or ([OTHER_NAMES[name]] if name in OTHER_NAMES else [])

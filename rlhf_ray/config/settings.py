@@ -1,7 +1,7 @@
-"""Every setting of a run, once: its name, its default, its meaning and its unit.
+"""Every setting of a run, once: its name, type, default and bounds, its meaning and its unit.
 
-``AlgorithmConfig`` (config.py) builds a :class:`Settings`; each component receives its own section of it. Nothing
-else in the package holds a default.
+``AlgorithmConfig`` (builder.py) builds a :class:`Settings`; each component receives its own section of it. Nothing
+else in the package holds a default. Types and bounds are checked as they are declared here (values.py).
 
 Defaults are those of a language model. The quickstart's model, of 0.8 million parameters, needs other numbers: its
 preset, ``quickstart=`` at the settings that it changes, which applies as a whole to a run that names neither a model
@@ -10,9 +10,13 @@ nor data.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
-from typing import Any, Final, Literal
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from functools import cache
+from types import MappingProxyType
+from typing import Any, Final, Literal, get_type_hints
+
+from rlhf_ray.config.declaration import setting
 
 __all__ = [
     "REWARD_ARGUMENTS",
@@ -30,7 +34,10 @@ __all__ = [
     "RolloutSettings",
     "Settings",
     "TrainingSettings",
+    "declaration",
     "quickstart_preset",
+    "section_types",
+    "setting_types",
 ]
 
 QuantizationName = Literal[
@@ -67,21 +74,6 @@ _VERL: Final = "verl, ppo_trainer.yaml"
 _DEEPSEEKMATH: Final = "DeepSeekMath, arXiv:2402.03300"
 
 
-def setting(default: Any, meaning: str, **metadata: Any) -> Any:
-    """Declare a setting: its default and one line of meaning with the unit.
-
-    Args:
-        default: The default of a run that names a model or data.
-        meaning: One line, with the unit.
-        **metadata: ``quickstart``, the value of the quickstart's preset where that differs, and ``source``, where the
-            default was published.
-    """
-    metadata = {"meaning": meaning, **metadata}
-    if isinstance(default, (list, dict)):
-        return field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
     """Which weights are trained."""
@@ -101,8 +93,10 @@ class ModelSettings:
         "attention of the learner: varlen (PyTorch's flash attention, packed rows), sdpa, eager, flex_attention, flash_attention_2, 3 or 4 (of a package), or a kernel of the hub such as kernels-community/flash-attn2; auto: varlen on GPUs in bfloat16 where the model allows it, else sdpa",
     )
     trust_remote_code: bool = setting(False, "run code that ships with the model")
-    lora_rank: int = setting(0, "rank of LoRA adapters, which alone are trained; 0: all weights of the policy are")
-    lora_alpha: float = setting(32.0, "an adapter's product is multiplied by lora_alpha / lora_rank")
+    lora_rank: int = setting(
+        0, "rank of LoRA adapters, which alone are trained; 0: all weights of the policy are", ge=0
+    )
+    lora_alpha: float = setting(32.0, "an adapter's product is multiplied by lora_alpha / lora_rank", gt=0)
     lora_targets: list[str] = setting([], "names of the linear layers with adapters; unset: all but the output layer")
 
 
@@ -120,7 +114,7 @@ class DataSettings:
         "held-out dataset, as path; or several by name: {name: path}, or {name: {path: ..., split: ..., ...}} where they differ from this section in split, subset, csv_types, prompt_column, prompt_template, system_prompt, as_chat, chat_template, chat_template_kwargs or final_assistant",
     )
     eval_split: str = setting("test", "split of a hub dataset used as eval_path")
-    csv_types: dict[str, Any] = setting(
+    csv_types: dict[str, Literal["int", "float", "bool"]] = setting(
         {}, "columns of CSV files that are not text: {column: int, float or bool}; an empty cell of theirs is None"
     )
     prompt_column: str = setting("prompt", "column with the prompt: a string or a chat list of role and content")
@@ -141,6 +135,7 @@ class DataSettings:
     batch_size: int = setting(
         128,
         "prompts per iteration",
+        ge=1,
         quickstart=64,
         source=f"with group_size the 1,024 completions of {_DEEPSEEKMATH}, and of {_VERL}",
     )
@@ -154,46 +149,54 @@ class DataSettings:
 class RolloutSettings:
     """How completions are sampled, and on what."""
 
-    num_replicas: int = setting(1, "vLLM replicas in the Serve pool")
-    group_size: int = setting(8, "completions per prompt", quickstart=4, source="TRL, GRPOConfig.num_generations")
+    num_replicas: int = setting(1, "vLLM replicas in the Serve pool", ge=1)
+    group_size: int = setting(8, "completions per prompt", ge=1, quickstart=4, source="TRL, GRPOConfig.num_generations")
     max_prompt_tokens: int | None = setting(
         None,
         "longest prompt in tokens; unset: what the context leaves after the longest completion, where the model's config names a context length",
+        ge=1,
     )
-    max_new_tokens: int = setting(1024, "longest completion in tokens", quickstart=8, source=_DEEPSEEKMATH)
-    temperature: float = setting(1.0, "sampling temperature")
+    max_new_tokens: int = setting(1024, "longest completion in tokens", ge=1, quickstart=8, source=_DEEPSEEKMATH)
+    temperature: float = setting(1.0, "sampling temperature", ge=0.01, le=2)
     top_p: float = setting(1.0, "nucleus mass; training needs 1.0")
     top_k: int = setting(0, "tokens kept at each step, 0 for all; training needs 0")
     stop: list[str] = setting([], "strings that end a completion")
-    stop_token_ids: list[int] = setting([], "token ids that end a completion, in addition to EOS")
+    stop_token_ids: list[int] = setting([], "token ids that end a completion, in addition to EOS", ge=0)
     dynamic_sampling: bool = setting(
         False, "drop groups whose rewards, before shaping, are all equal and sample other prompts in their place (DAPO)"
     )
     max_dropped_groups: int | None = setting(
-        None, "groups dropped by dynamic_sampling in one iteration before the run stops; unset: 10 x data.batch_size"
+        None,
+        "groups dropped by dynamic_sampling in one iteration before the run stops; unset: 10 x data.batch_size",
+        ge=1,
     )
-    max_staleness: int = setting(0, "versions a rollout may lag behind the policy; 0 is synchronous PPO")
+    max_staleness: int = setting(0, "versions a rollout may lag behind the policy; 0 is synchronous PPO", ge=0)
     partial_rollouts: bool = setting(
         False,
         "do not wait for a group in the last version of its bound: it continues, and its tokens that are staler than max_staleness become context that is not trained on",
     )
     max_concurrent_groups: int | None = setting(
-        None, "groups in flight at once; unset: data.batch_size x (max_staleness + 1)"
+        None, "groups in flight at once; unset: data.batch_size x (max_staleness + 1)", ge=1
     )
     max_paused_replicas: int | None = setting(
         None,
         "replicas paused at the same time to receive weights; unset: all; must be unset with nccl, which sends to all",
+        ge=1,
     )
-    tensor_parallel_size: int = setting(1, "GPUs per replica")
+    tensor_parallel_size: int = setting(1, "GPUs per replica", ge=1)
     gpu_memory_utilization: float = setting(
         0.85,
         "fraction of a GPU's memory that an engine may use; a sleeping learner on the same GPU leaves about 1 GB in use, which must fit the rest",
+        gt=0,
+        le=1,
     )
     kv_cache_bytes: int | None = setting(
-        None, "key-value cache of a CPU engine in bytes; unset: sized for max_concurrent_groups"
+        None, "key-value cache of a CPU engine in bytes; unset: sized for max_concurrent_groups", ge=1
     )
     num_threads: int | None = setting(
-        None, "threads of a CPU engine; unset: its share of all cores but one, or of half of them if max_staleness > 0"
+        None,
+        "threads of a CPU engine; unset: its share of all cores but one, or of half of them if max_staleness > 0",
+        ge=1,
     )
     enforce_eager: bool = setting(False, "skip CUDA graph capture")
     weight_transfer: Literal["auto", "shared_memory", "nccl", "ipc"] = setting(
@@ -205,9 +208,9 @@ class RolloutSettings:
         "what an engine rounds weights to when it loads them, by vLLM's name; learners train and send them unrounded, and the loss corrects for the difference; unset: nothing",
     )
     engine_args: dict[str, Any] = setting({}, "further vLLM AsyncEngineArgs, passed as they are")
-    timeout_s: float = setting(3600.0, "longest wait for one group, in seconds", quickstart=600.0)
-    stall_timeout_s: float = setting(1800.0, "longest time without progress of any group, in seconds")
-    startup_timeout_s: float = setting(900.0, "longest wait for the replicas to start, in seconds")
+    timeout_s: float = setting(3600.0, "longest wait for one group, in seconds", gt=0, quickstart=600.0)
+    stall_timeout_s: float = setting(1800.0, "longest time without progress of any group, in seconds", gt=0)
+    startup_timeout_s: float = setting(900.0, "longest wait for the replicas to start, in seconds", gt=0)
 
     @property
     def quantized_by(self) -> tuple[str, Any] | None:
@@ -234,17 +237,19 @@ class RewardSettings:
         "callables, names of built-in rewards, 'module:function', 'file.py:function', or {name: ..., arguments}, such as {name: reward_model, path: ...}; unset: the checker of the quickstart task",
     )
     weights: list[float] | None = setting(None, "one weight per function; unset: 1 each")
-    num_workers: int = setting(1, "reward actors")
-    timeout_s: float = setting(30.0, "time limit of one group's reward, in seconds; the actor is killed and replaced")
+    num_workers: int = setting(1, "reward actors", ge=1)
+    timeout_s: float = setting(
+        30.0, "time limit of one group's reward, in seconds; the actor is killed and replaced", gt=0
+    )
     max_failures: int | None = setting(
-        None, "failed groups in one iteration before the run stops; unset: data.batch_size"
+        None, "failed groups in one iteration before the run stops; unset: data.batch_size", ge=0
     )
     truncated_reward: float | None = setting(
         None, "reward of a truncated completion in place of its own; unset: its own"
     )
     bias: float = setting(0.0, "added to every reward before it is scaled")
     scale: float = setting(1.0, "factor of reward plus bias")
-    clip: float | None = setting(None, "largest size of a scaled reward; unset: no bound")
+    clip: float | None = setting(None, "largest size of a scaled reward; unset: no bound", gt=0)
     normalize: Literal["none", "group", "batch"] = setting(
         "none", "subtract the mean reward of the group or of the batch, after the clip"
     )
@@ -256,26 +261,28 @@ class RewardSettings:
 class TrainingSettings:
     """The algorithm's numbers."""
 
-    iterations: int = setting(100, "iterations of a run")
+    iterations: int = setting(100, "iterations of a run", ge=1)
     lr: float = setting(
-        1e-6, "policy learning rate", quickstart=2e-4, source=f"{_DEEPSEEKMATH}; DAPO, arXiv:2503.14476; {_VERL}"
+        1e-6, "policy learning rate", gt=0, quickstart=2e-4, source=f"{_DEEPSEEKMATH}; DAPO, arXiv:2503.14476; {_VERL}"
     )
-    critic_lr: float = setting(1e-5, "critic learning rate", quickstart=3e-4, source=_VERL)
+    critic_lr: float = setting(1e-5, "critic learning rate", gt=0, quickstart=3e-4, source=_VERL)
     lr_schedule: Literal["constant", "linear", "cosine"] = setting(
         "constant",
         "shape of both learning rates after warm-up, over training.iterations",
         quickstart="linear",
         source=f"DAPO, arXiv:2503.14476; {_VERL}",
     )
-    lr_warmup_steps: int = setting(0, "optimizer steps of linear warm-up")
-    min_lr_ratio: float = setting(0.0, "learning rate at the end of the schedule, as a fraction of the peak")
-    weight_decay: float = setting(0.0, "AdamW weight decay of matrices (not of norms and biases)")
-    adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas")
-    adam_eps: float = setting(1e-8, "AdamW epsilon")
-    max_grad_norm: float | None = setting(1.0, "gradient norm clip of the policy; null: no clip")
-    critic_max_grad_norm: float | None = setting(1.0, "gradient norm clip of the critic; null: no clip")
-    num_epochs: int = setting(1, "passes over each batch")
-    num_minibatches: int = setting(4, "optimizer steps per pass", source=f"{_VERL}: 1,024 / 256")
+    lr_warmup_steps: int = setting(0, "optimizer steps of linear warm-up", ge=0)
+    min_lr_ratio: float = setting(
+        0.0, "learning rate at the end of the schedule, as a fraction of the peak", ge=0, le=1
+    )
+    weight_decay: float = setting(0.0, "AdamW weight decay of matrices (not of norms and biases)", ge=0)
+    adam_betas: tuple[float, float] = setting((0.9, 0.999), "AdamW betas", ge=0, lt=1)
+    adam_eps: float = setting(1e-8, "AdamW epsilon", gt=0)
+    max_grad_norm: float | None = setting(1.0, "gradient norm clip of the policy; null: no clip", gt=0)
+    critic_max_grad_norm: float | None = setting(1.0, "gradient norm clip of the critic; null: no clip", gt=0)
+    num_epochs: int = setting(1, "passes over each batch", ge=1)
+    num_minibatches: int = setting(4, "optimizer steps per pass", ge=1, source=f"{_VERL}: 1,024 / 256")
     advantage: str = setting(
         "gae",
         "how rewards become advantages: gae, grpo, dr_grpo, rloo, opo, maxrl, reinforce_plus_plus, remax, a name given to register_advantage, 'module:function' or 'file.py:function'",
@@ -286,20 +293,24 @@ class TrainingSettings:
         "policy loss: ppo, gspo, cispo, sapo, gmpo, a name given to register_loss, 'module:function' or 'file.py:function'",
     )
     loss_args: dict[str, Any] = setting({}, "further arguments of the loss function")
-    gamma: float = setting(1.0, "discount per token", source="Open-Reasoner-Zero, arXiv:2503.24290")
+    gamma: float = setting(1.0, "discount per token", ge=0, le=1, source="Open-Reasoner-Zero, arXiv:2503.24290")
     lambda_: float = setting(
         1.0,
         "GAE lambda",
+        ge=0,
+        le=1,
         quickstart=0.95,
         source=f"Open-Reasoner-Zero, arXiv:2503.24290; VC-PPO, arXiv:2503.01491, for the critic; {_VERL}",
     )
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
-    clip_low: float = setting(0.2, "lower clip of the ratio: 1 - clip_low (gmpo: exp(-clip_low))")
-    clip_high: float = setting(0.2, "upper clip of the ratio: 1 + clip_high (gmpo: exp(clip_high))")
-    dual_clip: float | None = setting(None, "bound of the loss at negative advantages (greater than 1); unset: off")
-    value_clip: float | None = setting(0.2, "clip of the value around the old value; null: off")
+    clip_low: float = setting(0.2, "lower clip of the ratio: 1 - clip_low (gmpo: exp(-clip_low))", gt=0, le=1)
+    clip_high: float = setting(0.2, "upper clip of the ratio: 1 + clip_high (gmpo: exp(clip_high))", gt=0)
+    dual_clip: float | None = setting(
+        None, "bound of the loss at negative advantages (greater than 1); unset: off", gt=1
+    )
+    value_clip: float | None = setting(0.2, "clip of the value around the old value; null: off", gt=0)
     value_huber: float | None = setting(
-        None, "error of the value beyond which its loss is linear, in reward; unset: squared everywhere"
+        None, "error of the value beyond which its loss is linear, in reward; unset: squared everywhere", gt=0
     )
     value_init: Literal["zero", "reward_mean"] = setting(
         "zero", "first values of a critic whose head is new: 0, or the mean reward of the first batch"
@@ -320,41 +331,44 @@ class TrainingSettings:
     behavior_mode: Literal["truncate", "mask"] = setting(
         "truncate", "what happens to a weight outside behavior_floor and behavior_cap: the bound, or 0"
     )
-    behavior_cap: float = setting(5.0, "largest such weight")
-    behavior_floor: float | None = setting(None, "smallest such weight; unset: 0")
+    behavior_cap: float = setting(5.0, "largest such weight", ge=1)
+    behavior_floor: float | None = setting(None, "smallest such weight; unset: 0", ge=0, le=1)
     m2po_threshold: float | None = setting(
         None,
         "mean squared log-ratio, proximal against sampling policy, that the tokens of a minibatch may have; the furthest are left out of the policy loss until it holds (M2PO; 0.04 in its paper); unset: off",
+        gt=0,
     )
-    entropy_coef: float = setting(0.0, "weight of the entropy bonus")
-    kl_coef: float = setting(0.0, "weight of the KL to the frozen reference; 0 starts no reference")
+    entropy_coef: float = setting(0.0, "weight of the entropy bonus", ge=0)
+    kl_coef: float = setting(0.0, "weight of the KL to the frozen reference; 0 starts no reference", ge=0)
     kl_target: float | None = setting(
-        None, "KL to the reference, in nats per token, that kl_coef is adapted to keep; unset: kl_coef is fixed"
+        None, "KL to the reference, in nats per token, that kl_coef is adapted to keep; unset: kl_coef is fixed", gt=0
     )
-    kl_horizon: int = setting(10_000, "completions over which the adapted kl_coef changes by a fifth at most")
+    kl_horizon: int = setting(10_000, "completions over which the adapted kl_coef changes by a fifth at most", ge=1)
     kl_estimator: Literal["k1", "k2", "k3", "abs"] = setting(
         "k1", "estimator of the KL to the reference; in the loss the gradient is that of k2 whichever it is"
     )
     kl_in: Literal["reward", "loss"] = setting("reward", "where the KL to the reference enters")
     kl_clip: float | None = setting(
         None,
-        "largest size of a token's KL estimate in the reward, in nats: one token of k3 may reach thousands; none: no cap",
+        "largest size of a token's KL estimate in the reward, in nats: one token of k3 may reach thousands; unset: no cap",
+        gt=0,
     )
     loss_aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
         setting("token_mean", "how token losses become one number")
     )
-    critic_warmup_iterations: int = setting(0, "first iterations that update the critic alone")
+    critic_warmup_iterations: int = setting(0, "first iterations that update the critic alone", ge=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerSettings:
     """Where and how updates run."""
 
-    num_learners: int = setting(1, "FSDP2 workers")
+    num_learners: int = setting(1, "FSDP2 workers", ge=1)
     sequence_parallel: int = setting(
         1,
         "learners that read the same sequences, each a slice of the tokens, so that long ones fit; divides num_learners "
         "and the attention heads of the models; a microbatch has this many times max_tokens_per_microbatch",
+        ge=1,
     )
     num_gpus_per_learner: float | None = setting(
         None, "GPUs per learner, 0 or 1; unset: 1 on GPU clusters, 0 elsewhere"
@@ -362,6 +376,7 @@ class LearnerSettings:
     max_tokens_per_microbatch: int = setting(
         16_384,
         "tokens per learner, padding included, in one forward and backward",
+        ge=1,
         quickstart=4096,
         source=_VERL,
     )
@@ -383,23 +398,26 @@ class LearnerSettings:
         None,
         "threads of a learner on a CPU, or of one with offload_optimizer; unset: its share of the machine's cores, or, on "
         "CPUs, of half of them if max_staleness > 0",
+        ge=1,
     )
-    startup_timeout_s: float = setting(900.0, "longest wait for the learners to start, in seconds")
-    update_timeout_s: float = setting(3600.0, "longest wait for one update, in seconds")
+    startup_timeout_s: float = setting(900.0, "longest wait for the learners to start, in seconds", gt=0)
+    update_timeout_s: float = setting(3600.0, "longest wait for one update, in seconds", gt=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSettings:
     """When and how the policy is measured on held-out prompts."""
 
-    interval: int = setting(0, "iterations between evaluations; 0: only when evaluate() is called")
+    interval: int = setting(0, "iterations between evaluations; 0: only when evaluate() is called", ge=0)
     at_start: bool = setting(False, "evaluate before the first iteration; reported as iteration 0")
     at_end: bool = setting(False, "evaluate after the last iteration, whether interval falls on it or not")
-    num_prompts: int | None = setting(None, "held-out prompts used, from the start of each set; unset: all")
-    samples_per_prompt: int = setting(1, "completions per prompt: the n of pass@k, and the k of avg@k")
-    temperature: float = setting(0.0, "sampling temperature; 0 is greedy")
-    top_p: float = setting(1.0, "nucleus mass; need not be 1.0, since held-out completions are not trained on")
-    max_new_tokens: int | None = setting(None, "longest completion in tokens; unset: rollouts.max_new_tokens")
+    num_prompts: int | None = setting(None, "held-out prompts used, from the start of each set; unset: all", ge=1)
+    samples_per_prompt: int = setting(1, "completions per prompt: the n of pass@k, and the k of avg@k", ge=1)
+    temperature: float = setting(0.0, "sampling temperature; 0 is greedy", ge=0, le=2)
+    top_p: float = setting(
+        1.0, "nucleus mass; need not be 1.0, since held-out completions are not trained on", gt=0, le=1
+    )
+    max_new_tokens: int | None = setting(None, "longest completion in tokens; unset: rollouts.max_new_tokens", ge=1)
     pass_threshold: float = setting(1.0, "a completion passes, for pass@k, with a reward of at least this")
 
 
@@ -410,8 +428,9 @@ class CheckpointingSettings:
     interval: int = setting(
         0,
         "iterations between checkpoints, in addition to one after the last iteration; 0: only when save_to_path() is called",
+        ge=0,
     )
-    keep: int = setting(2, "newest checkpoints kept")
+    keep: int = setting(2, "newest checkpoints kept", ge=1)
     path: str | None = setting(
         None,
         "folder or URI (s3://, gs://, hdfs://) in which a folder named like the run directory holds its checkpoints; "
@@ -421,7 +440,7 @@ class CheckpointingSettings:
         None, "key of the result, such as evaluation/quickstart/reward_mean, whose best checkpoints are kept too"
     )
     best_mode: Literal["max", "min"] = setting("max", "whether the highest or the lowest best_metric is the best")
-    keep_best: int = setting(1, "best checkpoints kept in addition to the newest, where best_metric is given")
+    keep_best: int = setting(1, "best checkpoints kept in addition to the newest, where best_metric is given", ge=1)
     resume: Literal["never", "same", "any"] = setting(
         "never",
         "where reporting.run_dir holds a run: never is an error, same resumes from its newest checkpoint if the "
@@ -446,25 +465,26 @@ class ReportingSettings:
     mlflow_uri: str | None = setting(
         None, "MLflow tracking server or database; unset: MLFLOW_TRACKING_URI, else mlflow.db in the run directory"
     )
-    completions_interval: int = setting(1, "iterations between completion tables; 0: none")
-    timeline_interval: int = setting(0, "iterations between timelines for Perfetto; 0: none")
+    completions_interval: int = setting(1, "iterations between completion tables; 0: none", ge=0)
+    timeline_interval: int = setting(0, "iterations between timelines for Perfetto; 0: none", ge=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FaultToleranceSettings:
     """What a run survives."""
 
-    max_group_retries: int = setting(3, "times a group is sent again after its replica died")
-    max_learner_restarts: int = setting(3, "times the learner group is started again after a worker died")
+    max_group_retries: int = setting(3, "times a group is sent again after its replica died", ge=0)
+    max_learner_restarts: int = setting(3, "times the learner group is started again after a worker died", ge=0)
     state_interval: int = setting(
         1,
         "updates between copies of the learners' state in host memory, from which a restarted group continues: it makes "
         "the updates since then once more; without (0), or with the node, the run goes back to its newest checkpoint",
+        ge=0,
     )
 
     @property
     def keeps_state(self) -> bool:
-        """Whether there are such copies: nobody needs them where no group is started again."""
+        """Whether there are such copies: they are of no use where no group is started again."""
         return self.state_interval > 0 and self.max_learner_restarts > 0
 
 
@@ -472,7 +492,7 @@ class FaultToleranceSettings:
 class DebuggingSettings:
     """Reproducibility and noise."""
 
-    seed: int = setting(0, "seed of the shuffle, the sampling and the minibatches")
+    seed: int = setting(0, "seed of the shuffle, the sampling and the minibatches", ge=0, le=2**32 - 1)
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = setting("WARNING", "level of the library's loggers")
     log_to_driver: bool = setting(False, "copy the workers' output to this console")
 
@@ -505,19 +525,19 @@ class ResourceSettings:
     )
     ray_address: str | None = setting(None, "Ray cluster to join; unset: RAY_ADDRESS, else a Ray on this machine")
     cpus_per_replica: float | None = setting(
-        None, "CPUs reserved per replica; unset: 1, or a fair share where the cluster is small"
+        None, "CPUs reserved per replica; unset: 1, or a fair share where the cluster is small", ge=0
     )
     cpus_per_learner: float | None = setting(
-        None, "CPUs reserved per learner; unset: 1, or a fair share where the cluster is small"
+        None, "CPUs reserved per learner; unset: 1, or a fair share where the cluster is small", ge=0
     )
     cpus_per_reward_worker: float | None = setting(
-        None, "CPUs reserved per reward actor; unset: 1, or a fair share where the cluster is small"
+        None, "CPUs reserved per reward actor; unset: 1, or a fair share where the cluster is small", ge=0
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """The whole of a run's settings, one frozen section a concern."""
+    """All settings of a run, one frozen section per concern."""
 
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
@@ -533,14 +553,43 @@ class Settings:
     callbacks: CallbackSettings = field(default_factory=CallbackSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
 
+    def __iter__(self) -> Iterator[tuple[str, Any]]:
+        """Yield every setting: its dotted name and its value."""
+        for section in section_types():
+            values = getattr(self, section)
+            yield from ((f"{section}.{name}", getattr(values, name)) for name in setting_types(section))
+
+    def __getitem__(self, name: str) -> Any:
+        """The value of a setting by its dotted name, such as ``training.lr``, or of an item in a mapping."""
+        section, setting_name, *keys = name.split(".")
+        value = getattr(getattr(self, section), setting_name)
+        for key in keys:
+            value = value[key]
+        return value
+
+
+@cache
+def section_types() -> Mapping[str, type[Any]]:
+    """Every section's name and its dataclass, in order."""
+    return MappingProxyType(get_type_hints(Settings))
+
+
+@cache
+def setting_types(section: str) -> Mapping[str, Any]:
+    """The names and the annotations of one section, in order."""
+    return MappingProxyType(get_type_hints(section_types()[section]))
+
+
+def declaration(name: str) -> Field[Any]:
+    """How a setting is declared, by its dotted name."""
+    section, _, setting_name = name.partition(".")
+    declared: Field[Any] = section_types()[section].__dataclass_fields__[setting_name]
+    return declared
+
 
 def quickstart_preset() -> dict[str, dict[str, Any]]:
-    """Return the values of a run that names neither a model nor data, where they are not the defaults, by section."""
+    """The values of a run that names neither a model nor data, where they are not the defaults, by section."""
     return {
-        section.name: {
-            item.name: item.metadata["quickstart"]
-            for item in fields(section.default_factory)  # type: ignore[arg-type]
-            if "quickstart" in item.metadata
-        }
-        for section in fields(Settings)
+        section: {item.name: item.metadata["quickstart"] for item in fields(declared) if "quickstart" in item.metadata}
+        for section, declared in section_types().items()
     }

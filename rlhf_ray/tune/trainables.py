@@ -1,4 +1,4 @@
-"""One Ray Tune ``Trainable`` a configuration class, under the algorithm's name."""
+"""One Ray Tune ``Trainable`` per configuration class, under the algorithm's name."""
 
 from __future__ import annotations
 
@@ -9,38 +9,10 @@ from ray.tune import register_trainable
 from ray.tune.tune import _Config
 
 from rlhf_ray.algorithm.algorithm import Algorithm
-from rlhf_ray.algorithms.cispo import CISPOConfig
-from rlhf_ray.algorithms.dapo import DAPOConfig
-from rlhf_ray.algorithms.dr_grpo import DrGRPOConfig
-from rlhf_ray.algorithms.gmpo import GMPOConfig
-from rlhf_ray.algorithms.grpo import GRPOConfig
-from rlhf_ray.algorithms.gspo import GSPOConfig
-from rlhf_ray.algorithms.maxrl import MaxRLConfig
-from rlhf_ray.algorithms.opo import OPOConfig
-from rlhf_ray.algorithms.ppo import PPOConfig
-from rlhf_ray.algorithms.reinforce_pp import ReinforcePPBaselineConfig, ReinforcePPConfig
-from rlhf_ray.algorithms.remax import ReMaxConfig
-from rlhf_ray.algorithms.rloo import RLOOConfig
-from rlhf_ray.algorithms.sapo import SAPOConfig
+from rlhf_ray.algorithms import built_in
 from rlhf_ray.config.builder import AlgorithmConfig
 
-__all__ = [
-    "CISPO",
-    "DAPO",
-    "GMPO",
-    "GRPO",
-    "GSPO",
-    "OPO",
-    "PPO",
-    "RLOO",
-    "SAPO",
-    "DrGRPO",
-    "MaxRL",
-    "ReMax",
-    "ReinforcePP",
-    "ReinforcePPBaseline",
-    "trainable",
-]
+__all__ = ["trainable"]
 
 # Lets Tuner(param_space=config) take a configuration object, as it takes RLlib's.
 _Config.register(AlgorithmConfig)
@@ -59,17 +31,6 @@ def trainable(config_class: type[AlgorithmConfig]) -> type[Algorithm]:
     return made
 
 
-CISPO = trainable(CISPOConfig)
-DAPO = trainable(DAPOConfig)
-DrGRPO = trainable(DrGRPOConfig)
-GMPO = trainable(GMPOConfig)
-GRPO = trainable(GRPOConfig)
-GSPO = trainable(GSPOConfig)
-MaxRL = trainable(MaxRLConfig)
-OPO = trainable(OPOConfig)
-PPO = trainable(PPOConfig)
-RLOO = trainable(RLOOConfig)
-ReMax = trainable(ReMaxConfig)
-ReinforcePP = trainable(ReinforcePPConfig)
-ReinforcePPBaseline = trainable(ReinforcePPBaselineConfig)
-SAPO = trainable(SAPOConfig)
+# Attributes of this module, so that they are pickled by name. (Classes can be hashed, though their configs cannot.)
+for _name, _config_class in built_in().items():
+    globals()[_name] = trainable(_config_class)  # type: ignore[arg-type]

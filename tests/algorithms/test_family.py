@@ -3,7 +3,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,11 +32,11 @@ from rlhf_ray import (
     SAPOConfig,
     register_advantage,
 )
-from rlhf_ray.config import builder as config
+from rlhf_ray.algorithms import built_in
 from rlhf_ray.config import plugins
-from rlhf_ray.config.checks import section_types, setting_types
+from rlhf_ray.config.builder import ALGORITHMS
 from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
-from rlhf_ray.config.settings import ModelSettings, Settings
+from rlhf_ray.config.settings import ModelSettings, Settings, section_types, setting_types
 
 Config = type[AlgorithmConfig]
 
@@ -79,7 +82,7 @@ def error_of(call: Callable[[], object]) -> ConfigError:
 @pytest.fixture
 def own_names() -> Iterator[None]:
     """What a test registers is forgotten."""
-    tables: list[dict[str, Any]] = [config._registered, plugins._ADVANTAGES]
+    tables: list[dict[str, Any]] = [ALGORITHMS, plugins._ADVANTAGES]
     before = [dict(table) for table in tables]
     yield
     for table, old in zip(tables, before, strict=True):
@@ -91,16 +94,15 @@ def own_names() -> Iterator[None]:
 
 
 def test_the_family_is_complete() -> None:
-    assert set(config.BUILT_IN_ALGORITHMS) == set(FAMILY)
+    assert built_in() == FAMILY
     exported = set(rlhf_ray.__all__)
     assert {f"{name}Config" for name in FAMILY} == {n for n in exported if n.endswith("Config")} - {"AlgorithmConfig"}
     assert set(FAMILY) <= exported
 
 
 @every_algorithm
-def test_each_is_where_the_config_looks_for_it(name: str) -> None:
-    module = importlib.import_module(config.BUILT_IN_ALGORITHMS[name])
-    assert getattr(module, f"{name}Config") is FAMILY[name]
+def test_each_has_the_name_that_it_is_exported_by(name: str) -> None:
+    assert getattr(rlhf_ray, f"{name}Config") is FAMILY[name]
     assert FAMILY[name].algorithm_name == name
 
 
@@ -319,7 +321,7 @@ def test_trainables_travel_by_name(name: str, trainables: ModuleType) -> None:
 
 
 def test_every_trainable_is_exported_and_no_two_are_the_same(trainables: ModuleType) -> None:
-    assert set(trainables.__all__) == {*FAMILY, "trainable"}
+    assert set(FAMILY) <= set(vars(trainables))
     assert len({getattr(trainables, name) for name in FAMILY}) == len(FAMILY)
 
 
@@ -351,7 +353,7 @@ def test_a_users_algorithm_has_its_own_name_and_defaults() -> None:
     ("wrong", "field", "remedy"),
     [
         ({"training": {"learning_rate": 1e-5}}, "training.learning_rate", "did you mean training.lr?"),
-        ({"training": {"lr": "fast"}}, "training.lr", "give a number"),
+        ({"training": {"lr": "fast"}}, "training.lr", "must be a number"),
     ],
 )
 def test_wrong_defaults_are_found_where_the_config_is_made(wrong: dict[str, Any], field: str, remedy: str) -> None:
@@ -362,6 +364,100 @@ def test_wrong_defaults_are_found_where_the_config_is_made(wrong: dict[str, Any]
     error = error_of(WrongConfig)
     assert error.field == field
     assert remedy in error.remedy
+
+
+MINE = """
+from rlhf_ray import AlgorithmConfig
+
+
+class OfFileConfig(AlgorithmConfig):
+    __slots__ = ()
+
+    algorithm_name = "OfFile"
+    defaults = {"training": {"advantage": "rloo", "clip_high": 0.4}}
+
+
+class Nameless(AlgorithmConfig): ...
+"""
+
+
+@pytest.fixture
+def of_file(own_names: None, tmp_path: Path) -> Path:
+    path = tmp_path / "of_file.py"
+    path.write_text(MINE)
+    return path
+
+
+def test_an_algorithm_of_a_file_is_named_by_it(of_file: Path) -> None:
+    reference = f"{of_file}:OfFileConfig"
+    config = AlgorithmConfig.from_yaml(f"algorithm: {reference}\ntraining: {{lr: 1e-5}}\n")
+    assert differences(config) == {"training.advantage": "rloo", "training.clip_high": 0.4, "training.lr": 1e-5}
+    assert AlgorithmConfig.from_yaml("{}\n", algorithm=reference).apply_overrides(
+        [f"algorithm={reference}", "training.lr=1e-5"]
+    ) == (config)
+    assert AlgorithmConfig.from_yaml("algorithm: OfFile\ntraining: {lr: 1e-5}") == config, "it is registered by now"
+    assert type(config).from_yaml(config.to_yaml()) == config
+    assert AlgorithmConfig.from_dict(config.to_dict()) == config
+
+
+def test_what_is_written_names_the_file_so_that_another_process_reruns_it(of_file: Path) -> None:
+    config = AlgorithmConfig.from_dict({"algorithm": f"{of_file}:OfFileConfig"})
+    assert f"algorithm: {of_file}:OfFileConfig\n" in config.to_yaml()
+    script = "import sys; from rlhf_ray import AlgorithmConfig; print(AlgorithmConfig.from_yaml(sys.stdin.read()))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=config.to_yaml(), capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "OfFileConfig()"
+
+
+def test_an_algorithm_of_a_module_is_named_by_it(of_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(of_file.parent)
+    config = AlgorithmConfig.from_dict({"algorithm": "of_file:OfFileConfig"})
+    assert "algorithm: of_file:OfFileConfig\n" in config.to_yaml()
+    del sys.modules["of_file"]
+
+
+def test_the_trainable_of_a_file_works_where_the_file_is_not(of_file: Path) -> None:
+    from ray import cloudpickle
+
+    trainable = AlgorithmConfig.from_dict({"algorithm": f"{of_file}:OfFileConfig"}).algorithm_class
+    assert trainable.__name__ == "OfFile"
+    payload = cloudpickle.dumps(trainable)
+    of_file.unlink()
+    script = (
+        "import pickle, sys; trainable = pickle.load(sys.stdin.buffer); "
+        "print(repr(trainable.config_class.from_dict({'algorithm': 'OfFile', 'training.lr': 1e-5})))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], input=payload, capture_output=True, timeout=120, check=True)
+    assert done.stdout.decode().strip() == "OfFileConfig().training(lr=1e-05)"
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("json:dumps", "must be a subclass of AlgorithmConfig with an algorithm_name"),
+        ("{file}:Nameless", "must be a subclass of AlgorithmConfig with an algorithm_name"),
+        ("{file}:OfFile", "has no 'OfFile'; nearest: 'OfFileConfig'"),
+        ("nowhere.py:Mine", "there is no file"),
+    ],
+)
+def test_a_reference_that_is_no_algorithm(of_file: Path, name: str, remedy: str) -> None:
+    name = name.replace("{file}", str(of_file))
+    error = error_of(lambda: AlgorithmConfig.from_dict({"algorithm": name}))
+    assert (error.field, error.value) == ("algorithm", name)
+    assert remedy in error.remedy
+
+
+@pytest.mark.usefixtures("own_names")
+def test_the_name_of_another_algorithm_is_taken() -> None:
+    def define() -> None:
+        class OtherConfig(AlgorithmConfig):
+            algorithm_name = "GRPO"
+
+    error = error_of(define)
+    assert (error.field, error.value) == ("algorithm_name", "GRPO")
+    assert "GRPOConfig; choose another one" in error.remedy
+    assert type(AlgorithmConfig.from_dict({"algorithm": "GRPO"})) is GRPOConfig
 
 
 # --- impossible combinations ----------------------------------------------------------------------------------------

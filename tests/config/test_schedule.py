@@ -10,7 +10,7 @@ from rlhf_ray.config.schedule import Schedule
 
 def schedule(**changes: Any) -> Schedule:
     dotted = {name.replace("__", ".", 1): value for name, value in changes.items()}
-    return Schedule.of(PPOConfig.from_dict(dotted).settings)
+    return Schedule(PPOConfig.from_dict(dotted).settings)
 
 
 def test_counts_of_an_uneven_run() -> None:
@@ -28,16 +28,16 @@ def test_counts_of_an_uneven_run() -> None:
     )
 
     assert plan.completions == 15
-    assert plan.max_completion_tokens == 1_500
-    assert plan.max_tokens == 1_800  # 15 x (20 + 100)
     assert plan.minibatch_sizes == (4, 4, 4, 3)
-    assert plan.minibatch_size == 4
     assert plan.optimizer_steps == 8
     assert plan.total_optimizer_steps == 88
     assert plan.policy_optimizer_steps == 64  # 8 iterations after the warm-up
-    assert plan.total_completions == 165
     assert plan.evaluations == 2  # after iterations 4 and 8
     assert plan.checkpoints == 2  # after iterations 10 and 11, the last
+    rows = dict(plan.rows())
+    assert rows["sampled tokens per iteration"] == "at most 1,500"
+    assert rows["tokens per learner pass"] == "at most 1,800"  # 15 x (20 + 100)
+    assert rows["completions of the run"] == "165"
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 7, 64])
@@ -57,10 +57,6 @@ def test_intervals_of_zero_mean_never() -> None:
     plan = schedule(evaluation__interval=0, checkpointing__interval=0)
 
     assert (plan.evaluations, plan.checkpoints) == (0, 0)
-
-
-def test_prompts_without_a_limit_leave_the_tokens_open() -> None:
-    assert schedule(rollouts__max_prompt_tokens=None).max_tokens is None
 
 
 def test_rows_print_the_derived_numbers() -> None:

@@ -68,8 +68,8 @@ def test_a_plain_value_is_what_it_says(setting: str, text: str, value: Any) -> N
 @pytest.mark.parametrize(
     ("setting", "text", "remedy"),
     [
-        ("debugging.seed", "1e3", "whole number"),
-        ("debugging.seed", "1.", "whole number"),
+        ("debugging.seed", "1e3", "an integer"),
+        ("debugging.seed", "1.", "an integer"),
         ("data.shuffle", "yes", "true or false"),
         ("data.shuffle", "off", "true or false"),
         ("rewards.bias", ".nan", "finite"),

@@ -97,7 +97,7 @@ def test_the_file_is_valid_as_it_is_and_uses_the_critic() -> None:
     assert config.settings.model.path == "Qwen/Qwen2.5-1.5B-Instruct"
     assert config.settings.training.critic_lr > config.settings.training.lr
     schedule = config.schedule()
-    assert (schedule.completions, schedule.minibatch_size, schedule.optimizer_steps) == (256, 64, 4)
+    assert (schedule.completions, schedule.minibatch_sizes, schedule.optimizer_steps) == (256, (64,) * 4, 4)
 
 
 def test_two_overrides_make_it_a_local_run_that_asks_no_hub(model: Path, problems: Path, no_hub: None) -> None:

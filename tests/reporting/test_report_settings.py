@@ -19,7 +19,6 @@ def test_sections_become_prefixes_and_what_is_no_scalar_text() -> None:
         "training.advantage_args": '{"alpha": 0.5}',
         "rewards.functions": '[{"name": "gsm8k"}]',
         "rewards.weights": "[1.0]",
-        "debugging": "{}",
     }
 
 

@@ -1,43 +1,53 @@
-"""Before the loop: what makes settings wrong, found before anything starts.
+"""What makes settings wrong, found before anything starts.
 
-::
-
-    value_types.py      the type of one setting (``typed_value``, at once when it is set)
-    ranges.py           what its numbers and texts may be (``RANGES``)
-    the others          combinations of settings that cannot work, by the sections they are in
-
-Each raises a :class:`~rlhf_ray.errors.ConfigError` with field, value and remedy. Nothing here imports an engine, and
-nothing is repaired.
+Each setting by itself is checked by ``values.py``. Here are the combinations that cannot work: a function per concern
+yields the name of a setting and what to write instead. Nothing here imports an engine, and nothing is repaired.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Iterator
 
-from rlhf_ray.config.checks import (
-    data_and_rewards,
-    devices_and_folders,
-    evaluation_and_checkpoints,
-    rollouts,
-    training_and_losses,
+from rlhf_ray.config.checks.data import data_problems, evaluation_problems, reward_problems
+from rlhf_ray.config.checks.machine import (
+    attention_device_problems,
+    attention_problems,
+    colocation_problems,
+    folder_problems,
+    gpu_problems,
+    lora_problems,
 )
-from rlhf_ray.config.checks.devices_and_folders import check_attention_device
-from rlhf_ray.config.checks.ranges import RANGES, check_not_empty, check_range
-from rlhf_ray.config.checks.training_and_losses import check_advantage, check_loss
-from rlhf_ray.config.checks.value_types import check_resolved, section_types, setting_types, typed_value
+from rlhf_ray.config.checks.training import (
+    advantage_problems,
+    batch_problems,
+    loss_problems,
+    off_policy_problems,
+    plugin_problems,
+    sampling_problems,
+    schedule_problems,
+)
+from rlhf_ray.config.plugins import Plugin
 from rlhf_ray.config.settings import Settings
+from rlhf_ray.config.values import check_value
+from rlhf_ray.errors import ConfigError
 
-__all__ = [
-    "RANGES",
-    "check_advantage",
-    "check_attention_device",
-    "check_loss",
-    "section_types",
-    "setting_types",
-    "typed_value",
-    "validate",
-]
+__all__ = ["check_advantage", "check_attention_device", "check_loss", "validate"]
+
+_COMBINATIONS = (
+    data_problems,
+    reward_problems,
+    evaluation_problems,
+    sampling_problems,
+    off_policy_problems,
+    batch_problems,
+    plugin_problems,
+    schedule_problems,
+    attention_problems,
+    lora_problems,
+    gpu_problems,
+    colocation_problems,
+    folder_problems,
+)
 
 
 def validate(settings: Settings) -> None:
@@ -46,50 +56,42 @@ def validate(settings: Settings) -> None:
     Raises:
         ConfigError: The first thing wrong.
     """
-    for field, value in _each(settings):
-        check_resolved(field, value)
-        typed_value(field, value)
-        check_range(field, value)
-        check_not_empty(field, value)
-    for check in _COMBINATIONS:
-        check(settings)
+    for field, value in settings:
+        check_value(field, value)
+    for problems in _COMBINATIONS:
+        _raise_first(settings, problems(settings))
 
 
-def _each(settings: Settings) -> Iterator[tuple[str, Any]]:
-    for section in section_types():
-        values = getattr(settings, section)
-        yield from ((f"{section}.{name}", getattr(values, name)) for name in setting_types(section))
+def check_loss(plugin: Plugin, settings: Settings) -> None:
+    """Refuse settings that the loss would ignore.
+
+    Raises:
+        ConfigError: A dual clip is given to a loss that has none, or another policy than the trained one may sample and
+            the loss cannot correct for it.
+    """
+    _raise_first(settings, loss_problems(plugin, settings))
 
 
-_COMBINATIONS: Final[tuple[Callable[[Settings], None], ...]] = (
-    data_and_rewards.check_data_source,
-    data_and_rewards.check_csv_types,
-    data_and_rewards.check_prompt_template,
-    data_and_rewards.check_model_for_data,
-    data_and_rewards.check_rewards_given,
-    data_and_rewards.check_reward_names,
-    data_and_rewards.check_reward_weights,
-    evaluation_and_checkpoints.check_checkpointing,
-    evaluation_and_checkpoints.check_evaluation_data,
-    evaluation_and_checkpoints.check_evaluation_sampling,
-    rollouts.check_trainable_sampling,
-    rollouts.check_off_policy,
-    rollouts.check_engine_args,
-    training_and_losses.check_minibatches,
-    training_and_losses.check_microbatch_fits,
-    training_and_losses.check_plugins,
-    training_and_losses.check_kl_target,
-    training_and_losses.check_kl_clip,
-    data_and_rewards.check_reward_shaping,
-    rollouts.check_dynamic_sampling,
-    training_and_losses.check_critic_warmup,
-    training_and_losses.check_lr_warmup,
-    devices_and_folders.check_attention,
-    devices_and_folders.check_lora,
-    devices_and_folders.check_learner_gpus,
-    devices_and_folders.check_sequence_parallel,
-    devices_and_folders.check_tensor_parallel,
-    devices_and_folders.check_weight_transfer,
-    devices_and_folders.check_colocation,
-    devices_and_folders.check_model_folders,
-)
+def check_advantage(plugin: Plugin, settings: Settings) -> None:
+    """Refuse settings that the advantage cannot work with.
+
+    Raises:
+        ConfigError: It compares completions and there is one per prompt; rewards become what it cannot take; or a
+            setting of the critic is given to a run that has none.
+    """
+    _raise_first(settings, advantage_problems(plugin, settings))
+
+
+def check_attention_device(kernel: str, *, on_gpu: bool, dtype: str) -> None:
+    """Whether learners can compute an attention: again when it is known what ``auto`` means.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    for field, remedy in attention_device_problems(kernel, on_gpu=on_gpu, dtype=dtype):
+        raise ConfigError(field, kernel, remedy)
+
+
+def _raise_first(settings: Settings, problems: Iterator[tuple[str, str]]) -> None:
+    for field, remedy in problems:
+        raise ConfigError(field, settings[field], remedy)

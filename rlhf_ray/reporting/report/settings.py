@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rlhf_ray.config.nested import flatten
 from rlhf_ray.reporting.metrics import Scalar
 
 __all__ = ["differences", "flat_settings", "key_settings", "shown"]
@@ -27,16 +28,12 @@ _BUILT_IN = "quickstart"
 _PLACES = frozenset({"reporting.run_dir"})
 
 
-def flat_settings(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Scalar | None]:
+def flat_settings(nested: Mapping[str, Any]) -> dict[str, Scalar | None]:
     """``{"training": {"lr": 1}}`` as ``{"training.lr": 1}``; what is not a scalar becomes JSON text."""
-    flat: dict[str, Scalar | None] = {}
-    for key, value in nested.items():
-        if isinstance(value, Mapping) and value and not prefix:
-            flat |= flat_settings(value, f"{key}.")
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            flat[f"{prefix}{key}"] = value
-        else:
-            flat[f"{prefix}{key}"] = json.dumps(value, ensure_ascii=False, default=str)
+    flat = flatten(nested)
+    for name, value in flat.items():
+        if value is not None and not isinstance(value, (bool, int, float, str)):
+            flat[name] = json.dumps(value, ensure_ascii=False, default=str)
     return flat
 
 
