@@ -22,9 +22,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from rlhf_ray.config.held_out_sets import held_out_sets
 from rlhf_ray.errors import ConfigError, DataError, RLHFRayError
 from rlhf_ray.evaluation.command_line import eval_path, measured_model
-from rlhf_ray.evaluation.held_out_sets import held_out_sets
 from rlhf_ray.launchers.command import add_launch_command
 
 if TYPE_CHECKING:

@@ -146,7 +146,7 @@ def test_yaml_is_a_configuration(block: Block) -> None:
 @pytest.fixture
 def own_names() -> Iterator[dict[str, Any]]:
     """What the examples of "Write your own" define; the names that they register are gone afterward."""
-    tables: list[dict[str, Any]] = [plugins._ADVANTAGES, plugins._LOSSES, ALGORITHMS]
+    tables: list[dict[str, Any]] = [plugins.ADVANTAGES.plugins, plugins.LOSSES.plugins, ALGORITHMS]
     before = [set(table) for table in tables]
     names: dict[str, Any] = {"__name__": "examples"}
     try:
@@ -182,7 +182,7 @@ def test_an_argument_without_a_value_is_an_error_before_anything_is_started() ->
         with pytest.raises(ConfigError, match=r"training\.advantage_args = \{\}: scaled needs scale"):
             AlgorithmConfig.from_dict({"training": {"advantage": "scaled"}}).validate()
     finally:
-        del plugins._ADVANTAGES["scaled"]
+        del plugins.ADVANTAGES.plugins["scaled"]
 
 
 def test_the_advantage_of_completions_compares_a_group(own_names: dict[str, Any]) -> None:

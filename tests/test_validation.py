@@ -422,7 +422,7 @@ def test_possible_combinations(changes: dict[str, Any]) -> None:
     ],
 )
 def test_a_loss_that_cannot_correct_for_another_sampler_is_refused(changes: dict[str, Any], field: str | None) -> None:
-    plugin = Plugin(name="mine", asks_for=("logprobs", "old_logprobs", "advantages", "mask"), function=len)
+    plugin = Plugin(name="mine", required_inputs=("logprobs", "old_logprobs", "advantages", "mask"), function=len)
     if field is None:
         check_loss(plugin, settings(changes))
         return

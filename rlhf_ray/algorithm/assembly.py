@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ray.algorithm.ray_connection import cluster_to_join
 from rlhf_ray.algorithm.ray_session import RaySession
 from rlhf_ray.config.checks import check_advantage, check_attention_device, check_loss
+from rlhf_ray.config.held_out_sets import HeldOutSet, held_out_sets
+from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.config.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.config.schedule import Schedule
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.evaluation.evaluator import Evaluator
-from rlhf_ray.evaluation.held_out_sets import HeldOutSet, held_out_sets
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.models import check_compile_backend
@@ -32,7 +33,6 @@ from rlhf_ray.models.config import (
     check_vocabulary,
     load_model_config,
 )
-from rlhf_ray.models.path import absolute_if_local
 from rlhf_ray.prompts.evaluation_prompts import check_prompts, load_prompts
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.prompts.tokenizer import load_tokenizer

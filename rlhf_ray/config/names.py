@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from difflib import get_close_matches
 from typing import Any, Final
 
 from rlhf_ray.config.settings import section_types, setting_types
+from rlhf_ray.config.user_code import close_match
 from rlhf_ray.errors import ConfigError
 
 __all__ = ["OTHER_NAMES", "is_known", "missing_attribute", "unknown_section", "unknown_setting", "with_todays_names"]
@@ -165,7 +165,8 @@ def _hint(found: Iterable[str]) -> str:
 
 def _near(name: str, names: Iterable[str]) -> list[str]:
     """The name of which another one is a typing mistake; what only looks alike would mislead."""
-    return get_close_matches(name, names, n=1, cutoff=0.87)
+    close = close_match(name, names, cutoff=0.87)
+    return [close] if close else []
 
 
 def _called(name: str) -> list[str]:

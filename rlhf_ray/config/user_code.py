@@ -16,7 +16,7 @@ from typing import Any
 
 from rlhf_ray.errors import ConfigError
 
-__all__ = ["bound_arguments", "identity", "load_reference", "nearest", "reference_to"]
+__all__ = ["bound_arguments", "close_match", "identity", "load_reference", "nearest", "reference_to"]
 
 _files: dict[str, tuple[int, ModuleType]] = {}
 """Name of a file's module -> when the file was written that it was made from, and the module."""
@@ -94,8 +94,13 @@ def bound_arguments(function: object) -> set[str]:
 
 def nearest(name: str, options: Iterable[str]) -> str:
     """``; nearest: 'option'`` for a message about a ``name`` that is spelled much like one of them, else nothing."""
-    close = get_close_matches(name, list(options), n=1)
-    return f"; nearest: {close[0]!r}" if close else ""
+    close = close_match(name, options)
+    return f"; nearest: {close!r}" if close else ""
+
+
+def close_match(name: str, options: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The option that ``name`` is most likely a typing mistake of; ``None``: none is close enough, from 0 to 1."""
+    return next(iter(get_close_matches(name, list(options), n=1, cutoff=cutoff)), None)
 
 
 def _file_module(path: Path) -> ModuleType:

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.algorithm.ray_session import choose_device, resolve_colocation
+from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.config.plugins import advantage_plugin
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.doctor.check import Check, Status, failed, passed, warned
@@ -18,7 +19,6 @@ from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
 from rlhf_ray.doctor.model import ModelFacts, check_model
 from rlhf_ray.doctor.packages import check_packages, check_python, check_torchvision
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models.path import absolute_if_local
 from rlhf_ray.rollouts.engine import EngineSpec
 
 __all__ = ["checks", "examine", "table"]

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_ray.config.local_path import absolute_if_local, looks_local
 from rlhf_ray.doctor.check import Check, failed, passed
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.config import load_model_config
-from rlhf_ray.models.path import absolute_if_local, looks_local
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -2,7 +2,6 @@
 
 ::
 
-    held_out_sets.py    data.eval_path -> the sets, by name
     pass_at_k.py        the estimator, as a pure function
     metrics.py          scored groups of one set -> its figures
     evaluator.py        when a run measures itself, and how

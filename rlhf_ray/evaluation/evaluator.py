@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
+from rlhf_ray.config.held_out_sets import HeldOutSet, held_out_sets
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.evaluation.held_out_sets import HeldOutSet, held_out_sets
 from rlhf_ray.evaluation.metrics import evaluation_metrics
 from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
 

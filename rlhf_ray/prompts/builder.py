@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import numpy as np
 
 from rlhf_ray.config.settings import REWARD_ARGUMENTS, DataSettings
+from rlhf_ray.config.user_code import close_match
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.chat_template import read_chat_template, template_variables
 from rlhf_ray.prompts.row_codec import Row
@@ -342,5 +342,5 @@ class PromptBuilder:
 
 
 def _nearest_name(wanted: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.5)
-    return f"Did you mean {close[0]!r}? " if close else ""
+    close = close_match(wanted, names, cutoff=0.5)
+    return f"Did you mean {close!r}? " if close else ""

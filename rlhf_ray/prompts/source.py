@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from rlhf_ray.config.local_path import looks_local
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.models.path import looks_local
 from rlhf_ray.prompts.data_context import NUM_CPUS, RUN_NAME, configure, data_errors
 from rlhf_ray.prompts.files import FileSource, is_data_file
 from rlhf_ray.prompts.huggingface import HubSource, SavedDatasetSource, is_saved_dataset

@@ -6,9 +6,9 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ray.config.local_path import looks_local
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.hub import hub_lookup
-from rlhf_ray.models.path import looks_local
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -82,7 +82,7 @@ def error_of(call: Callable[[], object]) -> ConfigError:
 @pytest.fixture
 def own_names() -> Iterator[None]:
     """What a test registers is forgotten."""
-    tables: list[dict[str, Any]] = [ALGORITHMS, plugins._ADVANTAGES]
+    tables: list[dict[str, Any]] = [ALGORITHMS, plugins.ADVANTAGES.plugins]
     before = [dict(table) for table in tables]
     yield
     for table, old in zip(tables, before, strict=True):
@@ -208,7 +208,7 @@ def test_advantage_and_loss_can_be_called_with_the_arguments_given(name: str) ->
         loss_plugin(training.loss, training.loss_args).loaded(),
     ):
         function: Any = plugin.function
-        given = {*plugin.asks_for, *plugin.arguments}
+        given = {*plugin.required_inputs, *plugin.arguments}
         inspect.signature(function).bind(**dict.fromkeys(given))
 
 

@@ -57,7 +57,7 @@ print(plugin.name, plugin.call({"rewards": [1.0, 3.0], "group_ids": [7, 7], "len
 
 @pytest.fixture(autouse=True)
 def nothing_stays_registered() -> Iterator[None]:
-    before = [(table, dict(table)) for table in (plugins._ADVANTAGES, plugins._LOSSES)]
+    before = [(table, dict(table)) for table in (plugins.ADVANTAGES.plugins, plugins.LOSSES.plugins)]
     yield
     for table, old in before:
         table.clear()
@@ -91,7 +91,7 @@ def tokens(*rows: list[float]) -> Any:
 
 
 def test_the_built_in_names() -> None:
-    for table, names in ((ADVANTAGES, BUILT_IN_ADVANTAGES), (LOSSES, BUILT_IN_LOSSES)):
+    for table, names in ((ADVANTAGES.plugins, BUILT_IN_ADVANTAGES), (LOSSES.plugins, BUILT_IN_LOSSES)):
         # Functions of the user's are no references.
         assert sorted(name for name, plugin in table.items() if isinstance(plugin.function, str)) == sorted(names)
 
@@ -104,20 +104,20 @@ def test_the_help_of_the_setting_lists_every_built_in(setting: str, names: tuple
 
 
 @pytest.mark.parametrize("name", [*BUILT_IN_ADVANTAGES, *BUILT_IN_LOSSES])
-def test_a_built_in_asks_for_every_input_that_its_function_takes(name: str) -> None:
+def test_a_built_in_required_inputs_every_input_that_its_function_takes(name: str) -> None:
     plugin = built_in(name)
     taken = parameters(plugin)
     inputs = OF_LOSS if name in BUILT_IN_LOSSES else PER_TOKEN if "mask" in taken else PER_COMPLETION
-    assert set(plugin.asks_for) == set(taken) & set(inputs)
-    assert len(set(plugin.asks_for)) == len(plugin.asks_for)
+    assert set(plugin.required_inputs) == set(taken) & set(inputs)
+    assert len(set(plugin.required_inputs)) == len(plugin.required_inputs)
 
 
 @pytest.mark.parametrize("name", [*BUILT_IN_ADVANTAGES, *BUILT_IN_LOSSES])
 def test_nothing_that_a_built_in_needs_is_missing_and_nothing_is_given_twice(name: str) -> None:
     plugin = built_in(name)
     needed = {key for key, parameter in parameters(plugin).items() if parameter.default is parameter.empty}
-    assert needed <= {*plugin.asks_for, *plugin.arguments}
-    assert set(plugin.arguments) <= set(parameters(plugin)) - set(plugin.asks_for)
+    assert needed <= {*plugin.required_inputs, *plugin.arguments}
+    assert set(plugin.arguments) <= set(parameters(plugin)) - set(plugin.required_inputs)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_each_loss_is_the_function_of_its_name(name: str, function: str) -> None
 def test_what_each_advantage_needs_of_the_run(
     name: str, critic: bool, groups: bool, per_completion: bool, greedy: bool
 ) -> None:
-    plugin = ADVANTAGES[name]
+    plugin = ADVANTAGES.plugins[name]
     assert plugin.needs_critic is critic
     assert plugin.compares_groups is groups
     assert plugin.per_completion is per_completion
@@ -265,14 +265,14 @@ def test_further_arguments_keep_the_built_in_ones() -> None:
     assert plugin.arguments == {"method": "grpo", "eps": 1.0}
     expected = torch.tensor([-1.0, 1.0]) / (2**0.5 + 1.0)
     torch.testing.assert_close(plugin.loaded().call(available), expected)
-    assert ADVANTAGES["grpo"].arguments == {"method": "grpo"}, "the table is untouched"
+    assert ADVANTAGES.plugins["grpo"].arguments == {"method": "grpo"}, "the table is untouched"
 
 
 def test_nothing_heavy_is_imported() -> None:
     script = """
 import sys
 from rlhf_ray.config.plugins import ADVANTAGES, advantage_plugin, loss_plugin
-for name in ADVANTAGES:
+for name in ADVANTAGES.plugins:
     advantage_plugin(name, {})
 loss_plugin("gspo", {})
 print(sorted({"numpy", "ray", "torch"} & set(sys.modules)))
@@ -284,27 +284,27 @@ print(sorted({"numpy", "ray", "torch"} & set(sys.modules)))
 # --- registered functions -------------------------------------------------------------------------------------------
 
 
-def test_a_registered_advantage_gets_what_it_asks_for_and_nothing_else() -> None:
+def test_a_registered_advantage_gets_what_it_required_inputs_and_nothing_else() -> None:
     @register_advantage("longest")
     def longest(lengths: list[int], rewards: list[float], power: int = 1) -> list[float]:
         return [reward * length**power for reward, length in zip(rewards, lengths, strict=True)]
 
     available = {"rewards": [1.0, 2.0], "group_ids": [0, 0], "lengths": [3, 5], "greedy_rewards": [9.0, 9.0]}
     plugin = advantage_plugin("longest", {})
-    assert plugin.asks_for == ("lengths", "rewards")
+    assert plugin.required_inputs == ("lengths", "rewards")
     assert plugin.loaded().call(available) == [3.0, 10.0]
     assert advantage_plugin("longest", {"power": 2}).loaded().call(available) == [9.0, 50.0]
     assert advantage_plugin("longest", {}).arguments == {}, "arguments are not remembered"
     assert longest([2], [1.0]) == [2.0], "the decorator returns the function"
 
 
-def test_a_registered_loss_gets_what_it_asks_for_and_nothing_else() -> None:
+def test_a_registered_loss_gets_what_it_required_inputs_and_nothing_else() -> None:
     @register_loss("plain")
     def plain(logprobs: float, advantages: float, normalizer: float, slope: float = 1.0) -> float:
         return -slope * logprobs * advantages / normalizer
 
     available = dict.fromkeys(OF_LOSS) | {"logprobs": 3.0, "advantages": 4.0, "normalizer": 2.0}
-    assert loss_plugin("plain", {}).asks_for == ("logprobs", "advantages", "normalizer")
+    assert loss_plugin("plain", {}).required_inputs == ("logprobs", "advantages", "normalizer")
     assert loss_plugin("plain", {"slope": 0.5}).loaded().call(available) == -3.0
 
 
@@ -317,8 +317,8 @@ def test_the_parameters_say_what_the_run_needs() -> None:
 
     first, second = advantage_plugin("of_tokens", {}), advantage_plugin("of_completions", {})
     # A function of tokens sees its rank's rows alone, which hold no whole groups; one of completions has no discount.
-    assert first.asks_for == ("rewards", "values", "mask", "lam")
-    assert second.asks_for == ("rewards", "greedy_rewards", "group_ids")
+    assert first.required_inputs == ("rewards", "values", "mask", "lam")
+    assert second.required_inputs == ("rewards", "greedy_rewards", "group_ids")
     assert (first.needs_critic, first.compares_groups, first.per_completion) == (True, False, False)
     assert (second.needs_critic, second.compares_groups, second.per_completion) == (False, True, True)
     assert (first.needs_greedy_rewards, second.needs_greedy_rewards) == (False, True)
@@ -328,8 +328,8 @@ def test_advantages_and_losses_do_not_share_names() -> None:
     @register_advantage("gspo")
     def gspo(rewards: Any) -> Any: ...
 
-    assert advantage_plugin("gspo", {}).asks_for == ("rewards",)
-    assert loss_plugin("gspo", {}) == LOSSES["gspo"]
+    assert advantage_plugin("gspo", {}).required_inputs == ("rewards",)
+    assert loss_plugin("gspo", {}) == LOSSES.plugins["gspo"]
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_the_name_of_a_built_in_is_taken(register: Callable[[str], Any], name: s
     error = error_of(lambda: register(name)(mine))
     assert (error.field, error.value) == (setting, name)
     assert "taken" in error.remedy
-    assert (ADVANTAGES | LOSSES)[name].function != mine
+    assert (ADVANTAGES.plugins | LOSSES.plugins)[name].function != mine
 
 
 def test_the_name_of_another_function_is_taken() -> None:
@@ -376,7 +376,7 @@ def test_a_function_that_takes_no_input_is_refused() -> None:
         "must take logprobs; it may take old_logprobs"
         in error_of(lambda: register_loss("of_nothing")(of_nothing)).remedy
     )
-    assert "of_nothing" not in {*ADVANTAGES, *LOSSES}
+    assert "of_nothing" not in {*ADVANTAGES.plugins, *LOSSES.plugins}
 
 
 # --- finding them ---------------------------------------------------------------------------------------------------
@@ -451,7 +451,7 @@ def test_a_function_of_any_arguments_takes_any() -> None:
         return rewards + sum(others.values())
 
     plugin = advantage_plugin("open", {"a": 10.0, "b": 100.0})
-    assert plugin.asks_for == ("rewards",)
+    assert plugin.required_inputs == ("rewards",)
     assert plugin.loaded().call({"rewards": 1.0, "lengths": 1000.0}) == 111.0
 
 
@@ -469,7 +469,7 @@ def test_a_built_in_found_by_name_alone_can_be_called_or_is_refused() -> None:
     with suppress(ConfigError):
         plugin = loss_plugin("sapo", {}).loaded()
         needed = {key for key, parameter in parameters(plugin).items() if parameter.default is parameter.empty}
-        assert needed <= {*plugin.asks_for, *plugin.arguments}
+        assert needed <= {*plugin.required_inputs, *plugin.arguments}
 
 
 # --- functions in files ---------------------------------------------------------------------------------------------
@@ -485,14 +485,14 @@ def reference(tmp_path: Path) -> str:
 def test_a_function_of_a_file(reference: str) -> None:
     plugin = advantage_plugin(reference, {"shift": 1.0})
     assert plugin.name == reference
-    assert plugin.asks_for == ("rewards", "group_ids")
+    assert plugin.required_inputs == ("rewards", "group_ids")
     assert plugin.compares_groups
     assert plugin.loaded().call({"rewards": [1.0, 3.0], "group_ids": [7, 7]}) == [-9.0, 11.0]
-    assert reference not in ADVANTAGES, "nothing is registered"
+    assert reference not in ADVANTAGES.plugins, "nothing is registered"
 
 
 def test_a_function_of_a_module() -> None:
-    assert loss_plugin("rlhf_ray.losses:gspo_loss", {}).asks_for == tuple(
+    assert loss_plugin("rlhf_ray.losses:gspo_loss", {}).required_inputs == tuple(
         key for key in OF_LOSS if key != "dual_clip"
     ), "asked for by signature"
 

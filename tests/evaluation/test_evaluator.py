@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from rlhf_ray import PPOConfig
+from rlhf_ray.config.held_out_sets import HeldOutSet
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.evaluation.evaluator import Evaluator, Outcomes, evaluation_due, evaluation_sampling
-from rlhf_ray.evaluation.held_out_sets import HeldOutSet
 from rlhf_ray.types import Prompt, SamplingSettings, ScoredGroup
 
 

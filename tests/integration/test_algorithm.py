@@ -327,8 +327,8 @@ def test_a_relative_without_a_critic_trains_by_a_users_own_functions(tmp_path: P
         algorithm.restore_from_path(checkpoint)
     finally:
         algorithm.stop()
-        plugins._ADVANTAGES.pop("above_greedy")
-        plugins._LOSSES.pop("reinforce")
+        plugins.ADVANTAGES.plugins.pop("above_greedy")
+        plugins.LOSSES.plugins.pop("reinforce")
 
     for result in results:
         assert result["learner"]["sampling_logprob_diff_max"] < 1e-3

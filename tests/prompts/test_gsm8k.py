@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_ray.config.held_out_sets import held_out_sets
 from rlhf_ray.config.settings import DataSettings
-from rlhf_ray.evaluation.held_out_sets import held_out_sets
 from rlhf_ray.prompts import PromptStream, load_prompts, load_tokenizer
 
 FOLDER = Path(os.environ.get("RLHF_RAY_GSM8K") or Path(__file__).parents[3] / "shared" / "data" / "gsm8k")

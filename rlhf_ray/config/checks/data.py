@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rlhf_ray.config.held_out_sets import SET_SETTINGS, held_out_sets
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.config.values import typed_value
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.evaluation.held_out_sets import SET_SETTINGS, held_out_sets
 
 __all__ = ["data_problems", "evaluation_problems", "reward_problems"]
 

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+from rlhf_ray.config.local_path import looks_local
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.models.path import looks_local
 
 __all__ = [
     "attention_device_problems",

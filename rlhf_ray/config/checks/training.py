@@ -117,7 +117,7 @@ def plugin_problems(settings: Settings) -> Iterator[tuple[str, str]]:
 def loss_problems(plugin: Plugin, settings: Settings) -> Iterator[tuple[str, str]]:
     """The loss ignores no setting."""
     training, rollouts = settings.training, settings.rollouts
-    corrects = training.behavior_weights == "none" or "behavior_weights" in plugin.asks_for
+    corrects = training.behavior_weights == "none" or "behavior_weights" in plugin.required_inputs
     if rollouts.is_off_policy and not corrects:
         sampler, without, field = "stale data", "use rollouts.max_staleness=0", "rollouts.max_staleness"
         if rollouts.quantized_by is not None and rollouts.max_staleness == 0:
@@ -127,7 +127,7 @@ def loss_problems(plugin: Plugin, settings: Settings) -> Iterator[tuple[str, str
             f"the loss {plugin.name} has no parameter behavior_weights, so it would not correct {sampler}; add it, or "
             f"{without}, or say training.behavior_weights='none'",
         )
-    if training.dual_clip is not None and "dual_clip" not in plugin.asks_for:
+    if training.dual_clip is not None and "dual_clip" not in plugin.required_inputs:
         yield "training.dual_clip", f"the loss {plugin.name} has no dual clip; leave it out"
 
 

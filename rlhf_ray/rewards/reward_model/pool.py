@@ -16,8 +16,8 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 
+from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.errors import ConfigError, RewardError
-from rlhf_ray.models.path import absolute_if_local
 from rlhf_ray.reporting.run_directory import ray_name
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.rewards.pool import START_TRIES, died_by_itself, kill, span_name

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray.config.held_out_sets import held_out_sets
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.evaluation.held_out_sets import held_out_sets
 
 
 def test_one_dataset_is_called_what_its_file_is_called() -> None:

@@ -1,4 +1,4 @@
-"""Evaluation, before a run starts: ``data.eval_path`` -> the held-out sets, each with its name and settings."""
+"""``data.eval_path`` -> the held-out sets, each with its name and settings."""
 
 from __future__ import annotations
 

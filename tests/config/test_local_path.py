@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.models.path import absolute_if_local, looks_local
+from rlhf_ray.config.local_path import absolute_if_local, looks_local
 
 
 def test_a_folder_that_is_there_gets_its_whole_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

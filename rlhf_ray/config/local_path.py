@@ -1,4 +1,4 @@
-"""Before a run: what a setting names that may be a local path or a hub id, such as a model, tokenizer or dataset."""
+"""What a setting names that may be a local path or a hub id, such as a model, tokenizer or dataset."""
 
 from __future__ import annotations
 
