@@ -122,7 +122,11 @@ class PluginTable:
     setting: str
     inputs: Callable[[tuple[str, ...]], tuple[str, ...]]
     """Names of a function's parameters -> those of the inputs that it may ask for."""
-    plugins: dict[str, Plugin]
+    plugins: dict[str, Plugin] = field(default_factory=dict)
+
+    def add_built_in(self, name: str, reference: str, inputs: str, **values: Any) -> None:
+        """Add a function that is imported when it is called, with the names of its inputs between spaces."""
+        self.plugins[name] = Plugin(name=name, function=reference, required_inputs=tuple(inputs.split()), **values)
 
     def register(self, name: str, function: Function) -> Function:
         """Add a function under a name, in place of the same one of a module that was run again, as notebooks do."""
@@ -151,22 +155,16 @@ class PluginTable:
         signature = inspect.signature(function).parameters
         first, *others = inputs = self.inputs(tuple(signature))
         required_inputs = tuple(parameter for parameter in signature if parameter in inputs)
-        unnamed = [item.name for item in signature.values() if item.kind is item.POSITIONAL_ONLY]
-        taken = sorted(bound_arguments(function) & {*required_inputs})
-        remedy = None
-        if unnamed:
+        if unnamed := [item.name for item in signature.values() if item.kind is item.POSITIONAL_ONLY]:
             remedy = f"inputs are given by name, but {', '.join(unnamed)} is positional only"
-        elif first not in required_inputs:
-            remedy = f"the function must take {first}; it may take {', '.join(others)}"
-        elif taken:
-            remedy = f"the function binds {taken[0]!r}, which every run passes: leave it free"
-        if remedy is not None:
             raise ConfigError(self.setting, name, remedy)
-        required = tuple(
-            item.name
-            for item in signature.values()
-            if item.kind in _BY_NAME and item.default is item.empty and item.name not in required_inputs
-        )
+        if first not in required_inputs:
+            raise ConfigError(self.setting, name, f"the function must take {first}; it may take {', '.join(others)}")
+        if taken := sorted(bound_arguments(function) & {*required_inputs}):
+            remedy = f"the function binds {taken[0]!r}, which every run passes: leave it free"
+            raise ConfigError(self.setting, name, remedy)
+        own = [item for item in signature.values() if item.kind in _BY_NAME and item.name not in required_inputs]
+        required = tuple(item.name for item in own if item.default is item.empty)
         return Plugin(name=name, required_inputs=required_inputs, function=function, required=required)
 
 
@@ -192,45 +190,31 @@ def advantage_parameters(names: tuple[str, ...]) -> tuple[str, ...]:
     return PER_TOKEN if any(name in _OF_TOKENS_ALONE for name in names) else PER_COMPLETION
 
 
-def _built_in(reference: str, inputs: str, **values: Any) -> dict[str, Any]:
-    return {"function": reference, "required_inputs": tuple(inputs.split()), **values}
-
-
-def _group_method(name: str) -> dict[str, Any]:
-    return _built_in("rlhf_ray.advantages:group_advantages", "rewards group_ids lengths", arguments={"method": name})
-
-
 _LOSS_TENSORS: Final = "logprobs old_logprobs advantages mask"
 _LOSS_SETTINGS: Final = "behavior_weights aggregation normalizer"
 _CLIPPED: Final = f"{_LOSS_TENSORS} clip_low clip_high {_LOSS_SETTINGS}"
-_BUILT_IN_ADVANTAGES: Final = {
-    "gae": _built_in("rlhf_ray.advantages:gae", "rewards values mask gamma lam bootstrap"),
-    **{method: _group_method(method) for method in ("grpo", "dr_grpo", "rloo", "opo", "maxrl")},
-    "reinforce_plus_plus": _built_in("rlhf_ray.advantages:reinforce_plus_plus", "rewards mask gamma"),
-    "remax": _built_in("rlhf_ray.advantages:remax", "rewards greedy_rewards"),
-}
-_BUILT_IN_LOSSES: Final = {
-    "ppo": _built_in("rlhf_ray.losses:ppo_loss", f"{_CLIPPED} dual_clip"),
-    **{name: _built_in(f"rlhf_ray.losses:{name}_loss", _CLIPPED) for name in ("gspo", "cispo", "gmpo")},
-    "sapo": _built_in(
-        "rlhf_ray.losses:sapo_loss",
-        f"{_LOSS_TENSORS} {_LOSS_SETTINGS}",
-        required=("temperature_positive", "temperature_negative"),
-    ),
-}
 
-ADVANTAGES: Final = PluginTable(
-    "training.advantage",
-    advantage_parameters,
-    {name: Plugin(name=name, **values) for name, values in _BUILT_IN_ADVANTAGES.items()},
-)
+ADVANTAGES: Final = PluginTable("training.advantage", advantage_parameters)
 """Every advantage that a setting may name."""
-LOSSES: Final = PluginTable(
-    "training.loss",
-    lambda names: OF_LOSS,
-    {name: Plugin(name=name, **values) for name, values in _BUILT_IN_LOSSES.items()},
-)
+ADVANTAGES.add_built_in("gae", "rlhf_ray.advantages:gae", "rewards values mask gamma lam bootstrap")
+for _method in ("grpo", "dr_grpo", "rloo", "opo", "maxrl"):
+    ADVANTAGES.add_built_in(
+        _method, "rlhf_ray.advantages:group_advantages", "rewards group_ids lengths", arguments={"method": _method}
+    )
+ADVANTAGES.add_built_in("reinforce_plus_plus", "rlhf_ray.advantages:reinforce_plus_plus", "rewards mask gamma")
+ADVANTAGES.add_built_in("remax", "rlhf_ray.advantages:remax", "rewards greedy_rewards")
+
+LOSSES: Final = PluginTable("training.loss", lambda names: OF_LOSS)
 """Every loss that a setting may name."""
+LOSSES.add_built_in("ppo", "rlhf_ray.losses:ppo_loss", f"{_CLIPPED} dual_clip")
+for _name in ("gspo", "cispo", "gmpo"):
+    LOSSES.add_built_in(_name, f"rlhf_ray.losses:{_name}_loss", _CLIPPED)
+LOSSES.add_built_in(
+    "sapo",
+    "rlhf_ray.losses:sapo_loss",
+    f"{_LOSS_TENSORS} {_LOSS_SETTINGS}",
+    required=("temperature_positive", "temperature_negative"),
+)
 
 
 def register_advantage(name: str) -> Callable[[Function], Function]:

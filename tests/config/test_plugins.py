@@ -104,7 +104,7 @@ def test_the_help_of_the_setting_lists_every_built_in(setting: str, names: tuple
 
 
 @pytest.mark.parametrize("name", [*BUILT_IN_ADVANTAGES, *BUILT_IN_LOSSES])
-def test_a_built_in_required_inputs_every_input_that_its_function_takes(name: str) -> None:
+def test_a_built_in_requires_every_input_that_its_function_takes(name: str) -> None:
     plugin = built_in(name)
     taken = parameters(plugin)
     inputs = OF_LOSS if name in BUILT_IN_LOSSES else PER_TOKEN if "mask" in taken else PER_COMPLETION
@@ -284,7 +284,7 @@ print(sorted({"numpy", "ray", "torch"} & set(sys.modules)))
 # --- registered functions -------------------------------------------------------------------------------------------
 
 
-def test_a_registered_advantage_gets_what_it_required_inputs_and_nothing_else() -> None:
+def test_a_registered_advantage_gets_what_it_takes_and_nothing_else() -> None:
     @register_advantage("longest")
     def longest(lengths: list[int], rewards: list[float], power: int = 1) -> list[float]:
         return [reward * length**power for reward, length in zip(rewards, lengths, strict=True)]
@@ -298,7 +298,7 @@ def test_a_registered_advantage_gets_what_it_required_inputs_and_nothing_else() 
     assert longest([2], [1.0]) == [2.0], "the decorator returns the function"
 
 
-def test_a_registered_loss_gets_what_it_required_inputs_and_nothing_else() -> None:
+def test_a_registered_loss_gets_what_it_takes_and_nothing_else() -> None:
     @register_loss("plain")
     def plain(logprobs: float, advantages: float, normalizer: float, slope: float = 1.0) -> float:
         return -slope * logprobs * advantages / normalizer
