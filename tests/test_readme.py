@@ -19,7 +19,8 @@ from rlhf_ray import PPOConfig, cli, errors
 from rlhf_ray.config.settings import section_types, setting_types
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+# test_extending.py runs the page about extending, which adds what does not exist.
+PAGES = (ROOT / "README.md", *sorted({*(ROOT / "docs").glob("*.md")} - {ROOT / "docs" / "extending.md"}))
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
