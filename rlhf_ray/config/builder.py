@@ -24,7 +24,6 @@ import importlib
 import inspect
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import MISSING, Field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
@@ -36,10 +35,10 @@ from rlhf_ray.config.names import (
     unknown_setting,
     with_todays_names,
 )
-from rlhf_ray.config.nested import flatten
+from rlhf_ray.config.nested import sectioned
 from rlhf_ray.config.plain_values import plain_value, shown_value
 from rlhf_ray.config.schedule import Schedule
-from rlhf_ray.config.settings import RewardSpec, Settings, quickstart_preset, section_types, setting_types
+from rlhf_ray.config.settings import RewardSpec, Settings, declaration, quickstart_preset, section_types, setting_types
 from rlhf_ray.config.user_code import identity, load_reference, reference_to
 from rlhf_ray.config.values import typed_value
 from rlhf_ray.config.yaml_text import parsed_override, parsed_sections, yaml_text
@@ -79,7 +78,7 @@ class AlgorithmConfig:
     def __init__(self) -> None:
         if not hasattr(self, "algorithm_name"):
             raise TypeError(f"{type(self).__name__} names no algorithm; use one that does, such as PPOConfig")
-        self._given: _Sections = {}
+        self._given: dict[str, Any] = {}
         self._settings = self._resolved(self._given)
         self._frozen = False
 
@@ -170,8 +169,8 @@ class AlgorithmConfig:
     @property
     def quickstart_values(self) -> dict[str, Any]:
         """What is taken from the quickstart's preset, by dotted name; empty where a model or data is named."""
-        chosen = flatten(self._class_defaults()) | flatten(self._given)
-        return {field: value for field, value in flatten(self._preset()).items() if field not in chosen}
+        chosen = {**self._class_defaults(), **self._given}
+        return {field: value for field, value in self._preset().items() if field not in chosen}
 
     def copy(self) -> Self:
         """Return an unfrozen copy that shares no list or mapping with this config."""
@@ -204,7 +203,7 @@ class AlgorithmConfig:
         defaults = dict(self._resolved({}))
         changed = {field: value for field, value in self._settings if value != defaults[field]}
         shown = type(self).__name__ + "()"
-        for section, values in _nested(changed).items():
+        for section, values in sectioned(changed).items():
             shown += f".{section}({', '.join(f'{name}={shown_value(value)}' for name, value in values.items())})"
         return shown
 
@@ -259,7 +258,7 @@ class AlgorithmConfig:
         """
         convert = plain_value if plain else _copied_value
         name = self._written_name() if plain else self.algorithm_name
-        return {"algorithm": name, **_nested({field: convert(value) for field, value in self._settings})}
+        return {"algorithm": name, **sectioned({field: convert(value) for field, value in self._settings})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -315,7 +314,7 @@ class AlgorithmConfig:
         if name != self.algorithm_name and not isinstance(self, found := _algorithm_config(name)):
             remedy = f"this is a config of {self.algorithm_name}; start from {found.__name__}()"
             raise ConfigError("algorithm", name, remedy)
-        return self._set(_nested(values), from_text=True)
+        return self._set(values, from_text=True)
 
     def _written_name(self) -> str:
         """The algorithm as a process that imports nothing but the library can find it, where there is such a name."""
@@ -326,7 +325,7 @@ class AlgorithmConfig:
     def _from(cls, values: Mapping[str, Any], *, from_text: bool) -> Self:
         sections = dict(values)
         config_class = cls._class_named(sections.pop("algorithm", None))
-        return config_class()._set(_nested(sections), from_text=from_text)
+        return config_class()._set(sections, from_text=from_text)
 
     @classmethod
     def _class_named(cls, name: Any) -> type[Self]:
@@ -340,29 +339,28 @@ class AlgorithmConfig:
             )
         return found
 
-    def _set(self, sections: _Sections, *, from_text: bool = False) -> Self:
+    def _set(self, values: Mapping[str, Any], *, from_text: bool = False) -> Self:
+        named = _named(values)
         if self._frozen:
-            field, value = next(iter(flatten(sections).items()), ("settings", None))
+            field, value = next(iter(named.items()), ("settings", None))
             raise ConfigError(field, value, "this config is frozen; change a copy(), which is not")
-        self._given = _merged(self._given, _typed(sections, from_text))
+        self._given = {**self._given, **_typed(named, from_text)}
         self._settings = self._resolved(self._given)
         return self
 
-    def _resolved(self, given: _Sections) -> Settings:
-        plain, layers = Settings(), _merged(self._preset(), self._class_defaults(), given)
-        return replace(plain, **{section: replace(getattr(plain, section), **own) for section, own in layers.items()})
+    def _resolved(self, given: Mapping[str, Any]) -> Settings:
+        return Settings.of({**self._preset(), **self._class_defaults(), **given})
 
-    def _preset(self) -> _Sections:
-        named = _merged(self._class_defaults(), self._given)
-        paths = (named.get(section, {}).get("path") for section in ("model", "data"))
-        return quickstart_preset() if all(path is None for path in paths) else {}
+    def _preset(self) -> Mapping[str, Any]:
+        named = {**self._class_defaults(), **self._given}
+        return quickstart_preset() if named.get("model.path") is None and named.get("data.path") is None else {}
 
     def _check_is_not(self, other: type[AlgorithmConfig]) -> None:
         """Refuse settings that are another algorithm's in all but name, as a run's config.yaml holds them."""
         if other is type(self):
             return
-        defaults, given = self._resolved({}), flatten(self._given)
-        made_of = flatten(_merged(other._class_defaults(), self._class_defaults()))
+        defaults, given = self._resolved({}), self._given
+        made_of = {**other._class_defaults(), **self._class_defaults()}
         differing = [field for field in made_of if field in given and given[field] != defaults[field]]
         if differing and made_of.keys() <= given.keys():
             field = differing[0]
@@ -373,36 +371,16 @@ class AlgorithmConfig:
             raise ConfigError("algorithm", self.algorithm_name, remedy)
 
     @classmethod
-    def _class_defaults(cls) -> _Sections:
-        return _merged(*(_typed(vars(base).get("defaults", {}), False) for base in reversed(cls.__mro__)))
+    def _class_defaults(cls) -> dict[str, Any]:
+        defaults: dict[str, Any] = {}
+        for base in reversed(cls.__mro__):
+            defaults |= _typed(_named(vars(base).get("defaults", {})), from_text=False)
+        return defaults
 
 
-# --- sections -------------------------------------------------------------------------------------------------------
-
-
-def _typed(sections: _Sections, from_text: bool) -> _Sections:
-    """Check names and types, and return the values as their settings hold them."""
-    typed: dict[str, dict[str, Any]] = {section: {} for section in sections}
-    for section, values in sections.items():
-        for name, value in values.items():
-            if name not in setting_types(section):
-                raise unknown_setting(section, name, value)
-            typed[section][name] = typed_value(f"{section}.{name}", value, from_text=from_text)
-    return typed
-
-
-def _merged(*layers: _Sections) -> dict[str, dict[str, Any]]:
-    """Join layers of sections; the later ones win."""
-    merged: dict[str, dict[str, Any]] = {}
-    for layer in layers:
-        for section, values in layer.items():
-            merged.setdefault(section, {}).update(values)
-    return merged
-
-
-def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Join nested sections and dotted names into sections."""
-    nested: dict[str, dict[str, Any]] = {}
+def _named(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested sections and dotted names as dotted names, each of which exists; those that were dotted win."""
+    named: dict[str, Any] = {}
     for key, value in sorted(values.items(), key=lambda item: "." in str(item[0])):
         section, dot, name = str(key).partition(".")
         if section not in section_types():
@@ -410,8 +388,15 @@ def _nested(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         # A section with nothing in it is what is left when all its lines are commented out.
         if not dot and not isinstance(value, Mapping | None):
             raise ConfigError(section, value, f"give the section's settings by name, such as {section}: {{...}}")
-        nested.setdefault(section, {}).update({name: value} if dot else value or {})
-    return nested
+        for own_name, item in {name: value}.items() if dot else (value or {}).items():
+            if own_name not in setting_types(section):
+                raise unknown_setting(section, own_name, item)
+            named[f"{section}.{own_name}"] = item
+    return named
+
+
+def _typed(named: Mapping[str, Any], from_text: bool) -> dict[str, Any]:
+    return {field: typed_value(field, value, from_text=from_text) for field, value in named.items()}
 
 
 def _algorithm_config(name: Any) -> type[Any]:
@@ -438,34 +423,22 @@ def _copied_value(value: Any) -> Any:
     return value
 
 
-# --- help -----------------------------------------------------------------------------------------------------------
-
-
 def _document_section(section: str) -> None:
     """Give a section's method the signature and the list of settings that ``settings.py`` declares."""
     method: Any = vars(AlgorithmConfig)[section]
-    section_type: Any = section_types()[section]
-    settings: tuple[Field[Any], ...] = fields(section_type)
-    lines = [f"    {item.name}: {item.metadata['meaning']}. Default: {_default_text(item)}." for item in settings]
+    parameters = dict(inspect.signature(method).parameters)
+    parameters.pop("values")
+    defaults, lines = Settings(), []
+    for name, annotation in setting_types(section).items():
+        field = f"{section}.{name}"
+        declared, default = declaration(field).metadata, defaults[field]
+        quickstart = f", quickstart {declared['quickstart']!r}" if "quickstart" in declared else ""
+        lines.append(f"    {name}: {declared['meaning']}. Default: {default!r}{quickstart}.")
+        keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        parameters.setdefault(name, keyword)
     raises = "Raises:\n    ConfigError: A name is unknown, a value has the wrong type, or this config is frozen."
     method.__doc__ = "\n".join([method.__doc__, "", "Args:", *lines, "", raises])
-    written = [item for item in inspect.signature(method).parameters.values() if item.kind is not item.VAR_KEYWORD]
-    taken = {item.name for item in written}
-    named = [
-        inspect.Parameter(item.name, inspect.Parameter.KEYWORD_ONLY, default=_default(item), annotation=item.type)
-        for item in settings
-        if item.name not in taken
-    ]
-    method.__signature__ = inspect.Signature([*written, *named], return_annotation="Self")
-
-
-def _default(item: Field[Any]) -> Any:
-    return item.default if item.default_factory is MISSING else item.default_factory()
-
-
-def _default_text(item: Field[Any]) -> str:
-    quickstart = f", quickstart {item.metadata['quickstart']!r}" if "quickstart" in item.metadata else ""
-    return f"{_default(item)!r}{quickstart}"
+    method.__signature__ = inspect.Signature([*parameters.values()], return_annotation="Self")
 
 
 for _section in section_types():

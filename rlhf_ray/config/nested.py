@@ -1,11 +1,11 @@
-"""Nested mappings as flat ones."""
+"""Nested mappings as flat ones, and sections of settings back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["flatten"]
+__all__ = ["flatten", "sectioned"]
 
 
 def flatten(nested: Mapping[str, Any], *, separator: str = ".", levels: int | None = 2) -> dict[str, Any]:
@@ -24,3 +24,12 @@ def flatten(nested: Mapping[str, Any], *, separator: str = ".", levels: int | No
         else:
             flat[name] = value
     return flat
+
+
+def sectioned(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the settings of dotted names by section, in the same order: what :func:`flatten` undoes."""
+    sections: dict[str, dict[str, Any]] = {}
+    for field, value in flat.items():
+        section, _, name = field.partition(".")
+        sections.setdefault(section, {})[name] = value
+    return sections

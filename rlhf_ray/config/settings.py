@@ -11,12 +11,13 @@ nor data.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field
 from functools import cache
 from types import MappingProxyType
-from typing import Any, Final, Literal, get_type_hints
+from typing import Any, Final, Literal, Self, get_type_hints
 
 from rlhf_ray.config.declaration import setting
+from rlhf_ray.config.nested import sectioned
 
 __all__ = [
     "REWARD_ARGUMENTS",
@@ -553,6 +554,11 @@ class Settings:
     callbacks: CallbackSettings = field(default_factory=CallbackSettings)
     resources: ResourceSettings = field(default_factory=ResourceSettings)
 
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Settings of these values, by dotted name, and of the defaults."""
+        return cls(**{section: section_types()[section](**own) for section, own in sectioned(values).items()})
+
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Yield every setting: its dotted name and its value."""
         for section in section_types():
@@ -587,9 +593,7 @@ def declaration(name: str) -> Field[Any]:
     return declared
 
 
-def quickstart_preset() -> dict[str, dict[str, Any]]:
-    """The values of a run that names neither a model nor data, where they are not the defaults, by section."""
-    return {
-        section: {item.name: item.metadata["quickstart"] for item in fields(declared) if "quickstart" in item.metadata}
-        for section, declared in section_types().items()
-    }
+def quickstart_preset() -> dict[str, Any]:
+    """The values of a run that names neither a model nor data, where they are not the defaults, by dotted name."""
+    declared = {name: declaration(name).metadata for name, _ in Settings()}
+    return {name: metadata["quickstart"] for name, metadata in declared.items() if "quickstart" in metadata}

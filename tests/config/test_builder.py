@@ -201,7 +201,9 @@ def test_what_is_written_reruns_the_run_whatever_the_defaults_become(
 ) -> None:
     text, values = config.to_yaml(), config.to_dict()
     expected = config.settings
-    monkeypatch.setattr("rlhf_ray.config.builder.quickstart_preset", lambda: {"training": {"lr": 7.0, "lambda_": 0.5}})
+    monkeypatch.setattr(
+        "rlhf_ray.config.builder.quickstart_preset", lambda: {"training.lr": 7.0, "training.lambda_": 0.5}
+    )
     assert PPOConfig().settings.training.lr == 7.0
     assert PPOConfig.from_yaml(text).settings == PPOConfig.from_dict(values).settings == expected
 
