@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of CISPO."""
+"""The configuration of CISPO."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -23,8 +21,8 @@ class CISPOConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "CISPO"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "CISPO"
+    defaults = {
         "training": {
             "advantage": "grpo",
             "loss": "cispo",

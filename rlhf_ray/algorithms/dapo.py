@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of DAPO."""
+"""The configuration of DAPO."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -25,8 +23,8 @@ class DAPOConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "DAPO"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "DAPO"
+    defaults = {
         "rollouts": {"dynamic_sampling": True},
         "training": {
             "advantage": "grpo",

@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of Dr. GRPO."""
+"""The configuration of Dr. GRPO."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -25,8 +23,8 @@ class DrGRPOConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "DrGRPO"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "DrGRPO"
+    defaults = {
         "training": {
             "advantage": "dr_grpo",
             "whiten_advantages": False,

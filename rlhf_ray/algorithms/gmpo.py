@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of Geometric-Mean Policy Optimization."""
+"""The configuration of Geometric-Mean Policy Optimization."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -22,8 +20,8 @@ class GMPOConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "GMPO"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "GMPO"
+    defaults = {
         "training": {
             "advantage": "grpo",
             "loss": "gmpo",

@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of Group Relative Policy Optimization."""
+"""The configuration of Group Relative Policy Optimization."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -27,8 +25,8 @@ class GRPOConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "GRPO"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "GRPO"
+    defaults = {
         "training": {
             "advantage": "grpo",
             "whiten_advantages": False,

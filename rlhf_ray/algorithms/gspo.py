@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of Group Sequence Policy Optimization."""
+"""The configuration of Group Sequence Policy Optimization."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -27,8 +25,8 @@ class GSPOConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "GSPO"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "GSPO"
+    defaults = {
         "training": {
             "advantage": "grpo",
             "loss": "gspo",

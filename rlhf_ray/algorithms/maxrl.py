@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of Maximum Likelihood Reinforcement Learning."""
+"""The configuration of Maximum Likelihood Reinforcement Learning."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -24,8 +22,8 @@ class MaxRLConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "MaxRL"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "MaxRL"
+    defaults = {
         "training": {
             "advantage": "maxrl",
             "whiten_advantages": False,

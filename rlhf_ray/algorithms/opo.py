@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of On-Policy RL with Optimal Reward Baseline."""
+"""The configuration of On-Policy RL with Optimal Reward Baseline."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -14,7 +12,7 @@ class OPOConfig(AlgorithmConfig):
 
     .. math:: A_i = R_i - sum_j T_j R_j / sum_j T_j
 
-    with the lengths ``T`` of the group's completions as weights. One optimizer step a batch keeps it on policy, so
+    with the lengths ``T`` of the group's completions as weights. One optimizer step per batch keeps it on policy, so
     that no clip acts; no KL and no entropy term.
 
     "On-Policy RL with Optimal Reward Baseline" (arXiv:2505.23585).
@@ -24,8 +22,8 @@ class OPOConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "OPO"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "OPO"
+    defaults = {
         "training": {
             "advantage": "opo",
             "whiten_advantages": False,

@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of PPO with a critic."""
+"""The configuration of PPO with a critic."""
 
 from __future__ import annotations
-
-from typing import ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -17,7 +15,8 @@ class PPOConfig(AlgorithmConfig):
     .. math:: E_t[ min(r_t A_t, clip(r_t, 1 - clip_{low}, 1 + clip_{high}) A_t) ]
 
     where ``r_t`` is the ratio of a token's probability under the policy being trained to that under the policy the
-    batch started from, and ``A_t`` is the generalized advantage estimate from the critic's values, one action a token.
+    batch started from, and ``A_t`` is the generalized advantage estimate from the critic's values; each token is an
+    action.
 
     Papers: "Proximal Policy Optimization Algorithms" (arXiv:1707.06347); for language models, with the KL to a frozen
     reference taken off the reward, "Fine-Tuning Language Models from Human Preferences" (arXiv:1909.08593) and
@@ -33,4 +32,4 @@ class PPOConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "PPO"
+    algorithm_name = "PPO"

@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of REINFORCE++, in its two forms."""
+"""The configuration of REINFORCE++, in its two forms."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -16,7 +14,7 @@ class ReinforcePPConfig(AlgorithmConfig):
 
     .. math:: A_t = R - kl_{coef} sum_{i >= t} KL_i
 
-    then whitened over all tokens of the batch. One completion a prompt is enough.
+    then whitened over all tokens of the batch. One completion per prompt is enough.
 
     "REINFORCE++: Stabilizing Critic-Free Policy Optimization with Global Advantage Normalization" (arXiv:2501.03262).
     The coefficient is that of the examples of OpenRLHF, its authors' code.
@@ -26,8 +24,8 @@ class ReinforcePPConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "ReinforcePP"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "ReinforcePP"
+    defaults = {
         "training": {
             "advantage": "reinforce_plus_plus",
             "whiten_advantages": True,
@@ -54,8 +52,8 @@ class ReinforcePPBaselineConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "ReinforcePPBaseline"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "ReinforcePPBaseline"
+    defaults = {
         "training": {
             "advantage": "dr_grpo",
             "whiten_advantages": True,

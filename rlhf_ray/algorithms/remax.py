@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of ReMax."""
+"""The configuration of ReMax."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -14,18 +12,19 @@ class ReMaxConfig(AlgorithmConfig):
 
     .. math:: A_i = R_i - R_{greedy}
 
-    The greedy completion costs a further generation a prompt and is not trained on. One completion a prompt is enough.
+    The greedy completion costs a further generation per prompt and is not trained on. One completion per prompt is
+    enough.
 
     "ReMax: A Simple, Effective, and Efficient Reinforcement Learning Method for Aligning Large Language Models"
-    (arXiv:2310.10505). The paper sums the tokens of a completion and takes one step a batch.
+    (arXiv:2310.10505). The paper sums the tokens of a completion and takes one step per batch.
 
     Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "ReMax"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "ReMax"
+    defaults = {
         "training": {
             "advantage": "remax",
             "whiten_advantages": False,

@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of REINFORCE Leave-One-Out."""
+"""The configuration of REINFORCE Leave-One-Out."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -18,16 +16,17 @@ class RLOOConfig(AlgorithmConfig):
     one action: its tokens are summed, not averaged.
 
     "Back to Basics: Revisiting REINFORCE Style Optimization for Learning from Human Feedback in LLMs"
-    (arXiv:2402.14740). The paper takes one step a batch, where PPO's clip never acts; with ``training.num_minibatches``
-    above 1 it keeps the later steps near the policy that sampled. The coefficient is that of TRL's implementation.
+    (arXiv:2402.14740). The paper takes one step per batch, where PPO's clip never acts; with
+    ``training.num_minibatches`` above 1 it keeps the later steps near the policy that sampled. The
+    coefficient is that of TRL's implementation.
 
     Batch, group size, learning rate and optimizer steps are the library's defaults.
     """
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "RLOO"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "RLOO"
+    defaults = {
         "training": {
             "advantage": "rloo",
             "whiten_advantages": False,

@@ -1,8 +1,6 @@
-"""Before the loop: the configuration of Soft Adaptive Policy Optimization."""
+"""The configuration of Soft Adaptive Policy Optimization."""
 
 from __future__ import annotations
-
-from typing import Any, ClassVar
 
 from rlhf_ray.config.builder import AlgorithmConfig
 
@@ -22,8 +20,8 @@ class SAPOConfig(AlgorithmConfig):
 
     __slots__ = ()
 
-    algorithm_name: ClassVar[str] = "SAPO"
-    defaults: ClassVar[dict[str, dict[str, Any]]] = {
+    algorithm_name = "SAPO"
+    defaults = {
         "training": {
             "advantage": "grpo",
             "loss": "sapo",

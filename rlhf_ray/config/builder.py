@@ -140,7 +140,7 @@ class AlgorithmConfig:
         return self._set({"checkpointing": values})
 
     def reporting(self, **values: Any) -> Self:
-        """Set where a run is seen."""
+        """Set where a run is reported."""
         return self._set({"reporting": values})
 
     def fault_tolerance(self, **values: Any) -> Self:
@@ -156,7 +156,7 @@ class AlgorithmConfig:
         return self._set({"callbacks": values})
 
     def resources(self, **values: Any) -> Self:
-        """Set what a run takes of the cluster."""
+        """Set what a run uses of the cluster."""
         return self._set({"resources": values})
 
     # Reading and copying.

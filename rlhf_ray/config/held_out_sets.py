@@ -25,7 +25,7 @@ SET_SETTINGS: Final = (
     "chat_template_kwargs",
     "final_assistant",
 )
-"""What a set may have otherwise than the ``data`` section, beside its path."""
+"""What a set may have otherwise than the ``data`` section, in addition to its path."""
 
 _FIELD: Final = "data.eval_path"
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]+")
@@ -44,7 +44,7 @@ class HeldOutSet:
 
 
 def held_out_sets(data: DataSettings) -> tuple[HeldOutSet, ...]:
-    """The sets that ``data.eval_path`` names, in its order; none where a run has data of its own and names no set.
+    """The sets that ``data.eval_path`` names, in its order; empty where a run has data of its own and names no set.
 
     It is a dataset; or a mapping of names to datasets; or of names to mappings with a ``path`` and any of
     ``SET_SETTINGS``. What is left out is as in the ``data`` section, ``split`` as ``data.eval_split``.
