@@ -8,46 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf_ray.config.checks.data import data_problems, evaluation_problems, reward_problems
-from rlhf_ray.config.checks.machine import (
-    attention_device_problems,
-    attention_problems,
-    colocation_problems,
-    folder_problems,
-    gpu_problems,
-    lora_problems,
-)
-from rlhf_ray.config.checks.training import (
-    advantage_problems,
-    batch_problems,
-    loss_problems,
-    off_policy_problems,
-    plugin_problems,
-    sampling_problems,
-    schedule_problems,
-)
+from rlhf_ray.config.checks import data, machine, training
 from rlhf_ray.config.plugins import Plugin
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.config.values import check_value
 from rlhf_ray.errors import ConfigError
 
 __all__ = ["check_advantage", "check_attention_device", "check_loss", "validate"]
-
-_COMBINATIONS = (
-    data_problems,
-    reward_problems,
-    evaluation_problems,
-    sampling_problems,
-    off_policy_problems,
-    batch_problems,
-    plugin_problems,
-    schedule_problems,
-    attention_problems,
-    lora_problems,
-    gpu_problems,
-    colocation_problems,
-    folder_problems,
-)
 
 
 def validate(settings: Settings) -> None:
@@ -58,7 +25,7 @@ def validate(settings: Settings) -> None:
     """
     for field, value in settings:
         check_value(field, value)
-    for problems in _COMBINATIONS:
+    for problems in (*data.COMBINATIONS, *training.COMBINATIONS, *machine.COMBINATIONS):
         _raise_first(settings, problems(settings))
 
 
@@ -69,7 +36,7 @@ def check_loss(plugin: Plugin, settings: Settings) -> None:
         ConfigError: A dual clip is given to a loss that has none, or another policy than the trained one may sample and
             the loss cannot correct for it.
     """
-    _raise_first(settings, loss_problems(plugin, settings))
+    _raise_first(settings, training.loss_problems(plugin, settings))
 
 
 def check_advantage(plugin: Plugin, settings: Settings) -> None:
@@ -79,7 +46,7 @@ def check_advantage(plugin: Plugin, settings: Settings) -> None:
         ConfigError: It compares completions and there is one per prompt; rewards become what it cannot take; or a
             setting of the critic is given to a run that has none.
     """
-    _raise_first(settings, advantage_problems(plugin, settings))
+    _raise_first(settings, training.advantage_problems(plugin, settings))
 
 
 def check_attention_device(kernel: str, *, on_gpu: bool, dtype: str) -> None:
@@ -88,7 +55,7 @@ def check_attention_device(kernel: str, *, on_gpu: bool, dtype: str) -> None:
     Raises:
         ConfigError: They cannot.
     """
-    for field, remedy in attention_device_problems(kernel, on_gpu=on_gpu, dtype=dtype):
+    for field, remedy in machine.attention_device_problems(kernel, on_gpu=on_gpu, dtype=dtype):
         raise ConfigError(field, kernel, remedy)
 
 

@@ -10,7 +10,7 @@ from rlhf_ray.config.settings import Settings
 from rlhf_ray.config.values import typed_value
 from rlhf_ray.errors import ConfigError
 
-__all__ = ["data_problems", "evaluation_problems", "reward_problems"]
+__all__ = ["COMBINATIONS"]
 
 
 def data_problems(settings: Settings) -> Iterator[tuple[str, str]]:
@@ -109,3 +109,6 @@ def evaluation_problems(settings: Settings) -> Iterator[tuple[str, str]]:
             "evaluation.top_p",
             "greedy decoding takes the likeliest token whatever top_p is; set evaluation.temperature, or use 1.0",
         )
+
+
+COMBINATIONS = (data_problems, reward_problems, evaluation_problems)

@@ -11,14 +11,7 @@ from typing import Final
 from rlhf_ray.config.local_path import looks_local
 from rlhf_ray.config.settings import Settings
 
-__all__ = [
-    "attention_device_problems",
-    "attention_problems",
-    "colocation_problems",
-    "folder_problems",
-    "gpu_problems",
-    "lora_problems",
-]
+__all__ = ["COMBINATIONS", "attention_device_problems"]
 
 _ON_ANY_DEVICE: Final = ("auto", "varlen", "sdpa", "eager")
 _ON_GPUS: Final = ("flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -143,3 +136,6 @@ def folder_problems(settings: Settings) -> Iterator[tuple[str, str]]:
             yield field, f"{reason}; give the {kind}'s folder or a hub id such as owner/name"
         elif not any((folder / file).is_file() for file in files):
             yield field, f"not a {kind} folder: no {' or '.join(files)} in {folder.resolve()}"
+
+
+COMBINATIONS = (attention_problems, lora_problems, gpu_problems, colocation_problems, folder_problems)

@@ -9,15 +9,7 @@ from rlhf_ray.config.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.config.schedule import Schedule
 from rlhf_ray.config.settings import Settings
 
-__all__ = [
-    "advantage_problems",
-    "batch_problems",
-    "loss_problems",
-    "off_policy_problems",
-    "plugin_problems",
-    "sampling_problems",
-    "schedule_problems",
-]
+__all__ = ["COMBINATIONS", "advantage_problems", "loss_problems"]
 
 _FIXED_ENGINE_ARGS: Final[Mapping[str, str]] = {
     "model": "set model.path",
@@ -172,3 +164,6 @@ def schedule_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     if training.lr_warmup_steps > schedule.policy_optimizer_steps:
         steps = schedule.policy_optimizer_steps
         yield "training.lr_warmup_steps", f"use at most {steps}, all the optimizer steps of the policy"
+
+
+COMBINATIONS = (sampling_problems, off_policy_problems, batch_problems, plugin_problems, schedule_problems)
