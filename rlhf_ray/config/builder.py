@@ -21,24 +21,18 @@ from __future__ import annotations
 
 import copy
 import importlib
-import inspect
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from rlhf_ray.config.checks import validate
-from rlhf_ray.config.names import (
-    is_known,
-    missing_attribute,
-    unknown_section,
-    unknown_setting,
-    with_todays_names,
-)
+from rlhf_ray.config.help import document_sections
+from rlhf_ray.config.names import is_known, missing_attribute, named_settings, with_todays_names
 from rlhf_ray.config.nested import sectioned
 from rlhf_ray.config.plain_values import plain_value, shown_value
 from rlhf_ray.config.schedule import Schedule
-from rlhf_ray.config.settings import RewardSpec, Settings, declaration, quickstart_preset, section_types, setting_types
+from rlhf_ray.config.settings import RewardSpec, Settings, quickstart_preset
 from rlhf_ray.config.user_code import identity, load_reference, reference_to
 from rlhf_ray.config.values import typed_value
 from rlhf_ray.config.yaml_text import parsed_override, parsed_sections, yaml_text
@@ -324,11 +318,11 @@ class AlgorithmConfig:
     @classmethod
     def _from(cls, values: Mapping[str, Any], *, from_text: bool) -> Self:
         sections = dict(values)
-        config_class = cls._class_named(sections.pop("algorithm", None))
+        config_class = cls._classnamed_settings(sections.pop("algorithm", None))
         return config_class()._set(sections, from_text=from_text)
 
     @classmethod
-    def _class_named(cls, name: Any) -> type[Self]:
+    def _classnamed_settings(cls, name: Any) -> type[Self]:
         own_name = getattr(cls, "algorithm_name", None)
         if own_name is not None and name in (None, own_name, reference_to(cls)):
             return cls
@@ -340,7 +334,7 @@ class AlgorithmConfig:
         return found
 
     def _set(self, values: Mapping[str, Any], *, from_text: bool = False) -> Self:
-        named = _named(values)
+        named = named_settings(values)
         if self._frozen:
             field, value = next(iter(named.items()), ("settings", None))
             raise ConfigError(field, value, "this config is frozen; change a copy(), which is not")
@@ -374,25 +368,8 @@ class AlgorithmConfig:
     def _class_defaults(cls) -> dict[str, Any]:
         defaults: dict[str, Any] = {}
         for base in reversed(cls.__mro__):
-            defaults |= _typed(_named(vars(base).get("defaults", {})), from_text=False)
+            defaults |= _typed(named_settings(vars(base).get("defaults", {})), from_text=False)
         return defaults
-
-
-def _named(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested sections and dotted names as dotted names, each of which exists; those that were dotted win."""
-    named: dict[str, Any] = {}
-    for key, value in sorted(values.items(), key=lambda item: "." in str(item[0])):
-        section, dot, name = str(key).partition(".")
-        if section not in section_types():
-            raise unknown_section(str(key), section, name, value)
-        # A section with nothing in it is what is left when all its lines are commented out.
-        if not dot and not isinstance(value, Mapping | None):
-            raise ConfigError(section, value, f"give the section's settings by name, such as {section}: {{...}}")
-        for own_name, item in {name: value}.items() if dot else (value or {}).items():
-            if own_name not in setting_types(section):
-                raise unknown_setting(section, own_name, item)
-            named[f"{section}.{own_name}"] = item
-    return named
 
 
 def _typed(named: Mapping[str, Any], from_text: bool) -> dict[str, Any]:
@@ -423,23 +400,4 @@ def _copied_value(value: Any) -> Any:
     return value
 
 
-def _document_section(section: str) -> None:
-    """Give a section's method the signature and the list of settings that ``settings.py`` declares."""
-    method: Any = vars(AlgorithmConfig)[section]
-    parameters = dict(inspect.signature(method).parameters)
-    parameters.pop("values")
-    defaults, lines = Settings(), []
-    for name, annotation in setting_types(section).items():
-        field = f"{section}.{name}"
-        declared, default = declaration(field).metadata, defaults[field]
-        quickstart = f", quickstart {declared['quickstart']!r}" if "quickstart" in declared else ""
-        lines.append(f"    {name}: {declared['meaning']}. Default: {default!r}{quickstart}.")
-        keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-        parameters.setdefault(name, keyword)
-    raises = "Raises:\n    ConfigError: A name is unknown, a value has the wrong type, or this config is frozen."
-    method.__doc__ = "\n".join([method.__doc__, "", "Args:", *lines, "", raises])
-    method.__signature__ = inspect.Signature([*parameters.values()], return_annotation="Self")
-
-
-for _section in section_types():
-    _document_section(_section)
+document_sections(AlgorithmConfig)

@@ -9,7 +9,7 @@ from rlhf_ray.config.settings import section_types, setting_types
 from rlhf_ray.config.user_code import close_match
 from rlhf_ray.errors import ConfigError
 
-__all__ = ["OTHER_NAMES", "is_known", "missing_attribute", "unknown_section", "unknown_setting", "with_todays_names"]
+__all__ = ["OTHER_NAMES", "is_known", "missing_attribute", "named_settings", "with_todays_names"]
 
 _OF_THIS: Final[Mapping[str, str]] = {
     "training.lr": "actor_learning_rate actor_lr learning_rate policy_lr",
@@ -127,20 +127,25 @@ def is_known(name: str) -> bool:
     return name in section_types() or bool(_called(name))
 
 
-def unknown_section(key: str, section: str, name: str, value: Any) -> ConfigError:
-    """What to raise for a ``key`` whose section does not exist."""
-    near = _near(section, section_types())
-    named = [f"{one}.{name}" for one in near if name in setting_types(one)] or _called(name)
-    hint = _hint(named or _called(section) or near) or f"there are {', '.join(section_types())}"
-    return ConfigError(key, value, f"no such section; {hint}")
+def named_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested sections and dotted names as dotted names; those that were dotted win.
 
-
-def unknown_setting(section: str, name: str, value: Any) -> ConfigError:
-    """What to raise for a setting that its section does not have."""
-    names = setting_types(section)
-    near = [f"{section}.{match}" for match in _near(name, names)]
-    hint = _hint(_called(name) or near) or f"{section} has {', '.join(names)}"
-    return ConfigError(f"{section}.{name}", value, f"no such setting; {hint}")
+    Raises:
+        ConfigError: A section or a setting does not exist.
+    """
+    named: dict[str, Any] = {}
+    for key, value in sorted(values.items(), key=lambda item: "." in str(item[0])):
+        section, dot, name = str(key).partition(".")
+        if section not in section_types():
+            raise _unknown_section(str(key), section, name, value)
+        # A section with nothing in it is what is left when all its lines are commented out.
+        if not dot and not isinstance(value, Mapping | None):
+            raise ConfigError(section, value, f"give the section's settings by name, such as {section}: {{...}}")
+        for own_name, item in {name: value}.items() if dot else (value or {}).items():
+            if own_name not in setting_types(section):
+                raise _unknown_setting(section, own_name, item)
+            named[f"{section}.{own_name}"] = item
+    return named
 
 
 def missing_attribute(config: str, name: str) -> AttributeError:
@@ -154,6 +159,22 @@ def missing_attribute(config: str, name: str) -> AttributeError:
         calls = (f"config.{field.partition('.')[0]}({name}=...)" for field in found)
         hint = f"read {' or '.join(f'config.settings.{field}' for field in found)}, set {' or '.join(calls)}"
     return AttributeError(f"{config} has no {name}; {hint}")
+
+
+def _unknown_section(key: str, section: str, name: str, value: Any) -> ConfigError:
+    """What to raise for a ``key`` whose section does not exist."""
+    near = _near(section, section_types())
+    named = [f"{one}.{name}" for one in near if name in setting_types(one)] or _called(name)
+    hint = _hint(named or _called(section) or near) or f"there are {', '.join(section_types())}"
+    return ConfigError(key, value, f"no such section; {hint}")
+
+
+def _unknown_setting(section: str, name: str, value: Any) -> ConfigError:
+    """What to raise for a setting that its section does not have."""
+    names = setting_types(section)
+    near = [f"{section}.{match}" for match in _near(name, names)]
+    hint = _hint(_called(name) or near) or f"{section} has {', '.join(names)}"
+    return ConfigError(f"{section}.{name}", value, f"no such setting; {hint}")
 
 
 def _hint(found: Iterable[str]) -> str:
