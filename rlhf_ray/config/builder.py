@@ -305,7 +305,7 @@ class AlgorithmConfig:
         """
         values = dict(parsed_override(override) for override in overrides)
         name = values.pop("algorithm", self.algorithm_name)
-        if name != self.algorithm_name and not isinstance(self, found := _algorithm_config(name)):
+        if name != self.algorithm_name and type(self) is not (found := _algorithm_config(name)):
             remedy = f"this is a config of {self.algorithm_name}; start from {found.__name__}()"
             raise ConfigError("algorithm", name, remedy)
         return self._set(values, from_text=True)
@@ -318,19 +318,18 @@ class AlgorithmConfig:
     @classmethod
     def _from(cls, values: Mapping[str, Any], *, from_text: bool) -> Self:
         sections = dict(values)
-        config_class = cls._classnamed_settings(sections.pop("algorithm", None))
+        config_class = cls._class_named(sections.pop("algorithm", None))
         return config_class()._set(sections, from_text=from_text)
 
     @classmethod
-    def _classnamed_settings(cls, name: Any) -> type[Self]:
+    def _class_named(cls, name: Any) -> type[Self]:
         own_name = getattr(cls, "algorithm_name", None)
         if own_name is not None and name in (None, own_name, reference_to(cls)):
             return cls
         found = _algorithm_config(name)
         if not issubclass(found, cls):
-            raise ConfigError(
-                "algorithm", name, f"these are not settings of {own_name}; read them with {found.__name__}"
-            )
+            remedy = f"these are not settings of {own_name}; read them with {found.__name__}"
+            raise ConfigError("algorithm", name, remedy)
         return found
 
     def _set(self, values: Mapping[str, Any], *, from_text: bool = False) -> Self:

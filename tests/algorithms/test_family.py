@@ -449,6 +449,15 @@ def test_a_reference_that_is_no_algorithm(of_file: Path, name: str, remedy: str)
 
 
 @pytest.mark.usefixtures("own_names")
+def test_an_override_does_not_name_the_parent_of_an_algorithm() -> None:
+    class MineConfig(GRPOConfig):
+        algorithm_name = "Mine"
+
+    error = error_of(lambda: MineConfig().apply_overrides(["algorithm=GRPO"]))
+    assert error.remedy == "this is a config of Mine; start from GRPOConfig()"
+
+
+@pytest.mark.usefixtures("own_names")
 def test_the_name_of_another_algorithm_is_taken() -> None:
     def define() -> None:
         class OtherConfig(AlgorithmConfig):
