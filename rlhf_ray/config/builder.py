@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from rlhf_ray.config.checks import validate
 from rlhf_ray.config.help import document_sections
 from rlhf_ray.config.names import is_known, missing_attribute, named_settings, with_todays_names
-from rlhf_ray.config.nested import sectioned
+from rlhf_ray.config.nested import copied, sectioned
 from rlhf_ray.config.plain_values import plain_value, shown_value
 from rlhf_ray.config.schedule import Schedule
 from rlhf_ray.config.settings import RewardSpec, Settings, quickstart_preset
@@ -169,7 +169,7 @@ class AlgorithmConfig:
     def copy(self) -> Self:
         """Return an unfrozen copy that shares no list or mapping with this config."""
         new = copy.copy(self)
-        new._given = _copied_value(self._given)
+        new._given = copied(self._given)
         new._settings = new._resolved(new._given)
         new._frozen = False
         return new
@@ -250,7 +250,7 @@ class AlgorithmConfig:
             plain: Whether functions and datasets become text, as in :meth:`to_yaml`. By default they are kept, so
                 that ``from_dict`` restores the config exactly, Ray Tune's trials included.
         """
-        convert = plain_value if plain else _copied_value
+        convert = plain_value if plain else copied
         name = self._written_name() if plain else self.algorithm_name
         return {"algorithm": name, **sectioned({field: convert(value) for field, value in self._settings})}
 
@@ -389,14 +389,6 @@ def _algorithm_config(name: Any) -> type[Any]:
         known = f"there is {', '.join(sorted(ALGORITHMS))} (your own: 'module:Class' or 'file.py:Class')"
         raise ConfigError("algorithm", name, f"no such algorithm; {meant}{known}")
     return ALGORITHMS[name]
-
-
-def _copied_value(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_copied_value(item) for item in value]
-    if isinstance(value, dict):
-        return {key: _copied_value(item) for key, item in value.items()}
-    return value
 
 
 document_sections(AlgorithmConfig)

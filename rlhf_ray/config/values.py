@@ -23,19 +23,16 @@ _NUMBER_TEXT: Final = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 # YAML reads these as text, which would pass for a hub id or a folder.
 _NONE_WORDS: Final = ("None", "none")
 _UNIONS: Final = (Union, types.UnionType)
-_TYPE_NAMES: Final[Mapping[Any, str]] = {
-    bool: "True or False",
-    int: "an integer",
-    float: "a number",
-    str: "a string",
-    types.NoneType: "None",
+_TYPE_NAMES: Final[Mapping[Any, tuple[str, str]]] = {
+    bool: ("True or False", "true or false"),
+    int: ("an integer", "an integer"),
+    float: ("a number", "a number"),
+    str: ("a string", "a string (in quotes if YAML reads it otherwise)"),
+    types.NoneType: ("None", "null"),
+    Any: ("a value", "a value or null"),
+    Callable: ("a function", "'module:function'"),
 }
-_YAML_NAMES: Final[Mapping[Any, str]] = {
-    bool: "true or false",
-    str: "a string (in quotes if YAML reads it otherwise)",
-    types.NoneType: "null",
-    Any: "a value or null",
-}
+"""What an annotation asks for, from Python and from YAML."""
 
 
 def typed_value(field: str, value: Any, *, from_text: bool = False) -> Any:
@@ -159,9 +156,7 @@ class _Conversion:
             return f"{len(args)} items, each {self._described(args[0])}"
         if origin in (dict, Mapping):
             return "a mapping with string keys"
-        if origin is Callable:
-            return "'module:function'" if self.from_text else "a function"
-        return {**_TYPE_NAMES, **(_YAML_NAMES if self.from_text else {})}[annotation]
+        return _TYPE_NAMES[origin or annotation][self.from_text]
 
 
 def _copied(value: Any) -> Any:
