@@ -64,7 +64,7 @@ def check_value(field: str, value: Any) -> None:
     typed_value(field, value)
     declared = declaration(field).metadata
     for item in value if isinstance(value, (list, tuple)) else [value]:
-        if item == "":
+        if isinstance(item, str) and not item:
             raise ConfigError(field, value, "must not be empty; write a text, or leave the setting out")
         if isinstance(item, (int, float)) and not isinstance(item, bool) and item not in declared["bounds"]:
             of_none = re.search(r"(?:unset|null): (.+)", declared["meaning"])

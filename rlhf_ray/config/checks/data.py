@@ -23,7 +23,8 @@ def data_problems(settings: Settings) -> Iterator[tuple[str, str]]:
             try:
                 typed_value(f"data.{name}", getattr(held_out.data, name))
             except ConfigError as error:
-                raise ConfigError(f"{held_out.field}{error.field[4:]}", error.value, error.remedy) from None
+                field = held_out.field + error.field.removeprefix("data")
+                raise ConfigError(field, error.value, error.remedy) from None
     if data.prompt_template is not None and "{prompt}" not in data.prompt_template:
         yield "data.prompt_template", "write {prompt} where the prompt goes"
     if data.path is not None and settings.model.path is None:
@@ -49,7 +50,8 @@ def reward_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     """Every reward that is named exists and has one weight, and rewards are normalized over more than one."""
     from rlhf_ray.rewards.registry import build_reward, built_in_names
 
-    rewards, has_own_data = settings.rewards, settings.data.path is not None or settings.data.eval_path is not None
+    rewards = settings.rewards
+    has_own_data = settings.data.path is not None or settings.data.eval_path is not None
     if has_own_data and not rewards.functions:
         yield (
             "rewards.functions",
