@@ -116,7 +116,7 @@ def _file_module(path: Path) -> ModuleType:
         try:
             spec.loader.exec_module(module)
         finally:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
         _files[name] = (written, module)
     return _files[name][1]
 
