@@ -4,9 +4,9 @@
 (c) ``shared_gpu``: runs in which replica and learner take turns on a GPU, and (d) ``two_gpus``: sequence parallelism,
 NCCL, a killed engine and tensor parallelism (gpu_runs.py).
 
-    python benchmarks/gpu.py                        # all that this machine allows; by estimate 20 minutes on one GPU
-    python benchmarks/gpu.py --learner-only         # (a), by estimate 6 minutes; needs torch 2.11 or newer and transformers
-    python benchmarks/gpu.py --tiny                 # the same code at a small size; on a CPU, what a CPU can run of it
+    python benchmarks/gpu.py                 # all that this machine allows; by estimate 20 minutes on one GPU
+    python benchmarks/gpu.py --learner-only  # (a); by estimate 6 minutes; needs torch 2.11 or newer and transformers
+    python benchmarks/gpu.py --tiny          # the same code at a small size; on a CPU, what a CPU can run of it
     python benchmarks/gpu.py --parts engine shared_gpu
 
 results/gpu.json says for each check whether it is ok, what was expected and seen, what was measured, and why it was

@@ -39,7 +39,7 @@ class Sampler:
         from transformers import AutoModelForCausalLM
 
         path = model(bench, SMALL)
-        count, group_size, self._tokens = (8, 2, 32) if bench.tiny else (64, 8, 256)
+        count, group_size, self._tokens = (8, 2, 32) if bench.tiny else (64, 8, 512)
         self.bench, self.dtype = bench, torch.bfloat16 if bench.on_gpu else torch.float32
         self.spec = spec(bench, path, group_size=group_size, groups=count, tokens=self._tokens, colocated=colocated)
         before = bench.used_gib()

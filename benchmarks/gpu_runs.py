@@ -16,6 +16,7 @@ from gpu_learner import SMALL, Weights, apart, farthest, learner, model, scores,
 from rank import rank_of
 
 from rlhf_ray import PPOConfig
+from rlhf_ray.learner.batch import SequenceBatch
 
 # Adam's steps are to change the policy by more than rounding does, or an engine with old weights would pass.
 _LR = 1e-3
@@ -171,14 +172,14 @@ def tensor_parallel(bench: Bench) -> dict[str, Any]:
 
 def sequence_parallel(bench: Bench) -> dict[str, Any]:
     """Two ranks that read slices of each sequence compute what one does, padded and packed."""
-    path, measured = model(bench, SMALL), {}
+    path, batch, measured = model(bench, SMALL), small_batch(), {}
     for kernel, dtype, score_within, update_within in (
         ("sdpa", "float32", 1e-5, 1e-3),
         ("varlen", "float32", 1e-5, 1e-3),
         *((("varlen", "bfloat16", 0.2, 0.1),) if bench.on_gpu else ()),
     ):
         name = f"{kernel}, {dtype}"
-        one, two = (_ranks(bench, size, path, kernel, dtype) for size in (1, 2))
+        one, two = (_ranks(bench, size, path, batch, kernel, dtype) for size in (1, 2))
         bench.at_most(f"{name}: log-probabilities apart", farthest(two["scores"], one["scores"]), score_within)
         bench.at_most(f"{name}: update apart", apart(two["after"], one["after"], one["before"]), update_within)
         bench.expect(f"{name}: weights that did not move", two["still"], [])
@@ -186,19 +187,20 @@ def sequence_parallel(bench: Bench) -> dict[str, Any]:
     return measured
 
 
-def _ranks(bench: Bench, size: int, path: str, kernel: str, dtype: str) -> dict[str, Any]:
+def _ranks(bench: Bench, size: int, path: str, batch: SequenceBatch, kernel: str, dtype: str) -> dict[str, Any]:
     """What the first of ``size`` ranks found that read the same sequences."""
     folder = bench.scratch / f"{size}-{kernel}-{dtype}"
     folder.mkdir()
-    torch.multiprocessing.spawn(_rank, (size, folder, bench.on_gpu, path, kernel, dtype), nprocs=size)
+    torch.multiprocessing.spawn(_rank, (size, folder, bench.on_gpu, path, batch, kernel, dtype), nprocs=size)
     found: dict[str, Any] = torch.load(folder / "found.pt")
     return found
 
 
-def _rank(number: int, size: int, folder: Path, on_gpu: bool, path: str, kernel: str, dtype: str) -> None:
+def _rank(
+    number: int, size: int, folder: Path, on_gpu: bool, path: str, batch: SequenceBatch, kernel: str, dtype: str
+) -> None:
     with rank_of(size, number, on_gpu=on_gpu, store=folder / "store"):
         rank = learner(path, on_gpu=on_gpu, dtype=dtype, attn_implementation=kernel, sequence_parallel=size)
-        batch = small_batch()
         logprobs = scores(rank, batch)
         started = time.perf_counter()
         before, after, _, still = trained(rank, batch)
