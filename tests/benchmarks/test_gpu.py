@@ -187,8 +187,8 @@ def test_an_engine_with_old_weights_is_found(bench: Any, monkeypatch: pytest.Mon
     class Algorithm:
         """Three iterations of a run, and the weights after it."""
 
-        def __init__(self, *, distance: float, weight: float) -> None:
-            learner = {"sampling_logprob_diff_max": 0.1, "sampling_logprob_diff_mean": distance, "approx_kl": 0.01}
+        def __init__(self, *, distance: float, change: float, weight: float) -> None:
+            learner = {"sampling_logprob_diff_max": 0.1, "sampling_logprob_diff_mean": distance, "approx_kl": change}
             self._results = iter([{"learner": learner | {"policy_version": n}, "timers": {}} for n in (1, 2, 3)])
             self._weight = weight
 
@@ -208,7 +208,8 @@ def test_an_engine_with_old_weights_is_found(bench: Any, monkeypatch: pytest.Mon
             pass
 
     def turns(**second: float) -> Any:
-        runs = iter([Algorithm(distance=0.001, weight=1.0), Algorithm(**{"distance": 0.001, "weight": 1.0} | second)])
+        first = {"distance": 0.001, "change": 0.1, "weight": 1.0}
+        runs = iter([Algorithm(**first), Algorithm(**first | second)])
         monkeypatch.setattr(gpu_runs.PPOConfig, "build_algo", lambda config: next(runs))
         return found(bench, "turns", gpu_runs.turns)
 
@@ -216,6 +217,7 @@ def test_an_engine_with_old_weights_is_found(bench: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(gpu_runs, "_first_weights", lambda: {"weight": torch.zeros(2)})
     assert turns()["status"] == "ok"
     assert not_ok(turns(distance=0.1)) == ["separate: mean distance of an engine's log-probabilities from learners'"]
+    assert not_ok(turns(change=0.01)) == ["separate: change of the policy by an update before the last, KL"]
     assert not_ok(turns(weight=1.0 + 1e-6)) == ["weights apart from those of separate"]
 
 
@@ -276,4 +278,3 @@ def test_two_ranks_that_read_slices(bench: Any, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, BENCHMARKS))))
     said = found(bench, "slices", gpu_runs.sequence_parallel)
     assert said["status"] == "ok", said
-    assert [each["packed"] for each in said["measured"].values()] == [False, True]
