@@ -18,6 +18,9 @@ import pytest
 import torch
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from safetensors.torch import save_file
+
+from rlhf_ray.validation import validate
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
@@ -141,6 +144,27 @@ def test_a_part_whose_process_dies_is_a_finding(bench: Any, monkeypatch: pytest.
     assert gpu.Report.failures(checks) == ["no such part: under way: the process of this part ended with 1"]
 
 
+@pytest.mark.parametrize(("status", "code"), [("ok", 0), ("skipped", 0), ("wrong", 1), ("error", 1), ("running", 1)])
+def test_the_exit_code_says_whether_a_check_failed(
+    bench: Any, monkeypatch: pytest.MonkeyPatch, status: str, code: int
+) -> None:
+    import gpu
+
+    def made(name: str, out: Path, **options: Any) -> None:
+        gpu.Report(out).note(name, "check", {"status": status, "expectations": []})
+
+    out = bench.scratch / "gpu.json"
+    monkeypatch.setattr(gpu, "run_apart", made)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny", "--parts", "engine", "--out", str(out)])
+    with pytest.raises(SystemExit) as ended:
+        gpu.main()
+    assert ended.value.code == code
+    content = json.loads(out.read_text())
+    assert content["ok"] is (code == 0)
+    assert content["machine"]["gpus"] == []
+    assert "torch" in content["versions"]
+
+
 def test_operations_of_an_update(bench: Any) -> None:
     import gpu_learner
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -179,46 +203,83 @@ def test_step_tokens_that_the_settings_do_not_ask_for_are_found(bench: Any) -> N
     assert not_ok(check(2048)) == ["max_num_batched_tokens"]
 
 
-def test_an_engine_with_old_weights_is_found(bench: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+class RecordedRun:
+    """A run of a few iterations, and the weights after it."""
+
+    def __init__(self, *, distance: float = 0.001, change: float = 0.1, weight: float = 1.0) -> None:
+        learner = {"sampling_logprob_diff_max": 0.1, "sampling_logprob_diff_mean": distance, "approx_kl": change}
+        rest = {"timers": {}, "fault_tolerance": {"replica_restarts": 1}}
+        self._results = iter([{"learner": learner | {"policy_version": n}} | rest for n in range(1, 6)])
+        self._weight = weight
+
+    def train(self) -> Any:
+        return next(self._results)
+
+    def _running(self) -> Any:
+        bridge = SimpleNamespace(places=SimpleNamespace(remote=lambda: ({"a": ("n", "0")}, {0: ("n", "0")})))
+        return SimpleNamespace(learners=SimpleNamespace(bridge=bridge))
+
+    def export_hf(self, folder: Path) -> Path:
+        folder.mkdir(exist_ok=True)
+        save_file({"weight": torch.full((2,), self._weight)}, folder / "model.safetensors")
+        return folder
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture
+def gpu_runs(bench: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The module, without Ray and engines."""
     import gpu_runs
     import ray
-    from safetensors.torch import save_file
-
-    class Algorithm:
-        """Three iterations of a run, and the weights after it."""
-
-        def __init__(self, *, distance: float, change: float, weight: float) -> None:
-            learner = {"sampling_logprob_diff_max": 0.1, "sampling_logprob_diff_mean": distance, "approx_kl": change}
-            self._results = iter([{"learner": learner | {"policy_version": n}, "timers": {}} for n in (1, 2, 3)])
-            self._weight = weight
-
-        def train(self) -> Any:
-            return next(self._results)
-
-        def _running(self) -> Any:
-            bridge = SimpleNamespace(places=SimpleNamespace(remote=lambda: ({"a": ("n", "0")}, {0: ("n", "0")})))
-            return SimpleNamespace(learners=SimpleNamespace(bridge=bridge))
-
-        def export_hf(self, folder: Path) -> Path:
-            folder.mkdir(exist_ok=True)
-            save_file({"weight": torch.full((2,), self._weight)}, folder / "model.safetensors")
-            return folder
-
-        def stop(self) -> None:
-            pass
-
-    def turns(**second: float) -> Any:
-        first = {"distance": 0.001, "change": 0.1, "weight": 1.0}
-        runs = iter([Algorithm(**first), Algorithm(**first | second)])
-        monkeypatch.setattr(gpu_runs.PPOConfig, "build_algo", lambda config: next(runs))
-        return found(bench, "turns", gpu_runs.turns)
 
     monkeypatch.setattr(ray, "get", lambda value: value)
     monkeypatch.setattr(gpu_runs, "_first_weights", lambda: {"weight": torch.zeros(2)})
+    monkeypatch.setattr(gpu_runs, "engine_process", lambda: SimpleNamespace(kill=lambda: None))
+    return gpu_runs
+
+
+def test_an_engine_with_old_weights_is_found(bench: Any, gpu_runs: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def turns(**second: float) -> Any:
+        runs = iter([RecordedRun(), RecordedRun(**second)])
+        monkeypatch.setattr(gpu_runs.PPOConfig, "build_algo", lambda config: next(runs))
+        return found(bench, "turns", gpu_runs.turns)
+
     assert turns()["status"] == "ok"
     assert not_ok(turns(distance=0.1)) == ["separate: mean distance of an engine's log-probabilities from learners'"]
     assert not_ok(turns(change=0.01)) == ["separate: change of the policy by an update before the last, KL"]
     assert not_ok(turns(weight=1.0 + 1e-6)) == ["weights apart from those of separate"]
+
+
+def test_runs_on_gpus_have_settings_that_are_allowed(
+    bench: Any, gpu_runs: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def build(config: Any) -> RecordedRun:
+        settings = config.settings
+        validate(settings)
+        rollouts, resources = settings.rollouts, settings.resources
+        asked.append((resources.device, resources.colocate, rollouts.weight_transfer, rollouts.tensor_parallel_size))
+        return RecordedRun()
+
+    monkeypatch.setattr(gpu_runs.PPOConfig, "build_algo", build)
+    bench.on_gpu = True
+    for check in (gpu_runs.turns, gpu_runs.over_nccl, gpu_runs.through_shared_memory, gpu_runs.killed_engine):
+        assert found(bench, "run", check)["status"] == "ok"
+    assert found(bench, "run", gpu_runs.tensor_parallel)["status"] == "ok"
+    # The recorded run has one pair.
+    assert not_ok(found(bench, "run", gpu_runs.two_pairs)) == ["GPUs that have a pair"]
+    assert asked == [
+        ("cuda", True, "auto", 1),
+        ("cuda", True, "ipc", 1),
+        ("cuda", False, "nccl", 1),
+        ("cuda", False, "shared_memory", 1),
+        ("cuda", False, "auto", 1),
+        ("cuda", False, "auto", 2),
+        ("cuda", True, "ipc", 1),
+    ]
 
 
 def needed_by(*names: str) -> set[str]:
