@@ -355,6 +355,7 @@ def _update(bench: Bench, *, count: int, mean: int, max_tokens: int, **changes: 
     _, offload_s = bench.timed(rank.offload)
     left_gib = float(torch.cuda.memory_allocated()) / 2**30 if bench.on_gpu else None
     _, onload_s = bench.timed(rank.onload)
+    bench.expect(f"{max_tokens} tokens: rows are packed", rank.packed, bench.on_gpu)
     flops = 2 * model_flops(rank.policy.model, batch)
     return {
         "start_s": start_s,
@@ -365,7 +366,6 @@ def _update(bench: Bench, *, count: int, mean: int, max_tokens: int, **changes: 
         "model_flops_utilization": None if bench.peak_flops is None else flops / seconds / bench.peak_flops,
         "advantage_s": figures["advantage_s"],
         "padding": figures["padding"],
-        "packed": rank.packed,
         "peak_gib": peak_gib,
         "card_gib": torch.cuda.mem_get_info()[1] / 2**30 if bench.on_gpu else None,
         "keep_state_blocks_s": blocks_s,
