@@ -1,8 +1,8 @@
 """One command on a card: whether the GPU path is right, and how fast it is.
 
 (a) ``learner``: one learner rank by itself (gpu_learner.py); (b) ``engine``: one vLLM engine by itself (gpu_engine.py);
-(c) ``shared_gpu``: runs in which replica and learner take turns on a GPU, and (d) ``two_gpus``: sequence parallelism,
-NCCL, a killed engine and tensor parallelism (gpu_runs.py).
+(c) ``shared_gpu``: runs in which replica and learner take turns on a GPU, and (d) ``two_gpus``: two such pairs, NCCL, a
+killed engine, tensor and sequence parallelism (gpu_runs.py).
 
     python benchmarks/gpu.py                 # all that this machine allows; by estimate 20 minutes on one GPU
     python benchmarks/gpu.py --learner-only  # (a); by estimate 6 minutes; needs torch 2.11 or newer and transformers

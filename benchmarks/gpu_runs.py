@@ -30,12 +30,12 @@ def shared_gpu_checks(bench: Bench) -> None:
 
 def two_gpu_checks(bench: Bench) -> None:
     """Make all checks for which each process has a GPU of its own."""
-    bench.run("sequence parallel 2", sequence_parallel, num_gpus=2 * bench.on_gpu)
     bench.run("two pairs share two GPUs", two_pairs, num_gpus=2 * bench.on_gpu)
     bench.run("publication over NCCL", over_nccl, num_gpus=2)
     bench.run("publication through shared memory", through_shared_memory, num_gpus=2)
     bench.run("an engine is killed", killed_engine, num_gpus=2 * bench.on_gpu)
     bench.run("tensor parallel 2", tensor_parallel, num_gpus=2)
+    bench.run("sequence parallel 2", sequence_parallel, num_gpus=2 * bench.on_gpu)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,12 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import gpu_learner
     from rank import one_rank
 
+    from rlhf_ray.learner import learner
+
     narrow = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
     monkeypatch.setattr(gpu_learner, "SMALL", gpu_learner.SMALL | narrow)
+    # Two threads that share a core with something else are slower than one, for models of this size.
+    monkeypatch.setattr(learner, "_num_threads", lambda spec: 1)
     report = gpu.Report(tmp_path / "gpu.json")
     report.content = {"checks": {}}
     with one_rank():
