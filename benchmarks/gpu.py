@@ -243,8 +243,9 @@ def main() -> None:
     parser.add_argument("--learner-only", action="store_true", help="--parts learner: without Ray and vLLM")
     parser.add_argument("--tiny", action="store_true", help="small models and few sequences, on a CPU too")
     parser.add_argument("--minutes", type=float, default=60.0, help="no check begins after that many")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu.json")
+    parser.add_argument("--out", type=Path, help="default: results/gpu.json; with --tiny gpu_tiny.json, here")
     given = parser.parse_args()
+    given.out = given.out or (Path("gpu_tiny.json") if given.tiny else RESULTS / "gpu.json")
     if not (torch.cuda.is_available() or given.tiny):
         parser.error("torch sees no GPU; --tiny runs the same code on the CPU")
     ends_at = time.monotonic() + 60.0 * given.minutes
