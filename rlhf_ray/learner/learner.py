@@ -261,10 +261,13 @@ class Learner:
         return self._residency.is_offloaded
 
     def offload(self) -> None:
-        """Take weights and optimizers to host memory; what the settings keep there is there already."""
+        """Take weights and optimizers to host memory; what the settings keep there is there already.
+
+        Copies of the state that wait for this are started, and read from there.
+        """
         if self.is_offloaded:
             return
-        self.wait_copied()
+        self._kept.wait_started()  # They read what is freed here, or the host memory that is used again.
         for model in self._all_models():
             reshard(model)
         tensors: list[torch.Tensor] = []
@@ -273,6 +276,7 @@ class Learner:
         if self._reference is not None and not self._spec.offload_reference and self._spec.lora is None:
             tensors += self._reference.model.parameters()
         self._residency.offload(tensors)
+        self._kept.start(self._residency.bytes_of)
 
     def onload(self) -> None:
         """Undo :meth:`offload`, bit for bit."""

@@ -87,6 +87,7 @@ def _serve(worker: _Worker, bridge: Any, rank: int, group: str, *, timeline: boo
             worker.offload()
             continue
         if command.verb == "stop":
+            worker.finish()
             ray.get(bridge.answer.remote(command.command_id, rank, None))
             return
         started = time.perf_counter()
@@ -140,7 +141,8 @@ class _Worker:
         self._spec = spec
         self._keeper: Any = None
         self._keeps_state = spec.keeps_state
-        self._kept = KeptState(2 if spec.keeps_state else 1)
+        # Where engines wait for this GPU, copies are made of what has left it.
+        self._kept = KeptState(2 if spec.keeps_state else 1, deferred=spec.colocated)
         self._to_keep: tuple[int, int | None] | None = None
         """Version of the state that is to be kept, and one that is spared."""
         if spec.keeps_state:
@@ -163,9 +165,13 @@ class _Worker:
         return not self._learner.is_offloaded
 
     def offload(self) -> None:
-        """Leave the GPU to an engine, once what is to be kept was copied."""
+        """Leave the GPU to an engine, and copy what is to be kept from host memory."""
         self._begin_to_keep()
         self._learner.offload()
+
+    def finish(self) -> None:
+        """Make the copies that wait for :meth:`offload`, which does not come any more."""
+        self._kept.wait()
 
     def execute(self, command: Command) -> Any:
         """Carry out one command and return this rank's answer."""

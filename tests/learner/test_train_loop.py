@@ -190,7 +190,7 @@ def broken_off(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(2), (mine, [3, 6])))
     monkeypatch.setattr(module._Worker, "_reach_keeper", lambda *_: None)
-    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False), Bridge(), 0)
+    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False, colocated=False), Bridge(), 0)
     worker.version = 7
     worker._kept = SimpleNamespace(versions=request.param, forget=lambda: None, paths=list)
     with pytest.raises(LearnerError, match="policy version 8: gradient not finite"):
@@ -271,7 +271,7 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs:
 def test_a_state_that_was_loaded_is_kept_when_that_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module._Worker, "_reach_keeper", lambda *_: None)
     monkeypatch.setattr(module, "Learner", Copying)
-    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False), Bridge(), 0)
+    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False, colocated=False), Bridge(), 0)
     worker._kept.begin(9, {"weight": torch.zeros(2)})
     worker._load((SimpleNamespace(local="checkpoint"), 2))
     assert [file.version for file in worker._kept._files if file.version is not None] == [2]
@@ -324,7 +324,7 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
     monkeypatch.setattr(module.torch.cuda, "empty_cache", lambda: emptied.append(len(CyclicLearner.alive)))
     CyclicLearner.found.clear()
     CyclicLearner.alive.clear()
-    spec = SimpleNamespace(keeps_state=True, on_gpu=on_gpu)
+    spec = SimpleNamespace(keeps_state=True, on_gpu=on_gpu, colocated=False)
     before = KeptState(2)
     before.begin(3, {"weight": torch.ones(2)})
     before.wait()
@@ -445,6 +445,7 @@ def test_a_rank_leaves_its_gpu_when_it_is_told_to_and_comes_back_for_a_command()
     worker = module._Worker.__new__(module._Worker)
     worker._learner, worker._bridge, worker._rank, worker.version = SharedLearner(), bridge, 1, 0
     worker._broken_off = worker._to_keep = None
+    worker._kept = KeptState()
     module._serve(worker, bridge, 1, GROUP, timeline=False)
 
     assert worker._learner.moves == ["offload", "onload", "export", "offload"]
