@@ -79,7 +79,7 @@ class _AnnounceController(ControllerCallback):  # type: ignore[misc]
     def after_controller_start(self, train_run_context: Any) -> None:
         """Runs inside the controller's own process."""
         controller = ray.get_runtime_context().current_actor
-        ray.get(self._bridge.set_controller.remote(controller))
+        self._bridge.set_controller.remote(controller)
         announce_placement_groups(self._bridge)
 
 
@@ -93,7 +93,8 @@ def announce_placement_groups(bridge: Any) -> None:
 
     def create_and_tell(self: Any, *arguments: Any) -> Any:
         handle = create(self, *arguments)
-        ray.get(bridge.set_placement_group.remote(handle.placement_group))
+        bridge.set_placement_group.remote(handle.placement_group)
+        ray.get(bridge.placement_group.remote())  # Calls of one process begin in their order.
         return handle
 
     WorkerGroup._create_placement_group = create_and_tell
