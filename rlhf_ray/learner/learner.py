@@ -69,7 +69,7 @@ from rlhf_ray.model_weights import heads
 from rlhf_ray.plugins import Plugin
 from rlhf_ray.settings import TrainingSettings
 from rlhf_ray.types import Float32Array
-from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets, staged
+from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
 if TYPE_CHECKING:
@@ -365,7 +365,7 @@ class Learner:
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
         self._check_finite("published", dtype)
         self._staged = None  # Its memory is used again.
-        self._staged = staged(self.policy.checkpoint_parameters(dtype=dtype), dtype)
+        self._staged = self.policy.stage_parameters(dtype)
 
     def weight_source(self) -> ShardedSource:
         """The policy as vLLM's trainer engines read it, again for each version."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -33,6 +34,7 @@ from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.learner.update_result import UpdateResult
 from rlhf_ray.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.settings import TrainingSettings
+from rlhf_ray.weight_sync import buckets as weight_buckets
 from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
@@ -108,9 +110,12 @@ class Wire:
     size_bytes: int
     """Of what is sent."""
     adapter_bytes: int
-    """Of the adapters, which a merge may gather in float32."""
+    """Of the matrices of adapters that a merge has to gather, in float32."""
+    staged_bytes: int
+    """What this rank took to host memory to send it later."""
     buckets: Weights
     source: Weights
+    staged: Weights
     wanted: Weights
     """Gathered in float32 and rounded then."""
 
@@ -498,11 +503,27 @@ def wire_of(folder: Path, name: str) -> Wire:
         for layout, pieces in learner.weight_buckets():
             for tensor, piece in zip(layout.tensors, pieces or (), strict=pieces is not None):
                 buckets[tensor.name] = torch.from_numpy(piece).view(getattr(torch, tensor.dtype)).view(tensor.shape)
-    source = learner.weight_source()
     with Gathers() as second:
+        source = learner.weight_source()
         given = dict(source)
-    adapters = [p.numel() for key, p in learner.policy.model.named_parameters() if ".lora_" in key]
+    # Where weights are transposed the other matrix has to be sharded anew, which gloo does by a gather.
+    matrix = ".lora_" if name.startswith("transposed") else ".lora_A."
+    adapters = [p.numel() for key, p in learner.policy.model.named_parameters() if matrix in key]
+    staged_bytes: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        on_host = weight_buckets._on_host
+
+        def counted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            copy = on_host(tensor, dtype)
+            staged_bytes.append(copy.nbytes)
+            return copy
+
+        patched.setattr(weight_buckets, "_on_host", counted)
+        learner.stage_weights()
+    assert learner._staged is not None
     return Wire(
+        staged_bytes=sum(staged_bytes),
+        staged=gathered(learner._staged()),
         gathered_bytes=[first.bytes, second.bytes],
         size_bytes=source.size_bytes(),
         adapter_bytes=4 * sum(adapters),
