@@ -428,7 +428,10 @@ class Learner:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Go back to what :meth:`state` gave, in a process with the same rank of as many."""
+        """Go back to a copy of what :meth:`state` gave, in a process with the same rank of as many.
+
+        For callers without a :class:`KeptState`; the train loop goes back to one of its own (:meth:`recall`).
+        """
         self._change()
         mine = self._named(self.state())
         for name, tensor in self._named(state).items():
