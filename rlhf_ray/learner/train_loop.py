@@ -145,6 +145,7 @@ class _Worker:
         self._to_keep: tuple[int, int | None] | None = None
         """Version of the state that is to be kept, and one that is spared."""
         self._held: list[str] = []
+        self._telling: Any = None
         if spec.keeps_state:
             self._adopt_state()
         self._learner = Learner(spec, self._kept)
@@ -289,7 +290,7 @@ class _Worker:
         finally:
             if folder.local is None:
                 shutil.rmtree(here, ignore_errors=True)
-        self._bridge.saved.remote(save_id, self._rank, answer)
+        self._telling = self._bridge.saved.remote(save_id, self._rank, answer)
 
     def _load(self, argument: tuple[Folder, int]) -> None:
         folder, version = argument
@@ -351,6 +352,9 @@ class _Worker:
                     return
                 except ray.exceptions.RayActorError:
                     time.sleep(_HOLD_AGAIN_S)
+            except ray.exceptions.ActorDiedError:
+                _LOG.info("the run has ended")
+                return
             except ray.exceptions.RayError as error:
                 _LOG.warning("the learners' state is not kept any more: %r", error)
                 return

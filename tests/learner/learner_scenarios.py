@@ -225,7 +225,9 @@ def save_models(folder: Path) -> None:
     of_another_family = Olmo2Config(**config.to_dict() | {"layer_types": None, "architectures": None})
     Olmo2ForCausalLM(of_another_family).save_pretrained(folder / "made_critic")
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "layer_types": None}
-    experts = Qwen3MoeConfig(**config.to_dict() | sizes | {"architectures": None, "tie_word_embeddings": False})
+    # Without its own model type its experts would be stored as memory has them.
+    sizes |= {"architectures": None, "tie_word_embeddings": False, "model_type": "qwen3_moe"}
+    experts = Qwen3MoeConfig(**config.to_dict() | sizes)
     Qwen3MoeForCausalLM(experts).save_pretrained(folder / "experts")
     transposed = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=1)
     GPT2LMHeadModel(transposed).save_pretrained(folder / "transposed")
