@@ -330,6 +330,17 @@ class Bridge(StateKeeper):
         """Where the ranks run, or ``None`` before they do."""
         return self._placement_group
 
+    async def end_calls(self) -> None:
+        """Answer the calls that stay open, since the run ends: Ray would tell of each that it is repeated."""
+        async with self._changed:
+            self._controller = self._placement_group = None
+            self._saved.clear()
+            if self._turns is not None:
+                self._turns.forget_engines()
+            self._changed.notify_all()
+        for replaced in self._replaced.values():
+            replaced.set()
+
     async def set_weights(self, manifest: WeightManifest, refs: list[Any]) -> None:
         """Rank 0 put a version into the object store: the newest from now on."""
         self._manifest, self._refs = manifest, refs

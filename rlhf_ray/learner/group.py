@@ -353,6 +353,7 @@ class LearnerGroup:
             ("learners", self._tell_to_stop),
             ("learners", self._abort_deaf),
             ("the learners' placement group", self._free_placement_group),
+            ("calls at the learners' bridge", lambda: ray.get(self.bridge.end_calls.remote(), timeout=_STOP_TIMEOUT_S)),
             ("the learners' bridge", lambda: ray.kill(self.bridge)),
         )
 

@@ -127,6 +127,10 @@ class Turns:
                 state.awake = True
             return not awake
 
+    def forget_engines(self) -> None:
+        """The run ends."""
+        self._engines.clear()
+
     def begin_group(self) -> None:
         """Another worker group is in the place of the one before, whose processes have ended."""
         self._ranks.clear()

@@ -562,6 +562,28 @@ def test_where_ranks_run_is_told_in_a_call_that_stays_open_until_they_run_elsewh
     run(test())
 
 
+def test_calls_that_stay_open_end_with_the_run() -> None:
+    async def test() -> None:
+        bridge = Bridge(1, 1)
+        about = {"actor": "actor", "place": ("node", "0")}
+        calls = [
+            asyncio.create_task(call)
+            for call in (
+                bridge.set_controller("handle"),
+                bridge.set_placement_group("group"),
+                bridge.saved("checkpoint", 0, {"a": FILE}),
+                bridge.attend_turns("replica", **about),
+                bridge.stay_held(0, []),
+            )
+        ]
+        await settle()
+        assert not any(call.done() for call in calls)
+        await bridge.end_calls()
+        await asyncio.wait_for(asyncio.gather(*calls), PATIENCE_S)
+
+    run(test())
+
+
 # What replicas tell, and what a renewal forgets.
 
 

@@ -25,7 +25,7 @@ class Actor:
     """Answers each call by a function, or with what it raises."""
 
     def __init__(self, **methods: Any) -> None:
-        for name, answer in methods.items():
+        for name, answer in ({"end_calls": lambda: None} | methods).items():
             setattr(self, name, SimpleNamespace(remote=lambda *arguments, answer=answer, **_: (answer, arguments)))
 
 
