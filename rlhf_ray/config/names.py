@@ -76,11 +76,15 @@ _OF_THIS: Final[Mapping[str, str]] = {
     "rewards.normalize_std": "normalise_std",
     "rewards.truncated_reward": "missing_eos_penalty",
     "learners.max_tokens_per_microbatch": "max_token_len_per_gpu micro_batch_size ppo_max_token_len_per_gpu",
-    "learners.sequence_parallel": "sequence_parallel_size ulysses_sequence_parallel_size",
+    "learners.sequence_parallel": "sequence_parallel_size ulysses ulysses_sequence_parallel_size",
     "learners.num_gpus_per_learner": "num_gpus_per_worker",
     "learners.num_learners or rollouts.num_replicas (GPUs follow from them)": "n_gpus_per_node nnodes num_gpus",
     "learners.gradient_checkpointing": "enable_gradient_checkpointing",
     "learners.compile_backend": "torch_compile use_torch_compile",
+    "resources.colocate": (
+        "colocate_all colocate_all_models colocate_policy_ref free_cache_engine hybrid_engine share_gpus sleep "
+        "vllm_enable_sleep vllm_enable_sleep_mode vllm_mode"
+    ),
     "resources.cpus_per_learner": "num_cpus_per_learner",
     "resources.cpus_per_replica": "num_cpus_per_env_runner num_cpus_per_worker",
     "model.path": "model_name model_name_or_path pretrain sft_model_path",

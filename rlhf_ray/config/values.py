@@ -19,6 +19,8 @@ from rlhf_ray.errors import ConfigError
 
 __all__ = ["check_value", "typed_value"]
 
+# What floating point still counts exactly; larger numbers overflow here and there.
+_LARGEST: Final = 2**53
 _NUMBER_TEXT: Final = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 # YAML reads these as text, which would pass for a hub id or a folder.
 _NONE_WORDS: Final = ("None", "none")
@@ -66,6 +68,8 @@ def check_value(field: str, value: Any) -> None:
     for item in value if isinstance(value, (list, tuple)) else [value]:
         if isinstance(item, str) and not item:
             raise ConfigError(field, value, "must not be empty; write a text, or leave the setting out")
+        if isinstance(item, int) and abs(item) > _LARGEST:
+            raise ConfigError(field, value, f"must be a number of at most {_LARGEST:,}")
         if isinstance(item, (int, float)) and not isinstance(item, bool) and item not in declared["bounds"]:
             of_none = re.search(r"(?:unset|null): (.+)", declared["meaning"])
             or_none = f", or None ({of_none[1]})" if of_none else ""
