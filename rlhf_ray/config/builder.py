@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 from rlhf_ray.config.checks import validate
 from rlhf_ray.config.help import document_sections
 from rlhf_ray.config.names import is_known, missing_attribute, named_settings, with_todays_names
-from rlhf_ray.config.nested import copied, sectioned
-from rlhf_ray.config.plain_values import plain_value, shown_value
+from rlhf_ray.config.nested import sectioned
+from rlhf_ray.config.plain_values import copied, plain_value, shown_value
 from rlhf_ray.config.schedule import Schedule
 from rlhf_ray.config.settings import RewardSpec, Settings, quickstart_preset
 from rlhf_ray.config.user_code import identity, load_reference, reference_to

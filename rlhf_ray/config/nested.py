@@ -1,11 +1,11 @@
-"""Nested mappings: as flat ones, in sections again, and copied."""
+"""Nested mappings as flat ones, and sections of settings back."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["copied", "flatten", "sectioned"]
+__all__ = ["flatten", "sectioned"]
 
 
 def flatten(nested: Mapping[str, Any], *, separator: str = ".", levels: int | None = 2) -> dict[str, Any]:
@@ -33,12 +33,3 @@ def sectioned(flat: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         section, _, name = field.partition(".")
         sections.setdefault(section, {})[name] = value
     return sections
-
-
-def copied(value: Any) -> Any:
-    """A copy of lists and dictionaries, at all levels, that share what else they hold."""
-    if isinstance(value, list):
-        return [copied(item) for item in value]
-    if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
-    return value

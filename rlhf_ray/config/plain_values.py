@@ -1,4 +1,4 @@
-"""Values of settings in YAML's types, where a function is ``module:function``."""
+"""Values of settings: copied, shown, and in YAML's types, where a function is ``module:function``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,18 @@ from typing import Any, Final
 from rlhf_ray.config.user_code import reference_to
 from rlhf_ray.errors import ConfigError
 
-__all__ = ["check_restorable", "plain_value", "shown_value"]
+__all__ = ["check_restorable", "copied", "plain_value", "shown_value"]
 
 _NOT_RESTORABLE: Final = "<not restorable: "
+
+
+def copied(value: Any) -> Any:
+    """A copy of lists and dictionaries, at all levels, that share what else they hold."""
+    if isinstance(value, list):
+        return [copied(item) for item in value]
+    if isinstance(value, dict):
+        return {key: copied(item) for key, item in value.items()}
+    return value
 
 
 def plain_value(value: Any) -> Any:
