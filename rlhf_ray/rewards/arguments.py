@@ -1,8 +1,9 @@
-"""Rewards, where a function is called: what it is given, what it asks for, and what it may report besides rewards."""
+"""The arguments of reward functions: what they ask for, what they are given, and what they may report with it."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ __all__ = [
     "column",
     "completion_texts",
     "own_copies",
+    "unbound",
 ]
 
 Completions: TypeAlias = Sequence[str | list[dict[str, str]]]
@@ -45,6 +47,13 @@ def column(columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:
         present = ", ".join(sorted(columns.keys() - REWARD_ARGUMENTS)) or "none"
         raise DataError(f"the reward reads the dataset column {name!r}, which is not there (columns: {present})")
     return columns[name]
+
+
+def unbound(function: Any) -> Any:
+    """The function within any number of ``functools.partial``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
 
 
 def own_copies(value: Any, count: int) -> list[Any]:
@@ -134,11 +143,11 @@ class TrainerState:
     Reading another of its attributes raises ``AttributeError``.
     """
 
-    global_step: int
+    global_step: int = 0
     """Optimizer steps that the policy had made when it was asked for the completions."""
-    max_steps: int
+    max_steps: int = 0
     """Optimizer steps of the whole run."""
-    epoch: float
+    epoch: float = 0.0
     """Prompts trained on by then / rows of the dataset."""
 
     def __getattr__(self, name: str) -> Any:

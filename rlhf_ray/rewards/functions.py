@@ -1,4 +1,4 @@
-"""Rewards, before a run starts: what ``rewards.functions`` names becomes checked, weighted callables."""
+"""What ``rewards.functions`` names becomes checked, weighted callables."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
 from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardFunction, RewardSettings, RewardSpec
-from rlhf_ray.config.user_code import bound_arguments, load_reference, nearest
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.rewards.arguments import Parameters
-from rlhf_ray.rewards.registry import build_reward, is_factory
+from rlhf_ray.config.user_code import bound_arguments, load_reference
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.rewards.arguments import Parameters, unbound
+from rlhf_ray.rewards.registry import RowCheck, build_reward, check_known_arguments, is_factory
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
+from rlhf_ray.untrusted_text import shortened
 
-__all__ = ["NamedReward", "resolve_rewards", "reward_models"]
+__all__ = ["NamedReward", "resolve_rewards", "reward_models", "row_check"]
 
 DEFAULT_REWARD = "rlhf_ray.quickstart.task:reward"
 """Scores the quickstart task; used where no function is named."""
@@ -78,6 +79,30 @@ def reward_models(settings: RewardSettings) -> tuple[RewardModelReward, ...]:
     return tuple(found)
 
 
+def row_check(rewards: Sequence[NamedReward]) -> RowCheck:
+    """One check of a row: by the parameters of each reward function, and by the ``check_row`` of each that has one.
+
+    It raises ``DataError``, with the name of the reward function, whatever a ``check_row`` raises.
+    """
+    parameters = {reward.name: Parameters.of(reward.function) for reward in rewards}
+    checks = {reward.name: getattr(unbound(reward.function), "check_row", None) for reward in rewards}
+
+    def check_row(row: Mapping[str, Any]) -> None:
+        for name, own in parameters.items():
+            own.check_bound(name, row)
+            own.check_required(name, row)
+        for name, check in checks.items():
+            try:
+                if check is not None:
+                    check(row)
+            except DataError as error:
+                raise DataError(f"{name}: {error}") from error
+            except Exception as error:  # It is the user's code.
+                raise DataError(f"{name}: check_row raised {type(error).__name__}: {shortened(error)}") from error
+
+    return check_row
+
+
 def _resolve(spec: RewardSpec, field: str) -> RewardFunction:
     if isinstance(spec, str):
         function = _from_name(spec, {}, field, spec)
@@ -103,14 +128,9 @@ def _from_name(name: str, arguments: Mapping[str, Any], field: str, value: objec
 
 
 def _bind(function: RewardFunction, arguments: Mapping[str, Any], field: str, value: object) -> RewardFunction:
-    parameters = inspect.signature(function).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for argument in arguments:
-        if argument not in parameters and not takes_any:
-            remedy = f"the function takes no {argument!r}{nearest(argument, parameters)} (all: {', '.join(parameters)})"
-            raise ConfigError(field, value, remedy)
-        if argument in bound_arguments(function):
-            raise ConfigError(field, value, f"the function has a value for {argument!r} already: leave it out")
+    check_known_arguments("the function", inspect.signature(function).parameters, arguments, field=field, value=value)
+    if taken := sorted(bound_arguments(function).intersection(arguments)):
+        raise ConfigError(field, value, f"the function has a value for {taken[0]!r} already: leave it out")
     return functools.partial(function, **arguments)
 
 
@@ -134,8 +154,7 @@ def _check_signature(function: object, field: str, value: object) -> None:
 
 
 def _name_of(function: RewardFunction) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = unbound(function)
     if isinstance(function, RewardModelReward):
         return "reward_model"
     name = getattr(function, "__name__", None) or type(function).__name__
