@@ -15,7 +15,6 @@ from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.pickling import deserialize, serialize
 from rlhf_ray.rewards import resolve_rewards
-from rlhf_ray.rewards.pool import serialize_rewards
 
 ELSEWHERE = """
 import sys
@@ -41,7 +40,7 @@ def test_a_function_of_a_lone_file_travels_with_what_it_uses(tmp_path: Path) -> 
         "def score(*, completion_ids, **columns):\n    return [SCALE * count(ids) for ids in completion_ids]\n"
     )
     rewards = resolve_rewards(RewardSettings(functions=[f"{path}:score"], weights=[0.5]))
-    (payload,) = serialize_rewards(rewards)
+    (payload,) = [reward.serialized() for reward in rewards]
     path.unlink()
     assert call_elsewhere(payload) == "score 0.5 [6.0]"
 
@@ -51,7 +50,7 @@ def test_closures_and_built_ins_travel() -> None:
     rewards = resolve_rewards(
         RewardSettings(functions=[lambda *, completion_ids, **columns: [scale * len(completion_ids[0])], "length"])
     )
-    payloads = serialize_rewards(rewards)
+    payloads = [reward.serialized() for reward in rewards]
     assert call_elsewhere(payloads[0]) == "lambda 1.0 [9.0]"
     assert call_elsewhere(payloads[1]) == "length 1.0 [-0.003]"
 
@@ -60,7 +59,7 @@ def test_packing_leaves_no_module_marked() -> None:
     from ray import cloudpickle
 
     before = cloudpickle.list_registry_pickle_by_value()
-    serialize_rewards(resolve_rewards(RewardSettings(functions=[lambda **columns: [1.0]])))
+    [reward.serialized() for reward in resolve_rewards(RewardSettings(functions=[lambda **columns: [1.0]]))]
     assert cloudpickle.list_registry_pickle_by_value() == before
 
 
@@ -76,7 +75,7 @@ def test_threads_may_pack_the_same_lone_file_at_once(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(pickling.cloudpickle, "dumps", slow_dumps)
     with ThreadPoolExecutor(4) as threads:
-        packed = list(threads.map(lambda _: serialize_rewards(rewards), range(8)))
+        packed = list(threads.map(lambda _: [reward.serialized() for reward in rewards], range(8)))
     assert len(packed) == 8
     assert len({len(payload) for (payload,) in packed}) == 1, "one names the file instead of carrying it"
 
@@ -89,7 +88,7 @@ def test_what_cannot_travel_is_refused_by_name() -> None:
             return [1.0]
 
     with pytest.raises(ConfigError, match=r"guarded.*cannot be sent to a reward worker.*lock"):
-        serialize_rewards(resolve_rewards(RewardSettings(functions=["length", guarded])))
+        [reward.serialized() for reward in resolve_rewards(RewardSettings(functions=["length", guarded]))]
 
 
 def test_other_values_come_back() -> None:
@@ -98,7 +97,7 @@ def test_other_values_come_back() -> None:
 
 def test_rewards_come_back_in_order() -> None:
     rewards = resolve_rewards(RewardSettings(functions=["length", "gsm8k"], weights=[1, 2]))
-    assert [(r.name, r.weight) for r in map(deserialize, serialize_rewards(rewards))] == [
+    assert [(r.name, r.weight) for r in map(deserialize, [reward.serialized() for reward in rewards])] == [
         ("length", 1.0),
         ("gsm8k", 2.0),
     ]
@@ -111,5 +110,5 @@ def test_modules_are_found_where_this_process_finds_them(tmp_path: Path, monkeyp
     text = "from .scale import SCALE\n\ndef score(*, completion_ids, **_):\n    return [SCALE * len(completion_ids)]\n"
     (tmp_path / "judges" / "best.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (payload,) = serialize_rewards(resolve_rewards(RewardSettings(functions=["judges.best:score"])))
+    (payload,) = [reward.serialized() for reward in resolve_rewards(RewardSettings(functions=["judges.best:score"]))]
     assert call_elsewhere(payload) == "score 1.0 [2.0]"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -58,18 +58,7 @@ def unbound(function: Any) -> Any:
 
 def own_copies(value: Any, count: int) -> list[Any]:
     """``[count]`` copies of ``value`` that share nothing that can be edited; numbers and strings are not copied."""
-    return [value] * count if type(value) in _IMMUTABLE else [_own(value) for _ in range(count)]
-
-
-def _own(value: Any) -> Any:
-    kind = type(value)
-    if kind in _IMMUTABLE:
-        return value
-    if kind is list:
-        return [_own(item) for item in value]
-    if kind is dict:
-        return {key: _own(item) for key, item in value.items()}
-    return copy.deepcopy(value)
+    return [value if type(value) in _IMMUTABLE else copy.deepcopy(value) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,32 +97,6 @@ class Parameters:
     def takes(self, name: str) -> bool:
         """Whether an argument of that name can be passed."""
         return self.takes_any or name in self.names
-
-    def check_bound(self, reward: str, columns: Collection[str]) -> None:
-        """Check that no column replaces an argument.
-
-        Raises:
-            DataError: One has the name of an argument that has a value already.
-        """
-        for name in sorted(self.bound.intersection(columns)):
-            raise DataError(
-                f"the reward {reward!r} is given {name!r} in rewards.functions, and the dataset has a column {name!r} "
-                "too, which would replace it: rename one of them"
-            )
-
-    def check_required(self, reward: str, columns: Collection[str]) -> None:
-        """Check that the columns are there without which the function cannot be called.
-
-        Raises:
-            DataError: One is missing.
-        """
-        for name in self.required:
-            if name not in columns:
-                raise DataError(
-                    f"the reward {reward!r} needs the column {name!r}, which is not there (columns: "
-                    f"{', '.join(sorted(columns)) or 'none'}; besides columns a reward may take "
-                    f"{', '.join(sorted(REWARD_ARGUMENTS))})"
-                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
@@ -32,12 +32,77 @@ class NamedReward:
     """Unique among a run's reward functions."""
     weight: float
     function: RewardFunction
+    parameters: Parameters = field(init=False, compare=False, repr=False)
+    """What the function can be called with."""
+
+    def __post_init__(self) -> None:
+        """Read the function's signature."""
+        object.__setattr__(self, "parameters", Parameters.of(self.function))
 
     @property
     def is_async(self) -> bool:
         """Whether calling the function gives a coroutine, so that several calls can share a worker."""
         call = getattr(self.function, "__call__", None)  # noqa: B004  (the method itself is wanted)
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+
+    def check_bound(self, columns: Collection[str]) -> None:
+        """Check that no column replaces an argument.
+
+        Raises:
+            DataError: One has the name of an argument that has a value already.
+        """
+        if taken := sorted(self.parameters.bound.intersection(columns)):
+            raise DataError(
+                f"the reward {self.name!r} is given {taken[0]!r} in rewards.functions, and the dataset has a column "
+                f"{taken[0]!r} too, which would replace it: rename one of them"
+            )
+
+    def check_required(self, columns: Collection[str]) -> None:
+        """Check that the columns are there without which the function cannot be called.
+
+        Raises:
+            DataError: One is missing.
+        """
+        if missing := [name for name in self.parameters.required if name not in columns]:
+            raise DataError(
+                f"the reward {self.name!r} needs the column {missing[0]!r}, which is not there (columns: "
+                f"{', '.join(sorted(columns)) or 'none'}; besides columns a reward may take "
+                f"{', '.join(sorted(REWARD_ARGUMENTS))})"
+            )
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Check a dataset row, by the function's parameters and by its own ``check_row``, if it has one.
+
+        Raises:
+            DataError: The function cannot use the row, or its ``check_row`` raised something.
+        """
+        self.check_bound(row)
+        self.check_required(row)
+        check: RowCheck | None = getattr(unbound(self.function), "check_row", None)
+        try:
+            if check is not None:
+                check(row)
+        except DataError as error:
+            raise DataError(f"{self.name}: {error}") from error
+        except Exception as error:  # It is the user's code.
+            raise DataError(f"{self.name}: check_row raised {type(error).__name__}: {shortened(error)}") from error
+
+    def serialized(self) -> bytes:
+        """For another process, code of a lone file or a notebook included.
+
+        Raises:
+            ConfigError: The function holds something that cannot be sent.
+        """
+        from rlhf_ray.pickling import serialize  # Imports Ray.
+
+        try:
+            return serialize(self, defined_by=self.function)
+        except Exception as error:  # Pickling runs the __reduce__ of whatever the function holds.
+            raise ConfigError(
+                "rewards.functions",
+                self.name,
+                f"cannot be sent to a reward worker ({type(error).__name__}: {error}); make what it holds inside it",
+            ) from error
 
 
 def resolve_rewards(settings: RewardSettings) -> tuple[NamedReward, ...]:
@@ -51,14 +116,15 @@ def resolve_rewards(settings: RewardSettings) -> tuple[NamedReward, ...]:
         ConfigError: Something of this is missing, misspelled, or cannot be called as rewards are; or the weights do
             not fit the functions.
     """
-    if isinstance(settings.functions, (str, Mapping)) or not isinstance(settings.functions, Sequence):
-        raise ConfigError("rewards.functions", settings.functions, "must be a list of reward functions")
     specs: Sequence[RewardSpec] = settings.functions or [DEFAULT_REWARD]
     functions = [_resolve(spec, f"rewards.functions[{index}]") for index, spec in enumerate(specs)]
     names = _unique([_name_of(function) for function in functions])
-    weights = _checked_weights(settings.weights, len(functions))
+    weights = settings.weights or [1.0] * len(functions)
+    for index, weight in enumerate(weights):
+        if not math.isfinite(weight):
+            raise ConfigError(f"rewards.weights[{index}]", weight, "must be a finite number")
     return tuple(
-        NamedReward(name=name, weight=weight, function=function)
+        NamedReward(name=name, weight=float(weight), function=function)
         for name, weight, function in zip(names, weights, functions, strict=True)
     )
 
@@ -80,25 +146,11 @@ def reward_models(settings: RewardSettings) -> tuple[RewardModelReward, ...]:
 
 
 def row_check(rewards: Sequence[NamedReward]) -> RowCheck:
-    """One check of a row: by the parameters of each reward function, and by the ``check_row`` of each that has one.
-
-    It raises ``DataError``, with the name of the reward function, whatever a ``check_row`` raises.
-    """
-    parameters = {reward.name: Parameters.of(reward.function) for reward in rewards}
-    checks = {reward.name: getattr(unbound(reward.function), "check_row", None) for reward in rewards}
+    """One check of a row, by all rewards."""
 
     def check_row(row: Mapping[str, Any]) -> None:
-        for name, own in parameters.items():
-            own.check_bound(name, row)
-            own.check_required(name, row)
-        for name, check in checks.items():
-            try:
-                if check is not None:
-                    check(row)
-            except DataError as error:
-                raise DataError(f"{name}: {error}") from error
-            except Exception as error:  # It is the user's code.
-                raise DataError(f"{name}: check_row raised {type(error).__name__}: {shortened(error)}") from error
+        for reward in rewards:
+            reward.check_row(row)
 
     return check_row
 
@@ -170,14 +222,3 @@ def _unique(names: Sequence[str]) -> list[str]:
             candidate = f"{name}_{count}"
         taken.append(candidate)
     return taken[1:]
-
-
-def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    if weights is None:
-        return [1.0] * count
-    if len(weights) != count:
-        raise ConfigError("rewards.weights", weights, f"needs one weight for each of the {count} reward functions")
-    for index, weight in enumerate(weights):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ConfigError(f"rewards.weights[{index}]", weight, "must be a finite number")
-    return [float(weight) for weight in weights]

@@ -6,9 +6,9 @@ import asyncio
 import inspect
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardFunction
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.tokenizer import decoded
-from rlhf_ray.rewards.arguments import CallLog, Parameters, TrainerState, own_copies, unbound
+from rlhf_ray.rewards.arguments import CallLog, TrainerState, own_copies, unbound
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.types import Float32Array, RolloutGroup, ScoredGroup
 from rlhf_ray.untrusted_text import shortened
@@ -101,7 +101,6 @@ class RewardScorer:
 
     def __init__(self, rewards: Sequence[NamedReward], tokenizer: Tokenizer) -> None:
         self._rewards = tuple(rewards)
-        self._parameters = {reward.name: Parameters.of(reward.function) for reward in rewards}
         self._tokenizer = tokenizer
 
     async def score(self, group: RolloutGroup) -> ScoredGroup:
@@ -148,7 +147,7 @@ class RewardScorer:
         return answers | {name: task.result() for name, task in running.items()}
 
     async def _answer(self, reward: NamedReward, given: _Given, log: CallLog) -> Float64Array:
-        arguments = given.arguments(reward.name, self._parameters[reward.name], log)
+        arguments = given.arguments(reward, log)
         try:
             answer = reward.function(**arguments)
             if inspect.isawaitable(answer):
@@ -183,17 +182,17 @@ class _Given:
         texts = tuple(decoded(tokenizer, own) for own in ids)
         return cls(group=group, tokenizer=tokenizer, token_ids=ids, texts=texts, trainer_state=state)
 
-    def arguments(self, name: str, parameters: Parameters, log: CallLog) -> dict[str, Any]:
-        """Those that the function takes, all its own: what it edits is seen by nothing else.
+    def arguments(self, reward: NamedReward, log: CallLog) -> dict[str, Any]:
+        """Those that a function takes, all its own: what it edits is seen by nothing else.
 
         Raises:
             DataError: A column has the name of an argument that settings gave a value.
             ScoringError: The row lacks a column that the function needs.
         """
         prompt, count = self.group.prompt, len(self.texts)
-        parameters.check_bound(name, prompt.columns)
+        reward.check_bound(prompt.columns)
         try:
-            parameters.check_required(name, prompt.columns)
+            reward.check_required(prompt.columns)
         except DataError as error:  # Of this row, where the first rows of the dataset have the column.
             raise ScoringError("raised", str(error)) from error
         makers: dict[str, Callable[[], Any]] = {
@@ -203,12 +202,11 @@ class _Given:
             "trainer_state": lambda: self.trainer_state,
             "log_extra": lambda: log.log_extra,
             "log_metric": lambda: log.log_metric,
+            **{name: partial(own_copies, value, count) for name, value in prompt.columns.items()},
         }
-        if "completions_with_special_tokens" in parameters.names:  # Not for **columns: it is decoded once more.
+        if "completions_with_special_tokens" in reward.parameters.names:  # Not for **columns: it is decoded once more.
             makers["completions_with_special_tokens"] = lambda: self._as_completions(self._texts_with_special_tokens())
-        arguments = {key: make() for key, make in makers.items() if parameters.takes(key)}
-        columns = {key: value for key, value in prompt.columns.items() if parameters.takes(key)}
-        return arguments | {key: own_copies(value, count) for key, value in columns.items()}
+        return {name: make() for name, make in makers.items() if reward.parameters.takes(name)}
 
     def _as_completions(self, texts: Sequence[str]) -> list[Any]:
         """For a string prompt a completion is its text, for a chat a list with one assistant message."""
@@ -224,11 +222,11 @@ class _Given:
 
 def logged_means(groups: Iterable[ScoredGroup]) -> dict[str, dict[str, float]]:
     """Reward function -> metric -> mean over all calls that logged it."""
-    values: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    values: dict[str, dict[str, list[float]]] = {}
     for scored in groups:
         for name, metrics in scored.logged.items():
             for metric, calls in metrics.items():
-                values[name][metric].extend(calls)
+                values.setdefault(name, {}).setdefault(metric, []).extend(calls)
     return {name: {key: float(np.mean(calls)) for key, calls in metrics.items()} for name, metrics in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""Reward workers, each in a Ray actor: rollout groups in, scores or failures out."""
+"""Reward workers, each in a Ray actor: rollout groups in; scores, or what is wrong with them, out."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from rlhf_ray.prompts.tokenizer import decoded
 from rlhf_ray.rewards.arguments import TrainerState
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
-from rlhf_ray.rewards.scoring import RewardScorer, Scores, ScoringError, Tokenizer
-from rlhf_ray.types import RewardFailure, RolloutGroup
+from rlhf_ray.rewards.scoring import RewardScorer, Scores, ScoringError, Tokenizer, checked_answer
+from rlhf_ray.types import RolloutGroup
 
 if TYPE_CHECKING:
     from rlhf_ray.rewards.reward_model.model import RewardModel
@@ -47,10 +47,10 @@ class SequentialRewardWorker:
     def ready(self) -> None:
         """Answer once the worker is ready."""
 
-    def work(self, requests: Sequence[ScoringRequest]) -> list[Scores | RewardFailure]:
-        """Score the first groups, those that ``LONG_CALL_S`` allows; a failure is an answer, no exception."""
+    def work(self, requests: Sequence[ScoringRequest]) -> list[Scores | ScoringError]:
+        """Score the first groups, those that ``LONG_CALL_S`` allows; an error is an answer, not raised."""
         started = time.perf_counter()
-        outcomes: list[Scores | RewardFailure] = []
+        outcomes: list[Scores | ScoringError] = []
         for request in requests:
             outcomes.append(self._loop.run_until_complete(_score(self._scorer, request)))
             if time.perf_counter() - started > LONG_CALL_S:
@@ -67,8 +67,8 @@ class ConcurrentRewardWorker:
     async def ready(self) -> None:
         """Answer once the worker is ready."""
 
-    async def work(self, requests: Sequence[ScoringRequest]) -> list[Scores | RewardFailure]:
-        """Score groups at once; a failure is an answer, not an exception."""
+    async def work(self, requests: Sequence[ScoringRequest]) -> list[Scores | ScoringError]:
+        """Score groups at once; an error is an answer, not raised."""
         return list(await asyncio.gather(*(_score(self._scorer, request) for request in requests)))
 
 
@@ -100,8 +100,8 @@ class RewardModelWorker:
         """
         self._model()
 
-    def work(self, requests: Sequence[ScoringRequest]) -> list[Scores | RewardFailure]:
-        """Score groups; a failure is an answer, no exception."""
+    def work(self, requests: Sequence[ScoringRequest]) -> list[Scores | ScoringError]:
+        """Score groups; an error is an answer, not raised."""
         started = time.perf_counter()
         groups = [group for group, _ in requests]
         texts = [
@@ -109,14 +109,14 @@ class RewardModelWorker:
             for group in groups
         ]
         encoded = [self._encoded(group, own) for group, own in zip(groups, texts, strict=True)]
-        usable = [sequences for sequences in encoded if not isinstance(sequences, RewardFailure)]
+        usable = [sequences for sequences in encoded if not isinstance(sequences, ScoringError)]
         values = iter(self._model().scores([sequence for sequences in usable for sequence in sequences]))
         seconds = time.perf_counter() - started
         return [
             sequences
-            if isinstance(sequences, RewardFailure)
-            else self._outcome(group, own, np.array([next(values) for _ in sequences]), seconds)
-            for group, own, sequences in zip(groups, texts, encoded, strict=True)
+            if isinstance(sequences, ScoringError)
+            else self._scores([next(values) for _ in own], own, seconds)
+            for own, sequences in zip(texts, encoded, strict=True)
         ]
 
     def _model(self) -> RewardModel:
@@ -126,20 +126,18 @@ class RewardModelWorker:
             self._loaded = RewardModel(self._reward, device=self._device)
         return self._loaded
 
-    def _encoded(self, group: RolloutGroup, texts: tuple[str, ...]) -> list[list[int]] | RewardFailure:
+    def _encoded(self, group: RolloutGroup, texts: tuple[str, ...]) -> list[list[int]] | ScoringError:
         try:
             return self._model().encoded([group.prompt.text] * len(texts), texts)
         except DataError as error:
-            return RewardFailure(group_id=group.group_id, kind="raised", message=f"{self._name}: {error}")
+            return ScoringError("raised", f"{self._name}: {error}")
 
-    def _outcome(
-        self, group: RolloutGroup, texts: tuple[str, ...], values: np.ndarray, seconds: float
-    ) -> Scores | RewardFailure:
-        unusable = np.flatnonzero(~np.isfinite(values))
-        if unusable.size:
-            message = f"{self._name} scored completion {unusable[0]} as {values[unusable[0]]}"
-            return RewardFailure(group_id=group.group_id, kind="not_finite", message=message)
-        return Scores(values={self._name: values.astype(np.float64)}, texts=texts, reward_s=seconds)
+    def _scores(self, values: list[np.float32], texts: tuple[str, ...], seconds: float) -> Scores | ScoringError:
+        try:
+            checked = checked_answer(values, self._name, len(texts))
+        except ScoringError as error:
+            return error
+        return Scores(values={self._name: checked}, texts=texts, reward_s=seconds)
 
 
 def load_tokenizer(source: str | bytes, trust_remote_code: bool) -> Tokenizer:
@@ -157,9 +155,8 @@ def _scorer(rewards: Sequence[bytes], tokenizer: str | bytes, trust_remote_code:
     return RewardScorer(named, load_tokenizer(tokenizer, trust_remote_code))
 
 
-async def _score(scorer: RewardScorer, request: ScoringRequest) -> Scores | RewardFailure:
-    group, state = request
+async def _score(scorer: RewardScorer, request: ScoringRequest) -> Scores | ScoringError:
     try:
-        return await scorer.scores(group, state)
+        return await scorer.scores(*request)
     except ScoringError as error:
-        return RewardFailure(group_id=group.group_id, kind=error.kind, message=error.message)
+        return error

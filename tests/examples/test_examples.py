@@ -253,10 +253,9 @@ def test_the_custom_rewards_by_hand(custom_reward: ModuleType) -> None:
 
 def test_the_custom_run_is_valid_and_its_functions_reach_the_workers(custom_reward: ModuleType) -> None:
     from rlhf_ray.pickling import deserialize
-    from rlhf_ray.rewards.pool import serialize_rewards
 
     config = custom_reward.config().validate()
-    rewards = [deserialize(one) for one in serialize_rewards(resolve_rewards(config.settings.rewards))]
+    rewards = [deserialize(one.serialized()) for one in resolve_rewards(config.settings.rewards)]
     assert [(reward.name, reward.weight) for reward in rewards] == [("correct", 1.0), ("near", 0.2)]
     arguments = {"prompts": ["1+1="], "completions": ["3"], "completion_ids": [[51]], "answer": ["2"]}
     assert [reward.function(**arguments) for reward in rewards] == [[0.0], [0.95]]

@@ -255,25 +255,12 @@ def test_a_function_may_name_a_part_of_the_arguments() -> None:
     assert resolve(exact)[0].function is exact
 
 
-@pytest.mark.parametrize("functions", ["gsm8k", {"name": "gsm8k"}, reward])
-def test_functions_must_be_a_list(functions: Any) -> None:
-    with pytest.raises(ConfigError, match="must be a list") as caught:
-        resolve_rewards(RewardSettings(functions=functions))
-    assert caught.value.field == "rewards.functions"
-
-
 def test_weights() -> None:
     assert [named.weight for named in resolve(reward, "gsm8k", weights=[2, -0.5])] == [2.0, -0.5]
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 1.0, 1.0], []])
-def test_one_weight_a_function(weights: list[float]) -> None:
-    with pytest.raises(ConfigError, match=r"rewards\.weights .*each of the 2"):
-        resolve(reward, "gsm8k", weights=weights)
-
-
-@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "1", True, None])
-def test_weights_are_finite_numbers(weight: Any) -> None:
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_are_finite_numbers(weight: float) -> None:
     with pytest.raises(ConfigError, match=r"rewards\.weights\[1\] = .*finite number"):
         resolve(reward, "gsm8k", weights=[1.0, weight])
 

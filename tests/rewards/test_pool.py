@@ -21,6 +21,7 @@ import ray
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError, DataError, RewardError
 from rlhf_ray.rewards import RewardPool, math_equivalence
+from rlhf_ray.rewards import pool as module
 from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.pool import MAX_GROUPS_PER_CALL
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
@@ -40,7 +41,6 @@ def pool_of(
         num_cpus=num_cpus,
         trust_remote_code=False,
         on_gpu=False,
-        startup_timeout_s=300.0 if num_cpus < 1 else 0.5,
     )
 
 
@@ -221,7 +221,7 @@ def test_a_hanging_function_is_killed_and_its_worker_replaced(
     words = ["hang", "pid", "fine"]
     take_seconds(pool, seconds)
     # Sent together they hang together, and then each is sent by itself.
-    with replaced(pool, *((2,) if seconds < 1 else (1,))):
+    with replaced(pool, *((1, 2) if seconds < 1 else (1,))):
         failure, after, fine = score_all(pool, [group_of([word], group_id=i) for i, word in enumerate(words)])
     assert failure.kind == "timeout"
     assert failure.group_id == 0
@@ -508,7 +508,8 @@ def test_wrong_settings_fail_before_anything_starts(tokenizer: Any) -> None:
         pool_of("no_such_reward", tokenizer=tokenizer)
 
 
-def test_a_worker_that_finds_no_cpu_says_so(cluster: None, tokenizer: Any) -> None:
+def test_a_worker_that_finds_no_cpu_says_so(cluster: None, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STARTUP_TIMEOUT_S", 0.5)
     with pytest.raises(RewardError, match=r"did not start in 0\.5 s.*cpus_per_reward_worker"):
         pool_of("length", tokenizer=tokenizer, num_cpus=1e6).start()
 
