@@ -22,7 +22,16 @@ from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.types import Float32Array, RolloutGroup, ScoredGroup
 from rlhf_ray.untrusted_text import shortened
 
-__all__ = ["RewardScorer", "Scores", "ScoringError", "Tokenizer", "logged_means", "scored_group"]
+__all__ = [
+    "RewardScorer",
+    "Scores",
+    "ScoringError",
+    "Tokenizer",
+    "checked_answer",
+    "decoded_texts",
+    "logged_means",
+    "scored_group",
+]
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -119,7 +128,7 @@ class RewardScorer:
             group: What is scored.
             state: ``trainer_state`` of the functions; unset: 0 everywhere.
         """
-        given = _Given.of(group, self._tokenizer, state or TrainerState())
+        given = _Given(group, self._tokenizer, state or TrainerState())
         logs = {reward.name: CallLog(len(given.texts)) for reward in self._rewards}
         start = time.perf_counter()
         values = await self._answers(given, logs)
@@ -159,28 +168,21 @@ class RewardScorer:
         return checked_answer(answer, reward.name, len(given.texts))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Given:
-    """What the reward functions of a group are called with, in TRL's form."""
+    """What the reward functions of a group are called with, in TRL's form.
 
-    group: RolloutGroup
-    tokenizer: Tokenizer
-    token_ids: tuple[list[int], ...]
-    texts: tuple[str, ...]
-    trainer_state: TrainerState
+    Raises:
+        DataError: A dataset column has the name of an argument that every function receives.
+    """
 
-    @classmethod
-    def of(cls, group: RolloutGroup, tokenizer: Tokenizer, state: TrainerState) -> _Given:
-        """Decode the completions.
-
-        Raises:
-            DataError: A dataset column has the name of an argument that every function receives.
-        """
+    def __init__(self, group: RolloutGroup, tokenizer: Tokenizer, state: TrainerState) -> None:
         if taken := sorted(REWARD_ARGUMENTS & group.prompt.columns.keys()):
             raise DataError(f"the dataset column {taken[0]!r} has the name of a reward argument: rename the column")
-        ids = tuple(completion.token_ids.tolist() for completion in group.trajectories)
-        texts = tuple(decoded(tokenizer, own) for own in ids)
-        return cls(group=group, tokenizer=tokenizer, token_ids=ids, texts=texts, trainer_state=state)
+        self.texts = decoded_texts(group, tokenizer)
+        self._prompt = group.prompt
+        self._tokenizer = tokenizer
+        self._token_ids = [completion.token_ids.tolist() for completion in group.trajectories]
+        self._state = state
 
     def arguments(self, reward: NamedReward, log: CallLog) -> dict[str, Any]:
         """Those that a function takes, all its own: what it edits is seen by nothing else.
@@ -189,7 +191,7 @@ class _Given:
             DataError: A column has the name of an argument that settings gave a value.
             ScoringError: The row lacks a column that the function needs.
         """
-        prompt, count = self.group.prompt, len(self.texts)
+        prompt, count = self._prompt, len(self.texts)
         reward.check_bound(prompt.columns)
         try:
             reward.check_required(prompt.columns)
@@ -198,8 +200,8 @@ class _Given:
         makers: dict[str, Callable[[], Any]] = {
             "prompts": lambda: own_copies(prompt.text, count),
             "completions": lambda: self._as_completions(self.texts),
-            "completion_ids": lambda: [list(ids) for ids in self.token_ids],
-            "trainer_state": lambda: self.trainer_state,
+            "completion_ids": lambda: [list(ids) for ids in self._token_ids],
+            "trainer_state": lambda: self._state,
             "log_extra": lambda: log.log_extra,
             "log_metric": lambda: log.log_metric,
             **{name: partial(own_copies, value, count) for name, value in prompt.columns.items()},
@@ -210,14 +212,19 @@ class _Given:
 
     def _as_completions(self, texts: Sequence[str]) -> list[Any]:
         """For a string prompt a completion is its text, for a chat a list with one assistant message."""
-        if isinstance(self.group.prompt.text, str):
+        if isinstance(self._prompt.text, str):
             return list(texts)
         return [[{"role": "assistant", "content": text}] for text in texts]
 
     def _texts_with_special_tokens(self) -> list[str]:
-        ends = {getattr(self.tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
-        bare = (ids[:-1] if ids and ids[-1] in ends else ids for ids in self.token_ids)
-        return [decoded(self.tokenizer, ids, skip_special_tokens=False) for ids in bare]
+        ends = {getattr(self._tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
+        bare = (ids[:-1] if ids and ids[-1] in ends else ids for ids in self._token_ids)
+        return [decoded(self._tokenizer, ids, skip_special_tokens=False) for ids in bare]
+
+
+def decoded_texts(group: RolloutGroup, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """``[G]``, special tokens left out."""
+    return tuple(decoded(tokenizer, completion.token_ids.tolist()) for completion in group.trajectories)
 
 
 def logged_means(groups: Iterable[ScoredGroup]) -> dict[str, dict[str, float]]:

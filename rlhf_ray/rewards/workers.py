@@ -12,11 +12,10 @@ import numpy as np
 from rlhf_ray.actor_pool import LONG_CALL_S
 from rlhf_ray.errors import DataError
 from rlhf_ray.pickling import deserialize
-from rlhf_ray.prompts.tokenizer import decoded
 from rlhf_ray.rewards.arguments import TrainerState
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
-from rlhf_ray.rewards.scoring import RewardScorer, Scores, ScoringError, Tokenizer, checked_answer
+from rlhf_ray.rewards.scoring import RewardScorer, Scores, ScoringError, Tokenizer, checked_answer, decoded_texts
 from rlhf_ray.types import RolloutGroup
 
 if TYPE_CHECKING:
@@ -104,10 +103,7 @@ class RewardModelWorker:
         """Score groups; an error is an answer, not raised."""
         started = time.perf_counter()
         groups = [group for group, _ in requests]
-        texts = [
-            tuple(decoded(self._tokenizer, completion.token_ids.tolist()) for completion in group.trajectories)
-            for group in groups
-        ]
+        texts = [decoded_texts(group, self._tokenizer) for group in groups]
         encoded = [self._encoded(group, own) for group, own in zip(groups, texts, strict=True)]
         usable = [sequences for sequences in encoded if not isinstance(sequences, ScoringError)]
         values = iter(self._model().scores([sequence for sequences in usable for sequence in sequences]))

@@ -195,7 +195,7 @@ def test_a_tokenizer_is_loaded_from_its_folder(cluster: None, group_of: GroupOf,
     assert outcome.texts == ("one",)
 
 
-def test_failures_are_never_zero(pool: RewardPool, group_of: GroupOf) -> None:
+def test_failures_are_counted_and_never_zero(pool: RewardPool, group_of: GroupOf) -> None:
     kinds = {
         "raise": "raised",
         "short": "wrong_length",
