@@ -60,7 +60,7 @@ def _module_names(value: object) -> set[str]:
 
 
 def _importable(module_name: str) -> bool:
-    """Whether a fresh process with this one's path could import the module: not one loaded from a lone file."""
+    """Whether a fresh process with this one's path could import the module: not one that was loaded from a file."""
     top = module_name.partition(".")[0]
     finders = [finder for finder in sys.meta_path if hasattr(finder, "find_spec")]
     return any(finder.find_spec(top, None) is not None for finder in finders)

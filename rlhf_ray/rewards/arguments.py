@@ -81,7 +81,7 @@ class Parameters:
         """Read a function, a method, a callable object or a ``functools.partial``."""
         try:
             parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError):  # Some callables written in C do not tell their signature.
+        except (TypeError, ValueError):  # Some callables written in C have no signature.
             nothing: frozenset[str] = frozenset()
             return cls(names=nothing, takes_any=True, required=(), positional_only=(), bound=nothing)
         needed = [item for item in parameters if item.default is item.empty]
@@ -114,7 +114,7 @@ class TrainerState:
     """Prompts trained on by then / rows of the dataset."""
 
     def __getattr__(self, name: str) -> Any:
-        """Name what there is."""
+        """Name the attributes that exist."""
         raise AttributeError(f"trainer_state has global_step, max_steps and epoch here, and no {name!r}")
 
 

@@ -88,7 +88,7 @@ class NamedReward:
             raise DataError(f"{self.name}: check_row raised {type(error).__name__}: {shortened(error)}") from error
 
     def serialized(self) -> bytes:
-        """For another process, code of a lone file or a notebook included.
+        """As bytes for another process, including code that cannot be imported there (of a notebook, of a single file).
 
         Raises:
             ConfigError: The function holds something that cannot be sent.
@@ -176,10 +176,8 @@ def _from_name(name: str, arguments: Mapping[str, Any], field: str, value: objec
             raise ConfigError(field, value, f"say which function of the file: '{name}:function'")
         return build_reward(name, arguments, field=field, value=value)
     function = load_reference(name, field=field, value=value)
-    return _bind(function, arguments, field, value) if arguments else function
-
-
-def _bind(function: RewardFunction, arguments: Mapping[str, Any], field: str, value: object) -> RewardFunction:
+    if not arguments:
+        return function
     check_known_arguments("the function", inspect.signature(function).parameters, arguments, field=field, value=value)
     if taken := sorted(bound_arguments(function).intersection(arguments)):
         raise ConfigError(field, value, f"the function has a value for {taken[0]!r} already: leave it out")

@@ -28,7 +28,7 @@ __all__ = ["RewardPool"]
 CONCURRENT_GROUPS = 16
 """Groups that one worker scores at once when all functions are async."""
 CALL_S = 0.05
-"""Groups that functions are expected to score within so many seconds go to a worker in one call of a millisecond."""
+"""Groups that functions are expected to score within so many seconds share a call, which costs a millisecond."""
 MAX_GROUPS_PER_CALL = 64
 STARTUP_TIMEOUT_S = 300.0
 """Longest wait for workers of functions to start."""
@@ -50,7 +50,7 @@ class RewardPool:
         num_cpus: CPUs that Ray reserves for an actor.
         trust_remote_code: Run code that ships with the tokenizer.
         on_gpu: Whether the run is on GPUs.
-        tokenizer: A tokenizer to send along instead of loading ``tokenizer_path``.
+        tokenizer: A tokenizer to send instead of loading ``tokenizer_path``.
 
     Raises:
         ConfigError: A reward or weight is wrong.

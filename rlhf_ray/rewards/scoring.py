@@ -126,7 +126,7 @@ class RewardScorer:
 
         Args:
             group: What is scored.
-            state: ``trainer_state`` of the functions; unset: 0 everywhere.
+            state: ``trainer_state`` of the functions; unset: all zeros.
         """
         given = _Given(group, self._tokenizer, state or TrainerState())
         logs = {reward.name: CallLog(len(given.texts)) for reward in self._rewards}

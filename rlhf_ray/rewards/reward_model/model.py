@@ -158,7 +158,7 @@ def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Yield the indices of each batch, longest sequences first.
 
     A batch of ``n`` sequences of at most ``T`` tokens costs ``n * T`` tokens, padding included; that is at most
-    ``max_tokens``, but for a sequence that is longer alone.
+    ``max_tokens``, except for a single sequence that is longer.
     """
     order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
     batch: list[int] = []
@@ -202,7 +202,7 @@ def _load(reward: RewardModelReward, device: str) -> PreTrainedModel:
         reason = next(iter(str(error).strip().splitlines()), "")
         remedy = f"the model cannot be loaded ({type(error).__name__}: {reason})"
         raise ConfigError("reward_model.path", reward.path, remedy) from error
-    # transformers would go on with random numbers in place of what the files lack.
+    # transformers would continue with random numbers in place of what the files lack.
     if absent := sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}):
         remedy = f"the folder lacks weights of a trained reward model ({', '.join(absent[:3])}); name one that has them"
         raise ConfigError("reward_model.path", reward.path, remedy)
