@@ -270,12 +270,34 @@ class ActorPool(Generic[Item, Answer]):
 
     async def _call(self, worker: _Worker, batch: list[_Request[Item, Answer]], slots: int) -> None:
         """One call of a worker, which gets its slots back afterward."""
+        spec, lane = self._spec, worker.lane
+        others = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
+        # The last item of a call may begin as late as that, and has its whole time then.
+        limit_s = spec.timeout_s + (LONG_CALL_S if others else 0.0)
+        began = False
         try:
-            # The last try of an item is for a worker that lives: several may have died together while they were idle.
-            if batch[0].isolated and not await self._is_alive(worker):
+            if batch[0].isolated:
+                # Its last try is for a worker that lives: several may have died together while they were idle.
+                await asyncio.wait_for(worker.actor.ready.remote(), spec.timeout_s)
+            began, started = True, time.perf_counter()
+            with self._spans.during(lane, self._describe(batch[0].item) + others):
+                work = worker.actor.work.remote([request.item for request in batch])
+                answers: Sequence[Answer] = await asyncio.wait_for(work, limit_s)
+            self._answered(batch, answers, time.perf_counter() - started)
+        except RayTaskError as error:
+            self._ended_badly(batch, "raised", f"{lane} raised {shortened(error, 1000)}", error)
+        except (RayError, TimeoutError) as error:
+            blameless, late = worker.killed or not began, isinstance(error, TimeoutError)
+            worker.killed = worker.killed or late
+            self._replace(worker)
+            if blameless:
                 self._requeue(batch)
+            elif late:
+                message = f"no answer after {spec.timeout_s:g} s ({spec.timeout_setting}); {lane} was killed"
+                self._ended_badly(batch, "timeout", message, error)
             else:
-                await self._work(worker, batch)
+                message = f"{lane} died at the second try: {shortened(error, 1000)}"
+                self._ended_badly(batch, "worker_died", message, error)
         except asyncio.CancelledError:  # By stop().
             self._requeue(batch)
             raise
@@ -285,48 +307,15 @@ class ActorPool(Generic[Item, Answer]):
             worker.slots_free += slots
             self._dispatch()
 
-    async def _is_alive(self, worker: _Worker) -> bool:
-        try:
-            await asyncio.wait_for(worker.actor.ready.remote(), self._spec.timeout_s)
-        except (RayError, TimeoutError):
-            self._replace(worker)
-            return False
-        return True
-
-    async def _work(self, worker: _Worker, batch: list[_Request[Item, Answer]]) -> None:
-        spec, lane = self._spec, worker.lane
-        # The last item of a call may begin as late as that, and has its whole time then.
-        limit_s = spec.timeout_s + (LONG_CALL_S if len(batch) > 1 else 0.0)
-        others = f" and {len(batch) - 1} more" if len(batch) > 1 else ""
-        started = time.perf_counter()
-        try:
-            with self._spans.during(lane, self._describe(batch[0].item) + others):
-                work = worker.actor.work.remote([request.item for request in batch])
-                answers: Sequence[Answer] = await asyncio.wait_for(work, limit_s)
-        except RayTaskError as error:
-            self._ended_badly(batch, "raised", f"{lane} raised {shortened(error, 1000)}", error)
-        except TimeoutError as error:
-            worker.killed = True
-            self._replace(worker)
-            message = f"no answer after {spec.timeout_s:g} s ({spec.timeout_setting}); {lane} was killed"
-            self._ended_badly(batch, "timeout", message, error)
-        except RayError as error:
-            if worker.killed:
-                self._requeue(batch)
-            else:
-                self._replace(worker)
-                self._ended_badly(
-                    batch, "worker_died", f"{lane} died at the second try: {shortened(error, 1000)}", error
-                )
-        else:
-            seconds = (time.perf_counter() - started) / len(answers)
-            # Slower at once, faster step by step: a call must not become long by surprise.
-            known = seconds if self._item_s == math.inf else self._item_s
-            self._item_s = max(seconds, 0.5 * (seconds + known))
-            for request, answer in zip(batch, answers, strict=False):
-                if not request.answer.done():
-                    request.answer.set_result(answer)
-            self._requeue(batch[len(answers) :])
+    def _answered(self, batch: list[_Request[Item, Answer]], answers: Sequence[Answer], seconds: float) -> None:
+        item_s = seconds / len(answers)
+        # Slower at once, faster step by step: a call must not become long by surprise.
+        known = item_s if self._item_s == math.inf else self._item_s
+        self._item_s = max(item_s, 0.5 * (item_s + known))
+        for request, answer in zip(batch, answers, strict=False):
+            if not request.answer.done():
+                request.answer.set_result(answer)
+        self._requeue(batch[len(answers) :])
 
     def _ended_badly(
         self, batch: list[_Request[Item, Answer]], kind: FailureKind, message: str, cause: Exception

@@ -400,13 +400,6 @@ def test_stop_ends_every_wait(cluster: None, tokenizer: Any, group_of: GroupOf) 
     pool.stop()
 
 
-def test_a_pool_that_was_stopped_does_not_start(tokenizer: Any) -> None:
-    pool = pool_of(behave, tokenizer=tokenizer)
-    pool.stop()
-    with pytest.raises(RewardError, match="the reward worker pool is stopped"):
-        pool.start()
-
-
 def test_a_start_ends_when_the_pool_is_stopped(cluster: None, tokenizer: Any) -> None:
     pool = pool_of(behave, tokenizer=tokenizer, num_workers=40)  # More than there are CPUs for.
     stopping = [threading.Timer(seconds, pool.stop) for seconds in (1.0, 1.0, 1.1)]
@@ -491,16 +484,6 @@ class Judge:
     def __call__(self, **columns: Any) -> list[float]:
         self._gone.touch()
         os._exit(1)
-
-
-def test_score_needs_a_started_pool(tokenizer: Any, group_of: GroupOf) -> None:
-    with pytest.raises(RewardError, match="not started"):
-        asyncio.run(pool_of("length", tokenizer=tokenizer).score(group_of()))
-
-
-def test_a_pool_starts_once(pool: RewardPool) -> None:
-    with pytest.raises(RewardError, match="started before"):
-        pool.start()
 
 
 def test_wrong_settings_fail_before_anything_starts(tokenizer: Any) -> None:
