@@ -98,7 +98,7 @@ def test_many_groups_at_once_a_death_in_between_and_nothing_left(
     prefix = f"run-{os.urandom(3).hex()}"
     with model_started(tokenizer, model_path, run_id=prefix, max_tokens_per_batch=256) as pool:
         first = score_all(pool, groups)
-        assert 1 < len(pool.take_spans()) < len(groups)
+        assert len(pool.take_spans()) < len(groups)  # Groups share calls.
         ray.kill(actors(pool)[0])
         second = score_all(pool, groups)
         assert pool.workers_replaced == 1
