@@ -70,7 +70,7 @@ def _texts_in(value: Any) -> Iterator[str]:
             yield from _texts_in(item)
 
 
-# Not user_code.py's importer: that leaves a file's module in sys.modules, for shipping.py; here it must not stay there.
+# Not user_code.py's importer: that leaves a file's module in sys.modules, for pickling.py; here it must not stay there.
 def _imported(field: str, reference: str) -> Any:
     origin, colon, name = reference.rpartition(":")
     if not colon or not origin or not name:
