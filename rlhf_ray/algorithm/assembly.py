@@ -33,18 +33,17 @@ from rlhf_ray.models.config import (
     check_vocabulary,
     load_model_config,
 )
+from rlhf_ray.pickling import serialize
 from rlhf_ray.prompts.evaluation_prompts import check_prompts, load_prompts
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.arguments import TrainingProgress
-from rlhf_ray.rewards.functions import resolve_rewards
-from rlhf_ray.rewards.registry import row_check
+from rlhf_ray.rewards.functions import resolve_rewards, row_check
+from rlhf_ray.rewards.pool import RewardPool
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
-from rlhf_ray.rewards.shipping import pack
-from rlhf_ray.rewards.stage import RewardStage, reward_stage
 from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
@@ -97,7 +96,7 @@ class Parts:
     prompts: PromptStream
     learners: LearnerGroup
     app: RolloutApp
-    rewards: RewardStage
+    rewards: RewardPool
     controller: RolloutController
     publications: Publications
 
@@ -235,7 +234,7 @@ def _started_parts(
     begun.append(("learners", learners.stop))
     app = _rollout_app(settings, inputs, run_id, learners.bridge, session)
     begun.append(("rollout replicas", app.stop))
-    rewards = reward_stage(
+    rewards = RewardPool(
         settings.rewards,
         run_id=run_id,
         tokenizer_path=inputs.tokenizer_path,
@@ -330,7 +329,7 @@ def training_sampling(settings: Settings) -> SamplingSettings:
 
 
 def _wait(
-    learners: LearnerGroup, app: RolloutApp, rewards: RewardStage, reporters: ReporterSet, *, in_turn: bool
+    learners: LearnerGroup, app: RolloutApp, rewards: RewardPool, reporters: ReporterSet, *, in_turn: bool
 ) -> None:
     """Wait for all three; the first that fails ends the wait for the others."""
     stopped = threading.Event()
@@ -466,7 +465,7 @@ def _portable(plugin: Plugin) -> Plugin:
     """The plug-in with a function of the user's pickled, code of a lone file or a notebook included."""
     if not callable(plugin.function):
         return plugin
-    return replace(plugin, function=pack(plugin.function, defined_by=plugin.function))
+    return replace(plugin, function=serialize(plugin.function, defined_by=plugin.function))
 
 
 def _portable_tokenizer(settings: Settings, inputs: Inputs) -> Any:

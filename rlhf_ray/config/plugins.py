@@ -97,9 +97,9 @@ class Plugin:
         """The same with the function itself, as the process that calls it needs it."""
         function = self.function
         if isinstance(function, bytes):
-            from rlhf_ray.rewards.shipping import unpack
+            from rlhf_ray.pickling import deserialize
 
-            function = cast("Callable[..., Any]", unpack(function))
+            function = cast("Callable[..., Any]", deserialize(function))
         if isinstance(function, str):
             function = load_reference(function, field=self.name, value=function)
         return replace(self, function=function)

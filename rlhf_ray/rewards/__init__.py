@@ -1,4 +1,4 @@
-"""Rewards, step three of the loop: rollout groups in, scored groups out.
+"""Rewards: rollout groups in, scored groups out.
 
 ``resolve_rewards`` turns settings into functions, ``RewardScorer`` scores one group with them, and ``RewardPool`` does
 so on Ray actors with a time limit. The built-in rewards are factories: ``gsm8k(last_number=True)`` is a function.
@@ -6,6 +6,7 @@ so on Ray actors with a time limit. The built-in rewards are factories: ``gsm8k(
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.rewards.builtin.exact_match import exact_match
@@ -35,15 +36,11 @@ __all__ = [
     "resolve_rewards",
 ]
 
+# What needs Ray or NumPy is imported when it is first asked for.
+_LATER = {"RewardPool": "rlhf_ray.rewards.pool", "RewardScorer": "rlhf_ray.rewards.scoring"}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what needs Ray or NumPy when it is first asked for."""
-    if name == "RewardPool":
-        from rlhf_ray.rewards.pool import RewardPool
-
-        return RewardPool
-    if name == "RewardScorer":
-        from rlhf_ray.rewards.scoring import RewardScorer
-
-        return RewardScorer
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATER[name]), name)

@@ -1,10 +1,11 @@
-"""Rewards, where a function is called: what it is given, what it asks for, and what it may report besides rewards."""
+"""The arguments of reward functions: what they ask for, what they are given, and what they may report with it."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -21,6 +22,7 @@ __all__ = [
     "column",
     "completion_texts",
     "own_copies",
+    "unbound",
 ]
 
 Completions: TypeAlias = Sequence[str | list[dict[str, str]]]
@@ -47,20 +49,16 @@ def column(columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:
     return columns[name]
 
 
+def unbound(function: Any) -> Any:
+    """The function within any number of ``functools.partial``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
 def own_copies(value: Any, count: int) -> list[Any]:
     """``[count]`` copies of ``value`` that share nothing that can be edited; numbers and strings are not copied."""
-    return [value] * count if type(value) in _IMMUTABLE else [_own(value) for _ in range(count)]
-
-
-def _own(value: Any) -> Any:
-    kind = type(value)
-    if kind in _IMMUTABLE:
-        return value
-    if kind is list:
-        return [_own(item) for item in value]
-    if kind is dict:
-        return {key: _own(item) for key, item in value.items()}
-    return copy.deepcopy(value)
+    return [value if type(value) in _IMMUTABLE else copy.deepcopy(value) for _ in range(count)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +81,7 @@ class Parameters:
         """Read a function, a method, a callable object or a ``functools.partial``."""
         try:
             parameters = inspect.signature(function).parameters.values()
-        except (TypeError, ValueError):  # Some callables written in C do not tell their signature.
+        except (TypeError, ValueError):  # Some callables written in C have no signature.
             nothing: frozenset[str] = frozenset()
             return cls(names=nothing, takes_any=True, required=(), positional_only=(), bound=nothing)
         needed = [item for item in parameters if item.default is item.empty]
@@ -100,32 +98,6 @@ class Parameters:
         """Whether an argument of that name can be passed."""
         return self.takes_any or name in self.names
 
-    def check_bound(self, reward: str, columns: Collection[str]) -> None:
-        """Check that no column replaces an argument.
-
-        Raises:
-            DataError: One has the name of an argument that has a value already.
-        """
-        for name in sorted(self.bound.intersection(columns)):
-            raise DataError(
-                f"the reward {reward!r} is given {name!r} in rewards.functions, and the dataset has a column {name!r} "
-                "too, which would replace it: rename one of them"
-            )
-
-    def check_required(self, reward: str, columns: Collection[str]) -> None:
-        """Check that the columns are there without which the function cannot be called.
-
-        Raises:
-            DataError: One is missing.
-        """
-        for name in self.required:
-            if name not in columns:
-                raise DataError(
-                    f"the reward {reward!r} needs the column {name!r}, which is not there (columns: "
-                    f"{', '.join(sorted(columns)) or 'none'}; besides columns a reward may take "
-                    f"{', '.join(sorted(REWARD_ARGUMENTS))})"
-                )
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainerState:
@@ -134,15 +106,15 @@ class TrainerState:
     Reading another of its attributes raises ``AttributeError``.
     """
 
-    global_step: int
+    global_step: int = 0
     """Optimizer steps that the policy had made when it was asked for the completions."""
-    max_steps: int
+    max_steps: int = 0
     """Optimizer steps of the whole run."""
-    epoch: float
+    epoch: float = 0.0
     """Prompts trained on by then / rows of the dataset."""
 
     def __getattr__(self, name: str) -> Any:
-        """Name what there is."""
+        """Name the attributes that exist."""
         raise AttributeError(f"trainer_state has global_step, max_steps and epoch here, and no {name!r}")
 
 

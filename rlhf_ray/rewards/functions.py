@@ -1,23 +1,24 @@
-"""Rewards, before a run starts: what ``rewards.functions`` names becomes checked, weighted callables."""
+"""What ``rewards.functions`` names becomes checked, weighted callables."""
 
 from __future__ import annotations
 
 import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
 from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardFunction, RewardSettings, RewardSpec
-from rlhf_ray.config.user_code import bound_arguments, load_reference, nearest
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.rewards.arguments import Parameters
-from rlhf_ray.rewards.registry import build_reward, is_factory
+from rlhf_ray.config.user_code import bound_arguments, load_reference
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.rewards.arguments import Parameters, unbound
+from rlhf_ray.rewards.registry import RowCheck, build_reward, check_known_arguments, is_factory
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
+from rlhf_ray.untrusted_text import shortened
 
-__all__ = ["NamedReward", "resolve_rewards", "reward_models"]
+__all__ = ["NamedReward", "resolve_rewards", "reward_models", "row_check"]
 
 DEFAULT_REWARD = "rlhf_ray.quickstart.task:reward"
 """Scores the quickstart task; used where no function is named."""
@@ -31,12 +32,77 @@ class NamedReward:
     """Unique among a run's reward functions."""
     weight: float
     function: RewardFunction
+    parameters: Parameters = field(init=False, compare=False, repr=False)
+    """What the function can be called with."""
+
+    def __post_init__(self) -> None:
+        """Read the function's signature."""
+        object.__setattr__(self, "parameters", Parameters.of(self.function))
 
     @property
     def is_async(self) -> bool:
         """Whether calling the function gives a coroutine, so that several calls can share a worker."""
         call = getattr(self.function, "__call__", None)  # noqa: B004  (the method itself is wanted)
         return inspect.iscoroutinefunction(self.function) or inspect.iscoroutinefunction(call)
+
+    def check_bound(self, columns: Collection[str]) -> None:
+        """Check that no column replaces an argument.
+
+        Raises:
+            DataError: One has the name of an argument that has a value already.
+        """
+        if taken := sorted(self.parameters.bound.intersection(columns)):
+            raise DataError(
+                f"the reward {self.name!r} is given {taken[0]!r} in rewards.functions, and the dataset has a column "
+                f"{taken[0]!r} too, which would replace it: rename one of them"
+            )
+
+    def check_required(self, columns: Collection[str]) -> None:
+        """Check that the columns are there without which the function cannot be called.
+
+        Raises:
+            DataError: One is missing.
+        """
+        if missing := [name for name in self.parameters.required if name not in columns]:
+            raise DataError(
+                f"the reward {self.name!r} needs the column {missing[0]!r}, which is not there (columns: "
+                f"{', '.join(sorted(columns)) or 'none'}; besides columns a reward may take "
+                f"{', '.join(sorted(REWARD_ARGUMENTS))})"
+            )
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Check a dataset row, by the function's parameters and by its own ``check_row``, if it has one.
+
+        Raises:
+            DataError: The function cannot use the row, or its ``check_row`` raised something.
+        """
+        self.check_bound(row)
+        self.check_required(row)
+        check: RowCheck | None = getattr(unbound(self.function), "check_row", None)
+        try:
+            if check is not None:
+                check(row)
+        except DataError as error:
+            raise DataError(f"{self.name}: {error}") from error
+        except Exception as error:  # It is the user's code.
+            raise DataError(f"{self.name}: check_row raised {type(error).__name__}: {shortened(error)}") from error
+
+    def serialized(self) -> bytes:
+        """As bytes for another process, including code that cannot be imported there (of a notebook, of a single file).
+
+        Raises:
+            ConfigError: The function holds something that cannot be sent.
+        """
+        from rlhf_ray.pickling import serialize  # Imports Ray.
+
+        try:
+            return serialize(self, defined_by=self.function)
+        except Exception as error:  # Pickling runs the __reduce__ of whatever the function holds.
+            raise ConfigError(
+                "rewards.functions",
+                self.name,
+                f"cannot be sent to a reward worker ({type(error).__name__}: {error}); make what it holds inside it",
+            ) from error
 
 
 def resolve_rewards(settings: RewardSettings) -> tuple[NamedReward, ...]:
@@ -50,14 +116,15 @@ def resolve_rewards(settings: RewardSettings) -> tuple[NamedReward, ...]:
         ConfigError: Something of this is missing, misspelled, or cannot be called as rewards are; or the weights do
             not fit the functions.
     """
-    if isinstance(settings.functions, (str, Mapping)) or not isinstance(settings.functions, Sequence):
-        raise ConfigError("rewards.functions", settings.functions, "must be a list of reward functions")
     specs: Sequence[RewardSpec] = settings.functions or [DEFAULT_REWARD]
     functions = [_resolve(spec, f"rewards.functions[{index}]") for index, spec in enumerate(specs)]
     names = _unique([_name_of(function) for function in functions])
-    weights = _checked_weights(settings.weights, len(functions))
+    weights = settings.weights or [1.0] * len(functions)
+    for index, weight in enumerate(weights):
+        if not math.isfinite(weight):
+            raise ConfigError(f"rewards.weights[{index}]", weight, "must be a finite number")
     return tuple(
-        NamedReward(name=name, weight=weight, function=function)
+        NamedReward(name=name, weight=float(weight), function=function)
         for name, weight, function in zip(names, weights, functions, strict=True)
     )
 
@@ -76,6 +143,16 @@ def reward_models(settings: RewardSettings) -> tuple[RewardModelReward, ...]:
             assert isinstance(model, RewardModelReward)
             found.append(model)
     return tuple(found)
+
+
+def row_check(rewards: Sequence[NamedReward]) -> RowCheck:
+    """One check of a row, by all rewards."""
+
+    def check_row(row: Mapping[str, Any]) -> None:
+        for reward in rewards:
+            reward.check_row(row)
+
+    return check_row
 
 
 def _resolve(spec: RewardSpec, field: str) -> RewardFunction:
@@ -99,18 +176,11 @@ def _from_name(name: str, arguments: Mapping[str, Any], field: str, value: objec
             raise ConfigError(field, value, f"say which function of the file: '{name}:function'")
         return build_reward(name, arguments, field=field, value=value)
     function = load_reference(name, field=field, value=value)
-    return _bind(function, arguments, field, value) if arguments else function
-
-
-def _bind(function: RewardFunction, arguments: Mapping[str, Any], field: str, value: object) -> RewardFunction:
-    parameters = inspect.signature(function).parameters
-    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    for argument in arguments:
-        if argument not in parameters and not takes_any:
-            remedy = f"the function takes no {argument!r}{nearest(argument, parameters)} (all: {', '.join(parameters)})"
-            raise ConfigError(field, value, remedy)
-        if argument in bound_arguments(function):
-            raise ConfigError(field, value, f"the function has a value for {argument!r} already: leave it out")
+    if not arguments:
+        return function
+    check_known_arguments("the function", inspect.signature(function).parameters, arguments, field=field, value=value)
+    if taken := sorted(bound_arguments(function).intersection(arguments)):
+        raise ConfigError(field, value, f"the function has a value for {taken[0]!r} already: leave it out")
     return functools.partial(function, **arguments)
 
 
@@ -134,8 +204,7 @@ def _check_signature(function: object, field: str, value: object) -> None:
 
 
 def _name_of(function: RewardFunction) -> str:
-    while isinstance(function, functools.partial):
-        function = function.func
+    function = unbound(function)
     if isinstance(function, RewardModelReward):
         return "reward_model"
     name = getattr(function, "__name__", None) or type(function).__name__
@@ -151,14 +220,3 @@ def _unique(names: Sequence[str]) -> list[str]:
             candidate = f"{name}_{count}"
         taken.append(candidate)
     return taken[1:]
-
-
-def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
-    if weights is None:
-        return [1.0] * count
-    if len(weights) != count:
-        raise ConfigError("rewards.weights", weights, f"needs one weight for each of the {count} reward functions")
-    for index, weight in enumerate(weights):
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not math.isfinite(weight):
-            raise ConfigError(f"rewards.weights[{index}]", weight, "must be a finite number")
-    return [float(weight) for weight in weights]

@@ -1,30 +1,25 @@
-"""Rewards, before a run starts: the built-in reward functions, by the name that settings use."""
+"""The built-in reward functions, by the name that settings use."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import NoneType
-from typing import TYPE_CHECKING, Any, Literal, ParamSpec, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, ParamSpec, TypeAlias, get_args, get_origin, get_type_hints
 
 from rlhf_ray.config.settings import RewardFunction
 from rlhf_ray.config.user_code import nearest
-from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.rewards.arguments import Parameters
-from rlhf_ray.untrusted_text import shortened
-
-if TYPE_CHECKING:
-    from rlhf_ray.rewards.functions import NamedReward
+from rlhf_ray.errors import ConfigError
 
 __all__ = [
     "RowCheck",
     "build_reward",
     "built_in",
     "built_in_names",
+    "check_known_arguments",
     "is_factory",
     "register",
-    "row_check",
     "with_row_check",
 ]
 
@@ -101,49 +96,28 @@ def with_row_check(reward: Callable[..., list[float]], check: RowCheck) -> Rewar
     return reward
 
 
-def row_check(rewards: Sequence[NamedReward]) -> RowCheck:
-    """One check of a row: by the parameters of each reward function, and by the ``check_row`` of each that has one.
+def check_known_arguments(
+    name: str, parameters: Mapping[str, inspect.Parameter], arguments: Mapping[str, Any], *, field: str, value: object
+) -> None:
+    """Check that a function called ``name`` takes all of ``arguments``.
 
-    It raises ``DataError``, with the name of the reward function, whatever a ``check_row`` raises.
+    Raises:
+        ConfigError: It does not take one.
     """
-    checks = {reward.name: check for reward in rewards if (check := _check_row(reward.function)) is not None}
-
-    parameters = {reward.name: Parameters.of(reward.function) for reward in rewards}
-
-    def check_row(row: Mapping[str, Any]) -> None:
-        for name, own in parameters.items():
-            own.check_bound(name, row)
-            own.check_required(name, row)
-        for name, check in checks.items():
-            try:
-                check(row)
-            except DataError as error:
-                raise DataError(f"{name}: {error}") from error
-            except Exception as error:  # It is the user's code.
-                raise DataError(f"{name}: check_row raised {type(error).__name__}: {shortened(error)}") from error
-
-    return check_row
-
-
-def _check_row(function: RewardFunction) -> RowCheck | None:
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "check_row", None)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    for argument in arguments:
+        if argument not in parameters and not takes_any:
+            known = f"{nearest(str(argument), parameters)} (all: {', '.join(parameters)})"
+            raise ConfigError(field, value, f"{name} takes no argument {argument!r}{known}")
 
 
 def _check_arguments(
     name: str, factory: Callable[..., RewardFunction], arguments: Mapping[str, Any], *, field: str, value: object
 ) -> None:
     parameters = inspect.signature(factory).parameters
+    check_known_arguments(name, parameters, arguments, field=field, value=value)
     hints = get_type_hints(factory)
     for argument, given in arguments.items():
-        if argument not in parameters:
-            raise ConfigError(
-                field,
-                value,
-                f"{name} takes no argument {argument!r}{nearest(str(argument), parameters)} "
-                f"(all: {', '.join(parameters)})",
-            )
         if not _has_type(given, hints[argument]):
             wanted = " or ".join(_type_names(hints[argument]))
             raise ConfigError(field, value, f"{name}'s {argument} must be {wanted}, not {type(given).__name__}")

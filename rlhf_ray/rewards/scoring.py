@@ -1,18 +1,14 @@
-"""Rewards, step three of the loop: one rollout group in, its checked and weighted rewards out.
-
-Plain Python: the Ray actors in ``worker.py`` only construct a :class:`RewardScorer` and forward to it.
-"""
+"""Scores rollout groups: calls reward functions, checks what they answer, and adds it up by weight."""
 
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
 import time
 import traceback
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -21,12 +17,21 @@ import numpy.typing as npt
 from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardFunction
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.tokenizer import decoded
-from rlhf_ray.rewards.arguments import CallLog, Parameters, TrainerState, TrainingProgress, own_copies
+from rlhf_ray.rewards.arguments import CallLog, TrainerState, own_copies, unbound
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.types import Float32Array, RolloutGroup, ScoredGroup
 from rlhf_ray.untrusted_text import shortened
 
-__all__ = ["RewardScorer", "Scores", "ScoringError", "Tokenizer", "logged_means"]
+__all__ = [
+    "RewardScorer",
+    "Scores",
+    "ScoringError",
+    "Tokenizer",
+    "checked_answer",
+    "decoded_texts",
+    "logged_means",
+    "scored_group",
+]
 
 Float64Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -55,12 +60,10 @@ class ScoringError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """What a ``ScoredGroup`` adds to its group: all that travels back from a reward worker."""
+    """What one worker found of a group."""
 
-    rewards: Float32Array
-    """``[G]``"""
-    rewards_by_function: Mapping[str, Float32Array]
-    """Name -> ``[G]``, NaN where the function answered ``None``."""
+    values: Mapping[str, Float64Array]
+    """Name of a reward -> ``[G]``, NaN where the function answered ``None``."""
     texts: tuple[str, ...]
     """``[G]``"""
     reward_s: float
@@ -69,43 +72,45 @@ class Scores:
     """As a ``ScoredGroup`` has it, like ``extras``."""
     extras: Mapping[str, Sequence[Any]] = field(default_factory=dict)
 
-    def of(self, group: RolloutGroup) -> ScoredGroup:
-        """The scored group."""
-        return ScoredGroup(
-            group=group,
-            rewards=self.rewards,
-            rewards_by_function=self.rewards_by_function,
-            texts=self.texts,
-            reward_s=self.reward_s,
-            logged=self.logged,
-            extras=self.extras,
-        )
+
+def scored_group(group: RolloutGroup, rewards: Sequence[NamedReward], scores: Sequence[Scores]) -> ScoredGroup:
+    """Add up what workers found of a group.
+
+    Args:
+        group: The group.
+        rewards: All rewards of the run.
+        scores: ``[workers]``, in which each reward is once.
+
+    Raises:
+        ScoringError: No reward applies to some completion, or a sum leaves float32's range.
+    """
+    found = {name: values for one in scores for name, values in one.values.items()}
+    values = {reward.name: found[reward.name] for reward in rewards}
+    return ScoredGroup(
+        group=group,
+        rewards=weighted_sum(list(values.values()), [reward.weight for reward in rewards]),
+        rewards_by_function={name: of_reward.astype(np.float32) for name, of_reward in values.items()},
+        texts=scores[0].texts,
+        reward_s=max(one.reward_s for one in scores),
+        logged={name: metrics for one in scores for name, metrics in one.logged.items()},
+        extras={name: column for one in scores for name, column in one.extras.items()},
+    )
 
 
 class RewardScorer:
-    """Scores groups with a run's reward functions.
+    """Calls a run's reward functions.
+
+    Functions that are not async are called in the thread of the event loop: those that use signals (time limits,
+    mostly) need it to be the main thread.
 
     Args:
         rewards: The functions, at least one.
         tokenizer: Turns completions into text.
-        threaded: Call functions that are not async in a thread, so that the event loop goes on. Off: call them where
-            ``score`` runs, which functions that use signals (time limits, mostly) need to be the main thread.
-        part_of_sum: A reward model adds to the sum, so that no function need apply to a completion.
     """
 
-    def __init__(
-        self,
-        rewards: Sequence[NamedReward],
-        tokenizer: Tokenizer,
-        *,
-        threaded: bool = True,
-        part_of_sum: bool = False,
-    ) -> None:
+    def __init__(self, rewards: Sequence[NamedReward], tokenizer: Tokenizer) -> None:
         self._rewards = tuple(rewards)
-        self._parameters = {reward.name: Parameters.of(reward.function) for reward in rewards}
         self._tokenizer = tokenizer
-        self._threaded = threaded
-        self._part_of_sum = part_of_sum
 
     async def score(self, group: RolloutGroup) -> ScoredGroup:
         """Score ``group``.
@@ -114,37 +119,31 @@ class RewardScorer:
             ScoringError: A function raised or answered something unusable, or none applies to some completion.
             DataError: A dataset column has the name of an argument that has a value already.
         """
-        return (await self.scores(group)).of(group)
+        return scored_group(group, self._rewards, [await self.scores(group)])
 
-    async def scores(self, group: RolloutGroup, progress: TrainingProgress | None = None) -> Scores:
-        """As :meth:`score`, without the group itself in the answer.
+    async def scores(self, group: RolloutGroup, state: TrainerState | None = None) -> Scores:
+        """As :meth:`score`, before the answers are added up.
 
         Args:
             group: What is scored.
-            progress: What ``trainer_state`` follows from; none: it is 0 everywhere.
+            state: ``trainer_state`` of the functions; unset: all zeros.
         """
-        given = _Given.of(group, self._tokenizer, progress or TrainingProgress())
+        given = _Given(group, self._tokenizer, state or TrainerState())
         logs = {reward.name: CallLog(len(given.texts)) for reward in self._rewards}
         start = time.perf_counter()
-        answers = await self._answers(given, logs)
+        values = await self._answers(given, logs)
         return Scores(
-            rewards=weighted_sum(answers, [reward.weight for reward in self._rewards], part_of_sum=self._part_of_sum),
-            rewards_by_function={
-                reward.name: answer.astype(np.float32) for reward, answer in zip(self._rewards, answers, strict=True)
-            },
+            values=values,
             texts=given.texts,
             reward_s=time.perf_counter() - start,
             logged={name: log.metrics for name, log in logs.items() if log.metrics},
             extras={f"{name}/{column}": values for name, log in logs.items() for column, values in log.extras.items()},
         )
 
-    async def _answers(self, given: _Given, logs: Mapping[str, CallLog]) -> list[Float64Array]:
-        """``[F][G]``: plain functions one after another, then the async ones together."""
-        answers = {
-            reward.name: await self._answer(reward, given, logs[reward.name])
-            for reward in self._rewards
-            if not reward.is_async
-        }
+    async def _answers(self, given: _Given, logs: Mapping[str, CallLog]) -> dict[str, Float64Array]:
+        """Name -> ``[G]``: of plain functions one after another, then of the async ones together."""
+        plain = [reward for reward in self._rewards if not reward.is_async]
+        answers = {reward.name: await self._answer(reward, given, logs[reward.name]) for reward in plain}
         try:
             async with asyncio.TaskGroup() as tasks:
                 running = {
@@ -154,95 +153,87 @@ class RewardScorer:
                 }
         except BaseExceptionGroup as errors:
             raise errors.exceptions[0] from None
-        answers |= {name: task.result() for name, task in running.items()}
-        return [answers[reward.name] for reward in self._rewards]
+        return answers | {name: task.result() for name, task in running.items()}
 
     async def _answer(self, reward: NamedReward, given: _Given, log: CallLog) -> Float64Array:
-        arguments = given.arguments(reward.name, self._parameters[reward.name], log)
-        if self._threaded and not reward.is_async:
-            answer = await asyncio.to_thread(_call, reward, arguments)
-        else:
-            answer = _call(reward, arguments)
-        if inspect.isawaitable(answer):
-            try:
+        arguments = given.arguments(reward, log)
+        try:
+            answer = reward.function(**arguments)
+            if inspect.isawaitable(answer):
                 answer = await answer
-            except (KeyboardInterrupt, asyncio.CancelledError):
-                raise
-            except BaseException as error:
-                raise ScoringError("raised", _describe(error, reward)) from error
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            raise
+        except BaseException as error:  # sys.exit() and math-verify's TimeoutException are no Exceptions.
+            raise ScoringError("raised", _describe(error, reward)) from error
         return checked_answer(answer, reward.name, len(given.texts))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Given:
-    """What the reward functions of a group are called with, in TRL's form."""
+    """What the reward functions of a group are called with, in TRL's form.
 
-    group: RolloutGroup
-    tokenizer: Tokenizer
-    token_ids: tuple[list[int], ...]
-    texts: tuple[str, ...]
-    trainer_state: TrainerState
+    Raises:
+        DataError: A dataset column has the name of an argument that every function receives.
+    """
 
-    @classmethod
-    def of(cls, group: RolloutGroup, tokenizer: Tokenizer, progress: TrainingProgress) -> _Given:
-        """Decode the completions.
-
-        Raises:
-            DataError: A dataset column has the name of an argument that every function receives.
-        """
+    def __init__(self, group: RolloutGroup, tokenizer: Tokenizer, state: TrainerState) -> None:
         if taken := sorted(REWARD_ARGUMENTS & group.prompt.columns.keys()):
             raise DataError(f"the dataset column {taken[0]!r} has the name of a reward argument: rename the column")
-        ids = tuple(completion.token_ids.tolist() for completion in group.trajectories)
-        texts = tuple(decoded(tokenizer, own) for own in ids)
-        state = progress.at(group.trajectories[0].asked_version)
-        return cls(group=group, tokenizer=tokenizer, token_ids=ids, texts=texts, trainer_state=state)
+        self.texts = decoded_texts(group, tokenizer)
+        self._prompt = group.prompt
+        self._tokenizer = tokenizer
+        self._token_ids = [completion.token_ids.tolist() for completion in group.trajectories]
+        self._state = state
 
-    def arguments(self, name: str, parameters: Parameters, log: CallLog) -> dict[str, Any]:
-        """Those that the function takes, all its own: what it edits is seen by nothing else.
+    def arguments(self, reward: NamedReward, log: CallLog) -> dict[str, Any]:
+        """Those that a function takes, all its own: what it edits is seen by nothing else.
 
         Raises:
             DataError: A column has the name of an argument that settings gave a value.
             ScoringError: The row lacks a column that the function needs.
         """
-        prompt, count = self.group.prompt, len(self.texts)
-        parameters.check_bound(name, prompt.columns)
+        prompt, count = self._prompt, len(self.texts)
+        reward.check_bound(prompt.columns)
         try:
-            parameters.check_required(name, prompt.columns)
+            reward.check_required(prompt.columns)
         except DataError as error:  # Of this row, where the first rows of the dataset have the column.
             raise ScoringError("raised", str(error)) from error
         makers: dict[str, Callable[[], Any]] = {
             "prompts": lambda: own_copies(prompt.text, count),
             "completions": lambda: self._as_completions(self.texts),
-            "completion_ids": lambda: [list(ids) for ids in self.token_ids],
-            "trainer_state": lambda: self.trainer_state,
+            "completion_ids": lambda: [list(ids) for ids in self._token_ids],
+            "trainer_state": lambda: self._state,
             "log_extra": lambda: log.log_extra,
             "log_metric": lambda: log.log_metric,
+            **{name: partial(own_copies, value, count) for name, value in prompt.columns.items()},
         }
-        if "completions_with_special_tokens" in parameters.names:  # Not for **columns: it is decoded once more.
+        if "completions_with_special_tokens" in reward.parameters.names:  # Not for **columns: it is decoded once more.
             makers["completions_with_special_tokens"] = lambda: self._as_completions(self._texts_with_special_tokens())
-        arguments = {key: make() for key, make in makers.items() if parameters.takes(key)}
-        columns = {key: value for key, value in prompt.columns.items() if parameters.takes(key)}
-        return arguments | {key: own_copies(value, count) for key, value in columns.items()}
+        return {name: make() for name, make in makers.items() if reward.parameters.takes(name)}
 
     def _as_completions(self, texts: Sequence[str]) -> list[Any]:
         """For a string prompt a completion is its text, for a chat a list with one assistant message."""
-        if isinstance(self.group.prompt.text, str):
+        if isinstance(self._prompt.text, str):
             return list(texts)
         return [[{"role": "assistant", "content": text}] for text in texts]
 
     def _texts_with_special_tokens(self) -> list[str]:
-        ends = {getattr(self.tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
-        bare = (ids[:-1] if ids and ids[-1] in ends else ids for ids in self.token_ids)
-        return [decoded(self.tokenizer, ids, skip_special_tokens=False) for ids in bare]
+        ends = {getattr(self._tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}
+        bare = (ids[:-1] if ids and ids[-1] in ends else ids for ids in self._token_ids)
+        return [decoded(self._tokenizer, ids, skip_special_tokens=False) for ids in bare]
+
+
+def decoded_texts(group: RolloutGroup, tokenizer: Tokenizer) -> tuple[str, ...]:
+    """``[G]``, special tokens left out."""
+    return tuple(decoded(tokenizer, completion.token_ids.tolist()) for completion in group.trajectories)
 
 
 def logged_means(groups: Iterable[ScoredGroup]) -> dict[str, dict[str, float]]:
     """Reward function -> metric -> mean over all calls that logged it."""
-    values: defaultdict[str, defaultdict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    values: dict[str, dict[str, list[float]]] = {}
     for scored in groups:
         for name, metrics in scored.logged.items():
             for metric, calls in metrics.items():
-                values[name][metric].extend(calls)
+                values.setdefault(name, {}).setdefault(metric, []).extend(calls)
     return {name: {key: float(np.mean(calls)) for key, calls in metrics.items()} for name, metrics in values.items()}
 
 
@@ -267,20 +258,17 @@ def checked_answer(answer: object, name: str, count: int) -> Float64Array:
     return values
 
 
-def weighted_sum(
-    answers: Sequence[Float64Array], weights: Sequence[float], *, part_of_sum: bool = False
-) -> Float32Array:
-    """``[F][G] -> [G]``: for each completion the sum of weight times reward over the functions that apply to it.
+def weighted_sum(answers: Sequence[Float64Array], weights: Sequence[float]) -> Float32Array:
+    """``[F][G] -> [G]``: for each completion the sum of weight times reward over the rewards that apply to it.
 
-    Weights are not renormalized where a function does not apply.
+    Weights are not renormalized where a reward does not apply.
 
     Raises:
-        ScoringError: No function applies to some completion, and this is not ``part_of_sum``; or a sum leaves
-            float32's range.
+        ScoringError: No reward applies to some completion, or a sum leaves float32's range.
     """
     table = np.stack(answers)
     nowhere = np.flatnonzero(np.isnan(table).all(axis=0))
-    if nowhere.size and not part_of_sum:
+    if nowhere.size:
         raise ScoringError("all_none", f"every reward function answered None for completion {nowhere[0]}")
     with np.errstate(over="ignore"):
         weighted = table * np.asarray(weights, dtype=np.float64)[:, None]
@@ -302,17 +290,6 @@ def _number(item: Any, name: str) -> float:
     )
 
 
-def _call(reward: NamedReward, arguments: Mapping[str, list[Any]]) -> Any:
-    try:
-        return reward.function(**arguments)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:
-        # All of them: sys.exit() and math-verify's TimeoutException are no Exceptions, and a StopIteration that is
-        # let through to the thread's future would leave its awaiter waiting for ever.
-        raise ScoringError("raised", _describe(error, reward)) from error
-
-
 def _describe(error: BaseException, reward: NamedReward) -> str:
     """One line: the exception, and the last place in the user's own file that it came through."""
     text = shortened(error)
@@ -324,8 +301,6 @@ def _describe(error: BaseException, reward: NamedReward) -> str:
 
 
 def _source_file(function: RewardFunction) -> str | None:
-    while isinstance(function, functools.partial):
-        function = function.func
-    function = inspect.unwrap(function)
+    function = inspect.unwrap(unbound(function))
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     return None if code is None else str(code.co_filename)

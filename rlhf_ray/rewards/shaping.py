@@ -1,4 +1,4 @@
-"""After scoring: rewards as the functions gave them -> rewards that the update sees."""
+"""Rewards as the functions gave them -> rewards that the update sees."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def test_every_part_is_stopped_whatever_another_one_raises(failing: str, error: 
     "failing",
     [
         "_rollout_app",
-        "reward_stage",
+        "RewardPool",
         "learners.start",
         "app.start",
         "prompts.open",
@@ -79,7 +79,7 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
     # No stop works, and yet all are called.
     fails: dict[str, BaseException] = {f"{name}.stop": TimeoutError("not deleted after 60s") for name in ENDS}
     parts = all_parts(calls, fails | {failing: RolloutError("the cause")})
-    made = {"_learner_group": "learners", "_rollout_app": "app", "reward_stage": "rewards"}
+    made = {"_learner_group": "learners", "_rollout_app": "app", "RewardPool": "rewards"}
 
     def maker(function: str, name: str) -> Callable[..., Any]:
         def make(*_: Any, **__: Any) -> Any:

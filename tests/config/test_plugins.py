@@ -27,7 +27,7 @@ from rlhf_ray.config.plugins import (
     loss_plugin,
 )
 from rlhf_ray.config.settings import TrainingSettings
-from rlhf_ray.rewards.shipping import pack
+from rlhf_ray.pickling import serialize
 
 BUILT_IN_ADVANTAGES = ("dr_grpo", "gae", "grpo", "maxrl", "opo", "reinforce_plus_plus", "remax", "rloo")
 BUILT_IN_LOSSES = ("cispo", "gmpo", "gspo", "ppo", "sapo")
@@ -520,11 +520,11 @@ def test_a_wrong_argument_of_a_file(reference: str) -> None:
 
 def test_a_function_of_a_file_works_where_the_file_is_not(reference: str) -> None:
     plugin = advantage_plugin(reference, {"shift": 0.5})
-    parcel = replace(plugin, function=pack(plugin.function, defined_by=plugin.function))
-    assert isinstance(parcel.function, bytes)
+    payload = replace(plugin, function=serialize(plugin.function, defined_by=plugin.function))
+    assert isinstance(payload.function, bytes)
     Path(reference.rpartition(":")[0]).unlink()
     done = subprocess.run(
-        [sys.executable, "-c", ELSEWHERE], input=pickle.dumps(parcel), capture_output=True, timeout=60, check=False
+        [sys.executable, "-c", ELSEWHERE], input=pickle.dumps(payload), capture_output=True, timeout=60, check=False
     )
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.decode().strip() == f"{reference} [-9.5, 10.5]"

@@ -252,10 +252,10 @@ def test_the_custom_rewards_by_hand(custom_reward: ModuleType) -> None:
 
 
 def test_the_custom_run_is_valid_and_its_functions_reach_the_workers(custom_reward: ModuleType) -> None:
-    from rlhf_ray.rewards.shipping import pack_rewards, unpack_rewards
+    from rlhf_ray.pickling import deserialize
 
     config = custom_reward.config().validate()
-    rewards = unpack_rewards(pack_rewards(resolve_rewards(config.settings.rewards)))
+    rewards = [deserialize(one.serialized()) for one in resolve_rewards(config.settings.rewards)]
     assert [(reward.name, reward.weight) for reward in rewards] == [("correct", 1.0), ("near", 0.2)]
     arguments = {"prompts": ["1+1="], "completions": ["3"], "completion_ids": [[51]], "answer": ["2"]}
     assert [reward.function(**arguments) for reward in rewards] == [[0.0], [0.95]]

@@ -58,7 +58,6 @@ _THREADS = (
     "rollout-controller",
     "publication",
     "checkpoint",
-    "reward-pool",
     "start-up",
 )
 # What all processes of a run, and this one, may keep for a moment of a busy machine.

@@ -61,7 +61,7 @@ def broken(*_: Any, **__: Any) -> None:
     ("part", "method"),
     [
         (assembly, "_rollout_app"),
-        (assembly, "reward_stage"),
+        (assembly, "RewardPool"),
         (PromptStream, "open"),
         (RewardPool, "start"),
         (RolloutApp, "wait_ready"),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlhf_ray.errors import DataError
+from rlhf_ray.rewards import NamedReward
 from rlhf_ray.rewards.arguments import (
     CallLog,
     Parameters,
@@ -77,13 +78,13 @@ def test_parameters(function: Any, required: tuple[str, ...], bound: set[str], t
 
 
 def test_columns_that_do_not_fit() -> None:
-    parameters = Parameters.of(functools.partial(grade, answer=["4"]))
+    reward = NamedReward(name="grade", weight=1.0, function=functools.partial(grade, answer=["4"]))
     with pytest.raises(DataError, match=r"'grade' is given 'answer' in rewards\.functions.*rename one"):
-        parameters.check_bound("grade", {"answer", "level"})
+        reward.check_bound({"answer", "level"})
     with pytest.raises(DataError, match=r"'grade' needs the column 'level', .*\(columns: kind, other; besides"):
-        parameters.check_required("grade", ["other", "kind"])
-    parameters.check_bound("grade", {"level", "scale"})  # A column in place of a default is what TRL does.
-    parameters.check_required("grade", {"level"})
+        reward.check_required(["other", "kind"])
+    reward.check_bound({"level", "scale"})  # A column in place of a default is what TRL does.
+    reward.check_required({"level"})
 
 
 def test_copies_share_nothing_that_can_be_edited() -> None:

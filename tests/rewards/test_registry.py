@@ -1,18 +1,13 @@
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Mapping
-from typing import Any
 
 import pytest
 from ray import cloudpickle
 
 from rlhf_ray import rewards
-from rlhf_ray.config.settings import RewardSettings
-from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.rewards import resolve_rewards
-from rlhf_ray.rewards.registry import build_reward, built_in_names, is_factory, row_check, with_row_check
+from rlhf_ray.errors import ConfigError
+from rlhf_ray.rewards.registry import build_reward, built_in_names, is_factory
 
 FIELD = "rewards.functions[0]"
 
@@ -76,64 +71,3 @@ def test_wrong_requests_name_the_setting_and_the_remedy(name: str, arguments: di
         build(name, **arguments)
     assert caught.value.field == FIELD
     assert caught.value.value == name
-
-
-def gold(row: Mapping[str, object]) -> None:
-    if row["gold"] is None:
-        raise ValueError("no gold")
-
-
-def graded(*, completions: list[str], **columns: object) -> list[float]:
-    return [1.0] * len(completions)
-
-
-graded.check_row = gold
-
-
-class Judge:
-    def __call__(self, *, completions: list[str], **columns: object) -> list[float]:
-        return [1.0] * len(completions)
-
-    def check_row(self, row: Mapping[str, object]) -> None:
-        if not row["rubric"]:
-            raise DataError("the rubric is empty")
-
-
-def test_every_reward_with_a_check_looks_at_a_row() -> None:
-    functions = [Judge(), functools.partial(graded, scale=2), graded, "gsm8k", "length"]
-    check = row_check(resolve_rewards(RewardSettings(functions=functions)))
-    row = {"rubric": "r", "gold": 1, "answer": "#### 7"}
-    check(row)
-    with pytest.raises(DataError, match=r"^Judge: the rubric is empty$"):
-        check(row | {"rubric": ""})
-    with pytest.raises(DataError, match=r"^graded: check_row raised ValueError: no gold$"):
-        check(row | {"gold": None})
-    with pytest.raises(DataError, match=r"^gsm8k: the row's 'answer' holds no number .*'about 7'"):
-        check(row | {"answer": "about 7"})
-    with pytest.raises(DataError, match=r"^gsm8k: the reward reads the dataset column 'answer', which is not there"):
-        check({"rubric": "r", "gold": 1})
-
-
-def test_a_row_is_checked_by_parameters_and_by_the_functions_own_check() -> None:
-    def scaled(*, completions: Any, scale: Any, **columns: Any) -> list[float]:
-        return [1.0]
-
-    def grade(*, completions: Any, answer: Any, **columns: Any) -> list[float]:
-        return [1.0]
-
-    def checked(**columns: Any) -> list[float]:
-        return [1.0]
-
-    def check_numbers(row: Mapping[str, Any]) -> None:
-        if not row["answer"].isdigit():
-            raise DataError("no number")
-
-    functions = [functools.partial(scaled, scale=2), grade, with_row_check(checked, check_numbers)]
-    check = row_check(resolve_rewards(RewardSettings(functions=functions)))
-    check({"answer": "4", "level": 1})
-    with pytest.raises(DataError, match="the reward 'scaled' is given 'scale'"):
-        check({"answer": "4", "scale": 1})
-    with pytest.raises(DataError, match="the reward 'grade' needs the column 'answer'"):
-        check({"gold": "4"})
-    with pytest.raises(DataError, match="checked: no number"):
-        check({"answer": "four"})

@@ -14,10 +14,10 @@ import pytest
 
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import DataError
-from rlhf_ray.rewards import RewardScorer
+from rlhf_ray.rewards import NamedReward, RewardScorer
 from rlhf_ray.rewards.arguments import TrainingProgress, completion_texts
 from rlhf_ray.rewards.functions import resolve_rewards
-from rlhf_ray.rewards.scoring import ScoringError, logged_means
+from rlhf_ray.rewards.scoring import Scores, ScoringError, logged_means, scored_group
 from rlhf_ray.types import RolloutGroup, ScoredGroup
 
 GroupOf = Callable[..., RolloutGroup]
@@ -25,12 +25,9 @@ GroupOf = Callable[..., RolloutGroup]
 
 @pytest.fixture
 def score(tokenizer: Any, group_of: GroupOf) -> Callable[..., ScoredGroup]:
-    def run(
-        *functions: Any, group: RolloutGroup | None = None, weights: list[float] | None = None, threaded: bool = True
-    ) -> ScoredGroup:
+    def run(*functions: Any, group: RolloutGroup | None = None, weights: list[float] | None = None) -> ScoredGroup:
         rewards = resolve_rewards(RewardSettings(functions=list(functions), weights=weights))
-        scorer = RewardScorer(rewards, tokenizer, threaded=threaded)
-        return asyncio.run(scorer.score(group or group_of()))
+        return asyncio.run(RewardScorer(rewards, tokenizer).score(group or group_of()))
 
     return run
 
@@ -150,32 +147,11 @@ def test_a_plain_function_may_return_a_coroutine(score: Callable[..., ScoredGrou
     assert score(lambda **columns: later()).rewards.tolist() == [1.0, 2.0]
 
 
-def test_threaded_leaves_the_loop_free_and_otherwise_the_thread_is_the_callers(
-    score: Callable[..., ScoredGroup],
-) -> None:
+def test_a_plain_function_is_called_in_the_callers_thread(score: Callable[..., ScoredGroup]) -> None:
     def where(**columns: Any) -> list[float]:
         return [float(threading.current_thread() is threading.main_thread())] * 2
 
-    assert score(where).rewards.tolist() == [0.0, 0.0]
-    assert score(where, threaded=False).rewards.tolist() == [1.0, 1.0]
-
-
-def test_the_loop_goes_on_while_a_plain_function_sleeps(tokenizer: Any, group_of: GroupOf) -> None:
-    def slow(**columns: Any) -> list[float]:
-        time.sleep(0.3)
-        return [1.0, 1.0]
-
-    async def run() -> int:
-        scorer = RewardScorer(resolve_rewards(RewardSettings(functions=[slow])), tokenizer)
-        scoring = asyncio.create_task(scorer.score(group_of()))
-        turns = 0
-        while not scoring.done():
-            turns += 1
-            await asyncio.sleep(0.01)
-        await scoring
-        return turns
-
-    assert asyncio.run(run()) > 5
+    assert score(where).rewards.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(
@@ -258,15 +234,12 @@ def test_the_line_is_the_users_even_when_a_library_raised(failure: Callable[...,
     assert f"({__file__}:{grade.__code__.co_firstlineno + 1} in " in failure(grade).message
 
 
-@pytest.mark.parametrize("threaded", [True, False])
 @pytest.mark.parametrize("error", [StopIteration(), SystemExit(2), ValueError("two\nlines"), BaseException("odd")])
-def test_every_kind_of_exception_is_a_failure(
-    failure: Callable[..., ScoringError], error: BaseException, threaded: bool
-) -> None:
+def test_every_kind_of_exception_is_a_failure(failure: Callable[..., ScoringError], error: BaseException) -> None:
     def grade(**columns: Any) -> list[float]:
         raise error
 
-    found = failure(grade, threaded=threaded)
+    found = failure(grade)
     assert found.kind == "raised"
     assert f"grade raised {type(error).__name__}" in found.message
     assert "\n" not in found.message
@@ -444,14 +417,13 @@ def test_functions_written_for_trl_work_unchanged(tokenizer: Any, group_of: Grou
         CosineScaled().as_method,
         functools.partial(ground_truth_reward),
     ]
-    scorer = RewardScorer(resolve_rewards(RewardSettings(functions=functions)), tokenizer)
+    rewards = resolve_rewards(RewardSettings(functions=functions))
+    scorer = RewardScorer(rewards, tokenizer)
     group = group_of(["four", "five"], prompt=[{"role": "user", "content": "2+2"}], ground_truth="four")
     group = replace(group, trajectories=tuple(replace(one, asked_version=3) for one in group.trajectories))
     progress = TrainingProgress(steps_per_version=4, max_steps=48, epochs_per_version=0.5)
-    scores = asyncio.run(scorer.scores(group, progress))
-    by_function = {
-        name: [None if x != x else x for x in values.tolist()] for name, values in scores.rewards_by_function.items()
-    }
+    scores = asyncio.run(scorer.scores(group, progress.at(3)))
+    by_function = {name: [None if x != x else x for x in values.tolist()] for name, values in scores.values.items()}
     assert by_function == {
         "ground_truth_reward": [1.0, 0.0],
         "accuracy_reward": [1.0, 0.0],
@@ -473,7 +445,7 @@ def test_functions_written_for_trl_work_unchanged(tokenizer: Any, group_of: Grou
         "accuracy_reward/gold_parsed": ("four", "four"),
         "logging_reward/extracted": ("four", "five"),
     }
-    scored = scores.of(group)
+    scored = scored_group(group, rewards, [scores])
     assert (scored.logged, scored.extras) == (scores.logged, scores.extras)
     assert logged_means([scored, scored])["logging_reward"] == {"accuracy": 0.5}
 
@@ -534,7 +506,34 @@ def test_both_forms_of_a_completion_where_the_tags_are_special(
     assert scored.texts == ("2+24", "2+24", "")
 
 
-def test_where_a_model_adds_to_the_sum_no_function_need_apply(tokenizer: Any, group_of: GroupOf) -> None:
-    rewards = resolve_rewards(RewardSettings(functions=[answering([None, 2.0])], weights=[3.0]))
-    scorer = RewardScorer(rewards, tokenizer, part_of_sum=True)
-    assert asyncio.run(scorer.score(group_of())).rewards.tolist() == [0.0, 6.0]
+# --- several workers --------------------------------------------------------------------------------------------
+
+
+def two_workers(function: list[float], model: list[float]) -> tuple[list[NamedReward], list[Scores]]:
+    """What the workers of a function and of a model found, whose rewards are in another order."""
+    rewards = [
+        NamedReward(name="model", weight=0.5, function=answering(None)),
+        NamedReward(name="function", weight=1.0, function=answering(None)),
+    ]
+    scores = [
+        Scores(
+            values={"function": np.array(function)}, texts=("a", "b"), reward_s=0.5, logged={"function": {"x": [1]}}
+        ),
+        Scores(values={"model": np.array(model)}, texts=("a", "b"), reward_s=0.25),
+    ]
+    return rewards, scores
+
+
+def test_what_workers_found_is_added_up_in_the_order_of_the_settings(group_of: GroupOf) -> None:
+    # The function need not apply where a model does.
+    scored = scored_group(group_of(), *two_workers([np.nan, 1.0], [1.0, -6.0]))
+    assert scored.rewards.tolist() == [0.5, -2.0]
+    assert scored.rewards.dtype == np.float32
+    assert list(scored.rewards_by_function) == ["model", "function"]
+    assert {values.dtype for values in scored.rewards_by_function.values()} == {np.dtype(np.float32)}
+    assert (scored.texts, scored.reward_s, scored.logged) == (("a", "b"), 0.5, {"function": {"x": [1]}})
+
+
+def test_a_sum_of_workers_beyond_float32_is_a_failure(group_of: GroupOf) -> None:
+    with pytest.raises(ScoringError, match="beyond float32's range"):
+        scored_group(group_of(), *two_workers([3e38, 0.0], [3e38, 0.0]))

@@ -29,7 +29,7 @@ def exact_match(
             (12.0 and ``12``); or a list of them, any of which counts.
         pattern: Regular expression for the part of the completion that is its answer, ``.`` matching line ends too:
             the first group (or the whole) of its last match, as in ``<answer>([^<]*)</answer>``. No match scores 0.
-            None: the whole completion.
+            Unset: the whole completion.
         ignore_case: Compare without regard to case.
         timeout_s: Longest search for ``pattern`` in one completion, in seconds.
 

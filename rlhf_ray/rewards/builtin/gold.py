@@ -1,4 +1,4 @@
-"""Built-in rewards: the forms that a row's answer may have, the same for every reward that reads one."""
+"""The forms that a row's answer may have, the same for every reward that reads one."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def gsm8k(*, answer_column: str = "answer", last_number: bool = False) -> Reward
     exactly: ``3.0`` is 3, ``0.33`` is not 1/3. docs/rewards.md has a table of forms.
 
     Args:
-        answer_column: Dataset column with the answer: the dataset's worked solution, the number alone, or a list of
+        answer_column: Dataset column with the answer: the dataset's worked solution, just the number, or a list of
             those, any of which counts.
         last_number: Where no ``####`` is directly followed by a number, take the last number: of the line where words
             come between, of the completion where there is no such line. Off: it scores 0.
@@ -93,7 +93,7 @@ def gold_number(gold: GoldAnswer, column: str) -> Decimal:
 
 
 def completion_answer(text: str, *, last_number: bool) -> Decimal | None:
-    """The number that a completion answers; none where it has no readable one."""
+    """The number that a completion answers; ``None`` where it has no readable one."""
     line = _final_line(text)
     if line is not None and (not last_number or _BEGINS_WITH_DIGIT.match(line)):
         return parse_number(line)
@@ -101,7 +101,7 @@ def completion_answer(text: str, *, last_number: bool) -> Decimal | None:
 
 
 def parse_number(text: str) -> Decimal | None:
-    """The exact number that ``text`` begins with, when what follows is at most a unit; else none."""
+    """The exact number that ``text`` begins with, when what follows is at most a unit; else ``None``."""
     match = _ANSWER.match(text)
     if match is None:
         return None

@@ -18,7 +18,7 @@ def length(*, penalty_per_token: float = 1e-3, free_tokens: int = 0) -> RewardFu
     """``-penalty_per_token * max(0, T - free_tokens)`` for a completion of ``T`` tokens, EOS included.
 
     Args:
-        penalty_per_token: Reward taken a token; negative pays for length.
+        penalty_per_token: Penalty per token; a negative one pays for length.
         free_tokens: Tokens that cost nothing.
 
     Raises:

@@ -65,7 +65,7 @@ class _MathEquivalence:
         self._timeout_s = timeout_s
 
     def __deepcopy__(self, memo: object) -> _MathEquivalence:
-        return self  # Nothing changes in it, and a copy within a process is no arrival.
+        return self  # Nothing changes in it, and a copy within a process arrives nowhere.
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = state
@@ -78,9 +78,7 @@ class _MathEquivalence:
         for text, value in zip(completion_texts(completions), column(columns, self._column), strict=True):
             answer, score = _answer_part(text), 0.0
             for gold in self._golds(value):
-                verdict = (
-                    self._verdict(gold, answer, self._timeout_s * max(0.5**late, _LEAST)) if answer else "different"
-                )
+                verdict = self._verdict(gold, answer, self._timeout_s * max(0.5**late, _LEAST)) if answer else ""
                 late += verdict == "late"
                 if verdict == "equal":
                     score = 1.0
@@ -170,14 +168,12 @@ class _Grader:
     def _ask(self, gold: str, text: str, limit_s: float) -> str | None:
         """The answer of the process, ``stuck`` where it had to be killed, ``None`` where it ended."""
         process = self._started()
-        assert process.stdin is not None
         answer = None
         try:
             with contextlib.suppress(BrokenPipeError):
                 print(json.dumps([gold, text, limit_s]), file=process.stdin, flush=True)
             # Of CPU time it takes three times the limit at most; the machine may have other things to do.
-            in_time = self._wait(process, 5.0 + 5.0 * limit_s)
-            answer = self._answer(process) if in_time else "stuck"
+            answer = self._answer(process, 5.0 + 5.0 * limit_s)
         finally:
             # Also where the caller was interrupted: the next request must not get this one's answer.
             if answer in (None, "stuck"):
@@ -188,24 +184,20 @@ class _Grader:
         if self._process is None or self._process.poll() is not None:
             self._end()
             command = [sys.executable, "-P", math_grader.__file__]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-            self._process = process
-            answer = self._answer(process) if self._wait(process, _START_S) else None
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            answer = self._answer(self._process, _START_S)
             if answer != "ready":
                 self._end()
                 raise RuntimeError(
-                    f"the process that runs math-verify does not start: {shortened(answer or 'it ends or hangs')}"
+                    f"the process that runs math-verify does not start: {shortened(answer or 'it ends')}"
                 )
         return self._process
 
     @staticmethod
-    def _wait(process: subprocess.Popen[str], limit_s: float) -> bool:
+    def _answer(process: subprocess.Popen[str], limit_s: float) -> str | None:
         assert process.stdout is not None
-        return bool(select.select([process.stdout], [], [], limit_s)[0])
-
-    @staticmethod
-    def _answer(process: subprocess.Popen[str]) -> str | None:
-        assert process.stdout is not None
+        if not select.select([process.stdout], [], [], limit_s)[0]:
+            return "stuck"
         line = process.stdout.readline()  # one short line, which is written at once
         return str(json.loads(line)) if line else None
 

@@ -1,6 +1,6 @@
-r"""Built-in rewards: whether two mathematical answers are the same, and the process in which that is decided.
+r"""Whether two mathematical answers are the same, and the process in which that is decided.
 
-Run as a script, the file answers requests: a line of JSON each way. SymPy may compute for ever and math-verify limits
+Run as a script, the file answers requests: a line of JSON each way. SymPy may compute forever and math-verify limits
 its own time by signals, which Python delivers to a main thread only; this process has one, and can be killed. It
 imports nothing of the package, and its output besides the answers is thrown away, hostile text in log lines included.
 """

@@ -1,4 +1,4 @@
-"""Built-in rewards: a regular expression of the user's, which may take for ever on what a policy writes."""
+"""A regular expression of the user's with a time limit: it may take forever on what a policy writes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class UserPattern:
             return self._pattern.fullmatch(text, timeout=self._timeout_s) is not None
 
     def last(self, text: str) -> str | None:
-        """The first group, or else the whole, of the last match in ``text``; ``None``: there is none.
+        """The first group, or else the whole, of the last match in ``text``; ``None`` without one.
 
         Raises:
             TimeoutError: That is not known in time.

@@ -1,13 +1,13 @@
-"""Rewards, before a run starts: what is wrong with a reward model, found without loading its weights."""
+"""What is wrong with a reward model, found without loading its weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_ray.config.local_path import looks_local
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.models.config import check_unquantized, context_length
-from rlhf_ray.models.hub import hub_lookup
+from rlhf_ray.models.config import context_length, load_model_config
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
 if TYPE_CHECKING:
@@ -29,8 +29,11 @@ def check_reward_model(reward: RewardModelReward, field: str) -> None:
         ConfigError: There is no such model, it is quantized or has no classification head, or a setting does not go
             with it.
     """
-    config = _config(reward, field)
-    check_unquantized(field, reward.path, config)
+    local = Path(reward.path).expanduser()
+    if not local.is_dir() and (local.exists() or looks_local(reward.path)):
+        reason = "is a file" if local.exists() else "no such folder"
+        raise ConfigError(field, reward.path, f"{reason}; give the reward model's folder or a hub id")
+    config = load_model_config(field, reward.path, trust_remote_code=reward.trust_remote_code)
     architectures = config.architectures or []
     if architectures and all(name.endswith(_WITHOUT_HEAD) for name in architectures):
         remedy = (
@@ -42,10 +45,10 @@ def check_reward_model(reward: RewardModelReward, field: str) -> None:
     context = context_length(config)
     if reward.max_length is not None and context is not None and reward.max_length > context:
         raise ConfigError(f"{field}.max_length", reward.max_length, f"use at most {context}, the model's context")
-    if reward.as_chat and reward_tokenizer(reward, field).chat_template is None:
+    tokenizer = reward_tokenizer(reward, field)
+    if reward.as_chat and tokenizer.chat_template is None:
         remedy = "its tokenizer has no chat template; name one that has it in tokenizer_path, or leave as_chat out"
         raise ConfigError(f"{field}.as_chat", True, remedy)
-    reward_tokenizer(reward, field)
 
 
 def reward_tokenizer(reward: RewardModelReward, field: str) -> PreTrainedTokenizerBase:
@@ -81,18 +84,3 @@ def label_index(config: PretrainedConfig, reward: RewardModelReward, field: str)
         return label
     listed = ", ".join(f"{index} ({name})" for index, name in enumerate(names))
     raise ConfigError(f"{field}.label", label, f"name the label whose logit is the reward: {listed}")
-
-
-def _config(reward: RewardModelReward, field: str) -> PretrainedConfig:
-    from transformers import AutoConfig
-
-    local = Path(reward.path).expanduser()
-    if not local.is_dir() and (local.exists() or reward.path.startswith((".", "/", "~")) or reward.path.count("/") > 1):
-        reason = "is a file" if local.exists() else "no such folder"
-        raise ConfigError(field, reward.path, f"{reason}; give the reward model's folder or a hub id")
-    try:
-        with hub_lookup(reward.path):
-            return AutoConfig.from_pretrained(reward.path, trust_remote_code=reward.trust_remote_code)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(field, reward.path, f"is no model folder or reachable hub id: {reason}") from error

@@ -1,9 +1,9 @@
-"""Rewards, in one process: a loaded reward model, texts -> scores."""
+"""A loaded reward model: prompts and completions -> texts -> batches with little padding -> scores."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,15 +15,13 @@ from rlhf_ray.models.hub import hub_lookup
 from rlhf_ray.models.weights import caps_attention, compute_heads_in_float32, first_nonfinite
 from rlhf_ray.prompts.text_encoding import special_tokens_around, with_special_tokens
 from rlhf_ray.rewards.reward_model.check import label_index, reward_tokenizer
-from rlhf_ray.rewards.reward_model.padding import batches, unused_token_id
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
-from rlhf_ray.rewards.reward_model.texts import conversation, writes_chats
 from rlhf_ray.types import Float32Array, PromptText
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["RewardModel", "model_of_this_process"]
+__all__ = ["RewardModel", "batches", "conversation", "model_of_this_process", "unused_token_id"]
 
 _PROBE = "1 + 1 = 2"
 
@@ -46,7 +44,7 @@ class RewardModel:
         self._reward = reward
         self._device = device
         self._tokenizer = reward_tokenizer(reward, "reward_model")
-        self._chat = writes_chats(self._tokenizer, reward.as_chat)
+        self._chat = self._tokenizer.chat_template is not None if reward.as_chat is None else reward.as_chat
         self._special_tokens = special_tokens_around(self._tokenizer)
         self._model = _load(reward, device).to(device).eval()
         self._label = label_index(self._model.config, reward, "reward_model")
@@ -128,6 +126,57 @@ class RewardModel:
             raise ConfigError("reward_model.path", self._reward.path, remedy)
 
 
+def conversation(prompt: PromptText, completion: str, tokenizer: PreTrainedTokenizerBase, *, chat: bool) -> str:
+    """One text.
+
+    Args:
+        prompt: A string, which is a user's message where chats are written, or a chat list.
+        completion: The assistant's answer, or the rest of it where the prompt ends in its beginning.
+        tokenizer: The reward model's.
+        chat: Write it with the tokenizer's template, which then adds special tokens itself.
+
+    Raises:
+        DataError: The prompt is a chat and no template is used.
+    """
+    if not chat:
+        if isinstance(prompt, str):
+            return prompt + completion
+        raise DataError(
+            "the prompt is a chat, and the reward model's tokenizer has no chat template (or as_chat is off): name one "
+            "that has it in tokenizer_path, or give string prompts"
+        )
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    answer = {"role": "assistant", "content": completion}
+    if messages and messages[-1]["role"] == "assistant":  # The completion continues it: one message, not two.
+        *messages, begun = messages
+        answer = {**begun, "content": begun["content"] + completion}
+    text: str = tokenizer.apply_chat_template([*messages, answer], tokenize=False, add_generation_prompt=False)
+    return text
+
+
+def batches(lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Yield the indices of each batch, longest sequences first.
+
+    A batch of ``n`` sequences of at most ``T`` tokens costs ``n * T`` tokens, padding included; that is at most
+    ``max_tokens``, except for a single sequence that is longer.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: lengths[index], reverse=True)
+    batch: list[int] = []
+    for index in order:
+        if batch and lengths[batch[0]] * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def unused_token_id(sequences: Sequence[Sequence[int]], vocab_size: int) -> int | None:
+    """The smallest id that is in no sequence; ``None`` where all are."""
+    used = {token for sequence in sequences for token in sequence}
+    return next((token for token in range(vocab_size) if token not in used), None)
+
+
 @functools.cache
 def model_of_this_process(reward: RewardModelReward) -> RewardModel:
     """Load a model once."""
@@ -153,7 +202,7 @@ def _load(reward: RewardModelReward, device: str) -> PreTrainedModel:
         reason = next(iter(str(error).strip().splitlines()), "")
         remedy = f"the model cannot be loaded ({type(error).__name__}: {reason})"
         raise ConfigError("reward_model.path", reward.path, remedy) from error
-    # transformers would go on with random numbers in place of what the files lack.
+    # transformers would continue with random numbers in place of what the files lack.
     if absent := sorted({*loading["missing_keys"], *(key[0] for key in loading["mismatched_keys"])}):
         remedy = f"the folder lacks weights of a trained reward model ({', '.join(absent[:3])}); name one that has them"
         raise ConfigError("reward_model.path", reward.path, remedy)

@@ -1,11 +1,12 @@
-"""Rewards, in settings: a reward model and how it is run. It is a reward function, so it goes where functions go."""
+"""The settings of a reward model. They are a reward function, so that they go where functions go."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal
 
+from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.registry import register
 
@@ -19,21 +20,21 @@ __all__ = ["RewardModelReward"]
 class RewardModelReward:
     """Score completions with a sequence-classification model: the logit of its label is the reward.
 
-    In a run the model has actors of its own, which start beside the replicas and end with the run; in YAML it is
+    In a run the model has actors of its own, which start with the replicas and end with the run; in YAML it is
     ``{name: reward_model, path: ...}``. Called as a function it loads the model in the calling process.
 
     Args:
         path: Local folder or hub id of the model, as ``AutoModelForSequenceClassification`` loads it.
-        label: Index or name of the label whose logit is the reward; none: the only one.
-        tokenizer_path: Local folder or hub id of its tokenizer; none: the model's.
-        as_chat: Write prompt and completion as messages with its tokenizer's chat template; none: where it has one,
+        label: Index or name of the label whose logit is the reward; unset: the only one.
+        tokenizer_path: Local folder or hub id of its tokenizer; unset: the model's.
+        as_chat: Write prompt and completion as messages with its tokenizer's chat template; unset: where it has one,
             else a string prompt and the completion follow each other as they are.
-        max_length: Longest sequence in tokens; none: the model's context.
+        max_length: Longest sequence in tokens; unset: the model's context.
         overlong: What becomes of a longer one: its group fails, or its start is left out.
         max_tokens_per_batch: Tokens, padding included, in one forward pass.
         dtype: Compute type; auto: bfloat16 on GPUs, float32 on CPUs.
         num_workers: Actors, each with the whole model.
-        num_gpus: GPUs an actor, a share such as 0.5 too, 0 for CPUs; none: 1 where the run is on GPUs, else 0.
+        num_gpus: GPUs per actor, a share such as 0.5 too, 0 for CPUs; unset: 1 where the run is on GPUs, else 0.
         timeout_s: Longest wait for one call of an actor, in seconds; it is then killed and replaced.
         startup_timeout_s: Longest wait for an actor to load the model, in seconds.
         trust_remote_code: Run code that ships with the model.
@@ -94,6 +95,11 @@ class RewardModelReward:
         given = {item.name: getattr(self, item.name) for item in fields(self)}
         defaults = {item.name: item.default for item in fields(self)}
         return {"name": "reward_model"} | {name: value for name, value in given.items() if value != defaults[name]}
+
+    def with_absolute_paths(self) -> RewardModelReward:
+        """The same in any working directory."""
+        own = None if self.tokenizer_path is None else absolute_if_local(self.tokenizer_path)
+        return replace(self, path=absolute_if_local(self.path), tokenizer_path=own)
 
     def gpus_per_worker(self, *, on_gpu: bool) -> float:
         """``num_gpus`` of a run on GPUs, or on none."""

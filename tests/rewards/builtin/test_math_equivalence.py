@@ -104,8 +104,8 @@ def test_a_process_that_ends_or_hangs_is_replaced(stuck: bool, monkeypatch: pyte
     if stuck:
         process.send_signal(signal.SIGSTOP)
         waits = iter([0.1])  # Of the process that is stopped; the next ones have their time.
-        wait = _grader()._wait
-        monkeypatch.setattr(_grader(), "_wait", lambda process, limit_s: wait(process, next(waits, limit_s)))
+        answer = _grader()._answer
+        monkeypatch.setattr(_grader(), "_answer", lambda process, limit_s: answer(process, next(waits, limit_s)))
     else:
         process.kill()
         process.wait()
@@ -117,11 +117,11 @@ def test_an_interrupted_call_leaves_no_answer_for_the_next_one(monkeypatch: pyte
     reward = math_equivalence()
     assert reward(completions=["5"], answer=["5"]) == [1.0]
 
-    def interrupted(process: object, limit_s: float) -> bool:
+    def interrupted(process: object, limit_s: float) -> str:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_grader(), "_wait", interrupted)
+        patch.setattr(_grader(), "_answer", interrupted)
         with pytest.raises(KeyboardInterrupt):
             reward(completions=["5"], answer=["5"])
     assert reward(completions=["6", "5", "6"], answer=["5"] * 3) == [0.0, 1.0, 0.0]

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from rlhf_ray import RewardModelReward, quickstart
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID, VOCAB_SIZE, build_tokenizer
-from rlhf_ray.rewards.reward_model.model import RewardModel
+from rlhf_ray.rewards.reward_model.model import RewardModel, batches, conversation, unused_token_id
 
 
 def load(path: str, **options: Any) -> RewardModel:
@@ -191,3 +191,56 @@ def test_files_that_cannot_be_read(make: Callable[..., str]) -> None:
     Path(path, "model.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ConfigError, match="the model cannot be loaded"):
         load(path)
+
+
+# --- texts and batches ------------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1="}]
+
+
+def test_chats_go_through_the_template_of_the_reward_model() -> None:
+    tokenizer = build_tokenizer(max_length=64)
+    assert conversation(CHAT, "2", tokenizer, chat=True) == "system: Be brief.\nuser: 1+1=\nassistant: 2<eos>\n"
+    assert conversation("1+1=", "2", tokenizer, chat=True) == "user: 1+1=\nassistant: 2<eos>\n"
+
+
+def test_a_completion_continues_the_message_that_the_prompt_ends_in() -> None:
+    tokenizer = build_tokenizer(max_length=64)
+    begun = [*CHAT, {"role": "assistant", "content": "It is "}]
+    text = "system: Be brief.\nuser: 1+1=\nassistant: It is 2<eos>\n"
+    assert conversation(begun, "2", tokenizer, chat=True) == text
+    assert begun[-1]["content"] == "It is "
+
+
+def test_without_a_template_texts_follow_each_other() -> None:
+    tokenizer = build_tokenizer(max_length=64)
+    assert conversation("1+1=", "2", tokenizer, chat=False) == "1+1=2"
+    with pytest.raises(DataError, match=r"the prompt is a chat, .* tokenizer_path"):
+        conversation(CHAT, "2", tokenizer, chat=False)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "max_tokens", "expected"),
+    [
+        ([3, 9, 1, 8], 18, [[1, 3], [0, 2]]),  # 2 x 9, then 2 x 3
+        ([3, 9, 1, 8], 17, [[1], [3, 0], [2]]),
+        ([3, 9, 1, 8], 1000, [[1, 3, 0, 2]]),
+        ([50, 2], 10, [[0], [1]]),
+        ([4, 4, 4], 8, [[0, 1], [2]]),
+        ([], 8, []),
+    ],
+)
+def test_batches_by_hand(lengths: list[int], max_tokens: int, expected: list[list[int]]) -> None:
+    assert list(batches(lengths, max_tokens)) == expected
+
+
+def test_every_sequence_is_in_one_batch() -> None:
+    lengths = [(7 * i) % 31 + 1 for i in range(200)]
+    found = list(batches(lengths, 64))
+    assert sorted(index for batch in found for index in batch) == list(range(200))
+    assert all(max(lengths[i] for i in batch) * len(batch) <= 64 for batch in found)
+
+
+def test_an_id_that_no_sequence_has() -> None:
+    assert unused_token_id([[0, 1], [3]], 5) == 2
+    assert unused_token_id([[0, 1], [2]], 3) is None

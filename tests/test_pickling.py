@@ -10,22 +10,25 @@ from typing import Any
 
 import pytest
 
+from rlhf_ray import pickling
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.rewards import resolve_rewards, shipping
-from rlhf_ray.rewards.shipping import pack, pack_rewards, unpack, unpack_rewards
+from rlhf_ray.pickling import deserialize, serialize
+from rlhf_ray.rewards import resolve_rewards
 
 ELSEWHERE = """
 import sys
-from rlhf_ray.rewards.shipping import unpack_rewards
-(reward,) = unpack_rewards([sys.stdin.buffer.read()])
+from rlhf_ray.pickling import deserialize
+reward = deserialize(sys.stdin.buffer.read())
 print(reward.name, reward.weight, reward.function(completion_ids=[[1, 2, 3]]))
 """
 
 
-def call_elsewhere(parcel: bytes) -> str:
+def call_elsewhere(payload: bytes) -> str:
     """What the reward says in a process that has none of this one's modules."""
-    done = subprocess.run([sys.executable, "-c", ELSEWHERE], input=parcel, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE], input=payload, capture_output=True, timeout=60, check=False
+    )
     assert done.returncode == 0, done.stderr.decode()
     return done.stdout.decode().strip()
 
@@ -37,9 +40,9 @@ def test_a_function_of_a_lone_file_travels_with_what_it_uses(tmp_path: Path) -> 
         "def score(*, completion_ids, **columns):\n    return [SCALE * count(ids) for ids in completion_ids]\n"
     )
     rewards = resolve_rewards(RewardSettings(functions=[f"{path}:score"], weights=[0.5]))
-    (parcel,) = pack_rewards(rewards)
+    (payload,) = [reward.serialized() for reward in rewards]
     path.unlink()
-    assert call_elsewhere(parcel) == "score 0.5 [6.0]"
+    assert call_elsewhere(payload) == "score 0.5 [6.0]"
 
 
 def test_closures_and_built_ins_travel() -> None:
@@ -47,16 +50,16 @@ def test_closures_and_built_ins_travel() -> None:
     rewards = resolve_rewards(
         RewardSettings(functions=[lambda *, completion_ids, **columns: [scale * len(completion_ids[0])], "length"])
     )
-    parcels = pack_rewards(rewards)
-    assert call_elsewhere(parcels[0]) == "lambda 1.0 [9.0]"
-    assert call_elsewhere(parcels[1]) == "length 1.0 [-0.003]"
+    payloads = [reward.serialized() for reward in rewards]
+    assert call_elsewhere(payloads[0]) == "lambda 1.0 [9.0]"
+    assert call_elsewhere(payloads[1]) == "length 1.0 [-0.003]"
 
 
 def test_packing_leaves_no_module_marked() -> None:
     from ray import cloudpickle
 
     before = cloudpickle.list_registry_pickle_by_value()
-    pack_rewards(resolve_rewards(RewardSettings(functions=[lambda **columns: [1.0]])))
+    [reward.serialized() for reward in resolve_rewards(RewardSettings(functions=[lambda **columns: [1.0]]))]
     assert cloudpickle.list_registry_pickle_by_value() == before
 
 
@@ -64,17 +67,17 @@ def test_threads_may_pack_the_same_lone_file_at_once(tmp_path: Path, monkeypatch
     path = tmp_path / "shared_rewards.py"
     path.write_text("def score(*, completion_ids, **columns):\n    return [1.0 for _ in completion_ids]\n")
     rewards = resolve_rewards(RewardSettings(functions=[f"{path}:score"]))
-    dumps = shipping.cloudpickle.dumps
+    dumps = pickling.cloudpickle.dumps
 
     def slow_dumps(value: object) -> bytes:
         time.sleep(0.02)
         return dumps(value)
 
-    monkeypatch.setattr(shipping.cloudpickle, "dumps", slow_dumps)
+    monkeypatch.setattr(pickling.cloudpickle, "dumps", slow_dumps)
     with ThreadPoolExecutor(4) as threads:
-        packed = list(threads.map(lambda _: pack_rewards(rewards), range(8)))
+        packed = list(threads.map(lambda _: [reward.serialized() for reward in rewards], range(8)))
     assert len(packed) == 8
-    assert len({len(parcel) for (parcel,) in packed}) == 1, "one names the file instead of carrying it"
+    assert len({len(payload) for (payload,) in packed}) == 1, "one names the file instead of carrying it"
 
 
 def test_what_cannot_travel_is_refused_by_name() -> None:
@@ -85,16 +88,19 @@ def test_what_cannot_travel_is_refused_by_name() -> None:
             return [1.0]
 
     with pytest.raises(ConfigError, match=r"guarded.*cannot be sent to a reward worker.*lock"):
-        pack_rewards(resolve_rewards(RewardSettings(functions=["length", guarded])))
+        [reward.serialized() for reward in resolve_rewards(RewardSettings(functions=["length", guarded]))]
 
 
 def test_other_values_come_back() -> None:
-    assert unpack(pack({"a": [1]}, defined_by=dict)) == {"a": [1]}
+    assert deserialize(serialize({"a": [1]}, defined_by=dict)) == {"a": [1]}
 
 
 def test_rewards_come_back_in_order() -> None:
     rewards = resolve_rewards(RewardSettings(functions=["length", "gsm8k"], weights=[1, 2]))
-    assert [(r.name, r.weight) for r in unpack_rewards(pack_rewards(rewards))] == [("length", 1.0), ("gsm8k", 2.0)]
+    assert [(r.name, r.weight) for r in map(deserialize, [reward.serialized() for reward in rewards])] == [
+        ("length", 1.0),
+        ("gsm8k", 2.0),
+    ]
 
 
 def test_modules_are_found_where_this_process_finds_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,5 +110,5 @@ def test_modules_are_found_where_this_process_finds_them(tmp_path: Path, monkeyp
     text = "from .scale import SCALE\n\ndef score(*, completion_ids, **_):\n    return [SCALE * len(completion_ids)]\n"
     (tmp_path / "judges" / "best.py").write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
-    (parcel,) = pack_rewards(resolve_rewards(RewardSettings(functions=["judges.best:score"])))
-    assert call_elsewhere(parcel) == "score 1.0 [2.0]"
+    (payload,) = [reward.serialized() for reward in resolve_rewards(RewardSettings(functions=["judges.best:score"]))]
+    assert call_elsewhere(payload) == "score 1.0 [2.0]"

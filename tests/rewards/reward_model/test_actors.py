@@ -1,4 +1,4 @@
-"""The actors of a reward model on a real local Ray: batches, deaths, bad models, and the end."""
+"""Reward models on a real local Ray: batches, deaths, bad models, functions next to them, and the end."""
 
 from __future__ import annotations
 
@@ -18,13 +18,11 @@ from ray.exceptions import RayActorError
 from rlhf_ray import RewardModelReward
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError, RewardError
-from rlhf_ray.rewards.functions import NamedReward
-from rlhf_ray.rewards.reward_model import pool as module
+from rlhf_ray.rewards import RewardPool
+from rlhf_ray.rewards import pool as module
 from rlhf_ray.rewards.reward_model.model import RewardModel
-from rlhf_ray.rewards.reward_model.pool import ModelPoolSpec, RewardModelPool
 from rlhf_ray.rewards.scoring import Scores
-from rlhf_ray.rewards.shipping import pack
-from rlhf_ray.rewards.stage import CombinedRewards, reward_stage
+from rlhf_ray.rewards.workers import ScoringRequest
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup
 
 pytestmark = pytest.mark.usefixtures("cluster")
@@ -33,26 +31,36 @@ GroupOf = Callable[..., RolloutGroup]
 
 
 @contextmanager
-def started(tokenizer: Any, path: str, **options: Any) -> Iterator[RewardModelPool]:
-    reward = NamedReward(name="reward_model", weight=2.0, function=RewardModelReward(path, dtype="float32", **options))
-    spec = ModelPoolSpec(
-        run_id=f"run-{os.urandom(3).hex()}",
-        policy_tokenizer=pack(tokenizer, defined_by=tokenizer),
-        trust_remote_code=False,
+def started(tokenizer: Any, *functions: Any, weights: list[float], run_id: str = "run") -> Iterator[RewardPool]:
+    pool = RewardPool(
+        RewardSettings(functions=list(functions), weights=weights),
+        run_id=run_id,
+        tokenizer_path="unused",
+        tokenizer=tokenizer,
         num_cpus=0.1,
+        trust_remote_code=False,
         on_gpu=False,
     )
-    pool = RewardModelPool(reward, spec)
-    pool.launch()
     try:
-        pool.wait_ready()
+        pool.start()
         yield pool
     finally:
         pool.stop()
 
 
-def score_all(pool: RewardModelPool, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
-    async def all_at_once() -> list[Scores | RewardFailure]:
+@contextmanager
+def model_started(tokenizer: Any, path: str, *, run_id: str = "run", **options: Any) -> Iterator[RewardPool]:
+    model = RewardModelReward(path, dtype="float32", **options)
+    with started(tokenizer, model, weights=[2.0], run_id=run_id) as pool:
+        yield pool
+
+
+def actors(pool: RewardPool) -> list[Any]:
+    return [worker.actor for worker in pool._pools[-1]._workers]
+
+
+def score_all(pool: RewardPool, groups: Sequence[RolloutGroup]) -> list[ScoredGroup | RewardFailure]:
+    async def all_at_once() -> list[ScoredGroup | RewardFailure]:
         return list(await asyncio.gather(*(pool.score(group) for group in groups)))
 
     return asyncio.run(all_at_once())
@@ -87,16 +95,17 @@ def test_many_groups_at_once_a_death_in_between_and_nothing_left(
     model_path: str, tokenizer: Any, group_of: GroupOf
 ) -> None:
     groups = [group_of(texts, prompt=f"{n}+1=", group_id=n) for n, texts in enumerate(TEXTS)]
-    with started(tokenizer, model_path, max_tokens_per_batch=256) as pool:
+    prefix = f"run-{os.urandom(3).hex()}"
+    with model_started(tokenizer, model_path, run_id=prefix, max_tokens_per_batch=256) as pool:
         first = score_all(pool, groups)
-        ray.kill(next(iter(pool._actors.values())))
+        assert len(pool.take_spans()) < len(groups)  # Groups share calls.
+        ray.kill(actors(pool)[0])
         second = score_all(pool, groups)
         assert pool.workers_replaced == 1
-        prefix = pool._spec.run_id
         assert named(prefix) == [f"{prefix}-reward_model-2"]
     for outcomes in (first, second):
         for outcome, values, texts in zip(outcomes, expected(model_path, groups, TEXTS), TEXTS, strict=True):
-            assert isinstance(outcome, Scores)
+            assert isinstance(outcome, ScoredGroup)
             np.testing.assert_allclose(outcome.rewards_by_function["reward_model"], values, atol=1e-5)
             np.testing.assert_allclose(outcome.rewards, 2.0 * values, atol=1e-5)
             assert outcome.texts == tuple(texts)
@@ -104,7 +113,7 @@ def test_many_groups_at_once_a_death_in_between_and_nothing_left(
     while named(prefix) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert named(prefix) == []
-    with pytest.raises(RewardError, match="is stopped"):
+    with pytest.raises(RewardError, match="the reward_model pool is stopped"):
         score_all(pool, groups[:1])
 
 
@@ -115,7 +124,7 @@ def test_a_model_that_cannot_be_used_ends_the_start(make: Callable[..., str], to
     weights = load_file(f"{path}/model.safetensors")
     del weights["score.weight"]
     save_file(weights, f"{path}/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"lacks weights of a trained reward model"), started(tokenizer, path):
+    with pytest.raises(ConfigError, match="lacks weights of a trained reward model"), model_started(tokenizer, path):
         pass
 
 
@@ -127,19 +136,19 @@ class FakeWorker:
         from pathlib import Path
 
         # What would be the path of the model.
-        lives = Path(given[2].path)
+        lives = Path(given[1].path)
         if lives.exists() and (left := int(lives.read_text())) > 0:
             lives.write_text(f"{left - 1}")
             os._exit(1)
 
     def ready(self) -> None: ...
 
-    def score(self, groups: Sequence[RolloutGroup]) -> list[Scores | RewardFailure]:
+    def work(self, requests: Sequence[ScoringRequest]) -> list[Scores | RewardFailure]:
         import os
         import time
 
         outcomes: list[Scores | RewardFailure] = []
-        for group in groups:
+        for group, _ in requests:
             text = group.prompt.text
             if text == "die":
                 os._exit(1)
@@ -147,8 +156,8 @@ class FakeWorker:
                 time.sleep(60)
             if text == "raise":
                 raise MemoryError("out of memory")
-            one = np.ones(len(group.trajectories), dtype=np.float32)
-            outcomes.append(Scores(rewards=one, rewards_by_function={"m": one}, texts=(), reward_s=0.0))
+            one = np.ones(len(group.trajectories))
+            outcomes.append(Scores(values={"reward_model": one}, texts=(), reward_s=0.0))
         return outcomes
 
 
@@ -166,29 +175,28 @@ def test_an_actor_that_dies_before_it_stands_is_started_again_twice(
     tokenizer: Any, group_of: GroupOf, tmp_path: Path
 ) -> None:
     deaths = tmp_path / "deaths"
-    with started(tokenizer, str(deaths)) as pool:
-        ray.kill(next(iter(pool._actors.values())))
+    with model_started(tokenizer, str(deaths)) as pool:
+        ray.kill(actors(pool)[0])
         deaths.write_text("2")
-        assert [type(outcome) for outcome in score_all(pool, [group_of(["a"])])] == [Scores]
+        assert [type(outcome) for outcome in score_all(pool, [group_of(["a"])])] == [ScoredGroup]
     assert pool.workers_replaced == 1
 
 
 @pytest.mark.usefixtures("fake")
 def test_actors_that_died_together_cost_no_group(tokenizer: Any, group_of: GroupOf) -> None:
-    with started(tokenizer, "unused", num_workers=3) as pool:
-        for actor in pool._actors.values():
+    with model_started(tokenizer, "unused", num_workers=3) as pool:
+        for actor in actors(pool):
             ray.kill(actor)
-        for actor in pool._actors.values():
             wait_until_dead(actor)
-        assert [type(outcome) for outcome in score_all(pool, [group_of(["a"])])] == [Scores]
+        assert [type(outcome) for outcome in score_all(pool, [group_of(["a"])])] == [ScoredGroup]
 
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize(
     ("text", "kind", "message", "replaced"),
     [
-        ("die", "worker_died", "the actor of reward_model died twice", 2),
-        ("hang", "timeout", "no score after 1.5 s", 2),
+        ("die", "worker_died", "reward_model 1 died at the second try", 2),
+        ("hang", "timeout", "no answer after 1.5 s (timeout_s of reward_model)", 2),
         ("raise", "raised", "MemoryError", 0),
     ],
 )
@@ -196,7 +204,7 @@ def test_only_the_group_that_is_to_blame_fails(
     text: str, kind: str, message: str, replaced: int, tokenizer: Any, group_of: GroupOf
 ) -> None:
     groups = [group_of(["a"], prompt=text if n == 2 else "fine", group_id=n) for n in range(6)]
-    with started(tokenizer, "unused", timeout_s=1.5) as pool:
+    with model_started(tokenizer, "unused", timeout_s=1.5) as pool:
         score_all(pool, groups[:1])  # The first call of an actor imports what it needs.
         outcomes = score_all(pool, groups)
         assert pool.workers_replaced == replaced
@@ -205,33 +213,20 @@ def test_only_the_group_that_is_to_blame_fails(
     assert isinstance(failure, RewardFailure)
     assert (failure.group_id, failure.kind) == (2, kind)
     assert message in failure.message
-    assert all(isinstance(outcome, Scores) for outcome in outcomes)
+    assert all(isinstance(outcome, ScoredGroup) for outcome in outcomes)
 
 
 def test_functions_and_models_add_up(model_path: str, tokenizer: Any, group_of: GroupOf) -> None:
     def short(*, completions: list[str], **columns: Any) -> list[float | None]:
         return [None if text == "none" else float(len(text) < 3) for text in completions]
 
-    settings = RewardSettings(
-        functions=[short, RewardModelReward(model_path, dtype="float32")], weights=[0.5, 2.0], num_workers=1
-    )
-    stage = reward_stage(
-        settings,
-        run_id="sum",
-        tokenizer_path="unused",
-        tokenizer=tokenizer,
-        trust_remote_code=False,
-        num_cpus=0.1,
-        on_gpu=False,
-    )
-    assert isinstance(stage, CombinedRewards)
+    model = RewardModelReward(model_path, dtype="float32")
     group, texts = group_of(["ab", "abcd", "none"], prompt="1+1="), [["ab", "abcd", "none"]]
-    try:
-        stage.start()
-        scored = asyncio.run(stage.score(group))
-        too_long = asyncio.run(stage.score(group_of(["x" * 300], group_id=3)))
-    finally:
-        stage.stop()
+    with started(tokenizer, short, model, weights=[0.5, 2.0]) as pool:
+        scored, too_long = score_all(pool, [group, group_of(["x" * 300], group_id=3)])
+        lanes = {span.lane for span in pool.take_spans()}
+        assert pool.workers_replaced == 0
+    assert lanes == {"reward worker 1", "reward_model 1"}
     assert isinstance(scored, ScoredGroup)
     (values,) = expected(model_path, [group], texts)
     np.testing.assert_allclose(scored.rewards, 2.0 * values + [0.5, 0.0, 0.0], atol=1e-5)
@@ -240,4 +235,3 @@ def test_functions_and_models_add_up(model_path: str, tokenizer: Any, group_of: 
     assert scored.texts == tuple(texts[0])
     assert isinstance(too_long, RewardFailure)
     assert "set overlong to truncate_left" in too_long.message
-    assert stage.workers_replaced == 0

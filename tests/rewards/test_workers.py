@@ -8,13 +8,14 @@ import pytest
 
 from rlhf_ray.config.settings import RewardSettings
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.pickling import serialize
 from rlhf_ray.prompts import tokenizer
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.rewards import exact_match, resolve_rewards
-from rlhf_ray.rewards.scoring import Scores
-from rlhf_ray.rewards.shipping import pack, pack_rewards
-from rlhf_ray.rewards.worker import SequentialRewardWorker, load_tokenizer
-from rlhf_ray.types import RewardFailure, RolloutGroup
+from rlhf_ray.rewards.arguments import TrainerState
+from rlhf_ray.rewards.scoring import Scores, ScoringError
+from rlhf_ray.rewards.workers import SequentialRewardWorker, load_tokenizer
+from rlhf_ray.types import RolloutGroup
 
 
 def test_a_path_is_loaded_where_all_tokenizers_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,32 +29,31 @@ def test_a_path_is_loaded_where_all_tokenizers_are(tmp_path: Path, monkeypatch: 
         load_tokenizer(str(tmp_path / "nowhere"), False)
 
 
-def test_a_tokenizer_that_was_sent_is_unpacked() -> None:
+def test_a_tokenizer_that_was_sent_is_deserialized() -> None:
     own = tokenizer.load_tokenizer(model_path())
-    sent = pack(own, defined_by=own)
+    sent = serialize(own, defined_by=own)
     assert load_tokenizer(sent, False).decode([49, 43]) == "1+"
 
 
 def test_a_hostile_completion_and_an_unreadable_answer_fail_their_own_groups(
     tokenizer: Any, group_of: Callable[..., RolloutGroup], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf_ray.rewards.worker.LONG_CALL_S", 60.0)
+    monkeypatch.setattr("rlhf_ray.rewards.workers.LONG_CALL_S", 60.0)
     reward = exact_match(pattern=r"<a>(.*?)</a>", timeout_s=0.2)
-    parcels = pack_rewards(resolve_rewards(RewardSettings(functions=[reward])))
-    worker = SequentialRewardWorker(parcels, pack(tokenizer, defined_by=tokenizer), False)
+    payloads = [reward.serialized() for reward in resolve_rewards(RewardSettings(functions=[reward]))]
+    worker = SequentialRewardWorker(payloads, serialize(tokenizer, defined_by=tokenizer), False)
     groups = [
         group_of(["<a>12</a>"], group_id=1, answer=["12", "13"]),
         group_of(["<a>12</a>", "<a>" * 30_000], group_id=2, answer="12"),
         group_of(["<a>12</a>"], group_id=3, answer={"ground_truth": "12"}),
         group_of(["<a>12</a>", "12"], group_id=4, answer=12.0),
     ]
-    good, late, unreadable, last = worker.score(groups)
+    good, late, unreadable, last = worker.work([(group, TrainerState()) for group in groups])
     assert isinstance(good, Scores)
     assert isinstance(last, Scores)
-    assert [good.rewards.tolist(), last.rewards.tolist()] == [[1.0], [1.0, 0.0]]
-    assert isinstance(late, RewardFailure)
-    assert isinstance(unreadable, RewardFailure)
-    assert (late.group_id, late.kind) == (2, "raised")
+    assert [one.values["exact_match"].tolist() for one in (good, last)] == [[1.0], [1.0, 0.0]]
+    assert isinstance(late, ScoringError)
+    assert isinstance(unreadable, ScoringError)
+    assert late.kind == unreadable.kind == "raised"
     assert "exact_match.pattern takes more than 0.2 s" in late.message
-    assert (unreadable.group_id, unreadable.kind) == (3, "raised")
     assert "the row's 'answer' is a mapping" in unreadable.message
