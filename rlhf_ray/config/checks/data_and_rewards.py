@@ -48,7 +48,7 @@ def check_csv_types(settings: Settings) -> None:
     sections = {"data": settings.data, **{each.field: each.data for each in held_out_sets(settings.data)}}
     for section, data in sections.items():
         for column, given in data.csv_types.items():
-            from rlhf_ray.prompts.csv_rows import CSV_TYPES  # prompts/ imports NumPy: not unless it is needed.
+            from rlhf_ray.prompts.formats import CSV_TYPES  # prompts/ imports NumPy: not unless it is needed.
 
             if not isinstance(given, str) or given not in CSV_TYPES:
                 remedy = f"a column is made one of {', '.join(CSV_TYPES)}; the others are text"
