@@ -29,6 +29,7 @@ def rows(count: int) -> RowTable:
 
 def read(source: PromptReader, start: int, stop: int) -> list[Prompt]:
     outcomes = [source.read(prompt_id) for prompt_id in range(start, stop)]
+    source.close()
     return [outcome for outcome in outcomes if isinstance(outcome, Prompt)]
 
 
