@@ -1,4 +1,4 @@
-"""Before a run: what a model's configuration says of it, and which models are refused for what it says.
+"""What a model's configuration says of it, and which models are refused for what it says.
 
 Families name the same things differently, or not at all: every other module asks here.
 """

@@ -1,10 +1,10 @@
-"""What a setting names that may be a local path or a hub id, such as a model, tokenizer or dataset."""
+"""Before a run: what a setting names that may be a local path or a hub id, such as a model, tokenizer or dataset."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-__all__ = ["absolute_if_local", "looks_local", "why_not_a_folder"]
+__all__ = ["absolute_if_local", "looks_local"]
 
 
 def absolute_if_local(path: str) -> str:
@@ -19,11 +19,3 @@ def absolute_if_local(path: str) -> str:
 def looks_local(path: str) -> bool:
     """Whether a name can only be that of a local path, also of one that is missing: a hub id has one slash at most."""
     return path.startswith((".", "/", "~")) or path.count("/") > 1
-
-
-def why_not_a_folder(path: str) -> str | None:
-    """Why a name is neither that of a local folder nor possibly a hub id; ``None``: it is one of them."""
-    local = Path(path).expanduser()
-    if local.exists():
-        return None if local.is_dir() else "it is a file, not a folder"
-    return f"there is no such folder ({local.absolute()})" if looks_local(path) else None

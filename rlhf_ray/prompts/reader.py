@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError, DataError
@@ -27,33 +28,19 @@ _PROMPTS_PER_RUN = 8192
 _PROMPTS_PER_TASK = 512
 
 
+@dataclass(kw_only=True, eq=False)
 class PromptReader:
-    """Makes the prompts of ascending ids; reading ahead starts with the first.
+    """Makes the prompts of ascending ids; reading ahead starts with the first."""
 
-    Args:
-        table: The dataset's rows.
-        order: Which row each prompt id stands for.
-        builder: Makes prompts of rows.
-        tokenizer: The model's.
-        stop: Id at which reading ahead ends; ``None``: it never does.
-    """
-
-    def __init__(
-        self,
-        table: RowTable,
-        order: PromptOrder,
-        builder: PromptBuilder,
-        tokenizer: SharedTokenizer,
-        *,
-        stop: int | None = None,
-    ) -> None:
-        self.order = order
-        self._table = table
-        self._builder = builder
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._reading: Generator[Outcome] | None = None
-        self._next_id = 0
+    table: RowTable
+    order: PromptOrder
+    """Which row each prompt id stands for."""
+    builder: PromptBuilder
+    tokenizer: SharedTokenizer
+    stop: int | None = None
+    """Id at which reading ahead ends; ``None``: it never does."""
+    _reading: Generator[Outcome] | None = None
+    _next_id: int = 0
 
     def read(self, prompt_id: int) -> Prompt | Overlong:
         """Return what became of a prompt; ids ascend until :meth:`close` is called.
@@ -87,9 +74,9 @@ class PromptReader:
 
     def _outcomes(self, start: int) -> Generator[Outcome]:
         next_id = start
-        while self._stop is None or next_id < self._stop:
+        while self.stop is None or next_id < self.stop:
             run_stop = next_id + _PROMPTS_PER_RUN
-            for outcome in self._run(next_id, run_stop if self._stop is None else min(run_stop, self._stop)):
+            for outcome in self._run(next_id, run_stop if self.stop is None else min(run_stop, self.stop)):
                 yield outcome
                 next_id += 1
 
@@ -126,9 +113,9 @@ class PromptReader:
             num_prompts=_PROMPTS_PER_TASK,
             first_id=start,
             dataset_rows=self.order.dataset_rows(start, stop),
-            table=self._table,
-            builder=self._builder,
-            tokenizer=self._tokenizer,
+            table=self.table,
+            builder=self.builder,
+            tokenizer=self.tokenizer,
         )
 
 

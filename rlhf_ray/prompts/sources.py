@@ -61,7 +61,9 @@ def find_source(settings: DataSettings, *, field: str = TRAINING_FIELD) -> Promp
         return _from_path(os.fspath(path), settings, field=field)
     if isinstance(path, Sequence) and path and all(isinstance(part, (str, os.PathLike)) for part in path):
         return FileSource([_local(os.fspath(part), field) for part in path], settings.csv_types)
-    if _is_ray_dataset(path):
+    import ray.data
+
+    if isinstance(path, ray.data.Dataset):
         return RayDatasetSource(path, name=f"the ray.data.Dataset in {field}")
     raise ConfigError(field, path, "give a file or folder, a list of files, a hub id, or a ray.data.Dataset")
 
@@ -92,12 +94,6 @@ def _local(path: str, field: str) -> Path:
     if not local.exists():
         raise DataError(f"{field}: no such file or folder: {path} (looked at {local})")
     return local
-
-
-def _is_ray_dataset(value: Any) -> bool:
-    import ray.data
-
-    return isinstance(value, ray.data.Dataset)
 
 
 class QuickstartSource(RowSource):

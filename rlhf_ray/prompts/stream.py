@@ -195,10 +195,10 @@ class PromptStream(Iterator[Prompt]):
                 raise DataError(f"{self._source.name} is empty: it has no rows")
             self._check_position(self._position, num_rows)
             self._reader = PromptReader(
-                table,
-                PromptOrder(num_rows, seed=self._seed, shuffle=self._builder.settings.shuffle),
-                self._builder,
-                SharedTokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code),
+                table=table,
+                order=PromptOrder(num_rows, seed=self._seed, shuffle=self._builder.settings.shuffle),
+                builder=self._builder,
+                tokenizer=SharedTokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code),
                 stop=None if self._epochs is None else self._epochs * num_rows,
             )
             # Ray Data must stop before the interpreter goes, at exit at the latest.

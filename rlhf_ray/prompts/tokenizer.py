@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.hub import hub_lookup
-from rlhf_ray.models.path import why_not_a_folder
+from rlhf_ray.models.path import looks_local
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -54,11 +54,17 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
             or the files cannot be loaded.
     """
     local = Path(path).expanduser()
-    if reason := why_not_a_folder(path):
-        raise ConfigError("model.path", path, f"{reason}; {_REMEDY}")
-    if local.is_dir() and not any((local / name).is_file() for name in _TOKENIZER_FILES):
-        raise ConfigError("model.path", path, f"the folder holds no tokenizer ({_TOKENIZER_FILES[0]}); {_REMEDY}")
     found = str(local) if local.is_dir() else path
+    reason = None
+    if local.is_dir():
+        if not any((local / name).is_file() for name in _TOKENIZER_FILES):
+            reason = f"the folder holds no tokenizer ({_TOKENIZER_FILES[0]})"
+    elif local.exists():
+        reason = "it is a file, not a folder"
+    elif looks_local(path):
+        reason = f"there is no such folder ({local.absolute()})"
+    if reason is not None:
+        raise ConfigError("model.path", path, f"{reason}; {_REMEDY}")
 
     from transformers import AutoTokenizer
 
@@ -69,8 +75,8 @@ def load_tokenizer(path: str, *, trust_remote_code: bool = False) -> PreTrainedT
             )
     # A damaged file, an unknown class, a missing package and an unreachable hub each have a type of their own.
     except Exception as failure:
-        reason = next(iter(str(failure).splitlines()), "")
-        remedy = f"no tokenizer could be loaded ({type(failure).__name__}: {reason}); {_REMEDY}"
+        first_line = next(iter(str(failure).splitlines()), "")
+        remedy = f"no tokenizer could be loaded ({type(failure).__name__}: {first_line}); {_REMEDY}"
         raise ConfigError("model.path", found, remedy) from failure
     return tokenizer
 

@@ -20,7 +20,8 @@ BUILDER = PromptBuilder(DataSettings(), source_name="rows", max_prompt_tokens=10
 
 
 def make_reader(tokenizer_path: str, table: RowTable, order: PromptOrder, *, stop: int | None = None) -> PromptReader:
-    return PromptReader(table, order, BUILDER, SharedTokenizer(tokenizer_path, trust_remote_code=False), stop=stop)
+    tokenizer = SharedTokenizer(tokenizer_path, trust_remote_code=False)
+    return PromptReader(table=table, order=order, builder=BUILDER, tokenizer=tokenizer, stop=stop)
 
 
 def rows(count: int) -> RowTable:
@@ -97,5 +98,5 @@ class StallingReader(PromptReader):
 def test_an_execution_that_stalled_in_the_middle_is_begun_anew_where_it_was(tokenizer_path: str) -> None:
     tokenizer = SharedTokenizer(tokenizer_path, trust_remote_code=False)
     order = PromptOrder(10, seed=0, shuffle=False)
-    stalling = StallingReader(RowTable([], []), order, BUILDER, tokenizer, stop=13)
+    stalling = StallingReader(table=RowTable([], []), order=order, builder=BUILDER, tokenizer=tokenizer, stop=13)
     assert [prompt.prompt_id for prompt in read(stalling, 3, 13)] == list(range(3, 13))
