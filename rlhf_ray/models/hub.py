@@ -47,7 +47,7 @@ def hub_lookup(path: str) -> Iterator[None]:
 
 
 def hub_environment(*paths: str) -> dict[str, str]:
-    """What a process that looks up ``paths`` by itself needs in its environment, so that it does not wait either."""
+    """Environment variables for a process that looks up ``paths`` by itself, so that it does not wait either."""
     return {} if all(map(_is_here, paths)) or _STATE.why_offline() is None else {"HF_HUB_OFFLINE": "1"}
 
 
