@@ -83,6 +83,8 @@ class PromptStream(Iterator[Prompt]):
         self._dropped = 0
         self._dropped_in_a_row: list[int] = []
         self._reader: PromptReader | None = None
+        # Called at exit at the latest: Ray Data must stop before the interpreter goes.
+        self._stop_reading: Callable[[], object] | None = None
 
     def check(
         self,
@@ -114,9 +116,9 @@ class PromptStream(Iterator[Prompt]):
 
     def close(self) -> None:
         """Stop reading ahead and give the object store its memory back. The next prompt opens the dataset again."""
-        if self._reader is not None:
+        if self._stop_reading is not None:
             self._stop_reading()
-            self._reader = None
+        self._stop_reading = self._reader = None
 
     def __next__(self) -> Prompt:
         """Return the next prompt that is short enough.
@@ -201,7 +203,6 @@ class PromptStream(Iterator[Prompt]):
                 tokenizer=SharedTokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code),
                 stop=None if self._epochs is None else self._epochs * num_rows,
             )
-            # Ray Data must stop before the interpreter goes, at exit at the latest.
             self._stop_reading = weakref.finalize(self, self._reader.close)
         return self._reader
 
