@@ -46,7 +46,8 @@ def ordered_tasks(
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     configure(dataset.context)  # A copy that from_items made.
     dataset.context.max_errored_blocks = 0  # A block left out for an error would give its prompt ids to the next one.
-    return mapped(dataset, function, arguments, compute=ray.data.TaskPoolStrategy(size=max_tasks))
+    # Ray Data warns of more tasks than it has blocks for.
+    return mapped(dataset, function, arguments, compute=ray.data.TaskPoolStrategy(size=min(max_tasks, len(rows))))
 
 
 def mapped(

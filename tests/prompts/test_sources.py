@@ -1,6 +1,7 @@
 import bz2
 import gzip
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,9 @@ def test_settings_that_name_no_dataset(write_jsonl: Any) -> None:
 
 @pytest.mark.usefixtures("local_ray")
 def test_our_executions_are_not_in_the_console(write_jsonl: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    find_source(DataSettings(path=write_jsonl(ROWS))).load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        find_source(DataSettings(path=write_jsonl(ROWS))).load()
     assert "Dataset" not in capfd.readouterr().err
 
 
