@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any
 from rlhf_ray.algorithm.ray_connection import cluster_to_join
 from rlhf_ray.algorithm.ray_session import RaySession
 from rlhf_ray.config.checks import check_advantage, check_attention_device, check_loss
-from rlhf_ray.config.held_out_sets import HeldOutSet, held_out_sets
+from rlhf_ray.config.held_out_sets import held_out_sets
 from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.config.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.config.schedule import Schedule
-from rlhf_ray.config.settings import Settings
+from rlhf_ray.config.settings import DataSettings, Settings
 from rlhf_ray.evaluation.evaluator import Evaluator
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
@@ -34,7 +34,6 @@ from rlhf_ray.models.config import (
     load_model_config,
 )
 from rlhf_ray.pickling import serialize
-from rlhf_ray.prompts.evaluation_prompts import check_prompts, load_prompts
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.reporting.reporter_set import ReporterSet
@@ -59,7 +58,7 @@ from rlhf_ray.rollouts.engine_spec import (
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.types import Prompt, SamplingSettings
+from rlhf_ray.types import SamplingSettings
 from rlhf_ray.weight_sync.publications import Publications
 from rlhf_ray.weight_sync.publisher import DirectPublisher, ObjectStorePublisher, Publisher
 
@@ -86,6 +85,8 @@ class Inputs:
     vocabulary_size: int
     """Tokens that the policy has an embedding for."""
     prompts: PromptStream
+    held_out: dict[str, PromptStream]
+    """Name of a held-out set -> its prompts, once each and in order."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,27 +153,23 @@ def check_inputs(settings: Settings) -> Inputs:
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
     vocabulary_size = check_vocabulary(tokenizer, config)
 
-    prompts = PromptStream(
-        settings.data,
-        tokenizer_path=tokenizer_path,
-        max_prompt_tokens=prompt_tokens,
-        seed=settings.debugging.seed,
-        vocabulary_size=vocabulary_size,
-        trust_remote_code=trust,
-    )
-    check_row = row_check(rewards)
-    # A stop string may be the end of a turn; only token ids can be compared.
-    prompts.check(check_row, stop_token_ids=None if settings.rollouts.stop else {*eos, *stops})
-    for held_out in held_out_sets(settings.data):
-        check_prompts(
-            held_out.data,
-            field=held_out.field,
+    def stream(data: DataSettings, **given: Any) -> PromptStream:
+        return PromptStream(
+            data,
             tokenizer_path=tokenizer_path,
             max_prompt_tokens=prompt_tokens,
             vocabulary_size=vocabulary_size,
             trust_remote_code=trust,
-            check_row=check_row,
+            **given,
         )
+
+    prompts = stream(settings.data, seed=settings.debugging.seed)
+    check_row = row_check(rewards)
+    # A stop string may be the end of a turn; only token ids can be compared.
+    prompts.check(check_row, stop_token_ids=None if settings.rollouts.stop else {*eos, *stops})
+    held_out = {one.name: stream(one.data, field=one.field, epochs=1) for one in held_out_sets(settings.data)}
+    for held_out_prompts in held_out.values():
+        held_out_prompts.check(check_row)
     return Inputs(
         policy_path=policy_path,
         critic_path=(critic_path or policy_path) if advantage.needs_critic else None,
@@ -184,24 +181,13 @@ def check_inputs(settings: Settings) -> Inputs:
         max_prompt_tokens=prompt_tokens,
         vocabulary_size=vocabulary_size,
         prompts=prompts,
+        held_out=held_out,
     )
 
 
 def evaluator(settings: Settings, inputs: Inputs) -> Evaluator:
     """What measures the policy on the held-out sets; they are read when they are first needed."""
-
-    def load(held_out: HeldOutSet) -> tuple[Prompt, ...]:
-        return load_prompts(
-            held_out.data,
-            field=held_out.field,
-            tokenizer_path=inputs.tokenizer_path,
-            max_prompt_tokens=inputs.max_prompt_tokens,
-            limit=settings.evaluation.num_prompts,
-            vocabulary_size=inputs.vocabulary_size,
-            trust_remote_code=settings.model.trust_remote_code,
-        )
-
-    return Evaluator(settings, load)
+    return Evaluator(settings, inputs.held_out)
 
 
 def start_parts(

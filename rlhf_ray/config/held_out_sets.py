@@ -40,7 +40,7 @@ class HeldOutSet:
     field: str
     """The setting that names it, for messages."""
     data: DataSettings
-    """``path`` and ``split`` are the set's own; no path: the quickstart task's held-out rows."""
+    """``path`` and ``split`` are the set's own, rows keep their order; no path: the quickstart task's held-out rows."""
 
 
 def held_out_sets(data: DataSettings) -> tuple[HeldOutSet, ...]:
@@ -54,8 +54,7 @@ def held_out_sets(data: DataSettings) -> tuple[HeldOutSet, ...]:
     """
     given = data.eval_path
     if given is None:
-        quickstart = HeldOutSet(name="quickstart", field=_FIELD, data=data)
-        return () if data.path is not None else (quickstart,)
+        return () if data.path is not None else (_set("quickstart", _FIELD, {"path": None}, data),)
     if not isinstance(given, Mapping):
         return (_set(_name_of(given), _FIELD, {"path": given}, data),)
     if not given:
@@ -80,7 +79,8 @@ def _named(name: object, given: Any, data: DataSettings) -> HeldOutSet:
 
 
 def _set(name: str, field: str, own: Mapping[str, Any], data: DataSettings) -> HeldOutSet:
-    return HeldOutSet(name=name, field=field, data=replace(data, **{"split": data.eval_split, **own}, eval_path=None))
+    own_data = replace(data, **{"split": data.eval_split, **own}, eval_path=None, shuffle=False)
+    return HeldOutSet(name=name, field=field, data=own_data)
 
 
 def _name_of(path: Any) -> str:

@@ -1,11 +1,10 @@
-"""Evaluation, beside the loop: held-out prompts -> completions of one policy version -> rewards -> figures a set."""
+"""Evaluation: held-out prompts -> completions of one policy version -> rewards -> metrics per set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
-from rlhf_ray.config.held_out_sets import HeldOutSet, held_out_sets
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.evaluation.metrics import evaluation_metrics
 from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
@@ -13,7 +12,15 @@ from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
 __all__ = ["Evaluator", "Outcomes", "evaluation_due", "evaluation_sampling"]
 
 Outcomes: TypeAlias = tuple[ScoredGroup | RewardFailure, ...]
-"""``[P]``, one a prompt, in the order of the set."""
+"""``[P]``, one per prompt, in the order of the set."""
+
+
+class HeldOutPrompts(Protocol):
+    """What an evaluation needs of a ``PromptStream`` over a held-out set."""
+
+    def read_all(self, limit: int | None = None) -> tuple[Prompt, ...]:
+        """Read the prompts, or the first ``limit`` of them."""
+        ...
 
 
 class Sampler(Protocol):
@@ -29,30 +36,30 @@ class Evaluator:
 
     Args:
         settings: The run's settings.
-        load: Reads the prompts of a set.
+        held_out: Name of a set -> its prompts.
     """
 
-    def __init__(self, settings: Settings, load: Callable[[HeldOutSet], tuple[Prompt, ...]]) -> None:
-        self._sets = held_out_sets(settings.data)
+    def __init__(self, settings: Settings, held_out: Mapping[str, HeldOutPrompts]) -> None:
+        self._held_out = held_out
         self._sampling = evaluation_sampling(settings)
+        self._limit = settings.evaluation.num_prompts
         self._pass_threshold = settings.evaluation.pass_threshold
-        self._load = load
         self._prompts: dict[str, tuple[Prompt, ...]] = {}
 
     def sample(self, sampler: Sampler, version: int) -> dict[str, Outcomes]:
         """Name of a set -> its scored groups; empty where a run has none.
 
-        All sets are sampled at once, so that the replicas wait for the longest completions once and not once a set.
+        All sets are sampled at once, so that the replicas wait for the longest completions once and not once per set.
         """
-        for held_out in self._sets:
-            if held_out.name not in self._prompts:
-                self._prompts[held_out.name] = self._load(held_out)
+        for name, stream in self._held_out.items():
+            if name not in self._prompts:
+                self._prompts[name] = stream.read_all(self._limit)
         every = [prompt for prompts in self._prompts.values() for prompt in prompts]
         outcomes = iter(sampler.score_prompts(every, self._sampling, version)) if every else iter(())
         return {name: tuple(next(outcomes) for _ in prompts) for name, prompts in self._prompts.items()}
 
     def metrics(self, outcomes: Mapping[str, Outcomes]) -> dict[str, dict[str, Any]]:
-        """Name of a set -> its figures."""
+        """Name of a set -> its metrics."""
         return {
             name: evaluation_metrics(of_set, pass_threshold=self._pass_threshold) for name, of_set in outcomes.items()
         }
@@ -68,7 +75,7 @@ def evaluation_due(settings: Settings, iteration: int) -> bool:
 
 
 def evaluation_sampling(settings: Settings) -> SamplingSettings:
-    """How completions are drawn in evaluation: one a prompt, greedy by default."""
+    """How completions are drawn in evaluation: one per prompt, greedy by default."""
     rollouts, evaluation = settings.rollouts, settings.evaluation
     return SamplingSettings(
         group_size=evaluation.samples_per_prompt,

@@ -1,4 +1,4 @@
-"""Evaluation, after scoring: groups of one held-out set -> its figures; keys are declared in reporting/metrics.py."""
+"""Scored groups of one held-out set -> its metrics; keys are declared in reporting/metrics.py."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["evaluation_metrics"]
 
 
 def evaluation_metrics(outcomes: Sequence[ScoredGroup | RewardFailure], *, pass_threshold: float) -> dict[str, Any]:
-    """Figures of one held-out set; failed rewards are counted and left out of the others.
+    """Metrics of one held-out set; failed rewards are counted and left out of the others.
 
     Args:
-        outcomes: One a prompt; all groups have the same number of completions, n.
+        outcomes: One per prompt; all groups have the same number of completions, n.
         pass_threshold: A completion passes with a reward of at least this.
 
     Returns:
-        Key -> figure. ``reward_stderr`` needs two scored prompts, ``pass_at_<k>`` (k = 1, 2, 4, ... and n) one.
+        Key -> value. ``reward_stderr`` needs two scored prompts, ``pass_at_<k>`` (k = 1, 2, 4, ... and n) one.
     """
     scored = [outcome for outcome in outcomes if isinstance(outcome, ScoredGroup)]
     completions = [c for group in scored for c in group.group.trajectories]
@@ -45,7 +45,7 @@ def _reward_metrics(scored: Sequence[ScoredGroup], pass_threshold: float) -> dic
     rewards = np.stack([group.rewards for group in scored]).astype(np.float64)
     metrics = {"reward_mean": float(rewards.mean())}
     if len(scored) > 1:
-        # Completions of a prompt are no independent draws from the set; their means are.
+        # Completions of a prompt are not independent draws from the set; their means are.
         metrics["reward_stderr"] = float(rewards.mean(axis=1).std(ddof=1) / math.sqrt(len(scored)))
     return metrics | _pass_metrics(rewards >= pass_threshold)
 

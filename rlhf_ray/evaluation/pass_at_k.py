@@ -19,11 +19,11 @@ def pass_at_k(num_passed: npt.NDArray[np.integer], num_samples: int, k: int) -> 
 
     Args:
         num_passed: ``[P]``, samples of each prompt that pass, 0 to n.
-        num_samples: Samples a prompt, n.
+        num_samples: Samples per prompt, n.
         k: 1 to n.
 
     Returns:
-        ``[P]``, a probability a prompt; their mean is the figure of a dataset.
+        ``[P]``, a probability per prompt; their mean is the metric of a dataset.
 
     Raises:
         ValueError: ``k`` or a count is out of range.

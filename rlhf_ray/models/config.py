@@ -1,4 +1,4 @@
-"""Before a run: what a model's configuration says of it, and which models are refused for what it says.
+"""What a model's configuration says of it, and which models are refused for what it says.
 
 Families name the same things differently, or not at all: every other module asks here.
 """
@@ -157,6 +157,8 @@ def check_sequence_parallel(size: int, field: str, config: PretrainedConfig) -> 
         ConfigError: Its attention heads cannot be shared out, or what a layer computes of a token depends on others by
             other ways than attention to all of them, or on how many a learner reads.
     """
+    if size == 1:
+        return
     text = config.get_text_config()
     layers = text.per_layer_config if text.is_heterogeneous else [text]
     heads = math.gcd(*(int(getattr(layer, "num_attention_heads", None) or 0) for layer in layers))
@@ -165,8 +167,6 @@ def check_sequence_parallel(size: int, field: str, config: PretrainedConfig) -> 
     ropes = getattr(text, "rope_parameters", None) or {}
     ropes = [one for one in (ropes, *ropes.values()) if isinstance(one, dict)]
     lengths = {one.get("rope_type") for one in ropes} & {"dynamic", "longrope"}
-    if size == 1:
-        return
     if heads == 0 or keeps_states(config):
         reason = "has layers that carry a state from token to token; use 1"
     elif kinds:

@@ -32,7 +32,7 @@ def hub_lookup(path: str) -> Iterator[None]:
     Raises:
         OSError: It is no local folder, the hub cannot be reached, and the cache does not hold it.
     """
-    reason = None if _is_here(path) else _why_offline()
+    reason = None if _is_here(path) else _STATE.why_offline()
     if reason is None:
         yield
         return
@@ -47,18 +47,12 @@ def hub_lookup(path: str) -> Iterator[None]:
 
 
 def hub_environment(*paths: str) -> dict[str, str]:
-    """What a process that looks up ``paths`` by itself needs in its environment, so that it does not wait either."""
-    return {} if all(map(_is_here, paths)) or _why_offline() is None else {"HF_HUB_OFFLINE": "1"}
+    """Environment variables for a process that looks up ``paths`` by itself, so that it does not wait either."""
+    return {} if all(map(_is_here, paths)) or _STATE.why_offline() is None else {"HF_HUB_OFFLINE": "1"}
 
 
 def _is_here(path: str) -> bool:
     return Path(path).expanduser().exists()
-
-
-def _why_offline() -> str | None:
-    from huggingface_hub import constants
-
-    return "HF_HUB_OFFLINE is set" if _STATE.set_by_user(constants) else _STATE.unreachable(constants.ENDPOINT)
 
 
 @dataclass(slots=True)
@@ -66,23 +60,23 @@ class _State:
     """What this process knows of the hub, and how many of its threads look into the cache alone."""
 
     lock: threading.Lock = field(default_factory=threading.Lock)
-    probe_lock: threading.Lock = field(default_factory=threading.Lock)
-    """One thread asks, the others wait for its answer."""
+    """Held while one thread asks the hub, so that the others wait for its answer."""
     asked_at: float | None = None
     reason: str | None = None
     depth: int = 0
     before: list[tuple[Any, bool]] = field(default_factory=list)
 
-    def set_by_user(self, constants: Any) -> bool:
-        with self.lock:
-            return self.depth == 0 and bool(constants.HF_HUB_OFFLINE)
+    def why_offline(self) -> str | None:
+        """Why the hub is not to be asked; ``None``: it answers."""
+        from huggingface_hub import constants
 
-    def unreachable(self, endpoint: str) -> str | None:
-        """Why the hub cannot be reached; ``None``: it answers."""
-        with self.probe_lock:
-            is_old = self.asked_at is None or time.monotonic() - self.asked_at > _KNOWN_FOR_S
-            if is_old and self.depth == 0:  # Else this process asks nobody.
-                self.reason = _probe(endpoint)
+        with self.lock:
+            if self.depth:  # The flag is ours, and requests of this process would fail.
+                return self.reason
+            if constants.HF_HUB_OFFLINE:
+                return "HF_HUB_OFFLINE is set"
+            if self.asked_at is None or time.monotonic() - self.asked_at > _KNOWN_FOR_S:
+                self.reason = _probe(constants.ENDPOINT)
                 self.asked_at = time.monotonic()
             return self.reason
 

@@ -1,4 +1,4 @@
-"""What learners and reward models ask of a model of transformers: its heads, that it is finite, how it attends."""
+"""Properties of a transformers model that learners and reward models need: heads, finite weights, attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prompts/: the template that renders chats, the tokenizer's or one of the run's, and what it reads and writes."""
+"""The template that renders chats, the tokenizer's or one of the run's: its text, its variables, its end of turn."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.untrusted_text import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,9 +32,11 @@ def read_chat_template(given: str | None, field: str = "data.chat_template") -> 
     try:
         variables = template_variables(text)
     except Exception as failure:  # Jinja's own, and what its extensions raise.
-        raise ConfigError(field, _short(given), f"it is no Jinja template: {failure}") from failure
+        raise ConfigError(field, shortened(given, 80), f"it is no Jinja template: {failure}") from failure
     if "messages" not in variables:
-        raise ConfigError(field, _short(given), "it never uses `messages`, so every chat would be the same prompt")
+        raise ConfigError(
+            field, shortened(given, 80), "it never uses `messages`, so every chat would be the same prompt"
+        )
     return text
 
 
@@ -81,7 +84,3 @@ def _file_text(path: str, field: str) -> str:
         return file.read_text(encoding="utf-8")
     except (OSError, ValueError) as failure:
         raise ConfigError(field, path, f"the file cannot be read: {failure}") from failure
-
-
-def _short(given: str) -> str:
-    return given if len(given) <= 80 else f"{given[:77]}..."

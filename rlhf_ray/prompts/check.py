@@ -1,4 +1,4 @@
-"""prompts/: what can be known about a dataset in a second, before any engine starts."""
+"""What can be known about a dataset in a second, before any engine starts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.prompts.builder import NumberedRow, Overlong, PromptBuilder
+from rlhf_ray.prompts.builder import Overlong, PromptBuilder
 from rlhf_ray.prompts.chat_template import turn_end
-from rlhf_ray.prompts.source import PromptSource
-from rlhf_ray.prompts.text_encoding import special_tokens_around
-from rlhf_ray.types import Prompt
+from rlhf_ray.prompts.sources import PromptSource
+from rlhf_ray.prompts.tokenizer import special_tokens_around
+from rlhf_ray.types import ChatMessage, Prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["check_source", "log_choices"]
+__all__ = ["check_source"]
 
 logger = logging.getLogger(__name__)
 
@@ -27,18 +27,20 @@ def check_source(
     source: PromptSource,
     builder: PromptBuilder,
     tokenizer: PreTrainedTokenizerBase,
+    *,
     check_row: Callable[[Mapping[str, Any]], None] | None = None,
-) -> list[Prompt]:
+    stop_token_ids: Collection[int] | None = None,
+) -> None:
     """Make prompts of the first 1,000 rows in this process, and have the rewards look at their columns.
+
+    What could be read in two ways, and is not read as the tokenizer would by itself, is logged.
 
     Args:
         source: The rows.
         builder: Makes prompts of them.
         tokenizer: The model's.
         check_row: Raises ``DataError`` for columns that a reward cannot use; unset: rewards look at nothing.
-
-    Returns:
-        Those that are not dropped for their length.
+        stop_token_ids: What ends a completion, to be compared with the chat template; ``None``: not compared.
 
     Raises:
         ConfigError: A setting does not go with the rows.
@@ -48,61 +50,27 @@ def check_source(
     rows = source.sample(_CHECKED_ROWS)
     if not rows:
         raise DataError(f"{source.name} is empty: it has no rows")
-    numbered = [NumberedRow(prompt_id=i, dataset_row=i, row=row) for i, row in enumerate(rows)]
-    outcomes = builder.build(numbered, tokenizer)
-    lengths: list[int] = []
-    for row, outcome in enumerate(outcomes):
+    outcomes = builder.build(rows, tokenizer)
+    texts = []
+    for index, outcome in enumerate(outcomes):
         if isinstance(outcome, (DataError, ConfigError)):
             raise outcome
-        if check_row is not None and isinstance(outcome, Prompt):
+        if isinstance(outcome, Prompt):
+            texts.append(outcome.text)
             try:
-                check_row(outcome.columns)
+                if check_row is not None:
+                    check_row(outcome.columns)
             except DataError as error:
-                raise DataError(f"{source.name}, row {row} (from 0): {error}") from error
-        lengths.append(outcome.num_tokens if isinstance(outcome, Overlong) else len(outcome.token_ids))
-    if min(lengths) > builder.max_prompt_tokens:
-        raise builder.none_fits(f"none of the first {len(rows)} rows", min(lengths))
-    return [outcome for outcome in outcomes if isinstance(outcome, Prompt)]
-
-
-def log_choices(
-    prompts: Sequence[Prompt],
-    builder: PromptBuilder,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    stop_token_ids: Collection[int] | None = None,
-) -> None:
-    """Log what was decided about prompts that could be read in two ways, where it changes what a tokenizer would do.
-
-    Args:
-        prompts: Of one source.
-        builder: What made them.
-        tokenizer: The model's.
-        stop_token_ids: What ends a completion; ``None``: not looked at.
-    """
-    texts = [prompt.text for prompt in prompts if isinstance(prompt.text, str)]
-    if texts:
-        _log_special_tokens(texts, builder.source_name, tokenizer)
-    chats = [prompt.text for prompt in prompts if isinstance(prompt.text, list)]
-    unfinished = sum(chat[-1]["role"] == "assistant" for chat in chats)
-    if unfinished and builder.final_assistant is None:
-        logger.warning(
-            "%s: %d of the first %d chats end in an assistant message, and completions continue it; set "
-            "data.final_assistant to 'continue' if that is meant, or to 'drop' if these are the dataset's answers",
-            builder.source_name,
-            unfinished,
-            len(chats),
-        )
-    if chats and stop_token_ids is not None:
-        end = turn_end(tokenizer, builder.chat_template, builder.chat_template_kwargs)
-        if end is not None and end not in stop_token_ids:
-            logger.warning(
-                "the chat template ends an assistant's turn with %s (%d), which does not end a completion; to let it, "
-                "add %d to rollouts.stop_token_ids",
-                tokenizer.convert_ids_to_tokens(end),
-                end,
-                end,
-            )
+                raise DataError(f"{builder.where(index)}: {error}") from error
+    if not texts:
+        shortest = min(outcome.num_tokens for outcome in outcomes if isinstance(outcome, Overlong))
+        raise builder.none_fits(f"none of the first {len(rows)} rows", shortest)
+    if strings := [text for text in texts if isinstance(text, str)]:
+        _log_special_tokens(strings, builder.source_name, tokenizer)
+    if chats := [text for text in texts if not isinstance(text, str)]:
+        _log_unfinished(chats, builder)
+        if stop_token_ids is not None:
+            _log_turn_end(builder, tokenizer, stop_token_ids)
 
 
 def _log_special_tokens(texts: Sequence[str], source_name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -119,3 +87,27 @@ def _log_special_tokens(texts: Sequence[str], source_name: str, tokenizer: PreTr
         len(texts),
         tokenizer.decode(after) or "nothing",
     )
+
+
+def _log_unfinished(chats: Sequence[list[ChatMessage]], builder: PromptBuilder) -> None:
+    unfinished = sum(chat[-1]["role"] == "assistant" for chat in chats)
+    if unfinished and builder.settings.final_assistant is None:
+        logger.warning(
+            "%s: %d of the first %d chats end in an assistant message, and completions continue it; set "
+            "data.final_assistant to 'continue' if that is meant, or to 'drop' if these are the dataset's answers",
+            builder.source_name,
+            unfinished,
+            len(chats),
+        )
+
+
+def _log_turn_end(builder: PromptBuilder, tokenizer: PreTrainedTokenizerBase, stop_token_ids: Collection[int]) -> None:
+    end = turn_end(tokenizer, builder.settings.chat_template, builder.settings.chat_template_kwargs)
+    if end is not None and end not in stop_token_ids:
+        logger.warning(
+            "the chat template ends an assistant's turn with %s (%d), which does not end a completion; to let it, "
+            "add %d to rollouts.stop_token_ids",
+            tokenizer.convert_ids_to_tokens(end),
+            end,
+            end,
+        )

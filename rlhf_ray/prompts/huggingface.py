@@ -1,25 +1,24 @@
-"""prompts/: datasets of the Hugging Face hub, and folders that ``save_to_disk`` wrote."""
+"""Datasets of the Hugging Face hub, and folders that ``save_to_disk`` wrote."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import DataError
 from rlhf_ray.models.hub import hub_lookup
-from rlhf_ray.prompts.csv_rows import typed_rows
-from rlhf_ray.prompts.row_codec import Row, arrow_rows, encode_rows
-from rlhf_ray.prompts.row_store import RowStore
+from rlhf_ray.prompts.formats import typed_rows
+from rlhf_ray.prompts.rows import Row, RowSource, arrow_rows
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
 
 __all__ = ["HubSource", "SavedDatasetSource", "is_saved_dataset"]
 
-_ROWS_A_BLOCK = 4096
+_BATCH_ROWS = 4096
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -27,70 +26,7 @@ def is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-class HubSource:
-    """A dataset of the hub, downloaded once into the datasets library's cache.
-
-    Args:
-        path: Its id.
-        subset: Configuration name, where it has several.
-        split: For example ``train`` or ``train[:10%]``.
-        field: The setting that names it.
-        csv_types: ``data.csv_types``, where its files are CSV.
-    """
-
-    def __init__(
-        self, path: str, *, subset: str | None, split: str, field: str, csv_types: Mapping[str, str] | None = None
-    ) -> None:
-        self.name = f"{path} ({split})" if subset is None else f"{path}/{subset} ({split})"
-        self._path = path
-        self._subset = subset
-        self._split = split
-        self._field = field
-        self._csv_types = csv_types or {}
-        self._is_text = False
-        self._downloaded: datasets.Dataset | None = None
-
-    def sample(self, limit: int) -> list[Row]:
-        """Download the dataset and return its first rows.
-
-        Raises:
-            DataError: The hub cannot be reached or has no such dataset, subset or split.
-        """
-        return list(itertools.islice(self._rows(), limit))
-
-    def load(self) -> RowStore:
-        """Download the dataset and put its rows into the object store.
-
-        Raises:
-            DataError: As in :meth:`sample`.
-        """
-        return RowStore.from_tables(_tables(self._rows()))
-
-    def _rows(self) -> Iterator[Row]:
-        rows = _rows(self._dataset())
-        return typed_rows(rows, self.name, self._csv_types) if self._is_text else rows
-
-    def _dataset(self) -> datasets.Dataset:
-        if self._downloaded is None:
-            self._downloaded = self._download()
-        return self._downloaded
-
-    def _download(self) -> datasets.Dataset:
-        try:
-            with hub_lookup(self._path):
-                loaded, self._is_text = _load(self._path, self._subset, self._split)
-            return loaded
-        # No network, no such id, no access, no such subset or split, a broken file: each has a type of its own.
-        except Exception as failure:
-            call = f"datasets.load_dataset({self._path!r}, {self._subset!r}, split={self._split!r})"
-            raise DataError(
-                f"{self._field}: there is no file or folder {self._path!r} here, so it was taken for a hub id, and "
-                f"{call} failed: {type(failure).__name__}: {failure}. Check the id, data.subset and the split; without "
-                f"a network, set {self._field} to a local .jsonl, .parquet or .csv file or a save_to_disk folder"
-            ) from failure
-
-
-class SavedDatasetSource:
+class SavedDatasetSource(RowSource):
     """A folder that the datasets library's ``save_to_disk`` wrote.
 
     Args:
@@ -103,23 +39,8 @@ class SavedDatasetSource:
         self._folder = folder
         self._split = split
 
-    def sample(self, limit: int) -> list[Row]:
-        """Return the first rows.
-
-        Raises:
-            DataError: The folder is damaged or lacks the split.
-        """
-        return list(itertools.islice(_rows(self._dataset()), limit))
-
-    def load(self) -> RowStore:
-        """Put the rows into the object store.
-
-        Raises:
-            DataError: As in :meth:`sample`.
-        """
-        return RowStore.from_tables(_tables(_rows(self._dataset())))
-
-    def _dataset(self) -> datasets.Dataset:
+    def rows(self) -> Iterator[Row]:
+        """See :meth:`RowSource.rows`."""
         import datasets
 
         try:
@@ -127,12 +48,48 @@ class SavedDatasetSource:
         except (OSError, ValueError, KeyError) as failure:
             raise DataError(f"{self._folder}: datasets.load_from_disk failed: {failure}") from failure
         if not isinstance(saved, datasets.DatasetDict):
-            return saved
+            return _dataset_rows(saved)
         if self._split not in saved:
             raise DataError(
                 f"{self._folder} holds split {' and '.join(sorted(saved))}, but none called {self._split!r}"
             )
-        return saved[self._split]
+        return _dataset_rows(saved[self._split])
+
+
+class HubSource(RowSource):
+    """A dataset of the hub, downloaded once into the datasets library's cache when its rows are first read.
+
+    Args:
+        settings: The ``data`` section, or a held-out set's own: its id in ``path``, subset and split.
+        field: The setting that names it.
+    """
+
+    def __init__(self, settings: DataSettings, *, field: str) -> None:
+        subset = "" if settings.subset is None else f"/{settings.subset}"
+        self.name = f"{settings.path}{subset} ({settings.split})"
+        self._settings = settings
+        self._field = field
+
+    def rows(self) -> Iterator[Row]:
+        """See :meth:`RowSource.rows`."""
+        dataset, is_text = self._downloaded
+        rows = _dataset_rows(dataset)
+        return typed_rows(rows, self.name, self._settings.csv_types) if is_text else rows
+
+    @functools.cached_property
+    def _downloaded(self) -> tuple[datasets.Dataset, bool]:
+        path, subset, split = str(self._settings.path), self._settings.subset, self._settings.split
+        try:
+            with hub_lookup(path):
+                return _load(path, subset, split)
+        # No network, no such id, no access, no such subset or split, a broken file: each has a type of its own.
+        except Exception as failure:
+            call = f"datasets.load_dataset({path!r}, {subset!r}, split={split!r})"
+            raise DataError(
+                f"{self._field}: there is no file or folder {path!r} here, so it was taken for a hub id, and "
+                f"{call} failed: {type(failure).__name__}: {failure}. Check the id, data.subset and the split; without "
+                f"a network, set {self._field} to a local .jsonl, .parquet or .csv file or a save_to_disk folder"
+            ) from failure
 
 
 def _load(path: str, subset: str | None, split: str) -> tuple[datasets.Dataset, bool]:
@@ -156,13 +113,8 @@ def _load(path: str, subset: str | None, split: str) -> tuple[datasets.Dataset, 
     return loaded, False
 
 
-def _rows(dataset: datasets.Dataset) -> Iterator[Row]:
+def _dataset_rows(dataset: datasets.Dataset) -> Iterator[Row]:
     # Not ray.data.from_huggingface: it asks the hub about the dataset again, even about one on disk, and reads
     # Parquet files there in place of what was downloaded.
-    for table in dataset.with_format("arrow").iter(batch_size=_ROWS_A_BLOCK):
+    for table in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):
         yield from arrow_rows(table)
-
-
-def _tables(rows: Iterator[Row]) -> Iterator[pa.Table]:
-    while block := list(itertools.islice(rows, _ROWS_A_BLOCK)):
-        yield encode_rows(block)

@@ -1,4 +1,4 @@
-"""prompts/: which row comes when: a function of the seed, the epoch and the number of rows, nothing else."""
+"""Which row comes when: a function of the seed, the epoch and the number of rows, nothing else."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ Int64Array = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptPosition:
-    """Where a prompt stream stands: the next row to hand out."""
+    """The position of a prompt stream: the next row to hand out."""
 
     epoch: int = 0
     row: int = 0
     """Index in the epoch's order; counts every row, those that were dropped too."""
     unfinished: tuple[int, ...] = ()
-    """Ids of earlier prompts that come first, ascending: they were handed out, but nobody trained on them."""
+    """Ids of earlier prompts that come first, ascending: they were handed out, but not trained on."""
 
 
 class PromptOrder:
     """Maps prompt ids to dataset rows: prompt ``epoch * num_rows + i`` is the i-th row of that epoch's order.
 
-    A run therefore goes on exactly where it stopped, on a cluster of any size: neither the number of workers nor the
-    way that files were split into blocks has a part in it.
+    A run therefore resumes exactly where it stopped, on a cluster of any size: neither the number of workers nor the
+    way that files were split into blocks matters.
 
     Args:
         num_rows: Rows of the dataset.

@@ -1,20 +1,20 @@
-"""prompts/: rows in order -> outcomes, through Ray Data, read ahead of whoever asks for them."""
+"""Prompt ids -> outcomes: Ray Data makes the prompts, a few thousand ahead of the caller."""
 
 from __future__ import annotations
 
 import pickle
 from collections.abc import Generator, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from rlhf_ray.prompts.builder import NumberedRow, Outcome, PromptBuilder
-from rlhf_ray.prompts.data_context import NUM_CPUS, RUN_NAME, data_errors, prompt_context
-from rlhf_ray.prompts.order import PromptOrder
-from rlhf_ray.prompts.row_codec import ROW_COLUMN, decode_row
-from rlhf_ray.prompts.row_store import RowStore
-from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
-from rlhf_ray.worker_env import worker_env
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
+from rlhf_ray.prompts.execution import ITEM_COLUMN, data_errors, ordered_tasks
+from rlhf_ray.prompts.order import Int64Array, PromptOrder
+from rlhf_ray.prompts.rows import RowTable
+from rlhf_ray.prompts.tokenizer import SharedTokenizer
+from rlhf_ray.stopping import stop_all
+from rlhf_ray.types import Prompt
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -24,42 +24,64 @@ __all__ = ["PromptReader"]
 
 # One Ray Data execution. It bounds what is made ahead of need, and spreads the cost of starting an execution (about
 # 0.4 s) over many prompts, however short an epoch is.
-_PROMPTS_A_RUN = 8192
-_PROMPTS_A_TASK = 512
+_PROMPTS_PER_RUN = 8192
+_PROMPTS_PER_TASK = 512
 
 
+@dataclass(kw_only=True, eq=False)
 class PromptReader:
-    """Makes the outcomes of consecutive prompt ids.
+    """Makes the prompts of ascending ids; reading ahead starts with the first."""
 
-    Args:
-        store: The dataset's rows.
-        order: Which row each prompt id stands for.
-        builder: Makes prompts of rows.
-        tokenizer: The model's.
-    """
+    table: RowTable
+    order: PromptOrder
+    """Which row each prompt id stands for."""
+    builder: PromptBuilder
+    tokenizer: SharedTokenizer
+    stop: int | None = None
+    """Id at which reading ahead ends; ``None``: it never does."""
+    _reading: Generator[Outcome] | None = None
+    _next_id: int = 0
 
-    def __init__(self, store: RowStore, order: PromptOrder, builder: PromptBuilder, tokenizer: SharedTokenizer) -> None:
-        self._store = store
-        self.order = order
-        self._builder = builder
-        self._tokenizer = tokenizer
-
-    def outcomes(self, start: int, stop: int | None = None) -> Generator[Outcome]:
-        """Yield the outcome of every prompt id from ``start`` on, to before ``stop`` or without end.
+    def read(self, prompt_id: int) -> Prompt | Overlong:
+        """Return what became of a prompt; ids ascend until :meth:`close` is called.
 
         Raises:
-            ConfigError: A tokenizer with code of its own cannot be loaded in a worker.
-            DataError: A worker cannot read the rows, or there is no CPU for it.
+            ConfigError: A setting does not go with the row, or a tokenizer with code of its own cannot be loaded in a
+                worker.
+            DataError: The row makes no prompt, a worker cannot read it, or there is no CPU for it.
         """
+        try:
+            if self._reading is None:
+                self._reading, self._next_id = self._outcomes(prompt_id), prompt_id
+            while True:  # Between unfinished prompts lie those that are done.
+                outcome = next(self._reading)
+                self._next_id += 1
+                if self._next_id > prompt_id:
+                    break
+            if isinstance(outcome, (DataError, ConfigError)):
+                raise outcome
+        except BaseException:
+            # Who asks for this prompt again has to be answered from here, not from the next row.
+            stop_all(("prompts", self.close))
+            raise
+        return outcome
+
+    def close(self) -> None:
+        """Stop reading ahead; the next id may be any."""
+        if self._reading is not None:
+            reading, self._reading = self._reading, None
+            reading.close()
+
+    def _outcomes(self, start: int) -> Generator[Outcome]:
         next_id = start
-        while stop is None or next_id < stop:
-            run_stop = next_id + _PROMPTS_A_RUN if stop is None else min(next_id + _PROMPTS_A_RUN, stop)
-            for outcome in self._run(next_id, run_stop):
+        while self.stop is None or next_id < self.stop:
+            run_stop = next_id + _PROMPTS_PER_RUN
+            for outcome in self._run(next_id, run_stop if self.stop is None else min(run_stop, self.stop)):
                 yield outcome
                 next_id += 1
 
     def _run(self, start: int, stop: int) -> Iterator[Outcome]:
-        """Yield the outcomes of one execution: all of them, or fewer where it stood still in the middle."""
+        """Yield the outcomes of one execution: all of them, or fewer where it stalled in the middle."""
         from ray.data.exceptions import ExecutionTimeoutError
 
         rows = self._dataset(start, stop).iterator()
@@ -73,7 +95,7 @@ class PromptReader:
                 with data_errors("making prompts"):
                     batch = next(batches, None)
             except Exception as failure:
-                # An execution whose output is full stands still while a long update keeps us from asking: begin anew.
+                # An execution whose output is full stalls while a long update keeps us from asking: begin another.
                 if delivered and isinstance(failure.__cause__, ExecutionTimeoutError):
                     return
                 raise
@@ -83,36 +105,18 @@ class PromptReader:
             delivered += batch.num_rows
 
     def _dataset(self, start: int, stop: int) -> ray.data.Dataset:
-        import ray.data
-
-        from rlhf_ray.prompts.ordered_rows import OrderedRows
-
-        # One task at a time keeps up with any training and leaves the CPUs to the engines.
-        one_task = ray.data.TaskPoolStrategy(size=1)
-        rows = OrderedRows(
-            self._store,
-            np.arange(start, stop, dtype=np.int64),
-            self.order.dataset_rows(start, stop),
-            rows_a_task=_PROMPTS_A_TASK,
+        return ordered_tasks(
+            _outcome_table,
+            range(0, stop - start, _PROMPTS_PER_TASK),
+            # One task at a time keeps up with any training and leaves the CPUs to the engines.
+            max_tasks=1,
+            num_prompts=_PROMPTS_PER_TASK,
+            first_id=start,
+            dataset_rows=self.order.dataset_rows(start, stop),
+            table=self.table,
+            builder=self.builder,
+            tokenizer=self.tokenizer,
         )
-        with prompt_context():
-            dataset = ray.data.read_datasource(
-                rows,
-                num_cpus=NUM_CPUS,
-                runtime_env=worker_env(),
-                compute=one_task,
-                override_num_blocks=-(-(stop - start) // _PROMPTS_A_TASK),
-            ).map_batches(
-                _build,
-                fn_kwargs={"builder": self._builder, "tokenizer": self._tokenizer},
-                batch_size=None,
-                batch_format="pyarrow",
-                num_cpus=NUM_CPUS,
-                runtime_env=worker_env(),
-                compute=one_task,
-            )
-        dataset.set_name(RUN_NAME)
-        return dataset
 
 
 def _stop_without_killing(executor: Any) -> None:
@@ -120,12 +124,20 @@ def _stop_without_killing(executor: Any) -> None:
         executor.shutdown(force=False)
 
 
-def _build(rows: pa.Table, *, builder: PromptBuilder, tokenizer: SharedTokenizer) -> pa.Table:
+def _outcome_table(
+    offsets: pa.Table,
+    *,
+    num_prompts: int,
+    first_id: int,
+    dataset_rows: Int64Array,
+    table: RowTable,
+    builder: PromptBuilder,
+    tokenizer: SharedTokenizer,
+) -> pa.Table:
+    """Make the prompts of one task, which begins so many after the first of the execution."""
     import pyarrow as pa
 
-    numbered = [
-        NumberedRow(prompt_id=row["prompt_id"], dataset_row=row["dataset_row"], row=decode_row(row[ROW_COLUMN]))
-        for row in rows.to_pylist()
-    ]
-    outcomes = [pickle.dumps(outcome) for outcome in builder.build(numbered, tokenizer.get())]
-    return pa.table({"outcome": pa.array(outcomes, pa.large_binary())})
+    [offset] = offsets[ITEM_COLUMN].to_pylist()
+    numbers = dataset_rows[offset : offset + num_prompts]
+    outcomes = builder.build(table.take(numbers), tokenizer.get(), numbers=numbers.tolist(), first_id=first_id + offset)
+    return pa.table({"outcome": pa.array([pickle.dumps(outcome) for outcome in outcomes], pa.large_binary())})

@@ -1,9 +1,9 @@
-"""prompts/: dataset rows -> ``Prompt``, endlessly, in an order that can be taken up again anywhere.
+"""Dataset rows -> prompts, in an order that can be resumed at any position.
 
 ::
 
-    source.py         data.path -> files, hub, Dataset, quickstart task
-    row_store.py      all rows, encoded, in the object store
+    sources.py        data.path -> files, hub, Dataset, quickstart task
+    rows.py           all rows, pickled, in the object store
     order.py          prompt id -> row
     reader.py         rows -> outcomes in Ray Data workers (builder.py), a few thousand ahead
     PromptStream      outcomes -> prompts: raises problems, drops what is too long, keeps the position
@@ -11,38 +11,41 @@
 
 from __future__ import annotations
 
+import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from itertools import islice
 from typing import Any
 
 from rlhf_ray.config.settings import DataSettings
-from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
-from rlhf_ray.prompts.check import check_source, log_choices
+from rlhf_ray.errors import DataError
+from rlhf_ray.prompts.builder import Overlong, PromptBuilder
+from rlhf_ray.prompts.check import check_source
 from rlhf_ray.prompts.order import PromptOrder, PromptPosition
 from rlhf_ray.prompts.reader import PromptReader
-from rlhf_ray.prompts.shared_tokenizer import SharedTokenizer
-from rlhf_ray.prompts.source import find_source
-from rlhf_ray.prompts.tokenizer import load_tokenizer
-from rlhf_ray.stopping import stop_all
+from rlhf_ray.prompts.sources import TRAINING_FIELD, find_source
+from rlhf_ray.prompts.tokenizer import SharedTokenizer, load_tokenizer
 from rlhf_ray.types import Prompt
 
 __all__ = ["PromptStream"]
 
+logger = logging.getLogger(__name__)
+
 
 class PromptStream(Iterator[Prompt]):
-    """The training prompts, epoch after epoch. One thread at a time may use it.
+    """The prompts of a dataset, epoch after epoch. One thread at a time may use it.
 
     Consumes dataset rows; produces prompts; waits for Ray Data, which works ahead and needs a tenth of a CPU for it.
 
     Args:
-        settings: The ``data`` section.
+        settings: The ``data`` section; for a held-out set, its own.
         tokenizer_path: Local folder or hub id.
         max_prompt_tokens: Longest prompt in tokens; longer ones are dropped or an error (``data.overlong_prompts``).
         seed: Seed of the shuffle, at least 0.
+        field: The setting that names the dataset.
+        epochs: Epochs after which the stream ends; ``None``: it never does.
         vocabulary_size: Rows of the model's embedding; a prompt with a token beyond them is an error.
         trust_remote_code: Whether to run code that ships with the tokenizer.
 
@@ -57,31 +60,31 @@ class PromptStream(Iterator[Prompt]):
         *,
         tokenizer_path: str,
         max_prompt_tokens: int,
-        seed: int,
+        seed: int = 0,
+        field: str = TRAINING_FIELD,
+        epochs: int | None = None,
         vocabulary_size: int | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        self._source = find_source(settings)
-        self._builder = PromptBuilder.from_settings(
+        self._source = find_source(settings, field=field)
+        self._builder = PromptBuilder(
             settings,
             source_name=self._source.name,
-            max_prompt_tokens=max_prompt_tokens,
             tokenizer_name=tokenizer_path,
+            max_prompt_tokens=max_prompt_tokens,
             vocabulary_size=vocabulary_size,
         )
         self._tokenizer_path = tokenizer_path
         self._trust_remote_code = trust_remote_code
         self._seed = seed
-        self._shuffle = settings.shuffle
+        self._epochs = epochs
         self._position = PromptPosition()
         self._unfinished: deque[int] = deque()
         self._dropped = 0
         self._dropped_in_a_row: list[int] = []
         self._reader: PromptReader | None = None
-        # At most one. Ray Data must stop before the interpreter goes, so this is closed at exit at the latest.
-        self._readings: list[Generator[Outcome]] = []
-        self._read_next = 0
-        weakref.finalize(self, _close_all, self._readings)
+        # Called at exit at the latest: Ray Data must stop before the interpreter goes.
+        self._stop_reading: Callable[[], object] | None = None
 
     def check(
         self,
@@ -100,8 +103,7 @@ class PromptStream(Iterator[Prompt]):
             DataError: The source cannot be read or is empty, one of its first rows makes no prompt, or none fits.
         """
         tokenizer = load_tokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code)
-        prompts = check_source(self._source, self._builder, tokenizer, check_row)
-        log_choices(prompts, self._builder, tokenizer, stop_token_ids=stop_token_ids)
+        check_source(self._source, self._builder, tokenizer, check_row=check_row, stop_token_ids=stop_token_ids)
 
     def open(self) -> None:
         """Read the dataset into Ray's object store; the first prompt does it where this was not called.
@@ -114,8 +116,9 @@ class PromptStream(Iterator[Prompt]):
 
     def close(self) -> None:
         """Stop reading ahead and give the object store its memory back. The next prompt opens the dataset again."""
-        _close_all(self._readings)
-        self._reader = None
+        if self._stop_reading is not None:
+            self._stop_reading()
+        self._stop_reading = self._reader = None
 
     def __next__(self) -> Prompt:
         """Return the next prompt that is short enough.
@@ -124,18 +127,40 @@ class PromptStream(Iterator[Prompt]):
             ConfigError: A setting does not go with the row.
             DataError: The row makes no prompt, is too long where that is an error, or a whole epoch was too long.
         """
-        order = self._opened().order
-        while True:
-            prompt_id = self._unfinished[0] if self._unfinished else order.prompt_id(self._position)
-            outcome = self._outcome_of(prompt_id)
+        reader = self._opened()
+        while self._unfinished or self._position.epoch != self._epochs:
+            prompt_id = self._unfinished[0] if self._unfinished else reader.order.prompt_id(self._position)
+            outcome = reader.read(prompt_id)
             if self._unfinished:
                 self._unfinished.popleft()
             else:
-                self._position = order.position(prompt_id + 1)
+                self._position = reader.order.position(prompt_id + 1)
             if isinstance(outcome, Prompt):
                 self._dropped_in_a_row.clear()
                 return outcome
-            self._drop(outcome, order.num_rows)
+            self._drop(outcome, reader.order.num_rows)
+        raise StopIteration
+
+    def read_all(self, limit: int | None = None) -> tuple[Prompt, ...]:
+        """Read the prompts from the first row on and close the stream; a log line tells how many were too long.
+
+        Args:
+            limit: Most prompts; ``None``: all, for a stream that ends.
+
+        Raises:
+            ConfigError: As in iteration.
+            DataError: As in iteration.
+        """
+        self.restore(PromptPosition())
+        dropped_before = self._dropped
+        try:
+            prompts = tuple(islice(self, limit))
+        finally:
+            self.close()
+        if dropped := self._dropped - dropped_before:
+            text = "%s: %d prompts longer than %d tokens were left out"
+            logger.warning(text, self._source.name, dropped, self._builder.max_prompt_tokens)
+        return prompts
 
     @property
     def num_rows(self) -> int:
@@ -159,39 +184,27 @@ class PromptStream(Iterator[Prompt]):
         """
         if self._reader is not None:
             self._check_position(position, self._reader.order.num_rows)
+            self._reader.close()
         self._position = replace(position, unfinished=())
         self._unfinished = deque(position.unfinished)
         self._dropped_in_a_row.clear()
-        _close_all(self._readings)
 
     def _opened(self) -> PromptReader:
         if self._reader is None:
-            store = self._source.load()
-            if store.num_rows == 0:
+            table = self._source.load()
+            num_rows = table.num_rows
+            if num_rows == 0:
                 raise DataError(f"{self._source.name} is empty: it has no rows")
-            self._check_position(self._position, store.num_rows)
-            order = PromptOrder(store.num_rows, seed=self._seed, shuffle=self._shuffle)
-            tokenizer = SharedTokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code)
-            self._reader = PromptReader(store, order, self._builder, tokenizer)
+            self._check_position(self._position, num_rows)
+            self._reader = PromptReader(
+                table=table,
+                order=PromptOrder(num_rows, seed=self._seed, shuffle=self._builder.settings.shuffle),
+                builder=self._builder,
+                tokenizer=SharedTokenizer(self._tokenizer_path, trust_remote_code=self._trust_remote_code),
+                stop=None if self._epochs is None else self._epochs * num_rows,
+            )
+            self._stop_reading = weakref.finalize(self, self._reader.close)
         return self._reader
-
-    def _outcome_of(self, prompt_id: int) -> Prompt | Overlong:
-        if not self._readings:
-            self._readings.append(self._opened().outcomes(prompt_id))
-            self._read_next = prompt_id
-        try:
-            while self._read_next < prompt_id:  # Between unfinished ones lie those that are done.
-                next(self._readings[0])
-                self._read_next += 1
-            outcome = next(self._readings[0])
-            self._read_next += 1
-            if isinstance(outcome, (DataError, ConfigError)):
-                raise outcome
-        except BaseException:
-            # The position stays at this row: whoever asks again has to be answered from here, not from the next row.
-            stop_all(("prompts", partial(_close_all, self._readings)))
-            raise
-        return outcome
 
     def _drop(self, overlong: Overlong, num_rows: int) -> None:
         self._dropped += 1
@@ -205,8 +218,3 @@ class PromptStream(Iterator[Prompt]):
                 f"{self._source.name} has {num_rows} rows, so a run over it cannot be at epoch {position.epoch}, row "
                 f"{position.row}; name the dataset that the run began with"
             )
-
-
-def _close_all(readings: list[Generator[Outcome]]) -> None:
-    while readings:
-        readings.pop().close()

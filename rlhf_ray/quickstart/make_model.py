@@ -29,16 +29,25 @@ __all__ = ["Accuracy", "main", "make_model", "measure", "new_model"]
 
 _LOG = logging.getLogger(__name__)
 _POSITIONS = 2048
+_TARGET = 0.45
+_BATCH_ROWS = 128
+_LEARNING_RATE = 2.5e-3
+_WARM_UP_STEPS = 100
+_CHECK_INTERVAL = 2
 _IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Accuracy:
-    """Shares of held-out sums answered right."""
+    """Held-out accuracy."""
 
     sampled: float
     """Expected at temperature 1: the mean probability of the right answer."""
     greedy: float
+
+    def __str__(self) -> str:
+        """Both, as log lines give them."""
+        return f"sampled {self.sampled:.3f}  greedy {self.greedy:.3f}"
 
 
 def new_model(seed: int) -> Qwen2ForCausalLM:
@@ -79,58 +88,38 @@ def measure(model: Qwen2ForCausalLM, rows: Sequence[dict[str, str]]) -> Accuracy
     return Accuracy(sampled=float((logprobs * counted).sum(1).exp().mean()), greedy=float(right.all(1).float().mean()))
 
 
-def make_model(
-    output: Path,
-    *,
-    seed: int = 0,
-    target: float = 0.45,
-    learning_rate: float = 2.5e-3,
-    batch_size: int = 128,
-    max_steps: int = 2000,
-    check_interval: int = 2,
-) -> Accuracy:
+def make_model(output: Path, *, seed: int = 0, target: float = _TARGET, max_steps: int = 2000) -> Accuracy:
     """Train, stop at the target, write model and tokenizer.
 
     Args:
         output: Folder to write.
         seed: Of the initialization and the order of the rows.
         target: Greedy held-out accuracy to stop at.
-        learning_rate: AdamW's, constant after 100 steps of warm-up.
-        batch_size: Rows a step.
         max_steps: Steps after which it stops short of the target.
-        check_interval: Steps between measurements.
 
     Returns:
         The accuracies of what was written.
     """
     model = new_model(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.0)
     ids, labels = _tensors(train_rows())
     held_out = eval_rows()
-    order = torch.Generator().manual_seed(seed)
-    batches = _batches(len(ids), batch_size, order)
+    batches = _batches(len(ids), torch.Generator().manual_seed(seed))
     started = time.perf_counter()
     accuracy = measure(model, held_out)
     for step in range(1, max_steps + 1):
         rows = next(batches)
-        optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, step / 100)
+        optimizer.param_groups[0]["lr"] = _LEARNING_RATE * min(1.0, step / _WARM_UP_STEPS)
         logits = model(ids[rows]).logits[:, :-1]
         loss = cross_entropy(logits.flatten(0, 1), labels[rows][:, 1:].flatten(), ignore_index=_IGNORED)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        if step % check_interval == 0 or step == max_steps:
+        if step % _CHECK_INTERVAL == 0 or step == max_steps:
             accuracy = measure(model, held_out)
-            elapsed = time.perf_counter() - started
-            _LOG.info(
-                "step %4d  loss %.3f  sampled %.3f  greedy %.3f  %.0f s",
-                step,
-                float(loss.detach()),
-                accuracy.sampled,
-                accuracy.greedy,
-                elapsed,
-            )
+            told = f"loss {float(loss.detach()):.3f}  {accuracy}"
+            _LOG.info("step %4d  %s  %.0f s", step, told, time.perf_counter() - started)
             if accuracy.greedy >= target:
                 break
     _write(model, output, accuracy=accuracy, seed=seed, steps=step)
@@ -142,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--target", type=float, default=0.45, help="greedy held-out accuracy to stop at")
+    parser.add_argument("--target", type=float, default=_TARGET, help="greedy held-out accuracy to stop at")
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     make_model(arguments.output, seed=arguments.seed, target=arguments.target)
@@ -161,10 +150,10 @@ def _tensors(rows: Sequence[dict[str, str]]) -> tuple[torch.Tensor, torch.Tensor
     return ids, labels
 
 
-def _batches(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
+def _batches(num_rows: int, generator: torch.Generator) -> Iterator[torch.Tensor]:
     while True:
         order = torch.randperm(num_rows, generator=generator)
-        yield from order[: num_rows // batch_size * batch_size].view(-1, batch_size)
+        yield from order[: num_rows // _BATCH_ROWS * _BATCH_ROWS].view(-1, _BATCH_ROWS)
 
 
 def _write(model: Qwen2ForCausalLM, output: Path, *, accuracy: Accuracy, seed: int, steps: int) -> None:

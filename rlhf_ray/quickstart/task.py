@@ -1,4 +1,4 @@
-"""Data and reward of the embedded quickstart: what ``prompts/`` reads and ``rewards/`` calls when neither is named.
+"""Data and reward of the embedded quickstart: what ``prompts/`` reads and ``rewards/`` calls when neither is set.
 
 The task is the addition of two two-digit numbers: the prompt ``47+85=`` is answered by ``132`` and the end of the
 sequence. It is generated, so it needs no file, and checked exactly, so its reward cannot be gamed.

@@ -1,6 +1,6 @@
 """Tokenizer of the embedded quickstart model: text to bytes for ``prompts/``, bytes to text for ``rewards/``.
 
-One token a byte of UTF-8, so that any text encodes and the model that adds numbers also runs GSM8K's prompts.
+One token per byte of UTF-8, so that any text encodes and the model that adds numbers also runs GSM8K's prompts.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ def test_several_by_name_each_with_what_it_has_otherwise() -> None:
     assert (easy.data.path, easy.data.prompt_column, easy.data.subset) == ("easy.jsonl", "question", "main")
     assert (math.data.path, math.data.prompt_column, math.data.subset) == ("a/math", "problem", None)
     assert (easy.data.split, math.data.split) == ("validation", "validation")
+    assert (data.shuffle, easy.data.shuffle, math.data.shuffle) == (True, False, False)
 
 
 def test_how_chats_are_written_and_columns_read_may_differ() -> None:
@@ -50,7 +51,7 @@ def test_how_chats_are_written_and_columns_read_may_differ() -> None:
 
 def test_no_data_at_all_is_the_quickstart_and_own_data_alone_is_no_set() -> None:
     (quickstart,) = held_out_sets(DataSettings())
-    assert (quickstart.name, quickstart.data.path) == ("quickstart", None)
+    assert (quickstart.name, quickstart.data.path, quickstart.data.shuffle) == ("quickstart", None, False)
     assert held_out_sets(DataSettings(path="train.jsonl")) == ()
 
 

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.config.held_out_sets import HeldOutSet
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.evaluation.evaluator import Evaluator, Outcomes, evaluation_due, evaluation_sampling
 from rlhf_ray.types import Prompt, SamplingSettings, ScoredGroup
@@ -29,20 +28,28 @@ def settings(**evaluation: Any) -> Settings:
     return config.rewards(len).training(iterations=10).evaluation(**evaluation).settings
 
 
+class Stream:
+    """Prompts of a held-out set; remembers how many were asked for."""
+
+    def __init__(self, *prompts: Prompt) -> None:
+        self._prompts = prompts
+        self.limits: list[int | None] = []
+
+    def read_all(self, limit: int | None = None) -> tuple[Prompt, ...]:
+        self.limits.append(limit)
+        return self._prompts[:limit]
+
+
 def test_all_sets_are_sampled_at_once_and_told_apart_again(
     prompt: Callable[[int], Prompt], scored: Callable[..., ScoredGroup]
 ) -> None:
-    loaded: list[str] = []
-
-    def load(held_out: HeldOutSet) -> tuple[Prompt, ...]:
-        loaded.append(held_out.data.path)
-        return tuple(prompt(i) for i in ((0, 1) if held_out.name == "low" else (7, 8, 9)))
-
-    sampler, evaluator = Samples(scored), Evaluator(settings(samples_per_prompt=2, temperature=1.0), load)
+    low, high = Stream(*map(prompt, (0, 1))), Stream(*map(prompt, (7, 8, 9, 10)))
+    given = settings(samples_per_prompt=2, temperature=1.0, num_prompts=3)
+    sampler, evaluator = Samples(scored), Evaluator(given, {"low": low, "high": high})
     first, second = evaluator.sample(sampler, 4), evaluator.sample(sampler, 5)
 
     assert sampler.asked == [(5, 2, 4), (5, 2, 5)]
-    assert loaded == ["a.jsonl", "b.jsonl"]
+    assert low.limits == high.limits == [3]
     assert {name: [one.group.group_id for one in of_set] for name, of_set in second.items()} == {  # type: ignore[union-attr]
         "low": [0, 1],
         "high": [7, 8, 9],
@@ -54,7 +61,7 @@ def test_all_sets_are_sampled_at_once_and_told_apart_again(
 
 def test_without_sets_nothing_is_asked(scored: Callable[..., ScoredGroup]) -> None:
     sampler = Samples(scored)
-    evaluator = Evaluator(PPOConfig().data(path="train.jsonl").settings, lambda held_out: ())
+    evaluator = Evaluator(settings(), {})
     assert evaluator.metrics(evaluator.sample(sampler, 0)) == {}
     assert sampler.asked == []
 

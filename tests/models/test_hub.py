@@ -20,6 +20,7 @@ import json, os, socket, sys, time
 import torch
 import datasets, transformers
 from rlhf_ray import ConfigError, DataError
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.learner.models import load_critic, load_policy
 from rlhf_ray.models.config import load_model_config
 from rlhf_ray.prompts.huggingface import HubSource
@@ -37,7 +38,7 @@ LOOK_UPS = {
     "weights of the policy": lambda: load_policy("owner/missing", **KERNEL),
     "weights of the critic": lambda: load_critic("owner/missing", **KERNEL),
     "reward model": lambda: check_reward_model(RewardModelReward("owner/missing"), "rewards.functions[0]"),
-    "dataset": lambda: HubSource("owner/missing", subset=None, split="train", field="data.path").sample(1),
+    "dataset": lambda: HubSource(DataSettings(path="owner/missing"), field="data.path").sample(1),
 }
 
 def phase():

@@ -74,8 +74,8 @@ def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let small tests see several executions, each of several tasks."""
-    monkeypatch.setattr(reader, "_PROMPTS_A_RUN", 48)
-    monkeypatch.setattr(reader, "_PROMPTS_A_TASK", 16)
+    monkeypatch.setattr(reader, "_PROMPTS_PER_RUN", 48)
+    monkeypatch.setattr(reader, "_PROMPTS_PER_TASK", 16)
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.prompts.builder import NumberedRow, Outcome, Overlong, PromptBuilder
+from rlhf_ray.prompts.builder import Outcome, Overlong, PromptBuilder
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.types import Prompt
 
@@ -21,15 +21,14 @@ def build(
     vocabulary_size: int | None = None,
     **settings: Any,
 ) -> list[Outcome]:
-    builder = PromptBuilder.from_settings(
+    builder = PromptBuilder(
         DataSettings(**settings),
         source_name="data.jsonl",
         max_prompt_tokens=max_prompt_tokens,
         tokenizer_name=tokenizer_path,
         vocabulary_size=vocabulary_size,
     )
-    numbered = [NumberedRow(prompt_id=100 + i, dataset_row=i, row=row) for i, row in enumerate(rows)]
-    return builder.build(numbered, load_tokenizer(tokenizer_path))
+    return builder.build(rows, load_tokenizer(tokenizer_path), first_id=100)
 
 
 def build_one(tokenizer_path: str, row: dict[str, Any], **settings: Any) -> Prompt:
@@ -274,11 +273,8 @@ def test_what_a_tokenizer_refuses_falls_on_its_row(tokenizer_path: str, monkeypa
                 raise ValueError("no b here")
             return tokenizer(texts, **options)
 
-    builder = PromptBuilder.from_settings(
-        DataSettings(), source_name="data.jsonl", max_prompt_tokens=9, tokenizer_name="picky"
-    )
-    rows = [NumberedRow(prompt_id=i, dataset_row=i, row={"prompt": text}) for i, text in enumerate("abc")]
-    outcomes = builder.build(rows, Picky())  # type: ignore[arg-type]
+    builder = PromptBuilder(DataSettings(), source_name="data.jsonl", max_prompt_tokens=9, tokenizer_name="picky")
+    outcomes = builder.build([{"prompt": text} for text in "abc"], Picky())  # type: ignore[arg-type]
     assert [type(outcome) for outcome in outcomes] == [Prompt, DataError, Prompt]
     assert str(outcomes[1]) == "data.jsonl, row 1 (from 0): the tokenizer refused the prompt: no b here"
 

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -6,13 +6,12 @@ import pytest
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import PromptBuilder
-from rlhf_ray.prompts.check import check_source, log_choices
-from rlhf_ray.prompts.row_codec import Row
-from rlhf_ray.prompts.row_store import RowStore
+from rlhf_ray.prompts.check import check_source
+from rlhf_ray.prompts.rows import Row, RowSource, RowTable
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 
 
-class Rows:
+class Rows(RowSource):
     """A source of rows that are here."""
 
     name = "data.jsonl"
@@ -20,10 +19,10 @@ class Rows:
     def __init__(self, *rows: Row) -> None:
         self._rows = list(rows)
 
-    def sample(self, limit: int) -> list[Row]:
-        return self._rows[:limit]
+    def rows(self) -> Iterator[Row]:
+        return iter(self._rows)
 
-    def load(self) -> RowStore:
+    def load(self) -> RowTable:
         raise AssertionError("a check reads no more than a sample")
 
 
@@ -39,21 +38,21 @@ def check(
     check_row: Callable[[Mapping[str, Any]], None] | None = None,
     **settings: Any,
 ) -> None:
-    builder = PromptBuilder.from_settings(
+    builder = PromptBuilder(
         DataSettings(**settings),
         source_name="data.jsonl",
         max_prompt_tokens=max_prompt_tokens,
         tokenizer_name=tokenizer_path,
     )
-    check_source(Rows(*rows), builder, load_tokenizer(tokenizer_path), check_row)
+    check_source(Rows(*rows), builder, load_tokenizer(tokenizer_path), check_row=check_row)
 
 
 def told(tokenizer_path: str, *rows: Row, stop_token_ids: set[int] | None = None, **settings: Any) -> None:
     tokenizer = load_tokenizer(tokenizer_path)
-    builder = PromptBuilder.from_settings(
+    builder = PromptBuilder(
         DataSettings(**settings), source_name="data.jsonl", max_prompt_tokens=99, tokenizer_name=tokenizer_path
     )
-    log_choices(check_source(Rows(*rows), builder, tokenizer), builder, tokenizer, stop_token_ids=stop_token_ids)
+    check_source(Rows(*rows), builder, tokenizer, stop_token_ids=stop_token_ids)
 
 
 def test_good_rows_pass(tokenizer_path: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_ray.config.held_out_sets import held_out_sets
 from rlhf_ray.config.settings import DataSettings
-from rlhf_ray.prompts import PromptStream, load_prompts, load_tokenizer
+from rlhf_ray.prompts import PromptStream, load_tokenizer
 
 FOLDER = Path(os.environ.get("RLHF_RAY_GSM8K") or Path(__file__).parents[3] / "shared" / "data" / "gsm8k")
 
@@ -28,7 +28,8 @@ def test_every_question_becomes_the_prompt_that_it_is(tokenizer_path: str) -> No
     stream.check()
     train = list(itertools.islice(stream, stream.num_rows))
     [held_out] = held_out_sets(settings)
-    test = load_prompts(held_out.data, field=held_out.field, tokenizer_path=tokenizer_path, max_prompt_tokens=2048)
+    options = {"tokenizer_path": tokenizer_path, "max_prompt_tokens": 2048}
+    test = PromptStream(held_out.data, field=held_out.field, epochs=1, **options).read_all()
     tokenizer = load_tokenizer(tokenizer_path)
     for prompts, name, count in ((train, "train.jsonl", 7473), (test, "test.jsonl", 1319)):
         with (FOLDER / name).open(encoding="utf-8") as file:

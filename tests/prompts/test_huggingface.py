@@ -4,6 +4,7 @@ from typing import Any
 import datasets
 import pytest
 
+from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.huggingface import HubSource, SavedDatasetSource, is_saved_dataset
 
@@ -50,14 +51,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_load_dataset_with_a_slice_of_a_split(tmp_path: Path, write_jsonl: Any) -> None:
     """A local repository goes through the same ``load_dataset`` call as one of the hub."""
     write_jsonl(ROWS, "repository/train.jsonl")
-    hub = HubSource(str(tmp_path / "repository"), subset=None, split="train[1:3]", field="data.path")
+    hub = HubSource(DataSettings(path=str(tmp_path / "repository"), split="train[1:3]"), field="data.path")
     assert hub.sample(9) == ROWS[1:3]
 
 
 @pytest.mark.usefixtures("cache")
 def test_a_split_that_is_not_there(tmp_path: Path, write_jsonl: Any) -> None:
     write_jsonl(ROWS, "repository/train.jsonl")
-    hub = HubSource(str(tmp_path / "repository"), subset=None, split="test", field="data.eval_path")
+    hub = HubSource(DataSettings(path=str(tmp_path / "repository"), split="test"), field="data.eval_path")
     with pytest.raises(DataError, match=r"data\.eval_path: .*Unknown split \"test\""):
         hub.sample(1)
 
@@ -69,11 +70,10 @@ def test_csv_files_of_a_repository_are_text(tmp_path: Path) -> None:
     text = "".join(f"{index},{cell.strip(chr(39))}\n" for index, cell in enumerate(cells))
     (tmp_path / "repository" / "train.csv").write_text("prompt,answer\n" + text)
     expected = [{"prompt": str(index), "answer": cell.strip("'")} for index, cell in enumerate(cells)]
-    hub = HubSource(str(tmp_path / "repository"), subset=None, split="train", field="data.path", csv_types={})
+    hub = HubSource(DataSettings(path=str(tmp_path / "repository")), field="data.path")
     assert hub.sample(99) == expected
-    typed = HubSource(
-        str(tmp_path / "repository"), subset=None, split="train[:2]", field="data.path", csv_types={"answer": "float"}
-    )
+    settings = DataSettings(path=str(tmp_path / "repository"), split="train[:2]", csv_types={"answer": "float"})
+    typed = HubSource(settings, field="data.path")
     assert [row["answer"] for row in typed.sample(99)] == [7.0, 1.5]
 
 
@@ -81,7 +81,7 @@ def test_csv_files_of_a_repository_are_text(tmp_path: Path) -> None:
 def test_json_files_of_a_repository_keep_strings_that_look_like_times(tmp_path: Path, write_jsonl: Any) -> None:
     rows = [{"prompt": f"p{i}", "answer": f"2024-01-0{i}", "meta": {"at": ["2024-01-01T00:00:00Z"]}} for i in (1, 2)]
     write_jsonl(rows, "repository/train.jsonl")
-    assert HubSource(str(tmp_path / "repository"), subset=None, split="train", field="data.path").sample(9) == rows
+    assert HubSource(DataSettings(path=str(tmp_path / "repository")), field="data.path").sample(9) == rows
 
 
 @pytest.mark.usefixtures("cache")
@@ -92,7 +92,7 @@ def test_json_files_whose_chats_differ_in_their_keys(tmp_path: Path, write_jsonl
         {"prompt": [{"role": "assistant", "content": "b", "tool_calls": [call]}]},
     ]
     write_jsonl(rows, "repository/train.jsonl")
-    assert HubSource(str(tmp_path / "repository"), subset=None, split="train", field="data.path").sample(9) == rows
+    assert HubSource(DataSettings(path=str(tmp_path / "repository")), field="data.path").sample(9) == rows
 
 
 def test_a_saved_dataset_pads_no_nested_value(tmp_path: Path) -> None:
@@ -106,7 +106,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    hub = HubSource("rlhf-ray-tests/no-such-data", subset="main", split="train", field="data.path")
+    hub = HubSource(DataSettings(path="rlhf-ray-tests/no-such-data", subset="main"), field="data.path")
     assert hub.name == "rlhf-ray-tests/no-such-data/main (train)"
     with pytest.raises(DataError) as caught:
         hub.sample(1)

@@ -1,7 +1,9 @@
 import itertools
+import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts import PromptPosition, PromptStream
+from rlhf_ray.quickstart import task
 from rlhf_ray.types import Prompt
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_runs")
@@ -24,12 +27,21 @@ def make_stream(tokenizer_path: str, write_jsonl: Any) -> MakeStream:
     """Return a function that makes a stream over 20 short prompts, or over what ``path`` names."""
     rows = write_jsonl(({"prompt": f"p{i}", "row": i} for i in range(NUM_ROWS)), "rows.jsonl")
 
-    def make(*, seed: int = 0, max_prompt_tokens: int = 8, **settings: Any) -> PromptStream:
+    def make(
+        *,
+        seed: int = 0,
+        max_prompt_tokens: int = 8,
+        epochs: int | None = None,
+        field: str = "data.path",
+        **settings: Any,
+    ) -> PromptStream:
         return PromptStream(
             DataSettings(**{"path": rows, **settings}),
             tokenizer_path=tokenizer_path,
             max_prompt_tokens=max_prompt_tokens,
             seed=seed,
+            epochs=epochs,
+            field=field,
         )
 
     return make
@@ -39,11 +51,11 @@ def take(stream: PromptStream, count: int) -> list[Prompt]:
     return list(itertools.islice(stream, count))
 
 
-def rows(prompts: list[Prompt]) -> list[int]:
+def rows(prompts: Sequence[Prompt]) -> list[int]:
     return [prompt.columns["row"] for prompt in prompts]
 
 
-def ids(prompts: list[Prompt]) -> list[int]:
+def ids(prompts: Sequence[Prompt]) -> list[int]:
     return [prompt.prompt_id for prompt in prompts]
 
 
@@ -234,3 +246,60 @@ def test_the_next_epoch_starts_at_once(make_stream: MakeStream) -> None:
         next(stream)
         times.append(time.perf_counter() - start)
     assert np.median(times) < 0.01
+
+
+# Held-out sets: read once, in order.
+
+
+@pytest.fixture
+def make_held_out(make_stream: MakeStream) -> MakeStream:
+    return partial(make_stream, epochs=1, shuffle=False, field="data.eval_path.easy")
+
+
+def test_a_stream_of_one_epoch_ends(make_held_out: MakeStream) -> None:
+    stream = make_held_out()
+    assert ids(list(stream)) == list(range(NUM_ROWS))
+    assert list(stream) == []
+    assert stream.state() == PromptPosition(epoch=1, row=0)
+
+
+def test_a_held_out_set_can_be_read_again(make_held_out: MakeStream) -> None:
+    stream = make_held_out()
+    for _ in range(2):
+        prompts = stream.read_all()
+        assert ids(prompts) == rows(prompts) == list(range(NUM_ROWS))
+        assert [prompt.text for prompt in prompts] == [f"p{i}" for i in range(NUM_ROWS)]
+
+
+def test_a_limit_counts_prompts_that_fit(
+    make_held_out: MakeStream, write_jsonl: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_jsonl({"prompt": "too long to be used" if i == 1 else f"p{i}"} for i in range(6))
+    with caplog.at_level(logging.WARNING, "rlhf_ray"):
+        prompts = make_held_out(path=path).read_all(limit=3)
+    assert [prompt.text for prompt in prompts] == ["p0", "p2", "p3"]
+    assert "data.jsonl: 1 prompts longer than 8 tokens were left out" in caplog.text
+
+
+def test_no_data_named_is_the_quickstart_task(make_held_out: MakeStream) -> None:
+    prompts = make_held_out(path=None).read_all()
+    assert [{"prompt": prompt.text, **prompt.columns} for prompt in prompts] == task.eval_rows()
+
+
+def test_the_same_checks_as_of_training_data(make_held_out: MakeStream, write_jsonl: Any) -> None:
+    with pytest.raises(ConfigError, match=r"data\.eval_path\.easy = 5"):
+        make_held_out(path=5)
+    with pytest.raises(DataError, match=r"data\.eval_path\.easy: no such file"):
+        make_held_out(path="missing.jsonl")
+    for find in (PromptStream.read_all, PromptStream.check):
+        with pytest.raises(DataError, match="is empty"):
+            find(make_held_out(path=write_jsonl([])))
+        with pytest.raises(DataError, match="there is no column 'prompt'"):
+            find(make_held_out(path=write_jsonl([{"question": "a"}])))
+    make_held_out(path=write_jsonl([{"prompt": "a"}])).check()
+
+
+def test_a_bad_row_that_the_check_did_not_reach(make_held_out: MakeStream, write_jsonl: Any) -> None:
+    path = write_jsonl([{"prompt": "a"}] * 1000 + [{"prompt": None}])
+    with pytest.raises(DataError, match=r"data\.jsonl, row 1000 \(from 0\): the prompt in column 'prompt' is null"):
+        make_held_out(path=path).read_all()

@@ -13,7 +13,7 @@ from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.config import context_length
 from rlhf_ray.models.hub import hub_lookup
 from rlhf_ray.models.weights import caps_attention, compute_heads_in_float32, first_nonfinite
-from rlhf_ray.prompts.text_encoding import special_tokens_around, with_special_tokens
+from rlhf_ray.prompts.tokenizer import special_tokens_around, with_special_tokens
 from rlhf_ray.rewards.reward_model.check import label_index, reward_tokenizer
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.types import Float32Array, PromptText

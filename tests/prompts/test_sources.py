@@ -1,20 +1,23 @@
 import bz2
 import gzip
 import json
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.prompts import sources
 from rlhf_ray.prompts.huggingface import HubSource
-from rlhf_ray.prompts.row_codec import ROW_COLUMN, Row, decode_row
-from rlhf_ray.prompts.source import PromptSource, find_eval_source, find_source
+from rlhf_ray.prompts.rows import Row
+from rlhf_ray.prompts.sources import FileSource, PromptSource, find_source
 from rlhf_ray.quickstart import task
 
 ROWS: list[Row] = [
@@ -25,12 +28,8 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def load(source: PromptSource) -> list[Row]:
-    import ray
-
-    store = source.load()
-    rows = [decode_row(data) for block in ray.get(store._blocks) for data in block[ROW_COLUMN].to_pylist()]
-    assert store.num_rows == len(rows)
-    return rows
+    table = source.load()
+    return table.take(np.arange(table.num_rows))
 
 
 def save_json(folder: Path) -> Any:
@@ -163,13 +162,13 @@ def test_a_file_that_vanished_after_the_check(tmp_path: Path, write_jsonl: Any) 
     path = write_jsonl(ROWS)
     source = find_source(DataSettings(path=path))
     Path(path).unlink()
-    with pytest.raises(DataError, match=r"reading data\.jsonl failed: "):
+    with pytest.raises(DataError, match=r"data\.jsonl: cannot be read: .*No such file"):
         source.load()
 
 
 @pytest.mark.usefixtures("local_ray")
 @pytest.mark.parametrize(
-    ("find", "rows"), [(find_source, task.train_rows), (partial(find_eval_source, field="f"), task.eval_rows)]
+    ("find", "rows"), [(find_source, task.train_rows), (partial(find_source, field="f"), task.eval_rows)]
 )
 def test_no_path_is_the_quickstart_task(find: Any, rows: Any) -> None:
     source = find(DataSettings())
@@ -203,13 +202,13 @@ def test_what_is_no_path_is_a_hub_id(path: str, monkeypatch: pytest.MonkeyPatch,
     assert source.name == f"{path}/main (train)"
     (tmp_path / path).mkdir(parents=True)
     (tmp_path / path / "test.jsonl").write_text(LINES)
-    assert find_eval_source(DataSettings(path=path, split="test"), field="f").sample(1) == ROWS[:1]
+    assert find_source(DataSettings(path=path, split="test"), field="f").sample(1) == ROWS[:1]
 
 
 def test_a_subset_is_the_hubs_alone(write_jsonl: Any) -> None:
     assert find_source(DataSettings(path=write_jsonl(ROWS), subset="main")).sample(1) == ROWS[:1]
     held_out = DataSettings(path="openai/gsm8k", subset="main", split="test")
-    assert find_eval_source(held_out, field="f").name == "openai/gsm8k/main (test)"
+    assert find_source(held_out, field="f").name == "openai/gsm8k/main (test)"
 
 
 def test_settings_that_name_no_dataset(write_jsonl: Any) -> None:
@@ -218,12 +217,96 @@ def test_settings_that_name_no_dataset(write_jsonl: Any) -> None:
     with pytest.raises(ConfigError, match=r"data\.path = \[\]: give a file or folder"):
         find_source(DataSettings(path=[]))
     with pytest.raises(ConfigError, match=r"data\.eval_path\.hard = 5: give a file or folder"):
-        find_eval_source(DataSettings(path=5), field="data.eval_path.hard")
+        find_source(DataSettings(path=5), field="data.eval_path.hard")
     with pytest.raises(DataError, match=r"s3://bucket/data\.jsonl is a remote address: .*pass ray\.data\.read_json"):
         find_source(DataSettings(path="s3://bucket/data.jsonl"))
 
 
 @pytest.mark.usefixtures("local_ray")
 def test_our_executions_are_not_in_the_console(write_jsonl: Any, capfd: pytest.CaptureFixture[str]) -> None:
-    find_source(DataSettings(path=write_jsonl(ROWS))).load()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        find_source(DataSettings(path=write_jsonl(ROWS))).load()
     assert "Dataset" not in capfd.readouterr().err
+
+
+# Files and folders.
+
+
+def source(*paths: Path) -> FileSource:
+    return FileSource(list(paths), {})
+
+
+def test_a_sample_is_the_start_of_the_files_in_order(tmp_path: Path) -> None:
+    for number in (1, 2):
+        rows = [{"prompt": f"{number}.{i}"} for i in range(3)]
+        (tmp_path / f"{number}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    both = source(tmp_path / "2.jsonl", tmp_path / "1.jsonl")
+    assert [row["prompt"] for row in both.sample(4)] == ["2.0", "2.1", "2.2", "1.0"]
+    assert both.name == "2.jsonl and 1 more"
+
+
+def test_a_broken_line_beyond_the_sample_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a"}\n' * 40 + "{broken\n")
+    with pytest.raises(DataError, match=r"data\.jsonl, line 41: not JSON"):
+        source(path).sample(3)
+
+
+def test_a_check_of_a_huge_file_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_PARSED_ROWS", 10)
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"prompt": "a"}\n' * 40 + "{broken\n")
+    assert len(source(path).sample(3)) == 3
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("{}")
+
+
+def chosen(folder: Path, split: str = "train") -> list[str]:
+    return [str(file.relative_to(folder)) for file in sources._data_files(folder, split)]
+
+
+def test_a_folder_is_its_data_files_sorted(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        "b.jsonl",
+        "a.jsonl",
+        "sub/c.jsonl",
+        "README.md",
+        ".hidden.jsonl",
+        "_tmp/d.jsonl",
+        "dataset_infos.json",
+    )
+    assert chosen(tmp_path) == ["a.jsonl", "b.jsonl", "sub/c.jsonl"]
+
+
+def test_names_that_tell_splits_apart_keep_test_rows_out_of_training(tmp_path: Path) -> None:
+    write(tmp_path, "data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "dev.jsonl")
+    assert chosen(tmp_path, "train") == ["data/train-00000-of-00001.jsonl"]
+    assert chosen(tmp_path, "test") == ["data/test-00000-of-00001.jsonl"]
+    assert chosen(tmp_path, "validation") == ["dev.jsonl"]
+    with pytest.raises(
+        DataError, match="holds files of split test and train and validation, but none of split 'other'"
+    ):
+        chosen(tmp_path, "other")
+
+
+def test_the_folders_own_name_tells_no_split(tmp_path: Path) -> None:
+    write(tmp_path / "test", "a.jsonl", "contrastive.jsonl")
+    assert chosen(tmp_path / "test", "train") == ["a.jsonl", "contrastive.jsonl"]
+
+
+def test_folders_and_lists_that_cannot_be_one_dataset(tmp_path: Path) -> None:
+    write(tmp_path, "a/one.jsonl", "a/two.csv", "b/notes.txt")
+    with pytest.raises(DataError, match=r"several formats \(csv, json\)"):
+        find_source(DataSettings(path=str(tmp_path / "a")))
+    with pytest.raises(DataError, match="holds no data file"):
+        chosen(tmp_path / "b")
+    with pytest.raises(DataError, match="is a folder; a list"):
+        source(tmp_path / "a")
+    with pytest.raises(DataError, match=r"notes\.txt: not a data file; a name must end in \.jsonl"):
+        source(tmp_path / "b/notes.txt")

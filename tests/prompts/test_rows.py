@@ -3,8 +3,9 @@ import json
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
-from rlhf_ray.prompts.row_codec import ROW_COLUMN, arrow_rows, decode_row, encode_rows
+from rlhf_ray.prompts.rows import RowTable, arrow_rows, decode_rows, encoded_blocks
 
 
 def test_rows_of_different_keys_and_types_come_back_as_they_were() -> None:
@@ -13,12 +14,36 @@ def test_rows_of_different_keys_and_types_come_back_as_they_were() -> None:
         {"prompt": ["b"], "date": datetime.date(2024, 1, 2), "score": 1},
         {"prompt": None, "score": "high"},
     ]
-    assert [decode_row(data) for data in encode_rows(rows)[ROW_COLUMN].to_pylist()] == rows
+    [block] = encoded_blocks(iter(rows))
+    assert decode_rows(block) == rows
+    assert block.schema.types == [pa.large_binary()]
 
 
-def test_no_rows_still_make_a_table_of_the_same_schema() -> None:
-    assert encode_rows([]).schema == encode_rows([{"a": 1}]).schema
-    assert encode_rows([]).schema.types == [pa.large_binary()]
+def test_rows_come_in_blocks_of_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf_ray.prompts.rows._BLOCK_ROWS", 2)
+    blocks = [decode_rows(block) for block in encoded_blocks(iter([{"n": n} for n in range(5)]))]
+    assert blocks == [[{"n": 0}, {"n": 1}], [{"n": 2}, {"n": 3}], [{"n": 4}]]
+    assert list(encoded_blocks(iter([]))) == []
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> RowTable:
+    """Rows 0 to 4 in blocks of 2 and 3, with empty blocks around them; blocks stand for their references."""
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda block: block)
+    [first], [second] = (list(encoded_blocks({"n": n} for n in part)) for part in (range(2), range(2, 5)))
+    return RowTable([None, first, None, second, None], [0, 2, 0, 3, 0])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize("numbers", [[4, 0, 1, 2], [3], [2, 2], []])
+def test_rows_are_found_between_empty_blocks(table: RowTable, numbers: list[int]) -> None:
+    assert table.num_rows == 5
+    assert table.take(np.array(numbers, dtype=np.int64)) == [{"n": n} for n in numbers]
+
+
+def test_a_table_without_rows() -> None:
+    assert RowTable([], []).num_rows == 0
 
 
 def test_arrow_pads_nested_values_alone() -> None:

@@ -1,0 +1,216 @@
+"""The path of a dataset, for training or held out -> where its rows are: files, a hub id, a Dataset, the quickstart."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from rlhf_ray.config.local_path import looks_local
+from rlhf_ray.config.settings import DataSettings
+from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.prompts.execution import ITEM_COLUMN, configure, data_errors, mapped, ordered_tasks
+from rlhf_ray.prompts.formats import DATA_SUFFIXES, file_format, file_rows
+from rlhf_ray.prompts.rows import Row, RowSource, RowTable, encode_table, encoded_blocks
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import ray.data
+
+__all__ = ["TRAINING_FIELD", "FileSource", "PromptSource", "find_source"]
+
+TRAINING_FIELD = "data.path"
+"""The setting that names the training set; any other names a held-out set."""
+
+# Descriptions that dataset repositories keep next to their data.
+_NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+
+# The file names by which the datasets library tells splits apart.
+_SPLIT_WORDS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+
+# How far beyond its sample a check looks for a broken line: about a tenth of a second where rows are short.
+_PARSED_ROWS = 20_000
+_READ_TASKS = 4
+
+
+def find_source(settings: DataSettings, *, field: str = TRAINING_FIELD) -> PromptSource:
+    """Return the dataset that the settings name; the quickstart task's where they name none.
+
+    Args:
+        settings: The ``data`` section, or a held-out set's own, as ``held_out_sets`` gives them.
+        field: The setting that names the dataset.
+
+    Raises:
+        ConfigError: ``settings.path`` is of a type that names no dataset.
+        DataError: The file or folder is missing, or is not one that can be read.
+    """
+    path: Any = settings.path
+    if path is None:
+        return QuickstartSource(held_out=field != TRAINING_FIELD)
+    if isinstance(path, (str, os.PathLike)):
+        return _from_path(os.fspath(path), settings, field=field)
+    if isinstance(path, Sequence) and path and all(isinstance(part, (str, os.PathLike)) for part in path):
+        return FileSource([_local(os.fspath(part), field) for part in path], settings.csv_types)
+    import ray.data
+
+    if isinstance(path, ray.data.Dataset):
+        return RayDatasetSource(path, name=f"the ray.data.Dataset in {field}")
+    raise ConfigError(field, path, "give a file or folder, a list of files, a hub id, or a ray.data.Dataset")
+
+
+def _from_path(path: str, settings: DataSettings, *, field: str) -> PromptSource:
+    from rlhf_ray.prompts.huggingface import HubSource, SavedDatasetSource, is_saved_dataset
+
+    if "://" in path:
+        remedy = f"{field} takes local paths and hub ids; build the config in Python and pass ray.data.read_json(...)"
+        raise DataError(
+            f"{path} is a remote address: {remedy}, read_parquet or read_csv of it instead (read_csv guesses the types "
+            "of columns unless convert_options names them)"
+        )
+    local = Path(path).expanduser()
+    if not (local.exists() or file_format(local) or looks_local(path)):
+        return HubSource(settings, field=field)
+    local = _local(path, field)
+    if not local.is_dir():
+        return FileSource([local], settings.csv_types)
+    if is_saved_dataset(local):
+        return SavedDatasetSource(local, split=settings.split)
+    return FileSource(_data_files(local, settings.split), settings.csv_types, name=str(local))
+
+
+def _local(path: str, field: str) -> Path:
+    # Absolute, because Ray's workers and Tune's trials have working directories of their own.
+    local = Path(path).expanduser().absolute()
+    if not local.exists():
+        raise DataError(f"{field}: no such file or folder: {path} (looked at {local})")
+    return local
+
+
+class QuickstartSource(RowSource):
+    """The embedded task's rows (``rlhf_ray.quickstart.task``)."""
+
+    name = "the quickstart task"
+
+    def __init__(self, *, held_out: bool) -> None:
+        self._held_out = held_out
+
+    def rows(self) -> Iterator[Row]:
+        """See :meth:`RowSource.rows`."""
+        from rlhf_ray.quickstart import task
+
+        return iter(task.eval_rows() if self._held_out else task.train_rows())
+
+
+class FileSource(RowSource):
+    """Files of one format, in the order given.
+
+    Args:
+        files: The files.
+        csv_types: ``data.csv_types``.
+        name: What messages call them; ``None``: the first file's name.
+
+    Raises:
+        DataError: One is a folder or of no known format, or they differ in format.
+    """
+
+    def __init__(self, files: Sequence[Path], csv_types: Mapping[str, str], *, name: str | None = None) -> None:
+        for file in files:
+            if file.is_dir():
+                raise DataError(f"{file} is a folder; a list of data files must name files")
+            if file_format(file) is None:
+                raise DataError(f"{file}: not a data file; a name must end in {', '.join(DATA_SUFFIXES)}")
+        formats = sorted({str(file_format(file)) for file in files})
+        if len(formats) > 1:
+            raise DataError(
+                f"{name or files[0].parent} holds files of several formats ({', '.join(formats)}); name one"
+            )
+        self.name = name or (files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more")
+        self._files = files
+        self._csv_types = csv_types
+
+    def rows(self) -> Iterator[Row]:
+        """See :meth:`RowSource.rows`."""
+        return itertools.chain.from_iterable(file_rows(file, self._csv_types) for file in self._files)
+
+    def sample(self, limit: int) -> list[Row]:
+        """See :meth:`RowSource.sample`; files of text are parsed some way beyond."""
+        rows = self.rows()
+        sampled = list(itertools.islice(rows, limit))
+        if file_format(self._files[0]) != "parquet":
+            collections.deque(itertools.islice(rows, _PARSED_ROWS), maxlen=0)
+        return sampled
+
+    def load(self) -> RowTable:
+        """See :meth:`RowSource.load`; Ray Data's workers read the files."""
+        paths = [str(file) for file in self._files]
+        with data_errors(f"reading {self.name}"):
+            return RowTable.from_dataset(
+                ordered_tasks(_encoded_files, paths, max_tasks=_READ_TASKS, csv_types=self._csv_types)
+            )
+
+
+def _encoded_files(paths: pa.Table, *, csv_types: Mapping[str, str]) -> Iterator[pa.Table]:
+    for path in paths[ITEM_COLUMN].to_pylist():
+        yield from encoded_blocks(file_rows(Path(path), csv_types))
+
+
+def _data_files(folder: Path, split: str) -> list[Path]:
+    """Data files in and below a folder, sorted by path; those of one split where the names tell splits."""
+    found = sorted(path for path in folder.rglob("*") if _is_visible_data(path.relative_to(folder), path))
+    if not found:
+        raise DataError(f"{folder} holds no data file; a name must end in {', '.join(DATA_SUFFIXES)}")
+
+    def of_split(words: Sequence[str]) -> list[Path]:
+        pattern = re.compile(rf"(?<![a-z0-9])({'|'.join(map(re.escape, words))})(?![a-z0-9])")
+        return [path for path in found if pattern.search(str(path.relative_to(folder)).lower())]
+
+    if chosen := of_split([split.lower(), *_SPLIT_WORDS.get(split.lower(), ())]):
+        return chosen
+    if known := sorted(name for name, words in _SPLIT_WORDS.items() if of_split(words)):
+        raise DataError(f"{folder} holds files of split {' and '.join(known)}, but none of split {split!r}")
+    return found
+
+
+def _is_visible_data(relative: Path, path: Path) -> bool:
+    hidden = any(part.startswith((".", "_")) for part in relative.parts)
+    return not hidden and path.is_file() and file_format(path) is not None and path.name not in _NOT_DATA
+
+
+class RayDatasetSource:
+    """A dataset that the user built. It is run on a copy whose context keeps it in order and quiet."""
+
+    def __init__(self, dataset: ray.data.Dataset, *, name: str) -> None:
+        self.name = name
+        self._given = dataset
+
+    def sample(self, limit: int) -> list[Row]:
+        """See :meth:`RowSource.sample`; runs the dataset as far as the first rows need it."""
+        table = self._table(self._dataset().limit(limit))
+        return table.take(np.arange(table.num_rows))
+
+    def load(self) -> RowTable:
+        """See :meth:`RowSource.load`."""
+        return self._table(self._dataset())
+
+    def _table(self, dataset: ray.data.Dataset) -> RowTable:
+        with data_errors(f"reading {self.name}"):
+            return RowTable.from_dataset(mapped(dataset, encode_table))
+
+    def _dataset(self) -> ray.data.Dataset:
+        # Datasets share their context with those they are made from; only a deep copy has one of its own.
+        dataset = type(self._given).copy(self._given, _deep_copy=True)
+        configure(dataset.context)
+        return dataset
+
+
+PromptSource: TypeAlias = RowSource | RayDatasetSource
