@@ -46,7 +46,6 @@ UPWARD_IN_A_FUNCTION = {
     # What names and texts settings may have is known where they are used.
     ("rlhf_ray.config.checks.data", "quickstart"),
     ("rlhf_ray.config.checks.data", "rewards"),
-    ("rlhf_ray.config.plugins", "rewards"),
     ("rlhf_ray.algorithm.ray_session", "tune"),
     ("rlhf_ray.reporting.completions", "prompts"),
     ("rlhf_ray.reporting.completions", "quickstart"),
