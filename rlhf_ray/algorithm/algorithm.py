@@ -47,6 +47,7 @@ from rlhf_ray.learner.remote.group import StateLostError
 from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.rewards.shaping import shaped
+from rlhf_ray.rollouts.rollouter import Rollouter, SingleTurn
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.tune.storage import folder_to_read, folder_to_write
@@ -76,6 +77,8 @@ class Algorithm(Trainable):  # type: ignore[misc]
     """
 
     config_class: ClassVar[type[AlgorithmConfig]] = AlgorithmConfig
+    rollouter: ClassVar[Rollouter] = SingleTurn()
+    """The kind of rollout; a subclass names another one."""
 
     def __init__(self, config: AlgorithmConfig | dict[str, Any] | None = None, storage: Any = None) -> None:
         if isinstance(config, AlgorithmConfig):
@@ -444,7 +447,9 @@ class Algorithm(Trainable):  # type: ignore[misc]
         self._inputs = inputs
         self._reporters.phase("starting Ray")
         self._session = RaySession(self.settings, self._trial)
-        self._parts = start_parts(self.settings, inputs, self._directory, self._reporters, self._session)
+        self._parts = start_parts(
+            self.settings, inputs, self._directory, self._reporters, self._session, self.rollouter
+        )
         self._writer = CheckpointWriter(self._parts.learners)
         self._counts = RunCounts(self._counted_here)
         self._reporters.phase("ready")

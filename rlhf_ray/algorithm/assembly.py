@@ -57,7 +57,9 @@ from rlhf_ray.rollouts.engine_spec import (
     vllm_build,
     weight_transfer,
 )
-from rlhf_ray.rollouts.flow import RolloutFlow
+from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
+from rlhf_ray.rollouts.pool import ReplicaPool
+from rlhf_ray.rollouts.rollouter import Rollouter
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt, SamplingSettings
@@ -206,7 +208,12 @@ def evaluator(settings: Settings, inputs: Inputs) -> Evaluator:
 
 
 def start_parts(
-    settings: Settings, inputs: Inputs, run_dir: RunDirectory, reporters: ReporterSet, session: RaySession
+    settings: Settings,
+    inputs: Inputs,
+    run_dir: RunDirectory,
+    reporters: ReporterSet,
+    session: RaySession,
+    rollouter: Rollouter,
 ) -> Parts:
     """Start learners, replicas and reward workers side by side and wait until all are ready.
 
@@ -214,7 +221,7 @@ def start_parts(
     """
     begun: list[tuple[str, Callable[[], object]]] = [("prompts", inputs.prompts.close)]
     try:
-        return _started_parts(settings, inputs, run_dir, reporters, session, begun)
+        return _started_parts(settings, inputs, run_dir, reporters, session, rollouter, begun)
     except BaseException:
         stop_all(*reversed(begun))
         raise
@@ -226,6 +233,7 @@ def _started_parts(
     run_dir: RunDirectory,
     reporters: ReporterSet,
     session: RaySession,
+    rollouter: Rollouter,
     begun: list[tuple[str, Callable[[], object]]],
 ) -> Parts:
     """Start all parts; what ends each of them is added to ``begun`` as soon as there is something to end."""
@@ -270,23 +278,16 @@ def _started_parts(
     )
     streams = GroupStreams(app.handle.options(stream=True).generate.remote, num_replicas=settings.rollouts.num_replicas)
     flow = RolloutFlow(
-        generate=streams.generate,
+        rollouter=rollouter,
+        pool=ReplicaPool(
+            streams.generate,
+            max_retries=settings.fault_tolerance.max_group_retries,
+            timeout_s=settings.rollouts.timeout_s,
+        ),
         scorer=rewards,
         prompts=inputs.prompts,
         sampling=training_sampling(settings),
-        batch_size=settings.data.batch_size,
-        max_staleness=settings.rollouts.max_staleness,
-        max_concurrent=max_concurrent_groups(settings),
-        max_retries=settings.fault_tolerance.max_group_retries,
-        max_failures=_first_given(settings.rewards.max_failures, settings.data.batch_size),
-        max_equal_groups=_first_given(settings.rollouts.max_dropped_groups, 10 * settings.data.batch_size)
-        if settings.rollouts.dynamic_sampling
-        else None,
-        partial_rollouts=settings.rollouts.partial_rollouts,
-        greedy_baseline=inputs.advantage.needs_greedy_rewards,
-        timeout_s=settings.rollouts.timeout_s,
-        stall_timeout_s=settings.rollouts.stall_timeout_s,
-        seed=settings.debugging.seed,
+        rules=FlowRules.of(settings, greedy_baseline=inputs.advantage.needs_greedy_rewards),
     )
     controller = RolloutController(flow, while_waiting=learners.attend)
     begun.append(("rollout controller", controller.stop))
@@ -503,7 +504,3 @@ def _weight_transfer(settings: Settings, session: RaySession) -> str:
 
 def _expanded(path: str | None) -> str | None:
     return None if path is None else absolute_if_local(path)
-
-
-def _first_given(value: int | None, default: int) -> int:
-    return default if value is None else value

@@ -1,4 +1,4 @@
-"""The rollout controller: the flow of stages 1 to 3 (flow.py) in a thread, whatever the Algorithm itself does."""
+"""The rollout controller: runs the rollout flow (flow.py) in a thread of its own."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class RolloutController:
     @property
     def retries(self) -> int:
         """Groups sent again because their replica died, since the start."""
-        return self._flow.retries
+        return self._flow.pool.retries
 
     def collect(self, version: int) -> Collected:
         """See :meth:`RolloutFlow.collect`."""
@@ -59,7 +59,7 @@ class RolloutController:
         return self._run(self._flow.score_prompts(prompts, sampling, version), self._while_waiting)
 
     def prompt_position(self, prompts: PromptStream, version: int) -> PromptPosition:
-        """Where a run must go on that stops now, with policy ``version``: no prompt is left out or trained on twice."""
+        """Where a run that stops now, with policy ``version``, resumes: no prompt is left out or trained on twice."""
 
         async def between_admissions() -> PromptPosition:
             position = prompts.state()
@@ -90,7 +90,7 @@ class RolloutController:
 
     @staticmethod
     async def _cancel() -> None:
-        # Again and again: a group that ends meanwhile lets others in.
+        # Repeatedly: a group that ends meanwhile lets others in.
         while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
             await cancel_all(tasks)
 
@@ -100,6 +100,6 @@ class RolloutController:
             while while_waiting is not None and not wait([future], _CHECK_S).done:
                 while_waiting()
             return future.result()
-        except BaseException:  # also Ctrl-C in this thread: nothing may go on in the other one
+        except BaseException:  # also Ctrl-C in this thread: nothing may continue in the other one
             future.cancel()
             raise

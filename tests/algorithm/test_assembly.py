@@ -15,6 +15,7 @@ from rlhf_ray.algorithm.assembly import Parts, learner_spec, start_parts
 from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError, RolloutError
+from rlhf_ray.rollouts.rollouter import SingleTurn
 
 ENDS = ["publications", "controller", "prompts", "rewards", "app", "learners", "session"]
 
@@ -108,7 +109,7 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
     reporters: Any = SimpleNamespace(phase=lambda text: None)
 
     with pytest.raises(RolloutError, match="the cause"):
-        start_parts(Settings(), inputs, directory, reporters, session)
+        start_parts(Settings(), inputs, directory, reporters, session, SingleTurn())
 
     there = [call.removesuffix(".made") for call in calls if call.endswith(".made")]
     assert there

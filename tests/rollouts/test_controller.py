@@ -18,11 +18,12 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
 from rlhf_ray.prompts import PromptPosition, PromptStream
-from rlhf_ray.rollouts import controller as controller_module
 from rlhf_ray.rollouts import controller as thread_module
-from rlhf_ray.rollouts import flow as module
+from rlhf_ray.rollouts import pool as module
 from rlhf_ray.rollouts.controller import RolloutController
-from rlhf_ray.rollouts.flow import RolloutFlow
+from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
+from rlhf_ray.rollouts.pool import ReplicaPool
+from rlhf_ray.rollouts.rollouter import SingleTurn
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
@@ -122,23 +123,33 @@ def make() -> Iterator[Callable[..., RolloutController]]:
     started: list[RolloutController] = []
 
     def build(replicas: Replicas, rewards: Rewards | None = None, **overrides: Any) -> RolloutController:
-        arguments: dict[str, Any] = {
+        while_waiting = overrides.pop("while_waiting", lambda: None)
+        given: dict[str, Any] = {
             "prompts": endless(),
             "sampling": SAMPLING,
+            "max_retries": 2,
+            "timeout_s": 10.0,
+        }
+        given |= {name: overrides.pop(name) for name in given if name in overrides}
+        rules: dict[str, Any] = {
             "batch_size": 4,
             "max_staleness": 0,
             "max_concurrent": 4,
-            "max_retries": 2,
             "max_failures": 4,
             "max_equal_groups": None,
             "partial_rollouts": False,
             "greedy_baseline": False,
-            "timeout_s": 10.0,
             "stall_timeout_s": 10.0,
             "seed": 5,
         }
-        while_waiting = overrides.pop("while_waiting", lambda: None)
-        flow = RolloutFlow(generate=replicas.generate, scorer=rewards or Rewards(), **arguments | overrides)
+        flow = RolloutFlow(
+            rollouter=SingleTurn(),
+            pool=ReplicaPool(replicas.generate, max_retries=given["max_retries"], timeout_s=given["timeout_s"]),
+            scorer=rewards or Rewards(),
+            prompts=given["prompts"],
+            sampling=given["sampling"],
+            rules=FlowRules(**rules | overrides),
+        )
         started.append(RolloutController(flow, while_waiting=while_waiting))
         return started[-1]
 
@@ -426,7 +437,7 @@ def test_stop_cancels_what_is_in_flight_and_may_be_called_again(make: Callable[.
 def test_a_wait_for_completions_is_ended_by_what_is_called_meanwhile(
     make: Callable[..., RolloutController], evaluates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(controller_module, "_CHECK_S", 0.01)
+    monkeypatch.setattr(thread_module, "_CHECK_S", 0.01)
     calls: list[int] = []
 
     def attend() -> None:

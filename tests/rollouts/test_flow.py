@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 
-from rlhf_ray.rollouts.flow import RolloutFlow
+from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
+from rlhf_ray.rollouts.pool import ReplicaPool
+from rlhf_ray.rollouts.rollouter import SingleTurn
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -103,21 +105,22 @@ class RandomRun:
 
     async def finish(self) -> None:
         self.flow = RolloutFlow(
-            generate=self.generate,
+            rollouter=SingleTurn(),
+            pool=ReplicaPool(self.generate, max_retries=1000, timeout_s=1e9),
             scorer=self,
             prompts=self.prompts(),
             sampling=SamplingSettings(group_size=2, max_new_tokens=1, temperature=1.0),
-            batch_size=self.batch_size,
-            max_staleness=self.staleness,
-            max_concurrent=self.max_concurrent,
-            max_retries=1000,
-            max_failures=1000,
-            max_equal_groups=1000 if self.equal else None,
-            partial_rollouts=self.partial,
-            greedy_baseline=False,
-            timeout_s=1e9,
-            stall_timeout_s=1e9,
-            seed=0,
+            rules=FlowRules(
+                batch_size=self.batch_size,
+                max_staleness=self.staleness,
+                max_concurrent=self.max_concurrent,
+                max_failures=1000,
+                max_equal_groups=1000 if self.equal else None,
+                partial_rollouts=self.partial,
+                greedy_baseline=False,
+                stall_timeout_s=1e9,
+                seed=0,
+            ),
         )
         loop = asyncio.get_running_loop()
         publication: asyncio.Future[None] = loop.create_future()
