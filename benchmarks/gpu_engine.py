@@ -46,23 +46,19 @@ def spec(bench: Bench) -> EngineSpec:
     """As a replica's on this machine, for the quickstart's model."""
     from rlhf_ray.models.config import load_model_config
     from rlhf_ray.rollouts.engine_spec import engine_spec
+    from rlhf_ray.types import Device
 
     path = model_path()
-    settings = PPOConfig().rollouts(max_new_tokens=TOKENS, group_size=GROUP, gpu_memory_utilization=0.5).settings
+    rollouts = {"max_new_tokens": TOKENS, "group_size": GROUP, "gpu_memory_utilization": 0.5}
+    dtype = "bfloat16" if bench.on_gpu else "float32"
     return engine_spec(
-        settings.model,
-        settings.rollouts,
-        settings.evaluation,
+        PPOConfig().rollouts(**rollouts).data(batch_size=PROMPTS).settings,
+        Device(on_gpu=bench.on_gpu, learners_on_gpu=False, colocated=False, dtype=dtype),
         model_path=path,
         tokenizer_path=path,
         config=load_model_config("model.path", path, trust_remote_code=False),
         eos_token_ids=(0,),
         prompt_tokens=64,
-        groups_in_flight=PROMPTS,
-        seed=0,
-        on_gpu=bench.on_gpu,
-        learners_on_gpu=False,
-        dtype="bfloat16" if bench.on_gpu else "float32",
     )
 
 

@@ -215,7 +215,6 @@ def flow_of(
         pool=ReplicaPool(generate, max_retries=0, timeout_s=1e9),
         scorer=Scorer(),
         prompts=prompts(),
-        sampling=SamplingSettings(group_size=group_size, max_new_tokens=1, temperature=1.0),
         rules=FlowRules(
             batch_size=batch_size,
             max_staleness=staleness,
@@ -226,6 +225,7 @@ def flow_of(
             greedy_baseline=False,
             stall_timeout_s=1e9,
             seed=0,
+            sampling=SamplingSettings(group_size=group_size, max_new_tokens=1, temperature=1.0),
         ),
     )
 

@@ -19,6 +19,7 @@ from rlhf_ray.untrusted_text import shortened
 __all__ = [
     "BoolArray",
     "ChatMessage",
+    "Device",
     "Float32Array",
     "Int32Array",
     "Prompt",
@@ -54,6 +55,24 @@ class Prompt:
     continued by the completion, which holds only what was sampled."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """On what a run computes."""
+
+    on_gpu: bool
+    """Whether replicas run on GPUs."""
+    learners_on_gpu: bool
+    colocated: bool
+    """Whether each replica shares its GPU with a learner, and takes turns with it."""
+    dtype: str
+    """``float32`` or ``bfloat16``, of engines and of the learners' forward passes."""
+    reason: str = ""
+    """Why replicas run on GPUs or CPUs."""
+
+    def __str__(self) -> str:
+        return f"{'GPUs' if self.on_gpu else 'CPUs'}: {self.reason}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,49 +8,33 @@ from typing import Any
 
 import numpy as np
 
+from rlhf_ray.algorithm.iteration import Iteration
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.rewards.scoring import logged_means
 from rlhf_ray.rollouts.flow import Collected
-from rlhf_ray.weight_sync.publisher import Publication
 
 __all__ = ["iteration_result"]
 
 _TIMERS = ("advantage_s", "update_s")
 
 
-def iteration_result(
-    collected: Collected,
-    batch: SequenceBatch,
-    plan: UpdatePlan,
-    figures: Mapping[str, float],
-    publication: Publication,
-    *,
-    policy_version: int,
-    weight_sync_s: float,
-    iteration_s: float,
-) -> dict[str, Any]:
+def iteration_result(iteration: Iteration, *, weight_sync_s: float, iteration_s: float) -> dict[str, Any]:
     """Assemble the result of one iteration.
 
     Args:
-        collected: The scored groups and how they came about.
-        batch: The same as sequences.
-        plan: How they were split.
-        figures: The learners' answer.
-        publication: The last one that every replica acknowledged.
-        policy_version: The version that this update made.
+        iteration: One that is done.
         weight_sync_s: Seconds for which weight sync held training up.
         iteration_s: Seconds of the whole iteration.
     """
+    collected, batch, plan = iteration.collected, iteration.batch, iteration.plan
+    update, publication = iteration.update, iteration.publication
+    assert collected and batch and plan and update and publication, "collect(), update() and publish() come first"
+    figures = update.figures
     timers = {name: figures[name] for name in _TIMERS}
     learner_s = sum(timers.values())
     tokens = int(batch.lengths.sum())
     return {
-        "rollouts": _rollout_metrics(collected, batch)
-        | {
-            "equal_reward_groups": collected.equal_reward_groups,
-            "carried_groups": collected.carried_groups,
-        },
+        "rollouts": _rollout_metrics(collected, batch),
         "rewards": _reward_metrics(collected),
         "learner": _nested({name: value for name, value in figures.items() if name not in _TIMERS})
         | {
@@ -59,7 +43,7 @@ def iteration_result(
             "padding_fraction": plan.padding_fraction,
             "tokens_per_s": tokens / learner_s,
             "idle_fraction": max(0.0, 1.0 - learner_s / iteration_s),
-            "policy_version": policy_version,
+            "policy_version": iteration.version,
         },
         "weight_sync": {
             "size_bytes": publication.size_bytes,
@@ -99,6 +83,8 @@ def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, An
         },
         "num_groups": len(collected.groups),
         "num_completions": len(batch),
+        "equal_reward_groups": collected.equal_reward_groups,
+        "carried_groups": collected.carried_groups,
     }
 
 

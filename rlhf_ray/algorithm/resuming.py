@@ -64,12 +64,11 @@ def resolved_yaml(config: AlgorithmConfig) -> str:
     return config.copy().reporting(run_dir=None).checkpointing(resume="never").to_yaml()
 
 
-def open_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
+def open_run(config: AlgorithmConfig) -> RunStart:
     """Make a run directory, or open the one of the run that goes on and find its newest complete checkpoint.
 
     Args:
         config: The run's settings.
-        algorithm: Its name, for the default name of a directory.
 
     Raises:
         ConfigError: The directory holds a run, and ``checkpointing.resume`` does not allow to go on with it; another
@@ -78,7 +77,7 @@ def open_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
     run_dir, checkpointing = config.settings.reporting.run_dir, config.settings.checkpointing
     _try_out(checkpointing)
     if checkpointing.resume == "never" or run_dir is None or not _holds_a_run(config, run_dir):
-        directory = RunDirectory.create(run_dir, algorithm=algorithm)
+        directory = RunDirectory.create(run_dir, algorithm=config.algorithm_name.lower())
         with _locked(directory) as lock:
             return _begun(config, directory, lock)
     directory = RunDirectory.reopen(run_dir)
@@ -86,12 +85,11 @@ def open_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
         return _gone_on(config, directory, lock)
 
 
-def open_trial_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
+def open_trial_run(config: AlgorithmConfig) -> RunStart:
     """Make the run directory of a Ray Tune trial, or open it again: Tune starts a trial anew after a pause or failure.
 
     Args:
         config: The trial's settings; ``reporting.run_dir`` is its own.
-        algorithm: Its name.
 
     Raises:
         ConfigError: Another driver is writing the directory, or checkpoints cannot be written.
@@ -100,7 +98,11 @@ def open_trial_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
     assert run_dir is not None, "a trial's run directory lies in its own folder"
     _try_out(config.settings.checkpointing)
     has_history = RunDirectory.holds_a_run(run_dir)
-    directory = RunDirectory.reopen(run_dir) if has_history else RunDirectory.create(run_dir, algorithm=algorithm)
+    directory = (
+        RunDirectory.reopen(run_dir)
+        if has_history
+        else RunDirectory.create(run_dir, algorithm=config.algorithm_name.lower())
+    )
     with _locked(directory, wait_s=_TRIAL_WAIT_S) as lock:
         store, resolved = _store_and_resolved(config, directory, recorded=None)
         if not has_history:

@@ -27,7 +27,7 @@ from rlhf_ray.rollouts.rollouter import Engine, Rollouter
 from rlhf_ray.rollouts.seeds import Seeds
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, TraceSpan
 
-__all__ = ["Collected", "FlowRules", "RolloutFlow"]
+__all__ = ["Collected", "FlowRules", "RolloutFlow", "training_sampling"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -63,6 +63,8 @@ class FlowRules:
     """Longest wait without progress of any group."""
     seed: int
     """The run's seed."""
+    sampling: SamplingSettings
+    """How tokens are drawn in training."""
 
     @classmethod
     def of(cls, settings: Settings, *, greedy_baseline: bool) -> Self:
@@ -81,7 +83,22 @@ class FlowRules:
             greedy_baseline=greedy_baseline,
             stall_timeout_s=rollouts.stall_timeout_s,
             seed=settings.debugging.seed,
+            sampling=training_sampling(settings),
         )
+
+
+def training_sampling(settings: Settings) -> SamplingSettings:
+    """How tokens are drawn in training."""
+    rollouts = settings.rollouts
+    return SamplingSettings(
+        group_size=rollouts.group_size,
+        max_new_tokens=rollouts.max_new_tokens,
+        temperature=rollouts.temperature,
+        top_p=rollouts.top_p,
+        top_k=rollouts.top_k,
+        stop=tuple(rollouts.stop),
+        stop_token_ids=tuple(rollouts.stop_token_ids),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,8 +167,7 @@ class RolloutFlow:
         pool: The replicas.
         scorer: The reward stage.
         prompts: Endless prompts of training.
-        sampling: How tokens are drawn in training.
-        rules: How many groups at once.
+        rules: How many groups at once, and how they are sampled.
     """
 
     def __init__(
@@ -161,15 +177,14 @@ class RolloutFlow:
         pool: ReplicaPool,
         scorer: Scorer,
         prompts: Iterator[Prompt],
-        sampling: SamplingSettings,
         rules: FlowRules,
     ) -> None:
         self._rollouter = rollouter
         self.pool = pool
         self._scorer = scorer
         self._prompts = prompts
-        self._sampling = sampling
-        self._greedy = replace(sampling, group_size=1, temperature=0.0)
+        self._sampling = rules.sampling
+        self._greedy = replace(rules.sampling, group_size=1, temperature=0.0)
         self._rules = rules
         self._ledger: GroupLedger[ScoredGroup] = GroupLedger(
             batch_size=rules.batch_size,

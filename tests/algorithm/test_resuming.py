@@ -29,7 +29,7 @@ def config_of(run_dir: Path, **checkpointing: Any) -> PPOConfig:
 
 def start(config: PPOConfig) -> RunStart:
     """Open a run whose driver is gone when the next one is opened."""
-    run = open_run(config, algorithm="ppo")
+    run = open_run(config)
     run.lock.release()
     return run
 
@@ -389,10 +389,10 @@ def test_a_place_that_cannot_be_written_is_found_before_the_run(path: str, worki
 
 @pytest.mark.parametrize("resume", ["same", "any"])
 def test_a_second_driver_is_kept_out(resume: str, tmp_path: Path) -> None:
-    first = open_run(config_of(tmp_path / "run"), algorithm="ppo")
+    first = open_run(config_of(tmp_path / "run"))
 
     with pytest.raises(ConfigError, match="is writing this run: stop it first"):
-        open_run(config_of(tmp_path / "run", resume=resume), algorithm="ppo")
+        open_run(config_of(tmp_path / "run", resume=resume))
 
     first.lock.release()
     start(config_of(tmp_path / "run", resume=resume))
@@ -401,19 +401,19 @@ def test_a_second_driver_is_kept_out(resume: str, tmp_path: Path) -> None:
 def test_a_start_that_fails_lets_the_next_one_in(tmp_path: Path) -> None:
     a_run(tmp_path / "run", iterations=3, checkpoints=(2,))
     with pytest.raises(ConfigError, match="other settings"):
-        open_run(config_of(tmp_path / "run", resume="same").training(lr=3e-6), algorithm="ppo")
+        open_run(config_of(tmp_path / "run", resume="same").training(lr=3e-6))
 
     RunLock.take(tmp_path / "run").release()
 
 
 def test_a_trial_goes_on_in_its_folder(tmp_path: Path) -> None:
     config = config_of(tmp_path / "PPO_1", path=str(tmp_path / "all" / "PPO_1"))
-    first = open_trial_run(config, algorithm="ppo")
+    first = open_trial_run(config)
     first.lock.release()
     assert (first.has_history, first.store.folder.local) == (False, tmp_path / "all" / "PPO_1")
     report(first.directory, 3)
 
-    again = open_trial_run(config.copy().training(lr=0.5), algorithm="ppo")
+    again = open_trial_run(config.copy().training(lr=0.5))
     again.lock.release()
 
     assert again.has_history

@@ -124,13 +124,12 @@ def make() -> Iterator[Callable[..., RolloutController]]:
 
     def build(replicas: Replicas, rewards: Rewards | None = None, **overrides: Any) -> RolloutController:
         while_waiting = overrides.pop("while_waiting", lambda: None)
-        given: dict[str, Any] = {
-            "prompts": endless(),
-            "sampling": SAMPLING,
-            "max_retries": 2,
-            "timeout_s": 10.0,
-        }
-        given |= {name: overrides.pop(name) for name in given if name in overrides}
+        prompts = overrides.pop("prompts", endless())
+        pool = ReplicaPool(
+            replicas.generate,
+            max_retries=overrides.pop("max_retries", 2),
+            timeout_s=overrides.pop("timeout_s", 10.0),
+        )
         rules: dict[str, Any] = {
             "batch_size": 4,
             "max_staleness": 0,
@@ -141,13 +140,13 @@ def make() -> Iterator[Callable[..., RolloutController]]:
             "greedy_baseline": False,
             "stall_timeout_s": 10.0,
             "seed": 5,
+            "sampling": SAMPLING,
         }
         flow = RolloutFlow(
             rollouter=SingleTurn(),
-            pool=ReplicaPool(replicas.generate, max_retries=given["max_retries"], timeout_s=given["timeout_s"]),
+            pool=pool,
             scorer=rewards or Rewards(),
-            prompts=given["prompts"],
-            sampling=given["sampling"],
+            prompts=prompts,
             rules=FlowRules(**rules | overrides),
         )
         started.append(RolloutController(flow, while_waiting=while_waiting))

@@ -109,7 +109,6 @@ class RandomRun:
             pool=ReplicaPool(self.generate, max_retries=1000, timeout_s=1e9),
             scorer=self,
             prompts=self.prompts(),
-            sampling=SamplingSettings(group_size=2, max_new_tokens=1, temperature=1.0),
             rules=FlowRules(
                 batch_size=self.batch_size,
                 max_staleness=self.staleness,
@@ -120,6 +119,7 @@ class RandomRun:
                 greedy_baseline=False,
                 stall_timeout_s=1e9,
                 seed=0,
+                sampling=SamplingSettings(group_size=2, max_new_tokens=1, temperature=1.0),
             ),
         )
         loop = asyncio.get_running_loop()

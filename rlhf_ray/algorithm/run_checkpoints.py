@@ -1,0 +1,144 @@
+"""The checkpoints of a run: when they are written, which are kept, and the counts that they carry from run to run."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from rlhf_ray.algorithm.resuming import RunStart
+from rlhf_ray.algorithm.run_reports import is_due
+from rlhf_ray.algorithm.start import Parts
+from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
+from rlhf_ray.checkpoints.writer import CheckpointWriter
+from rlhf_ray.config.settings import Settings
+from rlhf_ray.errors import LearnerError
+from rlhf_ray.reporting.metrics import flatten
+from rlhf_ray.stopping import stop_all
+
+__all__ = ["RunCheckpoints", "RunCounts"]
+
+_LOG = logging.getLogger(__name__)
+
+
+class RunCounts:
+    """What was counted since a run began, by this process and by those before it was resumed.
+
+    Args:
+        here: Reads what this process has counted, always with the same names.
+    """
+
+    def __init__(self, here: Callable[[], Mapping[str, int]]) -> None:
+        self._here = here
+        self._before: dict[str, int] = {}
+
+    def totals(self) -> dict[str, int]:
+        """Name -> count since the run began."""
+        return {name: self._before.get(name, 0) + count for name, count in self._here().items()}
+
+    def continue_from(self, totals: Mapping[str, int]) -> None:
+        """Continue a run that had counted ``totals``; what this process has counted so far is not the run's."""
+        self._before = {name: totals.get(name, 0) - count for name, count in self._here().items()}
+
+
+class RunCheckpoints:
+    """Writes checkpoints, in the background where training continues.
+
+    Args:
+        settings: The run's settings.
+        run: Where the run keeps them.
+        parts: What is saved, and what counts.
+    """
+
+    def __init__(self, settings: Settings, run: RunStart, parts: Parts) -> None:
+        self._settings = settings
+        self._run = run
+        self._parts = parts
+        self._writer = CheckpointWriter(parts.learners)
+        self.counts = RunCounts(self._counted_here)
+        self.rewinds = 0
+        """How often this process went back to a checkpoint."""
+
+    def renew(self, settings: Settings, run: RunStart) -> None:
+        """Begin those of another run with the same parts."""
+        self.settle()
+        self._settings, self._run = settings, run
+        self.counts.continue_from({})
+
+    def is_due(self, number: int, *, is_last: bool) -> bool:
+        """Whether an iteration ends with a checkpoint."""
+        interval = self._settings.checkpointing.interval
+        return is_due(interval, number) or (interval > 0 and is_last)
+
+    def begin(self, state: CheckpointState, result: Mapping[str, Any]) -> None:
+        """Write the checkpoint of an iteration in the background, and delete those that are not kept."""
+        settings, store = self._settings.checkpointing, self._run.store
+        if settings.best_metric is not None:
+            score = _finite(flatten(result).get(settings.best_metric))
+            state = replace(state, score=score, metric=None if score is None else settings.best_metric)
+        self._writer.begin(
+            store.of_iteration(state.iteration),
+            config=self._run.resolved,
+            state=state,
+            then=lambda: store.prune(
+                keep=settings.keep,
+                keep_best=settings.keep_best,
+                highest_is_best=settings.best_mode == "max",
+                metric=settings.best_metric,
+            ),
+        )
+
+    def write(self, checkpoint: Checkpoint, state: CheckpointState, algorithm: Any) -> None:
+        """Write a checkpoint and wait for it."""
+        self._writer.write(checkpoint, config=self._run.resolved, state=state)
+        self._call(checkpoint, algorithm)
+
+    def tell(self, algorithm: Any) -> None:
+        """Call ``on_checkpoint`` for those that have been written since the last time."""
+        for checkpoint in self._writer.take_written():
+            self._call(checkpoint, algorithm)
+
+    def settle(self) -> None:
+        """Wait for the checkpoint that is being written."""
+        self._writer.settle()
+
+    def stop(self, algorithm: Any) -> None:
+        """Wait for the checkpoint that is being written, and end the writer."""
+        stop_all(("checkpoint writer", self._writer.stop))
+        self.tell(algorithm)
+
+    def to_rewind_to(self, error: LearnerError) -> Checkpoint:
+        """The newest complete checkpoint.
+
+        Raises:
+            LearnerError: There is none.
+        """
+        self.settle()  # It may be writing the newest, and delete what was the newest before.
+        checkpoint = self._run.store.newest()
+        if checkpoint is None:
+            raise LearnerError(f"{error}, and there is no checkpoint to go back to (checkpointing.interval)") from error
+        _LOG.warning("%s; the run goes back to %s", error, checkpoint.folder)
+        return checkpoint
+
+    def _call(self, checkpoint: Checkpoint, algorithm: Any) -> None:
+        if self._settings.callbacks.on_checkpoint is not None:
+            self._settings.callbacks.on_checkpoint(algorithm=algorithm, path=checkpoint.folder.location)
+
+    def _counted_here(self) -> dict[str, int]:
+        parts = self._parts
+        return {
+            "dropped_prompts": parts.prompts.dropped,
+            "group_retries": parts.controller.retries,
+            "reward_workers_replaced": parts.rewards.workers_replaced,
+            "replica_restarts": parts.publications.new_replicas,
+            "learner_restarts": parts.learners.restarts,
+            "rewinds": self.rewinds,
+            "failed_checkpoints": self._writer.failed,
+        }
+
+
+def _finite(score: object) -> float | None:
+    """A score that can be compared with others: NaN would be the best for ever."""
+    return float(score) if isinstance(score, (int, float)) and math.isfinite(score) else None
