@@ -26,7 +26,7 @@ from rlhf_ray.types import ScoredGroup
 TOKEN_COST = 0.02
 
 
-class BriefPPO(PPO):
+class BriefPPO(PPO):  # type: ignore[misc, valid-type]
     """Trains on rewards less a cost per token; reports show the rewards as the functions gave them."""
 
     def training_step(self) -> dict[str, Any]:
@@ -38,7 +38,8 @@ class BriefPPO(PPO):
         )
         self.update(self.make_batch(groups))
         self.publish()
-        return self.result() | {"brief": {"cost_mean": float(np.mean(costs))}}
+        result: dict[str, Any] = self.result()
+        return result | {"brief": {"cost_mean": float(np.mean(costs))}}
 
 
 def lengths(scored: ScoredGroup) -> np.ndarray[Any, np.dtype[np.float32]]:

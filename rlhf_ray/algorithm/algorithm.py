@@ -24,7 +24,6 @@ from rlhf_ray.algorithm.ray_session import RaySession
 from rlhf_ray.algorithm.resuming import RunStart, open_run
 from rlhf_ray.algorithm.run_checkpoints import RunCheckpoints
 from rlhf_ray.algorithm.run_plan import RunPlan
-from rlhf_ray.algorithm.run_reports import RunReports
 from rlhf_ray.algorithm.start import Parts, start_parts
 from rlhf_ray.algorithm.training_steps import TrainingSteps
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
@@ -33,7 +32,9 @@ from rlhf_ray.config.builder import AlgorithmConfig
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.evaluation.evaluator import Outcomes, evaluation_due
 from rlhf_ray.learner.remote.group import StateLostError
+from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.rollouts.rollouter import Rollouter, SingleTurn
+from rlhf_ray.span_log import SpanLog
 from rlhf_ray.stopping import stop_all
 
 __all__ = ["Algorithm"]
@@ -72,6 +73,7 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         self._parts: Parts | None = None
         self._now = Iteration()
         self._step_started = 0.0
+        self._spans = SpanLog()
         super().__init__(config=config, storage=storage)
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -88,9 +90,9 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
             if run.checkpoint is not None:
                 self._resume(run.checkpoint)
             if run.goes_on:  # Only now: settings that do not start must not take the place of those that did.
-                self._reports.stop()
+                self._reporters.stop()
                 run.take_up(self.iteration)
-                self._reports.restart(self.settings, run.directory)
+                self._report_again()
         except BaseException:
             self.stop()
             raise
@@ -116,17 +118,16 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         if evaluation is not None:
             result["evaluation"] = evaluation
         if self._checkpoints.is_due(number, is_last=result["done"]):
-            with self._reports.phase("copy for a checkpoint"):
-                state = self._state(number, self._time_total + time.perf_counter() - started)
-                self._checkpoints.begin(state, result)
+            with self._phase("copy for a checkpoint"):
+                time_total_s = self._time_total + time.perf_counter() - started
+                self._checkpoints.begin(self._checkpoints.state(self._now.version, number, time_total_s), result)
         self._checkpoints.tell(self)
         counts = self._checkpoints.counts.totals()
         result["rollouts"]["dropped_prompts"] = counts.pop("dropped_prompts")
         result["fault_tolerance"] = counts
         if self.settings.callbacks.on_train_result is not None:
             self.settings.callbacks.on_train_result(algorithm=self, result=result)
-        parts = self._running()
-        self._reports.timeline(number, parts.rewards.take_spans, parts.learners.take_spans)
+        self._report_timeline(number)
         self._now = Iteration(version=self._now.version)
         return result
 
@@ -168,7 +169,8 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         self._settled()
         iterations = self.iteration + (self._now.result is not None)
         checkpoint = Checkpoint(Folder.at(path))
-        self._checkpoints.write(checkpoint, self._state(iterations, self._time_total), self)
+        state = self._checkpoints.state(self._now.version, iterations, self._time_total)
+        self._checkpoints.write(checkpoint, state, self)
         return checkpoint.folder.location
 
     def restore_from_path(self, path: str | os.PathLike[str]) -> None:
@@ -217,17 +219,9 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         complete_export(folder, self.settings, self._inputs)
         return folder
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """``Trainable``'s name of :meth:`save_to_path`."""
-        self.save_to_path(checkpoint_dir)
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """``Trainable``'s name of :meth:`restore_from_path`."""
-        self.restore_from_path(checkpoint)
-
     def log_result(self, result: dict[str, Any]) -> None:
         """Hand the finished result to the reporters; called by ``train()``."""
-        self._reports.report(result)
+        self._reporters.report(result)
 
     def cleanup(self) -> None:
         """Stop every process, actor, Serve app and placement group of this run; called by ``stop()``.
@@ -241,7 +235,7 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
             steps += [("checkpoint", lambda: self._checkpoints.stop(self)), ("parts", parts.stop)]
         elif hasattr(self, "_session"):
             steps.append(("Ray", self._session.stop))
-        steps.append(("reporters", self._reports.stop))
+        steps.append(("reporters", self._reporters.stop))
         if hasattr(self, "_run"):
             steps.append(("lock of the run directory", self._run.lock.release))
         stop_all(*steps)
@@ -265,27 +259,34 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         self.algorithm_config = config
         self.settings: Settings = config.settings
         logging.getLogger("rlhf_ray").setLevel(self.settings.debugging.log_level)
-        self._reports = RunReports(self.settings)
+        self._reporters = ReporterSet.from_settings(self.settings)
         self._now = Iteration()
         self._evaluated_at_start = False
 
     def _open_run(self) -> RunStart:
         run = self._run = open_run(self.algorithm_config)
         self._logdir = str(run.directory.path)
-        self._reports.start(self.settings, run.directory)
+        self._reporters.start(self.settings, run.directory)
         return run
 
     def _start(self, inputs: Inputs) -> None:
         self._inputs = inputs
-        self._reports.say("starting Ray")
+        self._reporters.phase("starting Ray")
         self._session = session = self._join_ray()
         plan, directory = RunPlan.of(self.settings, inputs, session.placement), self._run.directory
-        self._parts = start_parts(self.settings, inputs, plan, session, directory, self._reports.say, self.rollouter)
+        self._parts = start_parts(
+            self.settings, inputs, plan, session, directory, self._reporters.phase, self.rollouter
+        )
         self._checkpoints = RunCheckpoints(self.settings, self._run, self._parts)
-        self._reports.say("ready")
+        self._reporters.phase("ready")
 
     def _join_ray(self) -> RaySession:
         return RaySession(self.settings)
+
+    def _report_again(self) -> None:
+        """With new reporters: the files of those before have changed."""
+        self._reporters = ReporterSet.from_settings(self.settings)
+        self._reporters.start(self.settings, self._run.directory)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Continue the run that wrote a checked checkpoint."""
@@ -297,9 +298,9 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         """Go back to the newest checkpoint, all but the policy's version: replicas have seen the next ones already."""
         checkpoint = self._checkpoints.to_rewind_to(error)
         state = checkpoint.state()
-        self._reports.stop()
+        self._reporters.stop()
         self._run.directory.forget_after(state.iteration)
-        self._reports.restart(self.settings, self._run.directory)
+        self._report_again()
         self._load(checkpoint, state, version=self._now.newest_version + 1)
         self._checkpoints.rewinds += 1
 
@@ -317,17 +318,6 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         self._iteration, self._time_total = state.iteration, state.time_total_s
         self._publish_loaded()
 
-    def _state(self, iteration: int, time_total_s: float) -> CheckpointState:
-        prompts, version = self._inputs.prompts, self._now.version
-        return CheckpointState(
-            policy_version=version,
-            iteration=iteration,
-            time_total_s=time_total_s,
-            prompt_position=self._running().controller.prompt_position(prompts, version),
-            run_id=self._run.store.run_id,
-            counts=self._checkpoints.counts.totals(),
-        )
-
     def _sample_evaluation(self) -> dict[str, Outcomes]:
         return self._evaluator.sample(self._settled().controller, self._now.version)
 
@@ -336,16 +326,16 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         return self._evaluation() if evaluation_due(self.settings, number) else None
 
     def _evaluation(self) -> dict[str, dict[str, Any]]:
-        with self._reports.phase("evaluate"):
+        with self._phase("evaluate"):
             return self.evaluate()
 
     def _evaluate_at_start(self) -> None:
         # Once, also where the first iteration fails and is asked for again.
         if self.iteration == 0 and not self._evaluated_at_start and evaluation_due(self.settings, 0):
-            self._reports.say("evaluating")
+            self._reporters.phase("evaluating")
             result = {"training_iteration": 0, "timestamp": int(time.time()), "evaluation": self.evaluate()}
             self._evaluated_at_start = True
-            self._reports.report(result)
+            self._reporters.report(result)
 
 
 @atexit.register

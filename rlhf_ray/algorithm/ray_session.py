@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from rlhf_ray.algorithm.placement import Cluster, Placement
 from rlhf_ray.algorithm.ray_connection import RayConnection
+from rlhf_ray.algorithm.run_plan import Cluster, Placement
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.stopping import stop_all
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from rlhf_ray.algorithm.iteration import is_due
 from rlhf_ray.algorithm.resuming import RunStart
-from rlhf_ray.algorithm.run_reports import is_due
 from rlhf_ray.algorithm.start import Parts
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
 from rlhf_ray.checkpoints.writer import CheckpointWriter
@@ -94,6 +94,17 @@ class RunCheckpoints:
         """Write a checkpoint and wait for it."""
         self._writer.write(checkpoint, config=self._run.resolved, state=state)
         self._call(checkpoint, algorithm)
+
+    def state(self, version: int, iteration: int, time_total_s: float) -> CheckpointState:
+        """What a checkpoint holds besides models: where the run is."""
+        return CheckpointState(
+            policy_version=version,
+            iteration=iteration,
+            time_total_s=time_total_s,
+            prompt_position=self._parts.controller.prompt_position(self._parts.prompts, version),
+            run_id=self._run.store.run_id,
+            counts=self.counts.totals(),
+        )
 
     def tell(self, algorithm: Any) -> None:
         """Call ``on_checkpoint`` for those that have been written since the last time."""

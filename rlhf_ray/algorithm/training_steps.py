@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import time
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
 from rlhf_ray.algorithm.inputs import Inputs
-from rlhf_ray.algorithm.iteration import Iteration, Stage
-from rlhf_ray.algorithm.iteration_result import iteration_result
-from rlhf_ray.algorithm.run_reports import RunReports
+from rlhf_ray.algorithm.iteration import Iteration, Stage, is_due, iteration_result
 from rlhf_ray.algorithm.start import Parts
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan, attention_length, plan_update
 from rlhf_ray.learner.remote.update_result import UpdateResult
+from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.rollouts.flow import Collected
+from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import ScoredGroup
 from rlhf_ray.weight_sync.publisher import Publication
 
@@ -36,7 +37,8 @@ class TrainingSteps:
     """Iterations that are done; the one that is made is the next."""
     _now: Iteration
     _inputs: Inputs
-    _reports: RunReports
+    _reporters: ReporterSet
+    _spans: SpanLog
     _parts: Parts | None
     _step_started: float
 
@@ -55,7 +57,7 @@ class TrainingSteps:
         if self._now.is_loaded:
             self._publish_loaded()
         if self._now.collected is None:
-            with self._reports.phase("collect"):
+            with self._phase("collect"):
                 collected = parts.controller.collect(self._now.version)
             self._show_groups(collected.groups)
             self._now = replace(self._now, collected=collected)
@@ -78,7 +80,7 @@ class TrainingSteps:
             with parts.learners.turn():
                 if now.update is None:
                     now = self._updated(parts, batch)
-                with self._reports.phase("gather"):
+                with self._phase("gather"):
                     parts.publications.gather(now.version)
         assert now.update is not None
         return now.update
@@ -86,7 +88,7 @@ class TrainingSteps:
     def publish(self) -> Publication:
         """Bring the new policy to every replica; returns the last publication that all acknowledged."""
         if self._now.publication is None:
-            with self._reports.phase("publish"):
+            with self._phase("publish"):
                 publication = self._running().publications.deliver()
             self._now = replace(self._now, stage=Stage.DONE, publication=publication)
         assert self._now.publication is not None
@@ -97,22 +99,23 @@ class TrainingSteps:
         iteration_s, now = time.perf_counter() - self._step_started, self._now
         assert now.collected is not None, "collect() comes first"
         assert now.update is not None, "update() comes first"
-        self._reports.completions(self.iteration + 1, now.collected.groups, now.update.advantages)
-        self._reports.add_spans(now.collected.spans)
+        if self._completions_are_due:
+            self._reporters.report_completions(self.iteration + 1, now.collected.groups, now.update.advantages)
+        self._spans.add(*now.collected.spans)
         weight_sync_s = self._running().publications.held_up_s
         return iteration_result(now, weight_sync_s=weight_sync_s, iteration_s=iteration_s)
 
     def _updated(self, parts: Parts, batch: SequenceBatch) -> Iteration:
         version, plan = self._now.version, self._plan(batch)
         self._now = replace(self._now, stage=Stage.UPDATING)
-        with self._reports.phase("update"):
+        with self._phase("update"):
             update = parts.learners.update(
                 batch,
                 plan,
                 version=version + 1,
                 # Not by version, which runs ahead of the iterations after a rewind.
                 update_policy=self.iteration >= self.settings.training.critic_warmup_iterations,
-                with_advantages=self._reports.completions_are_due(self.iteration + 1),
+                with_advantages=self._completions_are_due,
             )
         self._now = replace(
             self._now, stage=Stage.PUBLISHING, version=version + 1, batch=batch, plan=plan, update=update
@@ -144,6 +147,21 @@ class TrainingSteps:
         if self._parts is None:
             raise RuntimeError("this algorithm was stopped; build a new one")
         return self._parts
+
+    def _report_timeline(self, number: int) -> None:
+        if self.settings.reporting.timeline_interval > 0:
+            # In every iteration, or one that is written would have those of several.
+            parts = self._running()
+            spans = (*self._spans.take(), *parts.rewards.take_spans(), *parts.learners.take_spans())
+            if is_due(self.settings.reporting.timeline_interval, number):
+                self._reporters.report_spans(number, spans)
+
+    def _phase(self, name: str) -> AbstractContextManager[None]:
+        return self._spans.during("algorithm", name)
+
+    @property
+    def _completions_are_due(self) -> bool:
+        return is_due(self.settings.reporting.completions_interval, self.iteration + 1)
 
     def _show_groups(self, groups: tuple[ScoredGroup, ...]) -> None:
         if self.settings.callbacks.on_rollout_group is not None:

@@ -44,7 +44,7 @@ def judge_resources(settings: Settings, found: Mapping[str, Any], *, address: st
         found: ``ray.cluster_resources()``, and those of each node as ``nodes``.
         address: Where the cluster is; none: started here.
     """
-    from rlhf_ray.algorithm.placement import Cluster, Placement
+    from rlhf_ray.algorithm.run_plan import Cluster, Placement
 
     cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
     place = "starts here" if address is None else f"joined {address}"

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.algorithm.placement import choose_device
+from rlhf_ray.algorithm.run_plan import choose_device
 from rlhf_ray.config.plugins import advantage_plugin
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.doctor.check import Check, Status, failed, passed, warned

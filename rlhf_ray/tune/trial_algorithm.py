@@ -12,10 +12,9 @@ from ray.tune import PlacementGroupFactory
 from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.algorithm.inputs import evaluator
 from rlhf_ray.algorithm.iteration import Iteration
-from rlhf_ray.algorithm.placement import Cluster, Placement
 from rlhf_ray.algorithm.ray_session import RaySession
 from rlhf_ray.algorithm.resuming import RunStart, open_trial_run
-from rlhf_ray.algorithm.run_plan import learner_spec
+from rlhf_ray.algorithm.run_plan import Cluster, Placement, learner_spec
 from rlhf_ray.algorithm.start import training_progress
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
 from rlhf_ray.config.builder import AlgorithmConfig
@@ -98,7 +97,7 @@ class TrialAlgorithm(Algorithm):
         if not self._reports_started:  # Only now is it known from which iteration a trial that was restarted continues.
             self._reports_started = True
             self._run.take_up(self.iteration)
-            self._reports.start(self.settings, self._run.directory)
+            self._reporters.start(self.settings, self._run.directory)
         return super().step()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
@@ -123,7 +122,7 @@ class TrialAlgorithm(Algorithm):
             self.setup(new_config)
             return True
         try:
-            self._reports.stop()
+            self._reporters.stop()
             self._use(config)
             self._open_run()
             self._restart_training()
@@ -170,7 +169,7 @@ class TrialAlgorithm(Algorithm):
         run = self._run = open_trial_run(self.algorithm_config)
         self._reports_started = not run.has_history
         if self._reports_started:
-            self._reports.start(self.settings, run.directory)
+            self._reporters.start(self.settings, run.directory)
         return run
 
     def _join_ray(self) -> RaySession:

@@ -19,12 +19,13 @@ from rlhf_ray import GRPO, PPO, Algorithm, GRPOConfig, PPOConfig
 from rlhf_ray.algorithm import algorithm as module
 from rlhf_ray.algorithm.iteration import Iteration, Stage
 from rlhf_ray.algorithm.run_checkpoints import RunCheckpoints
-from rlhf_ray.algorithm.run_reports import RunReports
 from rlhf_ray.checkpoints.checkpoint import CheckpointState
 from rlhf_ray.errors import ConfigError, LearnerError
 from rlhf_ray.learner.remote.group import StateLostError
 from rlhf_ray.prompts.order import PromptPosition
+from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_lock import RunLock
+from rlhf_ray.span_log import SpanLog
 from rlhf_ray.tune import trial_algorithm as trial_module
 from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory
 
@@ -46,7 +47,8 @@ def bare(evaluations: list[int], monkeypatch: pytest.MonkeyPatch) -> Algorithm:
     monkeypatch.setattr(PPO, "evaluate", evaluate)
     algorithm: Algorithm = object.__new__(PPO)
     algorithm.settings = PPOConfig().evaluation(interval=3).settings
-    algorithm._reports = RunReports(algorithm.settings)
+    algorithm._reporters = ReporterSet([])
+    algorithm._spans = SpanLog()
     return algorithm
 
 
@@ -261,7 +263,8 @@ def iterate(algorithm: Algorithm, last: int, **result: Any) -> None:
     while algorithm.iteration < last:
         number = algorithm.iteration + 1
         result |= {"training_iteration": number}
-        algorithm._checkpoints.begin(algorithm._state(number, 1.0), result)
+        state = algorithm._checkpoints.state(algorithm.policy_version, number, 1.0)
+        algorithm._checkpoints.begin(state, result)
         algorithm._checkpoints.settle()
         algorithm._iteration = number
         algorithm.log_result(result)

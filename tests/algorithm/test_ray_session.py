@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_ray.algorithm import placement
 from rlhf_ray.algorithm import ray_session as module
+from rlhf_ray.algorithm import run_plan
 from rlhf_ray.algorithm.ray_connection import RayConnection
 from rlhf_ray.algorithm.ray_session import RaySession
 from rlhf_ray.config.settings import Settings
@@ -22,7 +22,7 @@ from rlhf_ray.tune.trial_algorithm import TrialSession
 def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """The build of vLLM, whatever is installed here: one entry; it fits the test."""
     build: list[str | None] = [None]
-    monkeypatch.setattr(placement, "vllm_build", lambda: build[0])
+    monkeypatch.setattr(run_plan, "vllm_build", lambda: build[0])
     return build
 
 

@@ -11,8 +11,7 @@ import pytest
 
 from rlhf_ray import PPOConfig
 from rlhf_ray.algorithm import start as module
-from rlhf_ray.algorithm.placement import choose_device
-from rlhf_ray.algorithm.run_plan import learner_spec
+from rlhf_ray.algorithm.run_plan import choose_device, learner_spec
 from rlhf_ray.algorithm.start import Parts, start_parts
 from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.config.settings import Settings

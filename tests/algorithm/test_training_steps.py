@@ -15,8 +15,9 @@ from rlhf_ray import PPO, PPOConfig
 from rlhf_ray.algorithm import training_steps as module
 from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.algorithm.iteration import Iteration, Stage
-from rlhf_ray.algorithm.run_reports import RunReports
 from rlhf_ray.learner.remote.update_result import UpdateResult
+from rlhf_ray.reporting.reporter_set import ReporterSet
+from rlhf_ray.span_log import SpanLog
 
 
 class Parts:
@@ -68,7 +69,8 @@ def stepping(monkeypatch: pytest.MonkeyPatch) -> Any:
     def make(interrupted: str | None = None, now: Iteration | None = None) -> Algorithm:
         algorithm: Algorithm = object.__new__(PPO)
         algorithm.settings = PPOConfig().reporting(completions_interval=0).settings
-        algorithm._reports = RunReports(algorithm.settings)
+        algorithm._reporters = ReporterSet([])
+        algorithm._spans = SpanLog()
         algorithm._iteration = 0
         algorithm._now = now or Iteration(version=3)
         algorithm._parts = Parts(interrupted)  # type: ignore[assignment]

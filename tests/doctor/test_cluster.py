@@ -17,7 +17,7 @@ from rlhf_ray.doctor.child import ChildFailure
 def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """The build of vLLM, whatever is installed here: one entry; it fits the test."""
     build: list[str | None] = [None]
-    monkeypatch.setattr("rlhf_ray.algorithm.placement.vllm_build", lambda: build[0])
+    monkeypatch.setattr("rlhf_ray.algorithm.run_plan.vllm_build", lambda: build[0])
     return build
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from rlhf_ray import RewardModelReward
-from rlhf_ray.algorithm import placement as module
-from rlhf_ray.algorithm.placement import (
+from rlhf_ray.algorithm import run_plan as module
+from rlhf_ray.algorithm.run_plan import (
     Cluster,
     Placement,
     Shares,

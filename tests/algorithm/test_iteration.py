@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_ray.algorithm.iteration import Iteration, Stage
-from rlhf_ray.algorithm.iteration_result import iteration_result
+from rlhf_ray.algorithm.iteration import Iteration, Stage, iteration_result
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import plan_update
 from rlhf_ray.learner.remote.update_result import UpdateResult
