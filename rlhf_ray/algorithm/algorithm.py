@@ -89,9 +89,9 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
             self._start(inputs)
             if run.checkpoint is not None:
                 self._resume(run.checkpoint)
-            if run.goes_on:  # Only now: settings that do not start must not take the place of those that did.
+            if run.resumes:  # Only now: settings that do not start must not take the place of those that did.
                 self._reporters.stop()
-                run.take_up(self.iteration)
+                run.adopt_run(self.iteration)
                 self._report_again()
         except BaseException:
             self.stop()
@@ -291,8 +291,8 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Continue the run that wrote a checked checkpoint."""
         state = checkpoint.state()
-        self._load(checkpoint, state, version=state.policy_version)
         self._checkpoints.counts.continue_from(state.counts)
+        self._load(checkpoint, state, version=state.policy_version)
 
     def _rewind(self, error: StateLostError) -> None:
         """Go back to the newest checkpoint, all but the policy's version: replicas have seen the next ones already."""

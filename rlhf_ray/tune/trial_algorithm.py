@@ -96,7 +96,7 @@ class TrialAlgorithm(Algorithm):
         """See :meth:`Algorithm.step`."""
         if not self._reports_started:  # Only now is it known from which iteration a trial that was restarted continues.
             self._reports_started = True
-            self._run.take_up(self.iteration)
+            self._run.adopt_run(self.iteration)
             self._reporters.start(self.settings, self._run.directory)
         return super().step()
 

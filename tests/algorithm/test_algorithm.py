@@ -332,7 +332,7 @@ def test_a_second_algorithm_in_a_run_directory_is_kept_out_until_the_first_stops
     other.stop()
 
 
-def test_a_trial_that_goes_on_in_the_same_processes_keeps_its_lock(running: Algorithm, tmp_path: Path) -> None:
+def test_a_trial_in_the_same_processes_keeps_its_lock(running: Algorithm, tmp_path: Path) -> None:
     for name in ("one", "two", "two"):
         config = PPOConfig().training(lr=0.5).reporting(tensorboard=False).to_dict()
         assert running.reset(config, storage=trial_storage(tmp_path / name))
@@ -353,7 +353,7 @@ def test_a_score_is_a_number_with_its_name(score: Any, kept: float | None, parts
     assert state.run_id == (tmp_path / "run" / "run_id").read_text()
 
 
-def test_a_checkpoint_goes_on_in_a_new_run_that_leaves_the_others_place_alone(parts: FakeParts, tmp_path: Path) -> None:
+def test_a_checkpoint_continues_in_a_new_run_that_leaves_the_other_alone(parts: FakeParts, tmp_path: Path) -> None:
     first = build(run_config(tmp_path / "first", interval=1, path=str(tmp_path / "all"), keep=5))
     iterate(first, 4)
     first.stop()

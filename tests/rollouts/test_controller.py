@@ -998,7 +998,7 @@ def test_a_thread_that_hangs_in_the_prompts_is_left_behind(
     assert "groups in flight: stopping failed (TimeoutError" in caplog.text
 
 
-# Where a run goes on that stops now.
+# Where a run that stops now resumes.
 
 
 class Stream(Iterator[Prompt]):
@@ -1033,9 +1033,7 @@ def test_where_nothing_is_stale_nothing_is_unfinished_after_an_update(make: Call
 
 
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
-def test_a_run_that_goes_on_trains_on_every_prompt_once(
-    stopped_after: int, make: Callable[..., RolloutController]
-) -> None:
+def test_a_resumed_run_trains_on_every_prompt_once(stopped_after: int, make: Callable[..., RolloutController]) -> None:
     """Some groups are in flight at the end, some wait for their update, and some rewards failed."""
     stream, rewards = Stream(), Rewards(failing=[2, 9, 17])
     slow = {number: 0.03 * (number % 4) for number in range(100)}
