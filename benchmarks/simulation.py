@@ -28,8 +28,7 @@ import yaml
 from provenance import write_result
 
 from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
-from rlhf_ray.rollouts.pool import ReplicaPool
-from rlhf_ray.rollouts.rollouter import SingleTurn
+from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
 from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 HERE = Path(__file__).parent
@@ -212,7 +211,12 @@ def flow_of(
     """The library's own rollout flow over stand-ins."""
     return RolloutFlow(
         rollouter=SingleTurn(),
-        pool=ReplicaPool(generate, max_retries=0, timeout_s=1e9),
+        engine=Engine(
+            generate=generate,
+            sampling=SamplingSettings(group_size=group_size, max_new_tokens=1, temperature=1.0),
+            max_retries=0,
+            timeout_s=1e9,
+        ),
         scorer=Scorer(),
         prompts=prompts(),
         rules=FlowRules(
@@ -225,7 +229,6 @@ def flow_of(
             greedy_baseline=False,
             stall_timeout_s=1e9,
             seed=0,
-            sampling=SamplingSettings(group_size=group_size, max_new_tokens=1, temperature=1.0),
         ),
     )
 

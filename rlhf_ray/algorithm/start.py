@@ -22,9 +22,8 @@ from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.stage import RewardStage, reward_stage
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
-from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
-from rlhf_ray.rollouts.pool import ReplicaPool
-from rlhf_ray.rollouts.rollouter import Rollouter
+from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow, training_sampling
+from rlhf_ray.rollouts.rollouter import Engine, Rollouter
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.weight_sync.publications import Publications
@@ -171,13 +170,14 @@ def _controller(
     rollouter: Rollouter,
 ) -> RolloutController:
     streams = GroupStreams(app.handle.options(stream=True).generate.remote, num_replicas=settings.rollouts.num_replicas)
-    pool = ReplicaPool(
-        streams.generate,
+    engine = Engine(
+        generate=streams.generate,
+        sampling=training_sampling(settings),
         max_retries=settings.fault_tolerance.max_group_retries,
         timeout_s=settings.rollouts.timeout_s,
     )
     rules = FlowRules.of(settings, greedy_baseline=inputs.advantage.needs_greedy_rewards)
-    flow = RolloutFlow(rollouter=rollouter, pool=pool, scorer=rewards, prompts=inputs.prompts, rules=rules)
+    flow = RolloutFlow(rollouter=rollouter, engine=engine, scorer=rewards, prompts=inputs.prompts, rules=rules)
     return RolloutController(flow, while_waiting=learners.attend)
 
 

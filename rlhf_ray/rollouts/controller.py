@@ -42,7 +42,7 @@ class RolloutController:
     @property
     def retries(self) -> int:
         """Groups sent again because their replica died, since the start."""
-        return self._flow.pool.retries
+        return self._flow.engine.requests.retries
 
     def collect(self, version: int) -> Collected:
         """See :meth:`RolloutFlow.collect`."""

@@ -22,7 +22,6 @@ from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import DataError, RewardError, RolloutError
 from rlhf_ray.rollouts.admission import GroupLedger, max_concurrent_groups
 from rlhf_ray.rollouts.cancelling import cancel_all
-from rlhf_ray.rollouts.pool import ReplicaPool
 from rlhf_ray.rollouts.rollouter import Engine, Rollouter
 from rlhf_ray.rollouts.seeds import Seeds
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, TraceSpan
@@ -63,8 +62,6 @@ class FlowRules:
     """Longest wait without progress of any group."""
     seed: int
     """The run's seed."""
-    sampling: SamplingSettings
-    """How tokens are drawn in training."""
 
     @classmethod
     def of(cls, settings: Settings, *, greedy_baseline: bool) -> Self:
@@ -83,7 +80,6 @@ class FlowRules:
             greedy_baseline=greedy_baseline,
             stall_timeout_s=rollouts.stall_timeout_s,
             seed=settings.debugging.seed,
-            sampling=training_sampling(settings),
         )
 
 
@@ -164,27 +160,27 @@ class RolloutFlow:
 
     Args:
         rollouter: The kind of rollout.
-        pool: The replicas.
+        engine: The replicas, with the sampling settings of training.
         scorer: The reward stage.
         prompts: Endless prompts of training.
-        rules: How many groups at once, and how they are sampled.
+        rules: How many groups at once, and how many may fail.
     """
 
     def __init__(
         self,
         *,
         rollouter: Rollouter,
-        pool: ReplicaPool,
+        engine: Engine,
         scorer: Scorer,
         prompts: Iterator[Prompt],
         rules: FlowRules,
     ) -> None:
         self._rollouter = rollouter
-        self.pool = pool
+        self.engine = engine
         self._scorer = scorer
         self._prompts = prompts
-        self._sampling = rules.sampling
-        self._greedy = replace(rules.sampling, group_size=1, temperature=0.0)
+        self._sampling = engine.sampling
+        self._greedy = replace(engine.sampling, group_size=1, temperature=0.0)
         self._rules = rules
         self._ledger: GroupLedger[ScoredGroup] = GroupLedger(
             batch_size=rules.batch_size,
@@ -253,7 +249,7 @@ class RolloutFlow:
             generated_tokens=tally.generated_tokens,
             generating_s=tally.generating_s + (ended - tally.generating_since if self._generating else 0.0),
             elapsed_s=ended - (started if tally.since is None else tally.since),
-            spans=tuple(self.pool.spans.take()),
+            spans=tuple(self.engine.requests.spans.take()),
         )
 
     def unfinished(self, version: int) -> list[int]:
@@ -350,7 +346,7 @@ class RolloutFlow:
         groups, self._in_flight = self._in_flight, {}
         self._error = None
         self._new_tally()
-        self.pool.spans.take()
+        self.engine.requests.spans.take()
         for group in groups.values():
             self._ledger.reject(group.ticket)
         self._requeued.extendleft(group.prompt for group in reversed(groups.values()))
@@ -399,7 +395,7 @@ class RolloutFlow:
         return await self._scorer.score(rollout)
 
     async def _rollout(self, prompt: Prompt, sampling: SamplingSettings, version: int) -> RolloutGroup:
-        engine = Engine(pool=self.pool, sampling=sampling, version=version)
+        engine = replace(self.engine, sampling=sampling, version=version)
         seeds = Seeds(run_seed=self._rules.seed, version=version, prompt_id=prompt.prompt_id)
         return await self._rollouter.rollout(prompt, engine, seeds)
 

@@ -19,11 +19,10 @@ from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 from rlhf_ray.errors import DataError, RewardError, RolloutError
 from rlhf_ray.prompts import PromptPosition, PromptStream
 from rlhf_ray.rollouts import controller as thread_module
-from rlhf_ray.rollouts import pool as module
+from rlhf_ray.rollouts import rollouter as module
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
-from rlhf_ray.rollouts.pool import ReplicaPool
-from rlhf_ray.rollouts.rollouter import SingleTurn
+from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
@@ -125,8 +124,9 @@ def make() -> Iterator[Callable[..., RolloutController]]:
     def build(replicas: Replicas, rewards: Rewards | None = None, **overrides: Any) -> RolloutController:
         while_waiting = overrides.pop("while_waiting", lambda: None)
         prompts = overrides.pop("prompts", endless())
-        pool = ReplicaPool(
-            replicas.generate,
+        engine = Engine(
+            generate=replicas.generate,
+            sampling=overrides.pop("sampling", SAMPLING),
             max_retries=overrides.pop("max_retries", 2),
             timeout_s=overrides.pop("timeout_s", 10.0),
         )
@@ -140,11 +140,10 @@ def make() -> Iterator[Callable[..., RolloutController]]:
             "greedy_baseline": False,
             "stall_timeout_s": 10.0,
             "seed": 5,
-            "sampling": SAMPLING,
         }
         flow = RolloutFlow(
             rollouter=SingleTurn(),
-            pool=pool,
+            engine=engine,
             scorer=rewards or Rewards(),
             prompts=prompts,
             rules=FlowRules(**rules | overrides),

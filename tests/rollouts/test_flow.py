@@ -17,8 +17,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
-from rlhf_ray.rollouts.pool import ReplicaPool
-from rlhf_ray.rollouts.rollouter import SingleTurn
+from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -106,7 +105,12 @@ class RandomRun:
     async def finish(self) -> None:
         self.flow = RolloutFlow(
             rollouter=SingleTurn(),
-            pool=ReplicaPool(self.generate, max_retries=1000, timeout_s=1e9),
+            engine=Engine(
+                generate=self.generate,
+                sampling=SamplingSettings(group_size=2, max_new_tokens=1, temperature=1.0),
+                max_retries=1000,
+                timeout_s=1e9,
+            ),
             scorer=self,
             prompts=self.prompts(),
             rules=FlowRules(
@@ -119,7 +123,6 @@ class RandomRun:
                 greedy_baseline=False,
                 stall_timeout_s=1e9,
                 seed=0,
-                sampling=SamplingSettings(group_size=2, max_new_tokens=1, temperature=1.0),
             ),
         )
         loop = asyncio.get_running_loop()

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError
 
-from rlhf_ray.rollouts import pool as pool_module
-from rlhf_ray.rollouts.pool import ReplicaPool
-from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
+from rlhf_ray.rollouts import rollouter as module
+from rlhf_ray.rollouts.rollouter import Engine, Requests, SingleTurn
 from rlhf_ray.rollouts.seeds import Seeds, group_seed
 from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, Trajectory, Turn
 
@@ -76,10 +75,9 @@ class TwoTurns:
         )
 
 
-def rolled_out(rollouter: Any, replicas: Replicas) -> tuple[RolloutGroup, ReplicaPool]:
-    pool = ReplicaPool(replicas.generate, max_retries=1, timeout_s=10.0)
-    engine = Engine(pool=pool, sampling=SAMPLING, version=3)
-    return asyncio.run(rollouter.rollout(PROMPT, engine, SEEDS)), pool
+def rolled_out(rollouter: Any, replicas: Replicas) -> tuple[RolloutGroup, Requests]:
+    engine = Engine(generate=replicas.generate, sampling=SAMPLING, version=3, max_retries=1, timeout_s=10.0)
+    return asyncio.run(rollouter.rollout(PROMPT, engine, SEEDS)), engine.requests
 
 
 def test_a_single_turn_is_one_request() -> None:
@@ -92,10 +90,10 @@ def test_a_single_turn_is_one_request() -> None:
 
 
 def test_a_later_turn_is_repeated_alone_where_its_replica_dies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "_RETRY_PAUSE_S", 0.0)
+    monkeypatch.setattr(module, "_RETRY_PAUSE_S", 0.0)
     replicas = Replicas(dying=(1,))
 
-    group, pool = rolled_out(TwoTurns(), replicas)
+    group, requests = rolled_out(TwoTurns(), replicas)
 
     assert replicas.requests == [
         ([1], 2, group_seed(5, 3, 7), 3),
@@ -103,7 +101,7 @@ def test_a_later_turn_is_repeated_alone_where_its_replica_dies(monkeypatch: pyte
         ([1, 0, 99], 1, 1000, 4),
         ([1, 0, 99], 1, 1001, 4),
     ]
-    assert pool.retries == 1
+    assert requests.retries == 1
     assert [trajectory.token_ids.tolist() for trajectory in group.trajectories] == [[0, 99, 2], [0, 99, 3]]
     assert [trajectory.loss_mask.tolist() for trajectory in group.trajectories] == [[True, False, True]] * 2
-    assert len(pool.spans.take()) == 3
+    assert len(requests.spans.take()) == 3
