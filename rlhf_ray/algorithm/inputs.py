@@ -57,7 +57,7 @@ class Inputs:
     tokenizer_path: str
     model_config: PretrainedConfig
     eos_token_ids: tuple[int, ...]
-    """What ends a completion, besides ``rollouts.stop_token_ids``."""
+    """What ends a completion, in addition to ``rollouts.stop_token_ids``."""
     max_prompt_tokens: int
     vocabulary_size: int
     """Tokens that the policy has an embedding for."""

@@ -96,7 +96,7 @@ class RunCheckpoints:
         self._call(checkpoint, algorithm)
 
     def state(self, version: int, iteration: int, time_total_s: float) -> CheckpointState:
-        """What a checkpoint holds besides models: where the run is."""
+        """Where the run is, which a checkpoint holds next to its models."""
         return CheckpointState(
             policy_version=version,
             iteration=iteration,
@@ -151,5 +151,5 @@ class RunCheckpoints:
 
 
 def _finite(score: object) -> float | None:
-    """A score that can be compared with others: NaN would be the best for ever."""
+    """A score that can be compared with others: NaN would always be the best."""
     return float(score) if isinstance(score, (int, float)) and math.isfinite(score) else None

@@ -1,4 +1,4 @@
-"""Before stages 2 and 4: which groups may be started, and which are trained on next; none is staler than it may be.
+"""Which groups may be started, and which are trained on next, so that none is staler than it may be.
 
 Plain bookkeeping without clocks, threads or Ray: the rollout flow (flow.py) asks it.
 """
@@ -24,8 +24,8 @@ def admission_capacity(
     ``min(max_concurrent - running, (max_staleness + version + 1) * batch_size - (accepted + running))``: with
     ``accepted`` groups finished since the start and ``running`` in flight. ``max_staleness = 0`` is synchronous PPO.
     """
-    room = (max_staleness + version + 1) * batch_size - (accepted + running)
-    return max(0, min(max_concurrent - running, room))
+    left = (max_staleness + version + 1) * batch_size - (accepted + running)
+    return max(0, min(max_concurrent - running, left))
 
 
 def max_concurrent_groups(settings: Settings) -> int:
@@ -48,12 +48,12 @@ class GroupLedger(Generic[Item]):
       for in its last version, and not before.
 
     With ``carries`` a straggler is not waited for: in its last version it counts as admitted at the newest one, and a
-    batch is made as soon as enough groups are ready. It is then for whoever trains on such a group to leave out the
-    tokens that are too old (``SequenceBatch.from_groups``). One that is written, and only waits for its reward, is
+    batch is made as soon as enough groups are ready. The tokens of such a group that are too old are left out when it is
+    trained on (``SequenceBatch.from_groups``). One that is written, and only waits for its reward, is
     waited for: it would get no newer token.
 
     Args:
-        batch_size: Groups an update.
+        batch_size: Groups per update.
         max_staleness: Versions that a group may lag behind.
         max_concurrent: Groups in flight at once.
         carries: Whether a group in flight may be carried over its last version.

@@ -96,14 +96,14 @@ def weight_transfer(setting: str, device: Device) -> str:
 
 
 def longest_completion(rollouts: RolloutSettings, evaluation: EvaluationSettings) -> tuple[str, int]:
-    """What replicas must have room for, in tokens, and the setting that asks for it: evaluation may write more."""
+    """The longest completion in tokens, and the setting that asks for it: evaluation may write more."""
     if (evaluation.max_new_tokens or 0) > rollouts.max_new_tokens:
         return "evaluation.max_new_tokens", evaluation.max_new_tokens or 0
     return "rollouts.max_new_tokens", rollouts.max_new_tokens
 
 
 def max_prompt_tokens(rollouts: RolloutSettings, evaluation: EvaluationSettings, config: PretrainedConfig) -> int:
-    """Longest prompt that leaves room for the longest completion in the model's context.
+    """Longest prompt beyond which the longest completion does not fit the model's context.
 
     Raises:
         ConfigError: The context cannot hold the asked-for prompt and completion, or the model names none and
@@ -116,16 +116,16 @@ def max_prompt_tokens(rollouts: RolloutSettings, evaluation: EvaluationSettings,
             raise ConfigError("rollouts.max_prompt_tokens", None, remedy)
         return rollouts.max_prompt_tokens
     field, completion_tokens = longest_completion(rollouts, evaluation)
-    room = context - completion_tokens
-    if room < 1:
+    left = context - completion_tokens
+    if left < 1:
         raise ConfigError(field, completion_tokens, f"must be less than the model's context of {context}")
     if rollouts.max_prompt_tokens is None:
-        return room
-    if rollouts.max_prompt_tokens > room:
+        return left
+    if rollouts.max_prompt_tokens > left:
         raise ConfigError(
             "rollouts.max_prompt_tokens",
             rollouts.max_prompt_tokens,
-            f"with {field} = {completion_tokens} the model's context of {context} leaves {room}; lower one of the two",
+            f"with {field} = {completion_tokens} the model's context of {context} leaves {left}; lower one of the two",
         )
     return rollouts.max_prompt_tokens
 

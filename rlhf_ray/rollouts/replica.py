@@ -215,7 +215,7 @@ class RolloutReplica:
         await self._engine.wake()
 
     async def _end_with_engine(self) -> None:
-        """End this process when the engine's has ended: Serve replaces it at once, and nobody waits for its answers.
+        """End this process when the engine's has ended: Serve replaces it at once, and no caller waits for its answers.
 
         vLLM waits for ever for a call that its process has not answered.
         """
@@ -296,13 +296,13 @@ class RolloutReplica:
             self._failure = error
             await self._tell_failure(error)
             if self._engine.is_dead:
-                # Whoever asked must hear that this replica died, which another one makes good: the engine's own error
+                # The caller must hear that this replica died, which another one makes good: the engine's own error
                 # would end the run.
                 _end_process()
             raise
 
     async def _tell_failure(self, error: BaseException) -> None:
-        """Say why at the bridge: who asked may never hear it, since this replica ends, or since they do."""
+        """Tell the bridge why: the caller may never hear it, since this replica ends, or the caller does."""
         message = engine_failure(error)
         _LOG.error("weights could not be loaded: %s", message)
         try:
