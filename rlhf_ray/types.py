@@ -22,6 +22,7 @@ __all__ = [
     "Device",
     "Float32Array",
     "Int32Array",
+    "LoadReport",
     "Prompt",
     "PromptText",
     "RewardFailure",
@@ -183,6 +184,16 @@ class ScoredGroup:
     """``<function>/<column>`` -> ``[G]``, what reward functions logged of each completion: plain values."""
     greedy_reward: float | None = None
     """Reward of a greedy completion of the prompt, where the advantage asks for one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """A replica's answer to a publication."""
+
+    replica_id: str
+    version: int
+    pause_s: float
+    """Seconds during which generation was paused."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -48,9 +48,9 @@ class GroupLedger(Generic[Item]):
       for in its last version, and not before.
 
     With ``carries`` a straggler is not waited for: in its last version it counts as admitted at the newest one, and a
-    batch is made as soon as enough groups are ready. The tokens of such a group that are too old are left out when it is
-    trained on (``SequenceBatch.from_groups``). One that is written, and only waits for its reward, is
-    waited for: it would get no newer token.
+    batch is made as soon as enough groups are ready. Its tokens that are too old are left out when it is trained on
+    (``SequenceBatch.from_groups``). One that is written, and only waits for its reward, is waited for: it would get no
+    newer token.
 
     Args:
         batch_size: Groups per update.

@@ -20,7 +20,7 @@ from rlhf_ray.weight_sync.buckets import ByteArray
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.shared_buckets import SharedBuckets
 
-__all__ = ["EngineSpec", "LoadReport", "RolloutEngine"]
+__all__ = ["EngineSpec", "RolloutEngine"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,16 +40,6 @@ class EngineSpec:
     """Whether replicas tell when they were paused for new weights."""
     colocated: bool = False
     """Whether a learner shares the engine's GPU, and takes turns with it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """A replica's answer to a publication."""
-
-    replica_id: str
-    version: int
-    pause_s: float
-    """Seconds during which generation was paused."""
 
 
 class RolloutEngine:

@@ -20,10 +20,10 @@ import ray
 from ray import serve
 
 from rlhf_ray.rollouts.cancelling import cancel_all
-from rlhf_ray.rollouts.engine import EngineSpec, LoadReport, RolloutEngine
+from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine
 from rlhf_ray.rollouts.start_failure import engine_failure
 from rlhf_ray.rollouts.streams import FinishedGroups
-from rlhf_ray.types import Prompt, SamplingSettings, TraceSpan, Trajectory
+from rlhf_ray.types import LoadReport, Prompt, SamplingSettings, TraceSpan, Trajectory
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
