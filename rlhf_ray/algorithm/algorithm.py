@@ -122,7 +122,7 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
                 time_total_s = self._time_total + time.perf_counter() - started
                 self._checkpoints.begin(self._checkpoints.state(self._now.version, number, time_total_s), result)
         self._checkpoints.tell(self)
-        counts = self._checkpoints.counts.totals()
+        counts = self._checkpoints.counts()
         result["rollouts"]["dropped_prompts"] = counts.pop("dropped_prompts")
         result["fault_tolerance"] = counts
         if self.settings.callbacks.on_train_result is not None:
@@ -291,7 +291,7 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
     def _resume(self, checkpoint: Checkpoint) -> None:
         """Continue the run that wrote a checked checkpoint."""
         state = checkpoint.state()
-        self._checkpoints.counts.continue_from(state.counts)
+        self._checkpoints.count_from(state.counts)
         self._load(checkpoint, state, version=state.policy_version)
 
     def _rewind(self, error: StateLostError) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,31 +16,10 @@ from rlhf_ray.checkpoints.writer import CheckpointWriter
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.reporting.metrics import flatten
-from rlhf_ray.stopping import stop_all
 
-__all__ = ["RunCheckpoints", "RunCounts"]
+__all__ = ["RunCheckpoints"]
 
 _LOG = logging.getLogger(__name__)
-
-
-class RunCounts:
-    """What was counted since a run began, by this process and by those before it was resumed.
-
-    Args:
-        here: Reads what this process has counted, always with the same names.
-    """
-
-    def __init__(self, here: Callable[[], Mapping[str, int]]) -> None:
-        self._here = here
-        self._before: dict[str, int] = {}
-
-    def totals(self) -> dict[str, int]:
-        """Name -> count since the run began."""
-        return {name: self._before.get(name, 0) + count for name, count in self._here().items()}
-
-    def continue_from(self, totals: Mapping[str, int]) -> None:
-        """Continue a run that had counted ``totals``; what this process has counted so far is not the run's."""
-        self._before = {name: totals.get(name, 0) - count for name, count in self._here().items()}
 
 
 class RunCheckpoints:
@@ -57,7 +36,7 @@ class RunCheckpoints:
         self._run = run
         self._parts = parts
         self._writer = CheckpointWriter(parts.learners)
-        self.counts = RunCounts(self._counted_here)
+        self._counted_before: dict[str, int] = {}
         self.rewinds = 0
         """How often this process went back to a checkpoint."""
 
@@ -65,7 +44,7 @@ class RunCheckpoints:
         """Begin those of another run with the same parts."""
         self.settle()
         self._settings, self._run = settings, run
-        self.counts.continue_from({})
+        self.count_from({})
 
     def is_due(self, number: int, *, is_last: bool) -> bool:
         """Whether an iteration ends with a checkpoint."""
@@ -103,8 +82,16 @@ class RunCheckpoints:
             time_total_s=time_total_s,
             prompt_position=self._parts.controller.prompt_position(self._parts.prompts, version),
             run_id=self._run.store.run_id,
-            counts=self.counts.totals(),
+            counts=self.counts(),
         )
+
+    def counts(self) -> dict[str, int]:
+        """What was counted since the run began, by this process and by those before it was resumed."""
+        return {name: self._counted_before.get(name, 0) + count for name, count in self._counted_here().items()}
+
+    def count_from(self, totals: Mapping[str, int]) -> None:
+        """Continue a run that had counted ``totals``; what this process has counted so far is not the run's."""
+        self._counted_before = {name: totals.get(name, 0) - count for name, count in self._counted_here().items()}
 
     def tell(self, algorithm: Any) -> None:
         """Call ``on_checkpoint`` for those that have been written since the last time."""
@@ -117,7 +104,7 @@ class RunCheckpoints:
 
     def stop(self, algorithm: Any) -> None:
         """Wait for the checkpoint that is being written, and end the writer."""
-        stop_all(("checkpoint writer", self._writer.stop))
+        self._writer.stop()
         self.tell(algorithm)
 
     def to_rewind_to(self, error: LearnerError) -> Checkpoint:

@@ -54,15 +54,15 @@ class TrainingSteps:
         """Wait for the next batch of scored groups."""
         self._step_started = time.perf_counter()
         parts = self._running()
+        if self._now.collected is not None:
+            return self._now.collected
         if self._now.is_loaded:
             self._publish_loaded()
-        if self._now.collected is None:
-            with self._phase("collect"):
-                collected = parts.controller.collect(self._now.version)
-            self._show_groups(collected.groups)
-            self._now = replace(self._now, collected=collected)
-        assert self._now.collected is not None
-        return self._now.collected
+        with self._phase("collect"):
+            collected = parts.controller.collect(self._now.version)
+        self._show_groups(collected.groups)
+        self._now = replace(self._now, collected=collected)
+        return collected
 
     def make_batch(self, groups: tuple[ScoredGroup, ...]) -> SequenceBatch:
         """Lay scored groups out as sequences, with the rewards that the update sees."""
@@ -74,38 +74,36 @@ class TrainingSteps:
 
     def update(self, batch: SequenceBatch) -> UpdateResult:
         """Train on a batch, and take the new policy from the learners, once per iteration."""
-        parts, now = self._running(), self._now
-        if now.stage is not Stage.DONE:
-            parts.publications.finish_interrupted()
-            with parts.learners.turn():
-                if now.update is None:
-                    now = self._updated(parts, batch)
-                with self._phase("gather"):
-                    parts.publications.gather(now.version)
-        assert now.update is not None
-        return now.update
+        parts, update = self._running(), self._now.update
+        if update is not None and self._now.stage is Stage.DONE:
+            return update
+        parts.publications.finish_interrupted()
+        with parts.learners.turn():
+            update = update or self._updated(parts, batch)
+            with self._phase("gather"):
+                parts.publications.gather(self._now.version)
+        return update
 
     def publish(self) -> Publication:
         """Bring the new policy to every replica; returns the last publication that all acknowledged."""
-        if self._now.publication is None:
-            with self._phase("publish"):
-                publication = self._running().publications.deliver()
-            self._now = replace(self._now, stage=Stage.DONE, publication=publication)
-        assert self._now.publication is not None
-        return self._now.publication
+        if self._now.publication is not None:
+            return self._now.publication
+        with self._phase("publish"):
+            publication = self._running().publications.deliver()
+        self._now = replace(self._now, stage=Stage.DONE, publication=publication)
+        return publication
 
     def result(self) -> dict[str, Any]:
         """Report the completions where they are due; returns the result of the iteration."""
         iteration_s, now = time.perf_counter() - self._step_started, self._now
-        assert now.collected is not None, "collect() comes first"
-        assert now.update is not None, "update() comes first"
+        assert now.collected and now.update, "collect() and update() come first"
         if self._completions_are_due:
             self._reporters.report_completions(self.iteration + 1, now.collected.groups, now.update.advantages)
         self._spans.add(*now.collected.spans)
         weight_sync_s = self._running().publications.held_up_s
         return iteration_result(now, weight_sync_s=weight_sync_s, iteration_s=iteration_s)
 
-    def _updated(self, parts: Parts, batch: SequenceBatch) -> Iteration:
+    def _updated(self, parts: Parts, batch: SequenceBatch) -> UpdateResult:
         version, plan = self._now.version, self._plan(batch)
         self._now = replace(self._now, stage=Stage.UPDATING)
         with self._phase("update"):
@@ -120,7 +118,7 @@ class TrainingSteps:
         self._now = replace(
             self._now, stage=Stage.PUBLISHING, version=version + 1, batch=batch, plan=plan, update=update
         )
-        return self._now
+        return update
 
     def _settled(self) -> Parts:
         """The parts, after what was interrupted: a publication of what was loaded, or a step whose update began."""

@@ -176,8 +176,8 @@ class TrialAlgorithm(Algorithm):
         return super()._join_ray() if self._trial is None else TrialSession(self.settings, self._trial)
 
     def _load(self, checkpoint: Checkpoint, state: CheckpointState, *, version: int) -> None:
-        super()._load(checkpoint, state, version=version)
         self._newest_evaluation = None
+        super()._load(checkpoint, state, version=version)
 
     def _evaluation_of(self, number: int) -> dict[str, dict[str, Any]] | None:
         """As every algorithm, and in every result of a trial: Ray Tune stops a sweep whose metric is missing in one.
