@@ -27,7 +27,8 @@ import numpy as np
 import yaml
 from provenance import write_result
 
-from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
+from rlhf_ray.rollouts.admission import FlowRules
+from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
 from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 

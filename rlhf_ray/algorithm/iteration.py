@@ -14,7 +14,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.learner.remote.update_result import UpdateResult
 from rlhf_ray.rewards.scoring import logged_means
-from rlhf_ray.rollouts.flow import Collected
+from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.weight_sync.publisher import Publication
 
 __all__ = ["Iteration", "Stage", "is_due", "iteration_result"]

@@ -20,9 +20,10 @@ from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.arguments import TrainingProgress
 from rlhf_ray.rewards.stage import RewardStage, reward_stage
+from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
-from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow, training_sampling
+from rlhf_ray.rollouts.flow import RolloutFlow, training_sampling
 from rlhf_ray.rollouts.rollouter import Engine, Rollouter
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.stopping import stop_all

@@ -17,7 +17,7 @@ from rlhf_ray.learner.packing import UpdatePlan, attention_length, plan_update
 from rlhf_ray.learner.remote.update_result import UpdateResult
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.rewards.shaping import shaped
-from rlhf_ray.rollouts.flow import Collected
+from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import ScoredGroup
 from rlhf_ray.weight_sync.publisher import Publication

@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 from rlhf_ray.prompts.order import PromptPosition
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.rollouts.cancelling import cancel_all
-from rlhf_ray.rollouts.flow import Collected, RolloutFlow
+from rlhf_ray.rollouts.flow import RolloutFlow
+from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
 

@@ -13,7 +13,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import plan_update
 from rlhf_ray.learner.remote.update_result import UpdateResult
 from rlhf_ray.reporting.metrics import flatten, metric_for
-from rlhf_ray.rollouts.flow import Collected
+from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
 from rlhf_ray.weight_sync.publisher import Publication
 

@@ -20,8 +20,9 @@ from rlhf_ray.errors import DataError, RewardError, RolloutError
 from rlhf_ray.prompts import PromptPosition, PromptStream
 from rlhf_ray.rollouts import controller as thread_module
 from rlhf_ray.rollouts import rollouter as module
+from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.controller import RolloutController
-from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
+from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 
-from rlhf_ray.rollouts.flow import FlowRules, RolloutFlow
+from rlhf_ray.rollouts.admission import FlowRules
+from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
