@@ -161,17 +161,17 @@ def eos_token_ids(
         raise ConfigError("model.path", model_path, remedy)
     ids = tuple(dict.fromkeys(of_model if of_tokenizer is None else (*of_model, of_tokenizer)))
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    for field, given in (("model.path", ids), ("rollouts.stop_token_ids", stop_token_ids)):
+    checked = (
+        ("model.path", model_path, ids, "; correct its eos_token_id, or name its own tokenizer"),
+        ("rollouts.stop_token_ids", list(stop_token_ids), stop_token_ids, ""),
+    )
+    for field, value, given, remedy in checked:
         for token_id in given:
             if not isinstance(token_id, int) or token_id < 0 or (vocabulary is not None and token_id >= vocabulary):
-                remedy = (
+                wrong = (
                     f"token id {token_id!r} ends a completion, and the model's vocabulary of {vocabulary} has no such"
                 )
-                if field == "model.path":
-                    raise ConfigError(
-                        field, model_path, f"{remedy}; correct its eos_token_id, or name its own tokenizer"
-                    )
-                raise ConfigError(field, list(given), remedy)
+                raise ConfigError(field, value, wrong + remedy)
     if of_tokenizer is not None and of_tokenizer not in of_model:
         logger.warning(
             "completions end with %s, as the model's configs say, and with %s, the tokenizer's own eos_token",
