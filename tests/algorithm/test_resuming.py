@@ -351,7 +351,7 @@ def test_a_run_from_before_runs_had_ids_continues(path: str | None, tmp_path: Pa
     save(run, 6)
     assert run.store.newest() == run.store.of_iteration(6)
     run.store.prune(keep=1, keep_best=1, highest_is_best=True)
-    # In a place that other runs may write to, nobody knows whose that is.
+    # In a place that other runs may write to, it is not known whose that is.
     left = ["iteration_000006"] if path is None else ["iteration_000004", "iteration_000006"]
     assert names_of_checkpoints(folder) == left
 

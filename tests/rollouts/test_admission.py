@@ -89,7 +89,7 @@ def test_synchronous_batches_are_whole() -> None:
     assert groups.capacity() == 0, "the next ones belong to the next version"
 
 
-def test_whoever_is_ready_goes_first_while_there_is_time() -> None:
+def test_groups_that_are_ready_go_first_while_there_is_time() -> None:
     groups = ledger()
     *_, third, fourth = fill(groups)
     groups.accept(third, 3)

@@ -169,7 +169,7 @@ def ids(groups: Iterable[ScoredGroup | RewardFailure]) -> list[int]:
 # Collecting a batch.
 
 
-def test_groups_come_in_the_order_of_their_prompts_whoever_is_first(make: Callable[..., RolloutController]) -> None:
+def test_groups_come_in_the_order_of_their_prompts(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={0: 0.05, 1: 0.03, 2: 0.01})
 
     collected = make(replicas).collect(0)
@@ -555,7 +555,7 @@ def test_groups_of_equal_rewards_are_replaced_by_the_next_prompts(
 
     first, second = controller.collect(0), controller.collect(1)
 
-    assert ids(first.groups) == [1, 4, 6, 7], "the first four that differ, whoever is first"
+    assert ids(first.groups) == [1, 4, 6, 7], "the first four that differ, in whatever order they end"
     assert first.equal_reward_groups == 4
     assert first.failures == Counter()
     assert ids(second.groups) == [8, 10, 11, 12]
@@ -721,7 +721,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_groups_are_sent_while_nobody_collects(make: Callable[..., RolloutController]) -> None:
+def test_groups_are_sent_between_collects(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={5: FOREVER_S})
     controller = make(replicas, max_staleness=2, max_concurrent=3)
 
@@ -798,7 +798,7 @@ def test_a_version_that_is_published_after_an_error_counts(make: Callable[..., R
     assert {version for _, _, _, version in replicas.calls[8:]} == {1}
 
 
-def test_a_failed_group_is_replaced_while_nobody_collects(make: Callable[..., RolloutController]) -> None:
+def test_a_failed_group_is_replaced_between_collects(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={6: 0.05, 7: 0.05, 8: 0.05})
     controller = make(replicas, Rewards(failing=[7]), max_staleness=1, max_concurrent=99)
 
@@ -810,7 +810,7 @@ def test_a_failed_group_is_replaced_while_nobody_collects(make: Callable[..., Ro
     assert second.failures == Counter(raised=1), "counted for the batch that was due"
 
 
-def test_an_error_that_nobody_waited_for_is_raised_by_the_next_collect(make: Callable[..., RolloutController]) -> None:
+def test_an_error_between_collects_is_raised_by_the_next_one(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={6: 0.02}, errors={6: [ValueError("a bug")]})
     controller = make(replicas, max_staleness=1, max_concurrent=99)
     controller.collect(0)
@@ -909,7 +909,7 @@ def test_a_batch_is_given_again_where_what_followed_failed(make: Callable[..., R
     assert ids(controller.collect(1).groups) == [4, 5, 6, 7]
 
 
-def test_a_version_that_is_published_is_sampled_before_anybody_collects(make: Callable[..., RolloutController]) -> None:
+def test_a_published_version_is_sampled_before_it_is_collected(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas()
     controller = make(replicas, max_staleness=1, max_concurrent=99)
     controller.collect(0)
@@ -920,7 +920,7 @@ def test_a_version_that_is_published_is_sampled_before_anybody_collects(make: Ca
     assert {version for p, _, _, version in replicas.calls if p.prompt_id >= 8} == {1}
 
 
-def test_a_synchronous_run_samples_nothing_before_somebody_collects(make: Callable[..., RolloutController]) -> None:
+def test_a_synchronous_run_samples_nothing_before_a_collect(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas()
     controller = make(replicas)
     controller.collect(0)
@@ -956,7 +956,7 @@ def test_a_stream_that_ends_says_so(make: Callable[..., RolloutController]) -> N
 
 
 def test_a_batch_that_nothing_will_complete_is_not_waited_for(make: Callable[..., RolloutController]) -> None:
-    """Nobody gets here who does not lose a batch; whoever does must not hang."""
+    """Only a defect that loses a batch leads here; it must not hang."""
     controller = make(Replicas())
     controller.collect(0)
     controller._flow._last = None

@@ -32,7 +32,7 @@ CONFIG = Qwen2Config(
     max_position_embeddings=128,
     eos_token_id=7,
 )
-# A folder, so that nobody asks a hub; it has no generation_config.json.
+# A folder, so that no hub is asked; it has no generation_config.json.
 MODEL = str(Path(__file__).parent)
 # Keys and values of 2 layers, 2 heads of size 8, in float32.
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4

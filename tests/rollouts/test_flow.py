@@ -221,7 +221,7 @@ def test_errors_that_end_a_batch_and_are_survived(staleness: int, seed: int, fin
 
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("seed", range(25))
-def test_whoever_collects_may_give_up_and_call_again(staleness: int, seed: int, finished: Any) -> None:
+def test_an_interrupted_collect_may_be_called_again(staleness: int, seed: int, finished: Any) -> None:
     finished(RandomRun(seed, staleness, interrupts=True))
 
 
