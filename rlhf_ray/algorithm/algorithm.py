@@ -107,8 +107,6 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         """The policy's version: updates applied since the run began, and one more for each rewind."""
         return self._now.version
 
-    # What ``train()`` runs around it.
-
     def step(self) -> dict[str, Any]:
         """What ``train()`` runs: a training step, and evaluation and checkpoint where they are due."""
         started = time.perf_counter()
@@ -273,12 +271,11 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         self._inputs = inputs
         self._reporters.phase("starting Ray")
         self._session = session = self._join_ray()
-        plan, directory = RunPlan.of(self.settings, inputs, session.placement), self._run.directory
-        self._parts = start_parts(
-            self.settings, inputs, plan, session, directory, self._reporters.phase, self.rollouter
-        )
+        plan = RunPlan.of(self.settings, inputs, session.placement)
+        say, directory = self._reporters.phase, self._run.directory
+        self._parts = start_parts(self.settings, inputs, plan, session, directory, say, self.rollouter)
         self._checkpoints = RunCheckpoints(self.settings, self._run, self._parts)
-        self._reporters.phase("ready")
+        say("ready")
 
     def _join_ray(self) -> RaySession:
         return RaySession(self.settings)
