@@ -35,7 +35,7 @@ class Collected:
     reward_s: float
     """How long it was waited for after that: what rewards add to the rollout."""
     generated_tokens: int
-    """Trajectory tokens finished since the last batch, whichever batch they are for."""
+    """Tokens sampled by rollouts that finished since the last batch, whichever batch they are for."""
     generating_s: float
     """Time since the last batch with a group at the replicas."""
     elapsed_s: float
@@ -108,7 +108,8 @@ class Tally:
 
     def rolled_out(self, group: RolloutGroup) -> None:
         """A rollout is finished."""
-        self._generated_tokens += sum(len(trajectory.token_ids) for trajectory in group.trajectories)
+        turns = (turn for trajectory in group.trajectories for turn in trajectory.turns)
+        self._generated_tokens += sum(turn.end - turn.start for turn in turns)
         self._last_rollout = now()
 
     def equal_rewards(self, last: ScoredGroup, *, kept: int) -> None:
