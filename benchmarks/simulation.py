@@ -19,7 +19,7 @@ import random
 import selectors
 import statistics
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ class Scorer:
         return ScoredGroup(group=group, rewards=rewards, rewards_by_function={}, texts=(), reward_s=0.0)
 
 
-def prompts() -> Iterator[Prompt]:
+def prompts() -> Any:
     """Endless prompts without a text."""
     nothing = np.zeros(1, dtype=np.int32)
     return (Prompt(prompt_id=number, token_ids=nothing, text="") for number in itertools.count())

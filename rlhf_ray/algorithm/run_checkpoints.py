@@ -80,7 +80,7 @@ class RunCheckpoints:
             policy_version=version,
             iteration=iteration,
             time_total_s=time_total_s,
-            prompt_position=self._parts.controller.prompt_position(self._parts.prompts, version),
+            prompt_position=self._parts.controller.prompt_position(version),
             run_id=self._run.store.run_id,
             counts=self.counts(),
         )

@@ -12,21 +12,9 @@ from typing import Generic, Self, TypeVar
 
 from rlhf_ray.config.settings import Settings
 
-__all__ = ["FlowRules", "GroupLedger", "admission_capacity", "max_concurrent_groups"]
+__all__ = ["FlowRules", "GroupLedger", "max_concurrent_groups"]
 
 Item = TypeVar("Item")
-
-
-def admission_capacity(
-    *, batch_size: int, max_staleness: int, version: int, max_concurrent: int, running: int, accepted: int
-) -> int:
-    """Groups that may be submitted now (AReaL, arXiv:2505.24298, section 5.1).
-
-    ``min(max_concurrent - running, (max_staleness + version + 1) * batch_size - (accepted + running))``: with
-    ``accepted`` groups finished since the start and ``running`` in flight. ``max_staleness = 0`` is synchronous PPO.
-    """
-    left = (max_staleness + version + 1) * batch_size - (accepted + running)
-    return max(0, min(max_concurrent - running, left))
 
 
 def max_concurrent_groups(settings: Settings) -> int:
@@ -85,7 +73,7 @@ class GroupLedger(Generic[Item]):
     Every batch has exactly ``batch_size`` groups, and a group that was admitted at version ``a`` is in a batch of
     version ``a + max_staleness`` at the latest. Two rules make that so:
 
-    - Admission: :func:`admission_capacity`. At version ``v`` at most ``(max_staleness + 1) * batch_size`` groups are
+    - Admission: :meth:`capacity`. At version ``v`` at most ``(max_staleness + 1) * batch_size`` groups are
       in flight or ready.
     - Batches: oldest first, and none is made before it can be made without leaving too many old ones behind. Those
       admitted up to ``a`` that a batch of version ``v`` leaves behind must fit the batches up to version
@@ -138,15 +126,15 @@ class GroupLedger(Generic[Item]):
         return (item for entries in self._ready.values() for _, item in entries)
 
     def capacity(self) -> int:
-        """Groups that may be admitted now."""
-        return admission_capacity(
-            batch_size=self._rules.batch_size,
-            max_staleness=self._rules.max_staleness,
-            version=self.version,
-            max_concurrent=self._rules.max_concurrent,
-            running=self.running,
-            accepted=self._accepted,
-        )
+        """Groups that may be admitted now (AReaL, arXiv:2505.24298, section 5.1).
+
+        ``min(max_concurrent - running, (max_staleness + version + 1) * batch_size - (accepted + running))``, with
+        ``accepted`` groups finished since the start and ``running`` in flight. ``max_staleness = 0`` is synchronous
+        PPO.
+        """
+        rules = self._rules
+        left = (rules.max_staleness + self.version + 1) * rules.batch_size - (self._accepted + self.running)
+        return max(0, min(rules.max_concurrent - self.running, left))
 
     def admit(self) -> int:
         """Put a group in flight; returns its ticket."""

@@ -6,11 +6,9 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from rlhf_ray.prompts.order import PromptPosition
-from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.tally import Collected
@@ -59,15 +57,9 @@ class RolloutController:
         """See :meth:`RolloutFlow.score_prompts`."""
         return self._run(self._flow.score_prompts(prompts, sampling, version), self._while_waiting)
 
-    def prompt_position(self, prompts: PromptStream, version: int) -> PromptPosition:
-        """Where a run that stops now, with policy ``version``, resumes: no prompt is left out or trained on twice."""
-
-        async def between_admissions() -> PromptPosition:
-            position = prompts.state()
-            unfinished = {*position.unfinished, *self._flow.unfinished(version)}
-            return replace(position, unfinished=tuple(sorted(unfinished)))
-
-        return self._run(between_admissions())
+    def prompt_position(self, version: int) -> PromptPosition:
+        """See :meth:`RolloutFlow.position`."""
+        return self._run(self._flow.position(version))
 
     def resume(self, version: int) -> None:
         """See :meth:`RolloutFlow.restart`."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import DataError, RolloutError
+from rlhf_ray.prompts.order import PromptPosition
 from rlhf_ray.rollouts.admission import FlowRules, GroupLedger
 from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.rollouter import Engine, Rollouter
@@ -26,6 +27,14 @@ from rlhf_ray.rollouts.tally import Collected, Tally, now
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup
 
 __all__ = ["RolloutFlow", "training_sampling"]
+
+
+class Prompts(Iterator[Prompt], Protocol):
+    """What the flow needs of the stream of training prompts, which is endless."""
+
+    def state(self) -> PromptPosition:
+        """Which prompts were handed out."""
+        ...
 
 
 class Scorer(Protocol):
@@ -84,7 +93,7 @@ class RolloutFlow:
         rollouter: Rollouter,
         engine: Engine,
         scorer: Scorer,
-        prompts: Iterator[Prompt],
+        prompts: Prompts,
         rules: FlowRules,
     ) -> None:
         self._rollouter = rollouter
@@ -149,6 +158,12 @@ class RolloutFlow:
         waiting = (*collected, *self._ledger.waiting())
         prompts = [scored.group.prompt for scored in waiting] + [group.prompt for group in self._in_flight.values()]
         return [prompt.prompt_id for prompt in (*prompts, *self._requeued)]
+
+    async def position(self, version: int) -> PromptPosition:
+        """Where a run that stops now, with policy ``version``, resumes: no prompt is left out or trained on twice."""
+        position = self._prompts.state()
+        unfinished = {*position.unfinished, *self.unfinished(version)}
+        return replace(position, unfinished=tuple(sorted(unfinished)))
 
     def published(self, version: int) -> None:
         """Admit groups for a version, which every replica has by now; where none may be stale, ``collect`` does."""

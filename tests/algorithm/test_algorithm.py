@@ -124,7 +124,7 @@ class FakeParts:
         self.publications = SimpleNamespace(settle=lambda: None, publish=self.note("publish"), new_replicas=0)
         self.controller = SimpleNamespace(
             resume=self.note("resume"),
-            prompt_position=lambda prompts, version: PromptPosition(row=version),
+            prompt_position=lambda version: PromptPosition(row=version),
             retries=0,
         )
         self.learners = SimpleNamespace(

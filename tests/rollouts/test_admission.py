@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.config.settings import DataSettings, RolloutSettings, Settings
-from rlhf_ray.rollouts.admission import FlowRules, GroupLedger, admission_capacity, max_concurrent_groups
+from rlhf_ray.rollouts.admission import FlowRules, GroupLedger, max_concurrent_groups
 
 
 def ledger(**given: Any) -> GroupLedger[int]:
@@ -56,16 +56,13 @@ def fill(groups: GroupLedger[int]) -> list[int]:
 def test_capacity_by_hand(
     staleness: int, version: int, max_concurrent: int, running: int, accepted: int, capacity: int
 ) -> None:
-    found = admission_capacity(
-        batch_size=4,
-        max_staleness=staleness,
-        version=version,
-        max_concurrent=max_concurrent,
-        running=running,
-        accepted=accepted,
-    )
+    groups = ledger(batch_size=4, max_staleness=staleness, max_concurrent=max_concurrent)
+    groups.restart(version)
+    groups._accepted = accepted
+    for _ in range(running):
+        groups.admit()
 
-    assert found == capacity
+    assert groups.capacity() == capacity
 
 
 @pytest.mark.parametrize(("staleness", "given", "wanted"), [(0, None, 8), (2, None, 24), (2, 5, 5)])

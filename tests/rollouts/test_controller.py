@@ -10,14 +10,14 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
-from rlhf_ray.prompts import PromptPosition, PromptStream
+from rlhf_ray.prompts import PromptPosition
 from rlhf_ray.rollouts import controller as thread_module
 from rlhf_ray.rollouts import rollouter as module
 from rlhf_ray.rollouts.admission import FlowRules
@@ -1018,18 +1018,14 @@ class Stream(Iterator[Prompt]):
         return replace(self._position, unfinished=tuple(self._unfinished))
 
 
-def position_of(controller: RolloutController, stream: Stream, version: int) -> PromptPosition:
-    return controller.prompt_position(cast(PromptStream, stream), version)
-
-
 def test_where_nothing_is_stale_nothing_is_unfinished_after_an_update(make: Callable[..., RolloutController]) -> None:
     stream = Stream()
     controller = make(Replicas(), prompts=stream)
     controller.collect(0)
 
-    assert position_of(controller, stream, 1) == PromptPosition(row=4)
+    assert controller.prompt_position(1) == PromptPosition(row=4)
     # An update that failed has to be done again.
-    assert position_of(controller, stream, 0) == PromptPosition(row=4, unfinished=(0, 1, 2, 3))
+    assert controller.prompt_position(0) == PromptPosition(row=4, unfinished=(0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
@@ -1043,7 +1039,7 @@ def test_a_resumed_run_trains_on_every_prompt_once(stopped_after: int, make: Cal
     for version in range(stopped_after):
         trained += ids(controller.collect(version).groups)
         controller.published(version + 1)
-    position = position_of(controller, stream, stopped_after)
+    position = controller.prompt_position(stopped_after)
     controller.stop()
     assert len(position.unfinished) >= 4
     assert not set(position.unfinished) & set(trained)
@@ -1055,6 +1051,6 @@ def test_a_resumed_run_trains_on_every_prompt_once(stopped_after: int, make: Cal
         trained += ids(other.collect(version).groups)
         other.published(version + 1)
 
-    left = position_of(other, again, stopped_after + 12)
+    left = other.prompt_position(stopped_after + 12)
     assert len(trained) == len(set(trained)) == 4 * (stopped_after + 12)
     assert {*trained, *left.unfinished, *rewards.failed()} == set(range(left.row))
