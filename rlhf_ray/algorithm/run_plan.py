@@ -190,6 +190,12 @@ def check_device(settings: Settings, device: Device, gpus: float) -> None:
             f"replicas would run on CPUs ({device.reason}), which the installed vLLM, a CUDA build, cannot; install "
             "rlhf-ray[cpu], or let Ray have GPUs",
         )
+    if device.on_gpu and gpus == 0:
+        raise ConfigError(
+            "resources.device",
+            settings.resources.device,
+            "the cluster has no GPUs; use auto or cpu, or set resources.ray_address to a cluster that has some",
+        )
     if settings.learners.num_gpus_per_learner and not device.on_gpu:
         raise ConfigError(
             "learners.num_gpus_per_learner",
@@ -198,18 +204,20 @@ def check_device(settings: Settings, device: Device, gpus: float) -> None:
         )
     needed = _gpus_needed(settings, colocated=device.colocated) if device.on_gpu else 0
     if needed > gpus:
-        remedy = "lower rollouts.num_replicas or learners.num_learners"
-        if not device.colocated:
+        shared, remedy = "", "lower rollouts.num_replicas or learners.num_learners"
+        if device.colocated:
+            shared, remedy = " that share them", f"{remedy}, or set resources.device = cpu"
+        else:
             remedy += (
                 ", let each replica share its GPU with a learner (resources.colocate = auto or true, which needs "
-                "rollouts.max_staleness = 0 and as many learners as replicas)"
+                "rollouts.max_staleness = 0 and as many learners as replicas), or set "
+                "learners.num_gpus_per_learner = 0 or resources.device = cpu"
             )
         raise ConfigError(
             "resources.device",
             settings.resources.device,
             f"{settings.rollouts.num_replicas} replicas of {settings.rollouts.tensor_parallel_size} GPUs and "
-            f"{settings.learners.num_learners} learners need {needed} GPUs, the cluster has {gpus:g}; {remedy}, or set "
-            "learners.num_gpus_per_learner = 0 or resources.device = cpu",
+            f"{settings.learners.num_learners} learners{shared} need {needed} GPUs, the cluster has {gpus:g}; {remedy}",
         )
     of_models, free = _gpus_of_models(settings, on_gpu=device.on_gpu), gpus - needed
     if of_models > free:

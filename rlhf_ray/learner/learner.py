@@ -69,7 +69,7 @@ from rlhf_ray.losses import aggregate, global_normalizer, value_loss
 from rlhf_ray.losses.chunked_logprobs import sums_halves_in_float32
 from rlhf_ray.models.weights import heads
 from rlhf_ray.types import Float32Array
-from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets, staged
+from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
 if TYPE_CHECKING:
@@ -261,10 +261,13 @@ class Learner:
         return self._residency.is_offloaded
 
     def offload(self) -> None:
-        """Take weights and optimizers to host memory; what the settings keep there is there already."""
+        """Take weights and optimizers to host memory; what the settings keep there is there already.
+
+        Copies of the state that wait for this are started, and read from there.
+        """
         if self.is_offloaded:
             return
-        self.wait_copied()
+        self._kept.wait_started()  # They read what is freed here, or the host memory that is used again.
         for model in self._all_models():
             reshard(model)
         tensors: list[torch.Tensor] = []
@@ -273,6 +276,7 @@ class Learner:
         if self._reference is not None and not self._spec.offload_reference and self._spec.lora is None:
             tensors += self._reference.model.parameters()
         self._residency.offload(tensors)
+        self._kept.start(self._residency.bytes_of)
 
     def onload(self) -> None:
         """Undo :meth:`offload`, bit for bit."""
@@ -361,7 +365,7 @@ class Learner:
         dtype: torch.dtype = getattr(torch, self._spec.wire_dtype)
         self._check_finite("published", dtype)
         self._staged = None  # Its memory is used again.
-        self._staged = staged(self.policy.checkpoint_parameters(dtype=dtype), dtype)
+        self._staged = self.policy.stage_parameters(dtype)
 
     def weight_source(self) -> ShardedSource:
         """The policy as vLLM's trainer engines read it, again for each version."""
@@ -424,7 +428,10 @@ class Learner:
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def restore_state(self, state: dict[str, Any]) -> None:
-        """Go back to what :meth:`state` gave, in a process with the same rank of as many."""
+        """Go back to a copy of what :meth:`state` gave, in a process with the same rank of as many.
+
+        For callers without a :class:`KeptState`; the train loop goes back to one of its own (:meth:`recall`).
+        """
         self._change()
         mine = self._named(self.state())
         for name, tensor in self._named(state).items():

@@ -81,15 +81,20 @@ def weight_transfer(setting: str, device: Device) -> str:
     """Resolve ``rollouts.weight_transfer``: NCCL where each has its own GPUs, else shared memory.
 
     Raises:
-        ConfigError: NCCL is asked for on shared GPUs, which it refuses, or ipc elsewhere.
+        ConfigError: NCCL is asked for on shared GPUs, ipc on separate ones, or either without GPUs at both ends.
     """
     between_gpus = device.on_gpu and device.learners_on_gpu
     if setting == "auto":
         return "nccl" if between_gpus and not device.colocated else "shared_memory"
+    if setting != "shared_memory" and not between_gpus:
+        remedy = (
+            f"{setting} needs replicas and learners on GPUs, which this run does not use; use auto or shared_memory"
+        )
+        raise ConfigError("rollouts.weight_transfer", setting, remedy)
     if setting == "nccl" and device.colocated:
         remedy = "NCCL refuses two ranks on one GPU, which learners and replicas share; use ipc or shared_memory"
         raise ConfigError("rollouts.weight_transfer", setting, remedy)
-    if setting == "ipc" and not (device.colocated and between_gpus):
+    if setting == "ipc" and not device.colocated:
         remedy = "weights stay on a GPU only where a learner and a replica share it (resources.colocate); use auto"
         raise ConfigError("rollouts.weight_transfer", setting, remedy)
     return setting
