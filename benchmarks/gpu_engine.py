@@ -104,24 +104,18 @@ def spec(bench: Bench, path: str, *, group_size: int, groups: int, tokens: int, 
     """As a replica's on this machine."""
     from rlhf_ray.models.config import load_model_config
     from rlhf_ray.rollouts.engine_spec import engine_spec
+    from rlhf_ray.types import Device
 
     config = PPOConfig().rollouts(max_new_tokens=tokens, group_size=group_size, gpu_memory_utilization=_GPU_SHARE)
-    settings = config.settings
+    dtype = "bfloat16" if bench.on_gpu else "float32"
     return engine_spec(
-        settings.model,
-        settings.rollouts,
-        settings.evaluation,
+        config.data(batch_size=groups).settings,
+        Device(on_gpu=bench.on_gpu, learners_on_gpu=False, colocated=colocated, dtype=dtype),
         model_path=path,
         tokenizer_path=model_path(),
         config=load_model_config("model.path", path, trust_remote_code=False),
         eos_token_ids=(0,),
         prompt_tokens=64,
-        groups_in_flight=groups,
-        seed=0,
-        on_gpu=bench.on_gpu,
-        learners_on_gpu=False,
-        dtype="bfloat16" if bench.on_gpu else "float32",
-        colocated=colocated,
     )
 
 

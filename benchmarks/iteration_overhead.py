@@ -87,26 +87,22 @@ def measure(overrides: list[str], iterations: int, folder: Path) -> list[dict[st
 def raw_generation(folder: Path) -> None:
     """A bare engine answers an iteration's prompts, one turn after the other."""
     from rlhf_ray import PPOConfig
-    from rlhf_ray.algorithm.assembly import check_inputs, training_sampling
+    from rlhf_ray.algorithm.inputs import check_inputs
     from rlhf_ray.rollouts.engine_spec import engine_spec
+    from rlhf_ray.rollouts.flow import training_sampling
     from rlhf_ray.rollouts.seeds import group_seed
+    from rlhf_ray.types import Device
 
     settings = PPOConfig.from_yaml(folder / "config.yaml").settings
     inputs = check_inputs(settings)
     spec = engine_spec(
-        settings.model,
-        settings.rollouts,
-        settings.evaluation,
+        settings,
+        Device(on_gpu=False, learners_on_gpu=False, colocated=False, dtype="float32"),
         model_path=str(folder / "policy"),
         tokenizer_path=str(folder / "policy"),
         config=inputs.model_config,
         eos_token_ids=inputs.eos_token_ids,
         prompt_tokens=inputs.max_prompt_tokens,
-        groups_in_flight=settings.data.batch_size,
-        seed=0,
-        on_gpu=False,
-        learners_on_gpu=False,
-        dtype="float32",
     )
     os.environ.update(spec.env)
     from vllm import AsyncEngineArgs, SamplingParams

@@ -19,7 +19,7 @@ import random
 import selectors
 import statistics
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ import numpy as np
 import yaml
 from provenance import write_result
 
+from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.flow import RolloutFlow
+from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
 from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 HERE = Path(__file__).parent
@@ -192,7 +194,7 @@ class Scorer:
         return ScoredGroup(group=group, rewards=rewards, rewards_by_function={}, texts=(), reward_s=0.0)
 
 
-def prompts() -> Iterator[Prompt]:
+def prompts() -> Any:
     """Endless prompts without a text."""
     nothing = np.zeros(1, dtype=np.int32)
     return (Prompt(prompt_id=number, token_ids=nothing, text="") for number in itertools.count())
@@ -209,21 +211,26 @@ def flow_of(
 ) -> RolloutFlow:
     """The library's own rollout flow over stand-ins."""
     return RolloutFlow(
-        generate=generate,
+        rollouter=SingleTurn(),
+        engine=Engine(
+            generate=generate,
+            sampling=SamplingSettings(group_size=group_size, max_new_tokens=1, temperature=1.0),
+            max_retries=0,
+            timeout_s=1e9,
+        ),
         scorer=Scorer(),
         prompts=prompts(),
-        sampling=SamplingSettings(group_size=group_size, max_new_tokens=1, temperature=1.0),
-        batch_size=batch_size,
-        max_staleness=staleness,
-        max_concurrent=in_flight or (staleness + 1) * batch_size,
-        max_retries=0,
-        max_failures=0,
-        max_equal_groups=None,
-        partial_rollouts=partial,
-        greedy_baseline=False,
-        timeout_s=1e9,
-        stall_timeout_s=1e9,
-        seed=0,
+        rules=FlowRules(
+            batch_size=batch_size,
+            max_staleness=staleness,
+            max_concurrent=in_flight or (staleness + 1) * batch_size,
+            max_failures=0,
+            max_equal_groups=None,
+            partial_rollouts=partial,
+            greedy_baseline=False,
+            stall_timeout_s=1e9,
+            seed=0,
+        ),
     )
 
 

@@ -19,8 +19,10 @@ from rlhf_ray.untrusted_text import shortened
 __all__ = [
     "BoolArray",
     "ChatMessage",
+    "Device",
     "Float32Array",
     "Int32Array",
+    "LoadReport",
     "Prompt",
     "PromptText",
     "RewardFailure",
@@ -43,7 +45,13 @@ PromptText: TypeAlias = str | list[ChatMessage]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One dataset row, ready for the engine."""
+    """One dataset row, ready for the engine.
+
+    Example:
+        Row 3 of the quickstart task in its second epoch of 512 rows, with one token per character::
+
+            Prompt(prompt_id=515, token_ids=[4 7 + 8 5 =], text="47+85=", columns={"answer": "132"})
+    """
 
     prompt_id: int
     """Position in the run's prompt stream: ``epoch * rows + index``; unique in a run."""
@@ -57,8 +65,35 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """On what a run computes.
+
+    Example:
+        ``Device(on_gpu=True, learners_on_gpu=True, colocated=False, dtype="bfloat16", reason="Ray offers 4 GPUs")``
+    """
+
+    on_gpu: bool
+    """Whether replicas run on GPUs."""
+    learners_on_gpu: bool
+    colocated: bool
+    """Whether each replica shares its GPU with a learner, and takes turns with it."""
+    dtype: str
+    """``float32`` or ``bfloat16``, of engines and of the learners' forward passes."""
+    reason: str = ""
+    """Why replicas run on GPUs or CPUs."""
+
+    def __str__(self) -> str:
+        return f"{'GPUs' if self.on_gpu else 'CPUs'}: {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingSettings:
-    """How completions are drawn."""
+    """How completions are drawn.
+
+    Example:
+        ``SamplingSettings(group_size=8, max_new_tokens=1024, temperature=1.0)`` in training, and
+        ``SamplingSettings(group_size=1, max_new_tokens=1024, temperature=0.0)`` for a greedy evaluation.
+    """
 
     group_size: int
     max_new_tokens: int
@@ -72,7 +107,12 @@ class SamplingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionSpan:
-    """Tokens ``start <= t < end`` of a trajectory were sampled from policy ``version``."""
+    """Tokens ``start <= t < end`` of a trajectory were sampled from policy ``version``.
+
+    Example:
+        New weights came after 40 of 100 tokens: ``VersionSpan(version=4, start=0, end=40)`` and
+        ``VersionSpan(version=5, start=40, end=100)``.
+    """
 
     version: int
     start: int
@@ -81,7 +121,7 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What the policy sampled without interruption, and the reward that its surroundings gave for it."""
+    """What the policy sampled without interruption, and the reward that its environment gave for it."""
 
     start: int
     """First sampled token, counted from the end of the prompt."""
@@ -135,7 +175,11 @@ class Trajectory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutGroup:
-    """The G trajectories of one prompt."""
+    """The G trajectories of one prompt.
+
+    Example:
+        ``RolloutGroup(group_id=515, prompt=prompt, trajectories=(first, second), replica_id="k3v9")``
+    """
 
     group_id: int
     """Order of submission; equals the prompt's ``prompt_id``."""
@@ -147,7 +191,19 @@ class RolloutGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoredGroup:
-    """A rollout group with its rewards."""
+    """A rollout group with its rewards.
+
+    Example:
+        Of two completions of ``47+85=`` the first is right; ``format`` weighs 0.5 and does not apply to the second::
+
+            ScoredGroup(
+                group=group,
+                rewards=[1.5, 0.0],
+                rewards_by_function={"correct": [1.0, 0.0], "format": [1.0, nan]},
+                texts=("132", "13x"),
+                reward_s=0.01,
+            )
+    """
 
     group: RolloutGroup
     rewards: Float32Array
@@ -167,8 +223,26 @@ class ScoredGroup:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """A replica's answer to a publication.
+
+    Example:
+        ``LoadReport(replica_id="k3v9", version=5, pause_s=0.02)``
+    """
+
+    replica_id: str
+    version: int
+    pause_s: float
+    """Seconds during which generation was paused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TraceSpan:
-    """Something that took time, for the timeline."""
+    """Something that took time, for the timeline.
+
+    Example:
+        ``TraceSpan(lane="learner 0", name="update", start=1764543600.0, end=1764543602.5)``
+    """
 
     lane: str
     """Who: ``replica <id>``, ``reward worker <n>``, ``<reward model> <n>``, ``learner <rank>`` or ``algorithm``."""
@@ -186,7 +260,11 @@ class TraceSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardFailure:
-    """A group whose reward could not be computed; it is dropped and replaced, never scored 0."""
+    """A group whose reward could not be computed; it is dropped and replaced, never scored 0.
+
+    Example:
+        ``RewardFailure(group_id=515, kind="timeout", message="correct took longer than rewards.timeout_s = 30 s")``
+    """
 
     group_id: int
     kind: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rlhf_ray.algorithm.assembly import Inputs
+from rlhf_ray.algorithm.inputs import Inputs
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.prompts.chat_template import read_chat_template, with_chat_template
 from rlhf_ray.prompts.tokenizer import load_tokenizer

@@ -31,9 +31,9 @@ _GRACE_S = 5.0
 _PROBE_S = 10.0
 _ADDRESS = "resources.ray_address"
 
-# What a cluster that ends with this process does not need, and what would wake its processes up beside two busy cores.
+# What a cluster that ends with this process does not need, and what would wake its processes up on two busy cores.
 _OWN_CLUSTER_ENV = {
-    # Nobody announces the end of the only node.
+    # The end of the only node is not announced.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     # It has no dashboard to show them.
     "RAY_enable_metrics_collection": "0",

@@ -1,11 +1,11 @@
-"""Before anything is started: a new run directory, or one whose run goes on."""
+"""Opens a run directory: a new one, or that of a run which is resumed from its newest checkpoint."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import yaml
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["RunStart", "check_same", "open_run", "open_trial_run", "resolved_yaml"]
 
 _LOG = logging.getLogger(__name__)
-# Where a run lies, how it goes on and how it is shown is not what it is: one begun at a terminal may go on in a queue.
+# Where a run lies, how it resumes and how it is shown is not what it is: one begun at a terminal may resume in a queue.
 _MAY_DIFFER = {"reporting.run_dir", "reporting.progress", "checkpointing.resume"}
 _PATH = "checkpointing.path"
 # Tune may start a trial anew while the actor that had it before is still stopping its parts.
@@ -45,14 +45,14 @@ class RunStart:
     resolved: str
     """All settings, as YAML."""
     checkpoint: Checkpoint | None = None
-    """What it goes on from; ``None``: from the first iteration, or what Ray Tune restores."""
-    goes_on: bool = False
-    """Whether the directory held the run before: what it tells of that stays until :meth:`take_up`."""
+    """What it resumes from; ``None``: from the first iteration, or what Ray Tune restores."""
+    resumes: bool = False
+    """Whether the directory held the run before: what it tells of that stays until :meth:`adopt_run`."""
     has_history: bool = False
-    """Whether the directory holds iterations of which only a restored checkpoint tells where the run goes on."""
+    """Whether the directory holds iterations of which only a restored checkpoint tells where the run continues."""
 
-    def take_up(self, iteration: int) -> None:
-        """Let the directory tell of the run that goes on, once that is certain; with no iteration it begins again."""
+    def adopt_run(self, iteration: int) -> None:
+        """Let the directory tell of the run that continues, once that is certain; with no iteration it begins again."""
         if iteration > 0:
             self.directory.forget_after(iteration)
         elif (aside := self.directory.set_aside()) is not None:
@@ -65,34 +65,41 @@ def resolved_yaml(config: AlgorithmConfig) -> str:
     return config.copy().reporting(run_dir=None).checkpointing(resume="never").to_yaml()
 
 
-def open_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
-    """Make a run directory, or open the one of the run that goes on and find its newest complete checkpoint.
+def open_run(config: AlgorithmConfig) -> RunStart:
+    """Make a run directory, or open the one of the run that resumes and find its newest complete checkpoint.
 
     Args:
         config: The run's settings.
-        algorithm: Its name, for the default name of a directory.
 
     Raises:
-        ConfigError: The directory holds a run, and ``checkpointing.resume`` does not allow to go on with it; another
-            driver is writing it; there is nothing to go on from; or checkpoints cannot be written.
+        ConfigError: The directory holds a run, and ``checkpointing.resume`` does not allow to continue it; another
+            driver is writing it; there is nothing to resume from; or checkpoints cannot be written.
     """
     run_dir, checkpointing = config.settings.reporting.run_dir, config.settings.checkpointing
     _try_out(checkpointing)
-    if checkpointing.resume == "never" or run_dir is None or not _holds_a_run(config, run_dir):
-        directory = RunDirectory.create(run_dir, algorithm=algorithm)
-        with _locked(directory) as lock:
-            return _begun(config, directory, lock)
-    directory = RunDirectory.reopen(run_dir)
-    with _locked(directory) as lock:
-        return _gone_on(config, directory, lock)
+    resumes = checkpointing.resume != "never" and run_dir is not None and _holds_a_run(config, run_dir)
+    with _locked(_directory(config, reopen=resumes)) as (directory, lock):
+        store, resolved = _store_and_resolved(config, directory, _recorded(directory) if resumes else {})
+        start = RunStart(directory=directory, lock=lock, store=store, resolved=resolved, resumes=resumes)
+        if not resumes:
+            if checkpointing.interval > 0 and store.is_taken():
+                remedy = f"{store.folder} holds checkpoints of another run; give this one a folder of another name"
+                raise ConfigError("reporting.run_dir", str(directory.path), remedy)
+            directory.write_config(resolved)
+            return start
+        if checkpointing.resume == "same":
+            check_same(directory, resolved)
+        checkpoint = store.newest()
+        if checkpoint is None:
+            _check_may_begin_again(checkpointing, directory, store)
+        return replace(start, checkpoint=checkpoint)
 
 
-def open_trial_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
+def open_trial_run(config: AlgorithmConfig) -> RunStart:
     """Make the run directory of a Ray Tune trial, or open it again: Tune starts a trial anew after a pause or failure.
 
     Args:
         config: The trial's settings; ``reporting.run_dir`` is its own.
-        algorithm: Its name.
 
     Raises:
         ConfigError: Another driver is writing the directory, or checkpoints cannot be written.
@@ -101,9 +108,8 @@ def open_trial_run(config: AlgorithmConfig, *, algorithm: str) -> RunStart:
     assert run_dir is not None, "a trial's run directory lies in its own folder"
     _try_out(config.settings.checkpointing)
     has_history = RunDirectory.holds_a_run(run_dir)
-    directory = RunDirectory.reopen(run_dir) if has_history else RunDirectory.create(run_dir, algorithm=algorithm)
-    with _locked(directory, wait_s=_TRIAL_WAIT_S) as lock:
-        store, resolved = _store_and_resolved(config, directory, recorded=None)
+    with _locked(_directory(config, reopen=has_history), wait_s=_TRIAL_WAIT_S) as (directory, lock):
+        store, resolved = _store_and_resolved(config, directory, {})
         if not has_history:
             directory.write_config(resolved)
         return RunStart(directory=directory, lock=lock, store=store, resolved=resolved, has_history=has_history)
@@ -132,41 +138,27 @@ def check_same(directory: RunDirectory, resolved: str) -> None:
         listed = "; ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in differing)
         remedy = (
             f"holds a run with other settings: {listed}. Choose another folder, or set checkpointing.resume to any to "
-            "go on with the new ones"
+            "continue with the new ones"
         )
         raise ConfigError("reporting.run_dir", str(directory.path), remedy)
 
 
+def _directory(config: AlgorithmConfig, *, reopen: bool) -> RunDirectory:
+    run_dir = config.settings.reporting.run_dir
+    if reopen and run_dir is not None:
+        return RunDirectory.reopen(run_dir)
+    return RunDirectory.create(run_dir, algorithm=config.algorithm_name.lower())
+
+
 @contextmanager
-def _locked(directory: RunDirectory, *, wait_s: float = 0.0) -> Iterator[RunLock]:
+def _locked(directory: RunDirectory, *, wait_s: float = 0.0) -> Iterator[tuple[RunDirectory, RunLock]]:
     """Keep other drivers out, unless what is done here fails."""
     lock = RunLock.take(directory.path, wait_s=wait_s)
     try:
-        yield lock
+        yield directory, lock
     except BaseException:
         lock.release()
         raise
-
-
-def _begun(config: AlgorithmConfig, directory: RunDirectory, lock: RunLock) -> RunStart:
-    store, resolved = _store_and_resolved(config, directory, recorded=None)
-    if config.settings.checkpointing.interval > 0 and store.is_taken():
-        remedy = f"{store.folder} holds checkpoints of another run; give this one a folder of another name"
-        raise ConfigError("reporting.run_dir", str(directory.path), remedy)
-    directory.write_config(resolved)
-    return RunStart(directory=directory, lock=lock, store=store, resolved=resolved)
-
-
-def _gone_on(config: AlgorithmConfig, directory: RunDirectory, lock: RunLock) -> RunStart:
-    checkpointing = config.settings.checkpointing
-    recorded = _recorded(directory)
-    store, resolved = _store_and_resolved(config, directory, recorded=flatten(recorded).get(_PATH))
-    if checkpointing.resume == "same":
-        check_same(directory, resolved)
-    checkpoint = store.newest()
-    if checkpoint is None:
-        _check_may_begin_again(checkpointing, directory, store)
-    return RunStart(directory=directory, lock=lock, store=store, resolved=resolved, checkpoint=checkpoint, goes_on=True)
 
 
 def _holds_a_run(config: AlgorithmConfig, run_dir: str) -> bool:
@@ -174,8 +166,7 @@ def _holds_a_run(config: AlgorithmConfig, run_dir: str) -> bool:
     directory = RunDirectory.at(run_dir)
     if RunDirectory.holds_a_run(run_dir) or not directory.config.exists():
         return RunDirectory.holds_a_run(run_dir)
-    recorded = flatten(_recorded(directory)).get(_PATH)
-    return _store_and_resolved(config, directory, recorded=recorded)[0].newest() is not None
+    return _store_and_resolved(config, directory, _recorded(directory))[0].newest() is not None
 
 
 def _check_may_begin_again(
@@ -184,7 +175,7 @@ def _check_may_begin_again(
     """Tell a run that ended before its first checkpoint from one whose checkpoints are lost, or lie elsewhere.
 
     A job that is queued again begins again in the first case. The second checkpoint is begun when the first is
-    complete: a run that came this far had one. Who asks for a resume by hand has something to go on from in mind.
+    complete: a run that came this far had one. A user who asks for a resume by hand has a checkpoint in mind.
     """
     last, interval = directory.last_iteration(), checkpointing.interval
     had_one = interval > 0 and last >= 2 * interval
@@ -192,7 +183,7 @@ def _check_may_begin_again(
         _LOG.warning("%s: no complete checkpoint in %s; the run begins again", directory.path, store.folder)
         return
     remedy = (
-        f"it reported {last} iterations, and there is no complete checkpoint of it in {store.folder} to go on from. "
+        f"it reported {last} iterations, and there is no complete checkpoint of it in {store.folder} to resume from. "
         "Where that lies elsewhere, name its folder with checkpointing.path; to begin again, name another run "
         "directory"
     )
@@ -206,9 +197,11 @@ def _try_out(checkpointing: CheckpointingSettings) -> None:
 
 
 def _store_and_resolved(
-    config: AlgorithmConfig, directory: RunDirectory, *, recorded: str | None
+    config: AlgorithmConfig, directory: RunDirectory, recorded: Mapping[str, Any]
 ) -> tuple[CheckpointStore, str]:
-    path = _own_path(config.settings.checkpointing.path, run_name=directory.name, recorded=recorded)
+    """Where the run keeps checkpoints, and all its settings as YAML; ``recorded`` are those that it had before."""
+    before = flatten(recorded).get(_PATH)
+    path = _own_path(config.settings.checkpointing.path, run_name=directory.name, recorded=before)
     folder = Folder.at(directory.checkpoints if path is None else path)
     is_own = path is None or folder.name == directory.name
     store = CheckpointStore(folder, run_id=directory.run_id(), is_own=is_own)
@@ -219,7 +212,7 @@ def _own_path(given: str | None, *, run_name: str, recorded: str | None) -> str 
     """The run's own folder in ``checkpointing.path``, which several runs may name.
 
     Args:
-        given: The setting; none: the run directory's folder.
+        given: The setting; ``None``: the run directory's folder.
         run_name: Name of the run directory.
         recorded: What the run used before: it may have been begun before runs had folders of their own, or been
             renamed since.

@@ -44,43 +44,33 @@ def judge_resources(settings: Settings, found: Mapping[str, Any], *, address: st
         found: ``ray.cluster_resources()``, and those of each node as ``nodes``.
         address: Where the cluster is; none: started here.
     """
-    from rlhf_ray.algorithm.ray_session import (
-        check_nodes,
-        choose_device,
-        cpu_shares,
-        resolve_colocation,
-        resolve_device,
-    )
+    from rlhf_ray.algorithm.run_plan import Cluster, Placement
 
     cpus, gpus = found.get("CPU", 0.0), found.get("GPU", 0.0)
     place = "starts here" if address is None else f"joined {address}"
     store = in_units(found.get("object_store_memory", 0.0))
     detail = f"{place}: {cpus:g} CPUs, {gpus:g} GPUs, {store} object store"
     try:
-        on_gpu = resolve_device(settings, gpus)
-        shares = cpu_shares(settings, cpus)
-        check_nodes(settings, shares, found["nodes"], on_gpu=on_gpu)
+        placement = Placement.of(settings, Cluster(cpus=cpus, gpus=gpus, nodes=tuple(found["nodes"])))
     except ConfigError as error:
         return failed("Ray", f"{detail}; {error.field} = {error.value!r}", error.remedy)
-    reserved = f"{shares.replica:g} a replica, {shares.learner:g} a learner, {shares.reward_worker:g} a reward worker"
-    if on_gpu and resolve_colocation(settings, gpus, on_gpu=on_gpu):
+    if placement.device.on_gpu and placement.device.colocated:
         detail += ", on which replicas and learners take turns (resources.colocate)"
-    device = f"the run uses {'GPUs' if on_gpu else 'CPUs'}: {choose_device(settings, gpus)[1]}"
-    return passed("Ray", f"{detail}; CPUs reserved: {reserved}; {device}")
+    return passed("Ray", f"{detail}; {placement}")
 
 
 def _look(address: str | None) -> dict[str, Any]:
     import ray
 
     from rlhf_ray.algorithm.ray_connection import connect
-    from rlhf_ray.algorithm.ray_session import node_resources
 
     # As a run does it: without an address Ray joins the cluster on its record, and starts one only where there is none.
     try:
         connect(address, log_to_driver=False)
     except ConfigError as error:
         return {"field": error.field, "value": str(error.value), "remedy": error.remedy}
-    resources = {**ray.cluster_resources(), "nodes": node_resources()}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    resources = {**ray.cluster_resources(), "nodes": nodes}
     ray.shutdown()
     return resources
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_ray.algorithm.ray_session import choose_device, resolve_colocation
+from rlhf_ray.algorithm.run_plan import choose_device
 from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.config.plugins import advantage_plugin
 from rlhf_ray.config.settings import Settings
@@ -20,6 +20,7 @@ from rlhf_ray.doctor.model import ModelFacts, check_model
 from rlhf_ray.doctor.packages import check_packages, check_python, check_torchvision
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.rollouts.engine import EngineSpec
+from rlhf_ray.types import Device
 
 __all__ = ["checks", "examine", "table"]
 
@@ -65,8 +66,7 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     yield check_cores(machine)
     yield check_open_files(machine)
     yield check_gpus(settings, machine, torch_sees=_torch_gpus())
-    on_gpu, _ = choose_device(settings, len(machine.gpus))
-    colocated = resolve_colocation(settings, len(machine.gpus), on_gpu=on_gpu)
+    device = choose_device(settings, len(machine.gpus))
     say("starting Ray")
     yield check_ray(settings)
     say("reading the model")
@@ -83,9 +83,7 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     if policy is None or (has_critic and critic is None):
         yield warned("memory, engine", "not looked at without the model", "correct the model first")
         return
-    yield from _with_models(
-        settings, machine, policy, critic, on_gpu=on_gpu, colocated=colocated, skip_engine=skip_engine, say=say
-    )
+    yield from _with_models(settings, machine, policy, critic, device=device, skip_engine=skip_engine, say=say)
 
 
 def table(found: list[Check]) -> Table:
@@ -108,17 +106,15 @@ def _with_models(
     policy: ModelFacts,
     critic: ModelFacts | None,
     *,
-    on_gpu: bool,
-    colocated: bool,
+    device: Device,
     skip_engine: bool,
     say: Callable[[str], None],
 ) -> Iterator[Check]:
     yield _inputs(settings)
     yield check_disk(settings, policy, critic)
     yield check_shared_memory(machine, 4 * policy.num_parameters)
-    colocated = resolve_colocation(settings, len(machine.gpus), on_gpu=on_gpu)
     try:
-        spec, max_tokens = _engine_spec(settings, policy, on_gpu=on_gpu, colocated=colocated)
+        spec, max_tokens = _engine_spec(settings, policy, device)
     except ConfigError as error:
         yield failed(error.field, repr(error.value), error.remedy)
         return
@@ -130,7 +126,7 @@ def _with_models(
         max_tokens=max_tokens,
         cpu_cache=spec.engine_args.get("kv_cache_memory_bytes") or 0,
     )
-    yield from check_memory(settings, machine, need, on_gpu=on_gpu, colocated=colocated)
+    yield from check_memory(settings, machine, need, on_gpu=device.on_gpu, colocated=device.colocated)
     if not skip_engine:
         from rlhf_ray.doctor.engine import check_engine
 
@@ -153,7 +149,7 @@ def _policy(settings: Settings) -> tuple[Check, ModelFacts | None]:
 
 def _inputs(settings: Settings) -> Check:
     """Look at what the run itself looks at before it starts anything: rewards, lengths and datasets."""
-    from rlhf_ray.algorithm.assembly import check_inputs
+    from rlhf_ray.algorithm.inputs import check_inputs
 
     try:
         check_inputs(settings)
@@ -164,28 +160,20 @@ def _inputs(settings: Settings) -> Check:
     return passed("data, rewards", "can be read")
 
 
-def _engine_spec(settings: Settings, policy: ModelFacts, *, on_gpu: bool, colocated: bool) -> tuple[EngineSpec, int]:
+def _engine_spec(settings: Settings, policy: ModelFacts, device: Device) -> tuple[EngineSpec, int]:
     """Make what a replica of this run would be given, and its longest sequence in tokens."""
-    from rlhf_ray.rollouts.admission import max_concurrent_groups
     from rlhf_ray.rollouts.engine_spec import engine_spec, longest_completion, max_prompt_tokens
 
-    rollouts, evaluation, dtype = settings.rollouts, settings.evaluation, settings.model.dtype
+    rollouts, evaluation = settings.rollouts, settings.evaluation
     prompt_tokens = max_prompt_tokens(rollouts, evaluation, policy.config)
     spec = engine_spec(
-        settings.model,
-        rollouts,
-        evaluation,
+        settings,
+        device,
         model_path=policy.path,
         tokenizer_path=absolute_if_local(settings.model.tokenizer_path or policy.path),
         config=policy.config,
         eos_token_ids=(),  # The engine is asked for a fixed number of tokens.
         prompt_tokens=prompt_tokens,
-        groups_in_flight=max_concurrent_groups(settings),
-        seed=settings.debugging.seed,
-        on_gpu=on_gpu,
-        learners_on_gpu=on_gpu and settings.learners.num_gpus_per_learner != 0,
-        dtype=("bfloat16" if on_gpu else "float32") if dtype == "auto" else dtype,
-        colocated=colocated,
     )
     return spec, prompt_tokens + longest_completion(rollouts, evaluation)[1]
 

@@ -1,1 +1,1 @@
-"""Stage 2 of the loop: prompts become groups of completions, on a Serve pool of vLLM replicas."""
+"""Prompts become groups of trajectories, on a Serve pool of vLLM replicas."""

@@ -1,4 +1,4 @@
-"""Before stages 2 and 4: which groups may be started, and which are trained on next; none is staler than it may be.
+"""Which groups may be started, and which are trained on next, so that none is staler than it may be.
 
 Plain bookkeeping without clocks, threads or Ray: the rollout flow (flow.py) asks it.
 """
@@ -7,25 +7,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import Generic, Self, TypeVar
 
 from rlhf_ray.config.settings import Settings
 
-__all__ = ["GroupLedger", "admission_capacity", "max_concurrent_groups"]
+__all__ = ["FlowRules", "GroupLedger", "max_concurrent_groups"]
 
 Item = TypeVar("Item")
-
-
-def admission_capacity(
-    *, batch_size: int, max_staleness: int, version: int, max_concurrent: int, running: int, accepted: int
-) -> int:
-    """Groups that may be submitted now (AReaL, arXiv:2505.24298, section 5.1).
-
-    ``min(max_concurrent - running, (max_staleness + version + 1) * batch_size - (accepted + running))``: with
-    ``accepted`` groups finished since the start and ``running`` in flight. ``max_staleness = 0`` is synchronous PPO.
-    """
-    room = (max_staleness + version + 1) * batch_size - (accepted + running)
-    return max(0, min(max_concurrent - running, room))
 
 
 def max_concurrent_groups(settings: Settings) -> int:
@@ -34,36 +23,74 @@ def max_concurrent_groups(settings: Settings) -> int:
     return settings.rollouts.max_concurrent_groups or everything
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlowRules:
+    """How many groups are rolled out at once and ahead, and how many may fail."""
+
+    batch_size: int
+    """Groups per update."""
+    max_staleness: int
+    """Versions that a group may lag behind."""
+    max_concurrent: int
+    """Groups in flight at once."""
+    max_failures: int
+    """Failed rewards in one batch before :class:`RewardError`."""
+    max_equal_groups: int | None
+    """Dynamic sampling: groups of equal rewards dropped in one batch before :class:`RewardError`; ``None``: such groups
+    are kept."""
+    partial_rollouts: bool
+    """Whether a group in its last version is carried over instead of waited for."""
+    greedy_baseline: bool
+    """Whether every group also gets a greedy trajectory and its reward."""
+    stall_timeout_s: float
+    """Longest wait without progress of any group."""
+    seed: int
+    """The run's seed."""
+
+    @classmethod
+    def of(cls, settings: Settings, *, greedy_baseline: bool) -> Self:
+        """The rules of a run."""
+        rollouts, batch_size, max_failures = settings.rollouts, settings.data.batch_size, settings.rewards.max_failures
+        max_equal = rollouts.max_dropped_groups
+        if max_equal is None:
+            max_equal = 10 * batch_size
+        return cls(
+            batch_size=batch_size,
+            max_staleness=rollouts.max_staleness,
+            max_concurrent=max_concurrent_groups(settings),
+            max_failures=batch_size if max_failures is None else max_failures,
+            max_equal_groups=max_equal if rollouts.dynamic_sampling else None,
+            partial_rollouts=rollouts.partial_rollouts,
+            greedy_baseline=greedy_baseline,
+            stall_timeout_s=rollouts.stall_timeout_s,
+            seed=settings.debugging.seed,
+        )
+
+
 class GroupLedger(Generic[Item]):
     """Groups in flight and groups ready, by the policy version at which they were admitted.
 
     Every batch has exactly ``batch_size`` groups, and a group that was admitted at version ``a`` is in a batch of
     version ``a + max_staleness`` at the latest. Two rules make that so:
 
-    - Admission: :func:`admission_capacity`. At version ``v`` at most ``(max_staleness + 1) * batch_size`` groups are
+    - Admission: :meth:`capacity`. At version ``v`` at most ``(max_staleness + 1) * batch_size`` groups are
       in flight or ready.
     - Batches: oldest first, and none is made before it can be made without leaving too many old ones behind. Those
       admitted up to ``a`` that a batch of version ``v`` leaves behind must fit the batches up to version
       ``a + max_staleness``: ``alive(a) - taken(a) <= (a + max_staleness - v) * batch_size``. A straggler is so waited
       for in its last version, and not before.
 
-    With ``carries`` a straggler is not waited for: in its last version it counts as admitted at the newest one, and a
-    batch is made as soon as enough groups are ready. It is then for whoever trains on such a group to leave out the
-    tokens that are too old (``SequenceBatch.from_groups``). One that is written, and only waits for its reward, is
-    waited for: it would get no newer token.
+    With partial rollouts a straggler is not waited for: in its last version it counts as admitted at the newest one,
+    and a batch is made as soon as enough groups are ready. Its tokens that are too old are left out when it is trained
+    on (``SequenceBatch.from_groups``). One that is written, and only waits for its reward, is waited for: it would get
+    no newer token.
 
     Args:
-        batch_size: Groups an update.
-        max_staleness: Versions that a group may lag behind.
-        max_concurrent: Groups in flight at once.
-        carries: Whether a group in flight may be carried over its last version.
+        rules: Of the run.
     """
 
-    def __init__(self, *, batch_size: int, max_staleness: int, max_concurrent: int, carries: bool = False) -> None:
-        self._batch_size = batch_size
-        self._max_staleness = max_staleness
-        self._max_concurrent = max_concurrent
-        self._carries = carries
+    def __init__(self, rules: FlowRules) -> None:
+        self._rules = rules
         self._alive: Counter[int] = Counter()
         self._ready: defaultdict[int, list[tuple[int, Item]]] = defaultdict(list)
         self._in_flight: dict[int, int] = {}
@@ -81,7 +108,7 @@ class GroupLedger(Generic[Item]):
         self._ready.clear()
         self._in_flight.clear()
         self._written.clear()
-        self._accepted = version * self._batch_size
+        self._accepted = version * self._rules.batch_size
         self.version = version
 
     @property
@@ -99,15 +126,15 @@ class GroupLedger(Generic[Item]):
         return (item for entries in self._ready.values() for _, item in entries)
 
     def capacity(self) -> int:
-        """Groups that may be admitted now."""
-        return admission_capacity(
-            batch_size=self._batch_size,
-            max_staleness=self._max_staleness,
-            version=self.version,
-            max_concurrent=self._max_concurrent,
-            running=self.running,
-            accepted=self._accepted,
-        )
+        """Groups that may be admitted now (AReaL, arXiv:2505.24298, section 5.1).
+
+        ``min(max_concurrent - running, (max_staleness + version + 1) * batch_size - (accepted + running))``, with
+        ``accepted`` groups finished since the start and ``running`` in flight. ``max_staleness = 0`` is synchronous
+        PPO.
+        """
+        rules = self._rules
+        left = (rules.max_staleness + self.version + 1) * rules.batch_size - (self._accepted + self.running)
+        return max(0, min(rules.max_concurrent - self.running, left))
 
     def admit(self) -> int:
         """Put a group in flight; returns its ticket."""
@@ -138,10 +165,10 @@ class GroupLedger(Generic[Item]):
 
         Replicas may have that version already or be behind it. ``None`` where the batch must wait for groups in flight.
         """
-        if self.ready < self._batch_size:
+        if self.ready < self._rules.batch_size:
             return None
         if too_many := self._left_too_late(version):
-            if not self._carries:
+            if not self._rules.partial_rollouts:
                 return None
             # There are as many of the versions in question: the groups that are ready fit their batches.
             oldest = sorted(self._in_flight, key=lambda ticket: (self._in_flight[ticket], ticket))[:too_many]
@@ -153,11 +180,11 @@ class GroupLedger(Generic[Item]):
     def _left_too_late(self, version: int) -> int:
         """How many groups the batches from ``version`` on cannot take in time, if one is made now."""
         alive = ready = too_many = 0
-        for admitted in range(version - self._max_staleness, version + 1):
+        for admitted in range(version - self._rules.max_staleness, version + 1):
             alive += self._alive[admitted]
             ready += len(self._ready.get(admitted, ()))
-            left_for_later = (admitted + self._max_staleness - version) * self._batch_size
-            too_many = max(too_many, alive - min(ready, self._batch_size) - left_for_later)
+            left_for_later = (admitted + self._rules.max_staleness - version) * self._rules.batch_size
+            too_many = max(too_many, alive - min(ready, self._rules.batch_size) - left_for_later)
         return too_many
 
     def _carry(self, tickets: list[int]) -> None:
@@ -172,7 +199,7 @@ class GroupLedger(Generic[Item]):
         batch: list[Item] = []
         for admitted in sorted(self._ready):
             entries = sorted(self._ready.pop(admitted), key=lambda entry: entry[0])
-            taken, left = entries[: self._batch_size - len(batch)], entries[self._batch_size - len(batch) :]
+            taken, left = entries[: self._rules.batch_size - len(batch)], entries[self._rules.batch_size - len(batch) :]
             batch += [item for _, item in taken]
             self._alive[admitted] -= len(taken)
             if left:

@@ -43,7 +43,7 @@ class RolloutApp:
         run_id: Names the application.
         spec: How each replica starts its engine.
         num_replicas: Size of the pool.
-        num_cpus: CPUs reserved a replica.
+        num_cpus: CPUs reserved per replica.
         bridge: Handle of the learners' bridge actor.
         startup_timeout_s: Longest wait for the replicas.
         ray_ends: Whether the whole Ray cluster ends with the last algorithm of this process.

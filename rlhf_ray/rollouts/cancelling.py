@@ -1,4 +1,4 @@
-"""Beside stage 2: ends asyncio tasks whose results nobody wants any more, and waits until they have ended."""
+"""Ends asyncio tasks whose results are not needed any more, and waits until they have ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rollout controller: the flow of stages 1 to 3 (flow.py) in a thread, whatever the Algorithm itself does."""
+"""The rollout controller: runs the rollout flow (flow.py) in a thread of its own."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
-from dataclasses import replace
 from typing import Any, TypeVar
 
 from rlhf_ray.prompts.order import PromptPosition
-from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.rollouts.cancelling import cancel_all
-from rlhf_ray.rollouts.flow import Collected, RolloutFlow
+from rlhf_ray.rollouts.flow import RolloutFlow
+from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
 
@@ -42,7 +41,7 @@ class RolloutController:
     @property
     def retries(self) -> int:
         """Groups sent again because their replica died, since the start."""
-        return self._flow.retries
+        return self._flow.engine.requests.retries
 
     def collect(self, version: int) -> Collected:
         """See :meth:`RolloutFlow.collect`."""
@@ -58,15 +57,9 @@ class RolloutController:
         """See :meth:`RolloutFlow.score_prompts`."""
         return self._run(self._flow.score_prompts(prompts, sampling, version), self._while_waiting)
 
-    def prompt_position(self, prompts: PromptStream, version: int) -> PromptPosition:
-        """Where a run must go on that stops now, with policy ``version``: no prompt is left out or trained on twice."""
-
-        async def between_admissions() -> PromptPosition:
-            position = prompts.state()
-            unfinished = {*position.unfinished, *self._flow.unfinished(version)}
-            return replace(position, unfinished=tuple(sorted(unfinished)))
-
-        return self._run(between_admissions())
+    def prompt_position(self, version: int) -> PromptPosition:
+        """See :meth:`RolloutFlow.position`."""
+        return self._run(self._flow.position(version))
 
     def resume(self, version: int) -> None:
         """See :meth:`RolloutFlow.restart`."""
@@ -90,7 +83,7 @@ class RolloutController:
 
     @staticmethod
     async def _cancel() -> None:
-        # Again and again: a group that ends meanwhile lets others in.
+        # Repeatedly: a group that ends meanwhile lets others in.
         while tasks := [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]:
             await cancel_all(tasks)
 
@@ -100,6 +93,6 @@ class RolloutController:
             while while_waiting is not None and not wait([future], _CHECK_S).done:
                 while_waiting()
             return future.result()
-        except BaseException:  # also Ctrl-C in this thread: nothing may go on in the other one
+        except BaseException:  # also Ctrl-C in this thread: nothing may continue in the other one
             future.cancel()
             raise

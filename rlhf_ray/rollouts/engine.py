@@ -20,7 +20,7 @@ from rlhf_ray.weight_sync.buckets import ByteArray
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.shared_buckets import SharedBuckets
 
-__all__ = ["EngineSpec", "LoadReport", "RolloutEngine"]
+__all__ = ["EngineSpec", "RolloutEngine"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,19 +37,9 @@ class EngineSpec:
     tensor_parallel_size: int
     on_gpu: bool
     timeline: bool = False
-    """Whether replicas tell when they stood still for new weights."""
+    """Whether replicas tell when they were paused for new weights."""
     colocated: bool = False
     """Whether a learner shares the engine's GPU, and takes turns with it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadReport:
-    """A replica's answer to a publication."""
-
-    replica_id: str
-    version: int
-    pause_s: float
-    """Seconds during which generation stood still."""
 
 
 class RolloutEngine:
@@ -126,7 +116,7 @@ class RolloutEngine:
         )
 
     async def load_weights(self, manifest: WeightManifest, buckets: Sequence[Sequence[ByteArray]]) -> None:
-        """Load one published version through shared memory; sequences in flight go on under the new weights."""
+        """Load one published version through shared memory; sequences in flight continue under the new weights."""
         updates = await asyncio.to_thread(self._shared.write, manifest.buckets, buckets)
         await self.begin_update()
         for update in updates:
@@ -142,9 +132,9 @@ class RolloutEngine:
         if not self._sleeps:
             # Not pause_generation(): it does this and then sleeps 20 ms, only for its callers' convenience.
             await self._engine.engine_core.pause_scheduler_async(mode="keep", clear_cache=False)
-        # Only now: until then the step that was under way went on, and wrote its tokens.
+        # Only now: until then the step that was under way continued, and wrote its tokens.
         self._paused_at = time.perf_counter()
-        # Whoever comes from here on is served by the new weights.
+        # Requests that come from here on are served by the new weights.
         self._updates += 1
         await self._engine.start_weight_update()
 

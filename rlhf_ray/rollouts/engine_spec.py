@@ -10,11 +10,13 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
-from rlhf_ray.config.settings import EvaluationSettings, ModelSettings, RolloutSettings
+from rlhf_ray.config.settings import EvaluationSettings, RolloutSettings, Settings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.config import context_length, keeps_states, kv_token_bytes
 from rlhf_ray.models.hub import hub_environment, hub_lookup
+from rlhf_ray.rollouts.admission import max_concurrent_groups
 from rlhf_ray.rollouts.engine import EngineSpec
+from rlhf_ray.types import Device
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -34,79 +36,31 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-# Model type -> what is in the way, found by running each (docs/models.md).
-NOT_SERVED: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "bamba",
-            "biogpt",
-            "codegen",
-            "diffllama",
-            "gpt_neo",
-            "gpt_neox_japanese",
-            "minimax",
-            "modernbert-decoder",
-            "mpt",
-            "openai-gpt",
-            "recurrent_gemma",
-            "rwkv",
-            "xglm",
-            "xlm",
-            "xlnet",
-            "xlstm",
-            "zamba",
-        ),
-        "vLLM has no class for it and cannot run that of transformers",
-    ),
-}
-NOT_ON_CPUS: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "deepseek_v32",
-            "glm_moe_dsa",
-            "hy_v4",
-        ),
-        "vLLM's CPU build has no sparse attention",
-    ),
-    **dict.fromkeys(
-        (
-            "falcon_mamba",
-            "jamba",
-            "mamba",
-        ),
-        "vLLM's CPU build has no kernel for its selective scan",
-    ),
-    **dict.fromkeys(
-        (
-            "kimi_linear",
-            "olmo_hybrid",
-        ),
-        "vLLM runs its linear attention in Triton",
-    ),
-    **dict.fromkeys(
-        (
-            "gemma4",
-            "gemma4_unified",
-            "qwen3_5",
-            "qwen3_5_moe",
-            "qwen3_5_moe_text",
-            "qwen3_5_text",
-        ),
-        "vLLM's module of it imports torchvision, which its CPU build goes without",
-    ),
-    **dict.fromkeys(
-        (
-            "jetmoe",
-            "lfm2_moe",
-            "zaya",
-        ),
-        "vLLM's CPU build samples from another distribution than the model's",
-    ),
-    **dict.fromkeys(
-        ("gemma3n_text",),
-        "vLLM's CPU build samples from another distribution than the model's after new weights came",
-    ),
-}
+
+def _families(reasons: dict[str, str]) -> dict[str, str]:
+    """Model type -> reason, from reasons and the model types of each."""
+    return {family: reason for reason, families in reasons.items() for family in families.split()}
+
+
+# What prevents rollouts of a family, found by running each (docs/models.md).
+NOT_SERVED = _families(
+    {
+        "vLLM has no class for it and cannot run that of transformers": """
+            bamba biogpt codegen diffllama gpt_neo gpt_neox_japanese minimax modernbert-decoder mpt openai-gpt
+            recurrent_gemma rwkv xglm xlm xlnet xlstm zamba""",
+    }
+)
+NOT_ON_CPUS = _families(
+    {
+        "vLLM's CPU build has no sparse attention": "deepseek_v32 glm_moe_dsa hy_v4",
+        "vLLM's CPU build has no kernel for its selective scan": "falcon_mamba jamba mamba",
+        "vLLM runs its linear attention in Triton": "kimi_linear olmo_hybrid",
+        "vLLM's module of it imports torchvision, which its CPU build goes without": """
+            gemma4 gemma4_unified qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text""",
+        "vLLM's CPU build samples from another distribution than the model's": "jetmoe lfm2_moe zaya",
+        "vLLM's CPU build samples from another distribution than the model's after new weights came": "gemma3n_text",
+    }
+)
 # The engine reserves the cache at start-up, so a CPU engine must not take what the learners need.
 _MAX_CPU_CACHE_BYTES = 4 * 1024**3
 # Of a model whose layers keep a state each instead of keys and values.
@@ -123,42 +77,38 @@ def vllm_build() -> Literal["cpu", "cuda"] | None:
     return None
 
 
-def weight_transfer(setting: str, *, between_gpus: bool, colocated: bool = False) -> str:
-    """Resolve ``rollouts.weight_transfer``: NCCL where replicas and learners are on GPUs, else shared memory.
-
-    Args:
-        setting: The setting.
-        between_gpus: Whether replicas and learners are on GPUs.
-        colocated: Whether each learner shares its GPU with a replica: NCCL refuses two ranks on one.
+def weight_transfer(setting: str, device: Device) -> str:
+    """Resolve ``rollouts.weight_transfer``: NCCL where each has its own GPUs, else shared memory.
 
     Raises:
         ConfigError: NCCL is asked for on shared GPUs, ipc on separate ones, or either without GPUs at both ends.
     """
+    between_gpus = device.on_gpu and device.learners_on_gpu
     if setting == "auto":
-        return "nccl" if between_gpus and not colocated else "shared_memory"
+        return "nccl" if between_gpus and not device.colocated else "shared_memory"
     if setting != "shared_memory" and not between_gpus:
         remedy = (
             f"{setting} needs replicas and learners on GPUs, which this run does not use; use auto or shared_memory"
         )
         raise ConfigError("rollouts.weight_transfer", setting, remedy)
-    if setting == "nccl" and colocated:
+    if setting == "nccl" and device.colocated:
         remedy = "NCCL refuses two ranks on one GPU, which learners and replicas share; use ipc or shared_memory"
         raise ConfigError("rollouts.weight_transfer", setting, remedy)
-    if setting == "ipc" and not colocated:
+    if setting == "ipc" and not device.colocated:
         remedy = "weights stay on a GPU only where a learner and a replica share it (resources.colocate); use auto"
         raise ConfigError("rollouts.weight_transfer", setting, remedy)
     return setting
 
 
 def longest_completion(rollouts: RolloutSettings, evaluation: EvaluationSettings) -> tuple[str, int]:
-    """What replicas must have room for, in tokens, and the setting that asks for it: evaluation may write more."""
+    """The longest completion in tokens, and the setting that asks for it: evaluation may write more."""
     if (evaluation.max_new_tokens or 0) > rollouts.max_new_tokens:
         return "evaluation.max_new_tokens", evaluation.max_new_tokens or 0
     return "rollouts.max_new_tokens", rollouts.max_new_tokens
 
 
 def max_prompt_tokens(rollouts: RolloutSettings, evaluation: EvaluationSettings, config: PretrainedConfig) -> int:
-    """Longest prompt that leaves room for the longest completion in the model's context.
+    """Longest prompt beyond which the longest completion does not fit the model's context.
 
     Raises:
         ConfigError: The context cannot hold the asked-for prompt and completion, or the model names none and
@@ -171,16 +121,16 @@ def max_prompt_tokens(rollouts: RolloutSettings, evaluation: EvaluationSettings,
             raise ConfigError("rollouts.max_prompt_tokens", None, remedy)
         return rollouts.max_prompt_tokens
     field, completion_tokens = longest_completion(rollouts, evaluation)
-    room = context - completion_tokens
-    if room < 1:
+    left = context - completion_tokens
+    if left < 1:
         raise ConfigError(field, completion_tokens, f"must be less than the model's context of {context}")
     if rollouts.max_prompt_tokens is None:
-        return room
-    if rollouts.max_prompt_tokens > room:
+        return left
+    if rollouts.max_prompt_tokens > left:
         raise ConfigError(
             "rollouts.max_prompt_tokens",
             rollouts.max_prompt_tokens,
-            f"with {field} = {completion_tokens} the model's context of {context} leaves {room}; lower one of the two",
+            f"with {field} = {completion_tokens} the model's context of {context} leaves {left}; lower one of the two",
         )
     return rollouts.max_prompt_tokens
 
@@ -216,17 +166,17 @@ def eos_token_ids(
         raise ConfigError("model.path", model_path, remedy)
     ids = tuple(dict.fromkeys(of_model if of_tokenizer is None else (*of_model, of_tokenizer)))
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    for field, given in (("model.path", ids), ("rollouts.stop_token_ids", stop_token_ids)):
+    checked = (
+        ("model.path", model_path, ids, "; correct its eos_token_id, or name its own tokenizer"),
+        ("rollouts.stop_token_ids", list(stop_token_ids), stop_token_ids, ""),
+    )
+    for field, value, given, remedy in checked:
         for token_id in given:
             if not isinstance(token_id, int) or token_id < 0 or (vocabulary is not None and token_id >= vocabulary):
-                remedy = (
+                wrong = (
                     f"token id {token_id!r} ends a completion, and the model's vocabulary of {vocabulary} has no such"
                 )
-                if field == "model.path":
-                    raise ConfigError(
-                        field, model_path, f"{remedy}; correct its eos_token_id, or name its own tokenizer"
-                    )
-                raise ConfigError(field, list(given), remedy)
+                raise ConfigError(field, value, wrong + remedy)
     if of_tokenizer is not None and of_tokenizer not in of_model:
         logger.warning(
             "completions end with %s, as the model's configs say, and with %s, the tokenizer's own eos_token",
@@ -262,56 +212,42 @@ def check_quantization(name: str | None, *, on_cpus: bool) -> None:
 
 
 def engine_spec(
-    model: ModelSettings,
-    rollouts: RolloutSettings,
-    evaluation: EvaluationSettings,
+    settings: Settings,
+    device: Device,
     *,
     model_path: str,
     tokenizer_path: str,
     config: PretrainedConfig,
     eos_token_ids: tuple[int, ...],
     prompt_tokens: int,
-    groups_in_flight: int,
-    seed: int,
-    on_gpu: bool,
-    learners_on_gpu: bool,
-    dtype: str,
-    colocated: bool = False,
 ) -> EngineSpec:
     """Derive the engine's arguments.
 
     Args:
-        model: The model section.
-        rollouts: The rollouts section.
-        evaluation: The evaluation section, for its completions are written by the same replicas.
+        settings: The run's settings.
+        device: On what the run computes.
         model_path: Folder or hub id the replicas load.
         tokenizer_path: Folder or hub id of the tokenizer.
         config: The model's Hugging Face config.
         eos_token_ids: What ends a completion, from :func:`eos_token_ids`.
         prompt_tokens: Longest prompt in tokens.
-        groups_in_flight: Groups that may run at once over all replicas.
-        seed: Seed of whatever the engine draws beside the seeded requests.
-        on_gpu: Whether replicas run on GPUs.
-        learners_on_gpu: Whether learners run on GPUs.
-        dtype: ``float32`` or ``bfloat16``.
-        colocated: Whether each learner shares its GPU with a replica.
 
     Raises:
-        ConfigError: vLLM cannot run such a model, or the model names no token that ends a completion.
+        ConfigError: vLLM cannot run such a model on the device, or weights cannot be sent as asked for.
     """
-    check_served(model_path, config, on_cpus=not on_gpu)
-    check_quantization(rollouts.quantization, on_cpus=not on_gpu)
-    max_length = prompt_tokens + longest_completion(rollouts, evaluation)[1]
-    sequences = math.ceil(groups_in_flight / rollouts.num_replicas) * rollouts.group_size
-    sequences = min(sequences, _MAX_SEQUENCES)
-    between_gpus = on_gpu and learners_on_gpu
-    transfer = weight_transfer(rollouts.weight_transfer, between_gpus=between_gpus, colocated=colocated)
+    rollouts = settings.rollouts
+    check_served(model_path, config, on_cpus=not device.on_gpu)
+    check_quantization(rollouts.quantization, on_cpus=not device.on_gpu)
+    max_length = prompt_tokens + longest_completion(rollouts, settings.evaluation)[1]
+    groups = math.ceil(max_concurrent_groups(settings) / rollouts.num_replicas)
+    sequences = min(groups * rollouts.group_size, _MAX_SEQUENCES)
+    transfer = weight_transfer(rollouts.weight_transfer, device)
     arguments: dict[str, Any] = {
         "model": model_path,
         "tokenizer": tokenizer_path,
-        "trust_remote_code": model.trust_remote_code,
-        "dtype": dtype,
-        "seed": seed,
+        "trust_remote_code": settings.model.trust_remote_code,
+        "dtype": device.dtype,
+        "seed": settings.debugging.seed,
         "max_model_len": max_length,
         "max_num_seqs": max(sequences, rollouts.group_size),
         "tensor_parallel_size": rollouts.tensor_parallel_size,
@@ -326,29 +262,29 @@ def engine_spec(
         "worker_extension_cls": "rlhf_ray.weight_sync.shared_memory_engine.SharedMemoryExtension",
         "weight_transfer_config": {"backend": f"rlhf_ray_{transfer}"},
     }
-    if on_gpu:
-        arguments |= _gpu_arguments(rollouts) | ({"enable_sleep_mode": True} if colocated else {})
+    env = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if device.on_gpu:
+        arguments |= {
+            "gpu_memory_utilization": rollouts.gpu_memory_utilization,
+            "distributed_executor_backend": "ray" if rollouts.tensor_parallel_size > 1 else "uni",
+        } | ({"enable_sleep_mode": True} if device.colocated else {})
     else:
-        arguments |= _cpu_arguments(rollouts, config, tokens=sequences * max_length, max_length=max_length, dtype=dtype)
-    arguments |= rollouts.engine_args
+        arguments |= _cpu_arguments(rollouts, config, sequences * max_length, max_length, device.dtype)
+        env |= _cpu_environment(rollouts)
     return EngineSpec(
-        engine_args=arguments,
-        env={**_environment(rollouts, on_gpu=on_gpu), **hub_environment(model_path, tokenizer_path)},
+        engine_args=arguments | rollouts.engine_args,
+        env=env | hub_environment(model_path, tokenizer_path),
         eos_token_ids=eos_token_ids,
         weight_transfer=transfer,
         tensor_parallel_size=rollouts.tensor_parallel_size,
-        on_gpu=on_gpu,
-        colocated=colocated,
+        on_gpu=device.on_gpu,
+        colocated=device.colocated,
+        timeline=settings.reporting.timeline_interval > 0,
     )
 
 
-def _gpu_arguments(rollouts: RolloutSettings) -> dict[str, Any]:
-    executor = "ray" if rollouts.tensor_parallel_size > 1 else "uni"
-    return {"gpu_memory_utilization": rollouts.gpu_memory_utilization, "distributed_executor_backend": executor}
-
-
 def _cpu_arguments(
-    rollouts: RolloutSettings, config: PretrainedConfig, *, tokens: int, max_length: int, dtype: str
+    rollouts: RolloutSettings, config: PretrainedConfig, tokens: int, max_length: int, dtype: str
 ) -> dict[str, Any]:
     return {
         # A seeded prompt whose prefill is split over two steps crashes CPU engines: vLLM rewinds the generator by an
@@ -375,19 +311,15 @@ def _cache_bytes(config: PretrainedConfig, tokens: int, max_length: int, dtype: 
     return max(min(wanted, _MAX_CPU_CACHE_BYTES), 2 * (max_length + 256) * token_bytes)
 
 
-def _environment(rollouts: RolloutSettings, *, on_gpu: bool) -> dict[str, str]:
-    env = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if not on_gpu:
-        cores = os.cpu_count() or 1
-        # Threads that wait for one that something else holds up are slower than fewer of them. A core is left to the
-        # replica's own process and the driver, or half of all to learners that compute at the same time.
-        share = (cores // 2 if rollouts.max_staleness > 0 else cores - 1) // rollouts.num_replicas
-        threads = rollouts.num_threads or max(1, share)
-        env |= {
-            "OMP_NUM_THREADS": str(threads),
-            # The default binds every engine of a machine to the same cores.
-            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Compiling the log-probability kernel costs 15-32 s at the first request and gains nothing on CPUs.
-            "TORCHDYNAMO_DISABLE": "1",
-        }
-    return env
+def _cpu_environment(rollouts: RolloutSettings) -> dict[str, str]:
+    cores = os.cpu_count() or 1
+    # Threads that wait for one that something else holds up are slower than fewer of them. A core is left to the
+    # replica's own process and the driver, or half of all to learners that compute at the same time.
+    share = (cores // 2 if rollouts.max_staleness > 0 else cores - 1) // rollouts.num_replicas
+    return {
+        "OMP_NUM_THREADS": str(rollouts.num_threads or max(1, share)),
+        # The default binds every engine of a machine to the same cores.
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Compiling the log-probability kernel costs 15-32 s at the first request and gains nothing on CPUs.
+        "TORCHDYNAMO_DISABLE": "1",
+    }

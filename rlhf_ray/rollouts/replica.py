@@ -20,10 +20,10 @@ import ray
 from ray import serve
 
 from rlhf_ray.rollouts.cancelling import cancel_all
-from rlhf_ray.rollouts.engine import EngineSpec, LoadReport, RolloutEngine
+from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine
 from rlhf_ray.rollouts.start_failure import engine_failure
 from rlhf_ray.rollouts.streams import FinishedGroups
-from rlhf_ray.types import Prompt, SamplingSettings, TraceSpan, Trajectory
+from rlhf_ray.types import LoadReport, Prompt, SamplingSettings, TraceSpan, Trajectory
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
@@ -217,7 +217,7 @@ class RolloutReplica:
         await self._engine.wake()
 
     async def _end_with_engine(self) -> None:
-        """End this process when the engine's has ended: Serve replaces it at once, and nobody waits for its answers.
+        """End this process when the engine's has ended: Serve replaces it at once, and no caller waits for its answers.
 
         vLLM waits for ever for a call that its process has not answered.
         """
@@ -298,13 +298,13 @@ class RolloutReplica:
             self._failure = error
             await self._tell_failure(error)
             if self._engine.is_dead:
-                # Whoever asked must hear that this replica died, which another one makes good: the engine's own error
+                # The caller must hear that this replica died, which another one makes good: the engine's own error
                 # would end the run.
                 _end_process()
             raise
 
     async def _tell_failure(self, error: BaseException) -> None:
-        """Say why at the bridge: who asked may never hear it, since this replica ends, or since they do."""
+        """Tell the bridge why: the caller may never hear it, since this replica ends, or the caller does."""
         message = engine_failure(error)
         _LOG.error("weights could not be loaded: %s", message)
         try:

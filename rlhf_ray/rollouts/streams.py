@@ -1,6 +1,6 @@
-"""Between the rollout controller and the replicas (stage 2): few streamed Serve requests instead of one call a group.
+"""Between the rollout flow and the replicas: few streamed Serve requests instead of one call per group.
 
-The controller asks for one group at a time. A Serve call costs milliseconds on both sides, more than a short
+The flow asks for one group at a time. A Serve call costs milliseconds on both sides, more than a short
 completion does, and calls that trickle in keep the engine's steps small. Groups asked for in the same turn of the event
 loop therefore go out together, and each comes back as soon as it is finished.
 """
@@ -20,8 +20,8 @@ __all__ = ["FinishedGroups", "GroupStreams", "split_evenly"]
 FinishedGroups: TypeAlias = tuple[str, list[tuple[int, tuple[Trajectory, ...]]]]
 """A replica's id, and the groups finished since its last answer: position in the request and completions."""
 
-# Serve balances requests, not groups: with several a replica no replica gets twice the work of another.
-_REQUESTS_A_REPLICA = 4
+# Serve balances requests, not groups: with several per replica none gets twice the work of another.
+_REQUESTS_PER_REPLICA = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +32,7 @@ class _Call:
 
 
 class GroupStreams:
-    """An awaitable call a group over streamed requests; use it on one event loop.
+    """An awaitable call per group over streamed requests; use it on one event loop.
 
     Args:
         generate: ``generate(prompts, sampling, seeds=, min_version=)`` -> asynchronous iterator of
@@ -42,7 +42,7 @@ class GroupStreams:
 
     def __init__(self, generate: Callable[..., Any], *, num_replicas: int) -> None:
         self._generate = generate
-        self._max_requests = 1 if num_replicas == 1 else num_replicas * _REQUESTS_A_REPLICA
+        self._max_requests = 1 if num_replicas == 1 else num_replicas * _REQUESTS_PER_REPLICA
         self._waiting: dict[tuple[SamplingSettings, int], list[_Call]] = defaultdict(list)
         self._streams: set[asyncio.Task[None]] = set()
 
@@ -110,7 +110,7 @@ async def _deliver(answers: AsyncIterator[FinishedGroups], calls: Sequence[_Call
 
 
 def _cancel_with(stream: asyncio.Task[None], calls: Sequence[_Call]) -> None:
-    """End a stream that nobody waits for any more."""
+    """End a stream that no caller waits for any more."""
 
     def check(group: asyncio.Future[RolloutGroup]) -> None:
         if group.cancelled() and all(call.group.done() for call in calls):

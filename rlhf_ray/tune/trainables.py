@@ -11,6 +11,7 @@ from ray.tune.tune import _Config
 from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.algorithms import built_in
 from rlhf_ray.config.builder import AlgorithmConfig
+from rlhf_ray.tune.trial_algorithm import TrialAlgorithm
 
 __all__ = ["trainable"]
 
@@ -23,7 +24,7 @@ def trainable(config_class: type[AlgorithmConfig]) -> type[Algorithm]:
     """The Trainable of a configuration class, a user's own included; Ray Tune knows it by its name too."""
     doc = f"The algorithm of :class:`{config_class.__name__}`; see there."
     contents = {"config_class": config_class, "__doc__": doc, "__module__": __name__}
-    made = type(config_class.algorithm_name, (Algorithm,), contents)
+    made = type(config_class.algorithm_name, (TrialAlgorithm,), contents)
     register = functools.partial(register_trainable, config_class.algorithm_name, made)
     register()
     # Ray keeps the name with its first session, which ends with the first algorithm of a script or a notebook.

@@ -26,7 +26,7 @@ import torch
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NCCLTrainerWeightTransferEngine
 
-from rlhf_ray.rollouts.engine import LoadReport
+from rlhf_ray.types import LoadReport
 from rlhf_ray.weight_sync.buckets import DEFAULT_BUCKET_BYTES, full_tensor
 from rlhf_ray.weight_sync.replica_lost import ReplicaLostError
 

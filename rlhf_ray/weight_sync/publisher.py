@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlhf_ray.errors import WeightSyncError
-from rlhf_ray.rollouts.engine import LoadReport
+from rlhf_ray.types import LoadReport
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 

@@ -1,4 +1,4 @@
-"""What an algorithm does differently as a Ray Tune trial, without its parts."""
+"""The algorithm around its parts, which only write down what is done to them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,13 +17,16 @@ import pytest
 
 from rlhf_ray import GRPO, PPO, Algorithm, GRPOConfig, PPOConfig
 from rlhf_ray.algorithm import algorithm as module
-from rlhf_ray.algorithm.run_counts import RunCounts
-from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
+from rlhf_ray.algorithm.iteration import Iteration, Stage
+from rlhf_ray.algorithm.run_checkpoints import RunCheckpoints
+from rlhf_ray.checkpoints.checkpoint import CheckpointState
 from rlhf_ray.errors import ConfigError, LearnerError
 from rlhf_ray.learner.remote.group import StateLostError
 from rlhf_ray.prompts.order import PromptPosition
+from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_lock import RunLock
 from rlhf_ray.span_log import SpanLog
+from rlhf_ray.tune import trial_algorithm as trial_module
 from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory
 
 
@@ -43,9 +47,8 @@ def bare(evaluations: list[int], monkeypatch: pytest.MonkeyPatch) -> Algorithm:
     monkeypatch.setattr(PPO, "evaluate", evaluate)
     algorithm: Algorithm = object.__new__(PPO)
     algorithm.settings = PPOConfig().evaluation(interval=3).settings
-    algorithm._newest_evaluation = None
+    algorithm._reporters = ReporterSet([])
     algorithm._spans = SpanLog()
-    algorithm._trial = None
     return algorithm
 
 
@@ -94,27 +97,21 @@ def test_a_trial_without_evaluations_says_nothing(bare: Algorithm) -> None:
     assert said(bare, range(1, 4)) == [None, None, None]
 
 
-def test_a_delivery_that_was_interrupted_is_finished_before_the_learners_turn(
-    bare: Algorithm, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_delivery_that_was_interrupted_is_finished_before_the_learners_turn(bare: Algorithm) -> None:
     calls: list[str] = []
 
     def turn() -> Any:
         calls.append("turn")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.SequenceBatch, "from_groups", lambda *_, **__: None)
-    monkeypatch.setattr(module, "shaped", lambda *_, **__: None)
-    monkeypatch.setattr(Algorithm, "_plan", lambda *_: None)
-    bare.settings = PPOConfig().settings
-    bare._iteration, bare.policy_version, bare._updating = 0, 0, False
+    bare._iteration = 0
+    bare._now = Iteration(collected=SimpleNamespace(groups=()))  # type: ignore[arg-type]
     bare._parts = SimpleNamespace(  # type: ignore[assignment]
-        publications=SimpleNamespace(version=0, finish_interrupted=lambda: calls.append("finished")),
-        controller=SimpleNamespace(collect=lambda version: SimpleNamespace(groups=())),
+        publications=SimpleNamespace(finish_interrupted=lambda: calls.append("finished")),
         learners=SimpleNamespace(turn=turn),
     )
     with pytest.raises(KeyboardInterrupt):
-        bare.training_step()
+        bare.update(None)  # type: ignore[arg-type]
     assert calls == ["finished", "turn"]
 
 
@@ -123,14 +120,18 @@ class FakeParts:
 
     def __init__(self) -> None:
         self.calls: list[Any] = []
-        self.session = None
-        self.publications = SimpleNamespace(settle=lambda: None, publish=self.note("publish"), version=0)
+        self.session = SimpleNamespace(placement=SimpleNamespace(device=None))
+        self.publications = SimpleNamespace(settle=lambda: None, publish=self.note("publish"), new_replicas=0)
         self.controller = SimpleNamespace(
-            resume=self.note("resume"), prompt_position=lambda prompts, version: PromptPosition(row=version)
+            resume=self.note("resume"),
+            prompt_position=lambda version: PromptPosition(row=version),
+            retries=0,
         )
-        self.learners = SimpleNamespace(renew=self.note("renew"), load=self.note("load"))
-        self.prompts = SimpleNamespace(restore=self.note("prompts"), num_rows=640)
-        self.rewards = SimpleNamespace()
+        self.learners = SimpleNamespace(
+            renew=self.note("renew"), load=self.note("load"), save=lambda folder: dict, restarts=0
+        )
+        self.prompts = SimpleNamespace(restore=self.note("prompts"), num_rows=640, dropped=0)
+        self.rewards = SimpleNamespace(workers_replaced=0)
 
     def note(self, name: str) -> Any:
         return lambda *arguments, **options: self.calls.append((name, *arguments))
@@ -149,22 +150,14 @@ def parts(monkeypatch: pytest.MonkeyPatch) -> FakeParts:
     """What every algorithm of the test starts; it only writes down what is done to it."""
     parts = FakeParts()
     monkeypatch.setattr(module, "check_inputs", lambda settings: SimpleNamespace(prompts=parts.prompts))
-    monkeypatch.setattr(module, "learner_spec", lambda settings, inputs, session: settings.training.lr)
+    monkeypatch.setattr(trial_module, "learner_spec", lambda settings, inputs, device: settings.training.lr)
     parts.prompts.state = lambda: "start"
-
-    def write(checkpoint: Checkpoint, *, config: str, state: CheckpointState, then: Any) -> None:
-        checkpoint.begin()
-        checkpoint.commit(config=config, state=state, learner_files={})
-        then()
 
     def start(self: Algorithm, inputs: Any) -> None:
         parts.calls.append("start")
         self._inputs = inputs
         self._parts = parts  # type: ignore[assignment]
-        self._counts = RunCounts(dict)
-        self._writer = SimpleNamespace(  # type: ignore[assignment]
-            settle=lambda: None, stop=lambda: None, take_written=list, begin=write
-        )
+        self._checkpoints = RunCheckpoints(self.settings, self._run, self._parts)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Algorithm, "_start", start)
     monkeypatch.setattr(FakeParts, "stop", lambda self: self.calls.append("stop"), raising=False)
@@ -181,7 +174,7 @@ def running(parts: FakeParts, tmp_path: Path) -> Algorithm:
 def test_a_trial_that_differs_in_numbers_uses_the_processes_of_the_one_before(
     running: Algorithm, tmp_path: Path
 ) -> None:
-    running.policy_version = 7
+    running._now = Iteration(version=7)
     config = PPOConfig().training(lr=0.5, iterations=50).reporting(tensorboard=False).to_dict()
 
     assert running.reset(config, storage=trial_storage(tmp_path / "two"))
@@ -210,8 +203,8 @@ def test_a_trial_that_differs_in_its_parts_starts_them_again(running: Algorithm,
     assert running.settings.data.batch_size == 4
 
 
-def test_a_trial_that_tune_starts_anew_goes_on_in_its_folder_from_where_it_is_restored(
-    running: Algorithm, tmp_path: Path
+def test_a_trial_that_tune_restarts_continues_in_its_folder_from_where_it_is_restored(
+    running: Algorithm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for number in (1, 2, 3):
         running.log_result({"training_iteration": number})
@@ -221,26 +214,27 @@ def test_a_trial_that_tune_starts_anew_goes_on_in_its_folder_from_where_it_is_re
         storage=trial_storage(tmp_path / "one"),
     )
     again._iteration = 2  # What a restored checkpoint says.
-    again._go_on_reporting()
+    monkeypatch.setattr(Algorithm, "step", lambda self: {})
+    again.step()
     again.log_result({"training_iteration": 3, "new": 1})
-    again._go_on_reporting()
+    again.step()
     lines = [json.loads(line) for line in (tmp_path / "one" / "default" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["training_iteration"], line.get("new")) for line in lines] == [(1, None), (2, None), (3, 1)]
     assert PPOConfig.from_yaml(again.run_dir / "config.yaml").settings.training.lr == 0.5
 
 
-@pytest.mark.parametrize(("updating", "version"), [(False, 8), (True, 9)])
+@pytest.mark.parametrize(("stage", "version"), [(Stage.COLLECTING, 8), (Stage.UPDATING, 9), (Stage.PUBLISHING, 8)])
 def test_a_rewind_takes_the_checkpoint_that_is_still_being_written(
-    running: Algorithm, updating: bool, version: int
+    running: Algorithm, stage: Stage, version: int
 ) -> None:
     calls: list[Any] = running._parts.calls  # type: ignore[union-attr]
     calls.clear()
     state = CheckpointState(policy_version=5, iteration=4, time_total_s=9.0, prompt_position=PromptPosition(row=32))
     checkpoint = SimpleNamespace(folder="iteration_000004", learner="learner", state=lambda: state)
-    running._writer = SimpleNamespace(settle=lambda: calls.append("settle"))  # type: ignore[assignment]
-    running._store = SimpleNamespace(newest=lambda: checkpoint if "settle" in calls else None)  # type: ignore[assignment]
-    running._parts.learners.load = running._parts.note("load")  # type: ignore[attr-defined, union-attr, method-assign]
-    running.policy_version, running._updating = 7, updating
+    running._checkpoints._writer = SimpleNamespace(settle=lambda: calls.append("settle"))  # type: ignore[assignment]
+    store: Any = SimpleNamespace(newest=lambda: checkpoint if "settle" in calls else None)
+    running._checkpoints._run = replace(running._run, store=store)
+    running._now = Iteration(version=7, stage=stage)
 
     running._rewind(StateLostError("gone"))
 
@@ -252,6 +246,7 @@ def test_a_rewind_takes_the_checkpoint_that_is_still_being_written(
         ("publish", version),
     ]
     assert (running.policy_version, running.iteration) == (version, 4)
+    assert running._now == Iteration(version=version)
 
 
 def run_config(folder: Path, **checkpointing: Any) -> PPOConfig:
@@ -268,7 +263,9 @@ def iterate(algorithm: Algorithm, last: int, **result: Any) -> None:
     while algorithm.iteration < last:
         number = algorithm.iteration + 1
         result |= {"training_iteration": number}
-        algorithm._save_beside_training(number, result, time_total_s=1.0)
+        state = algorithm._checkpoints.state(algorithm.policy_version, number, 1.0)
+        algorithm._checkpoints.begin(state, result)
+        algorithm._checkpoints.settle()
         algorithm._iteration = number
         algorithm.log_result(result)
 
@@ -292,7 +289,7 @@ def test_a_resume_that_fails_changes_nothing(
         raise ConfigError("learners.num_learners", 16, "the cluster has 2 CPUs")
 
     with monkeypatch.context() as patched:
-        patched.setattr(PPO, "_start" if fails == "start" else "_continue_from", fail)
+        patched.setattr(PPO, "_start" if fails == "start" else "_resume", fail)
         with pytest.raises(ConfigError, match="the cluster has 2 CPUs"):
             build(run_config(tmp_path / "run", interval=1, resume="any").learners(num_learners=16))
     assert (tmp_path / "run" / "config.yaml").read_text() == before
@@ -335,7 +332,7 @@ def test_a_second_algorithm_in_a_run_directory_is_kept_out_until_the_first_stops
     other.stop()
 
 
-def test_a_trial_that_goes_on_in_the_same_processes_keeps_its_lock(running: Algorithm, tmp_path: Path) -> None:
+def test_a_trial_in_the_same_processes_keeps_its_lock(running: Algorithm, tmp_path: Path) -> None:
     for name in ("one", "two", "two"):
         config = PPOConfig().training(lr=0.5).reporting(tensorboard=False).to_dict()
         assert running.reset(config, storage=trial_storage(tmp_path / name))
@@ -351,12 +348,12 @@ def test_a_score_is_a_number_with_its_name(score: Any, kept: float | None, parts
     iterate(algorithm, 1, rollouts={"reward_mean": score})
     algorithm.stop()
 
-    state = algorithm._store.of_iteration(1).read()
+    state = algorithm._run.store.of_iteration(1).read()
     assert (state.score, state.metric) == (kept, None if kept is None else "rollouts/reward_mean")
     assert state.run_id == (tmp_path / "run" / "run_id").read_text()
 
 
-def test_a_checkpoint_goes_on_in_a_new_run_that_leaves_the_others_place_alone(parts: FakeParts, tmp_path: Path) -> None:
+def test_a_checkpoint_continues_in_a_new_run_that_leaves_the_other_alone(parts: FakeParts, tmp_path: Path) -> None:
     first = build(run_config(tmp_path / "first", interval=1, path=str(tmp_path / "all"), keep=5))
     iterate(first, 4)
     first.stop()
@@ -370,7 +367,7 @@ def test_a_checkpoint_goes_on_in_a_new_run_that_leaves_the_others_place_alone(pa
     second.stop()
 
     assert [place for place in places if (place / "manifest.json").exists()] == places
-    newest = second._store.newest()
+    newest = second._run.store.newest()
     assert newest is not None
     assert newest.folder.local == tmp_path / "all" / "first" / "second" / "iteration_000003"
 
@@ -410,7 +407,7 @@ def test_a_stop_that_fails_hides_no_error_and_leaves_the_directory_free(
 
     monkeypatch.setattr(FakeParts, "stop", fail)
     algorithm = build(run_config(tmp_path / "run"))
-    algorithm._writer.stop = fail.__get__(parts)  # type: ignore[method-assign]
+    algorithm._checkpoints._writer.stop = fail.__get__(parts)  # type: ignore[method-assign]
     with pytest.raises(LearnerError, match="the cause"):
         try:
             raise LearnerError("the cause")
@@ -500,11 +497,12 @@ def test_learners_that_read_slices_share_a_plan_of_larger_microbatches() -> None
         settings=config.training(num_minibatches=1).settings,
         _inputs=SimpleNamespace(model_config=SimpleNamespace(get_text_config=lambda: SimpleNamespace(hidden_size=64))),
         _running=lambda: SimpleNamespace(learners=SimpleNamespace(packed=True)),
+        _now=Iteration(version=1),
     )
     lengths = np.full(8, 50)
     batch: Any = SimpleNamespace(lengths=lengths, loss_lengths=lengths // 2)
 
-    plan = module.Algorithm._plan(algorithm, batch, 1)
+    plan = module.Algorithm._plan(algorithm, batch)
 
     assert len(plan.ranks) == 2
     # 100 tokens in one pass of two learners.

@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoTokenizer, GenerationConfig
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.algorithm.assembly import check_inputs
 from rlhf_ray.algorithm.exported_folder import complete_export
+from rlhf_ray.algorithm.inputs import check_inputs
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID, PAD_TOKEN_ID
 

@@ -172,7 +172,7 @@ def test_a_ray_that_this_process_starts_ends_with_it(
     assert environment["RAY_enable_metrics_collection"] == "0"
 
 
-def test_a_ray_that_is_on_record_is_somebody_else_s(
+def test_a_ray_that_is_on_record_is_not_ended(
     fake_ray: Callable[..., FakeRay],
     environment: dict[str, str],
     record: Path,
@@ -189,7 +189,7 @@ def test_a_ray_that_is_on_record_is_somebody_else_s(
 def test_what_ends_with_a_session_is_told_by_what_it_started(
     fake_ray: Callable[..., FakeRay], tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    # Ray found a cluster where nobody expected one, in a process that has one of its own already.
+    # Ray found a cluster where none was expected, in a process that has one of its own already.
     own = start_raylet(tmp_path / "own")
     fake_ray(starts=False)
     connection = RayConnection()

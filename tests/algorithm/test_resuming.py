@@ -29,14 +29,14 @@ def config_of(run_dir: Path, **checkpointing: Any) -> PPOConfig:
 
 def start(config: PPOConfig) -> RunStart:
     """Open a run whose driver is gone when the next one is opened."""
-    run = open_run(config, algorithm="ppo")
+    run = open_run(config)
     run.lock.release()
     return run
 
 
-def take_up(run: RunStart) -> RunDirectory:
+def adopted(run: RunStart) -> RunDirectory:
     """What the Algorithm does when the parts are up and the checkpoint is loaded."""
-    run.take_up(0 if run.checkpoint is None else run.checkpoint.state().iteration)
+    run.adopt_run(0 if run.checkpoint is None else run.checkpoint.state().iteration)
     return run.directory
 
 
@@ -81,19 +81,19 @@ def test_a_new_folder_begins_a_run(resume: str, tmp_path: Path) -> None:
     run = start(config_of(tmp_path / "run", resume=resume))
 
     assert run.checkpoint is None
-    assert not run.goes_on
+    assert not run.resumes
     assert PPOConfig.from_yaml(run.directory.config).settings == PPOConfig().settings
 
 
 @pytest.mark.parametrize("resume", ["same", "any"])
-def test_a_run_goes_on_from_its_newest_checkpoint(resume: str, tmp_path: Path) -> None:
+def test_a_run_continues_from_its_newest_checkpoint(resume: str, tmp_path: Path) -> None:
     a_run(tmp_path / "run", iterations=6, checkpoints=(2, 4))
 
     run = start(config_of(tmp_path / "run", resume=resume))
 
     assert run.checkpoint is not None
     assert run.checkpoint.folder.name == "iteration_000004"
-    directory = take_up(run)
+    directory = adopted(run)
     # What is about to run again is not there twice.
     rows = [json.loads(line) for line in directory.metrics.read_text().splitlines()]
     assert [row["training_iteration"] for row in rows] == [1, 2, 3, 4]
@@ -101,7 +101,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint(resume: str, tmp_path: Path) -
     assert sorted(table.stem for table in directory.completions.iterdir())[-1] == "step_000004"
 
 
-def test_until_the_run_goes_on_the_directory_tells_of_the_run_before(tmp_path: Path) -> None:
+def test_until_the_run_continues_the_directory_tells_of_the_run_before(tmp_path: Path) -> None:
     a_run(tmp_path / "run", iterations=6, checkpoints=(2, 4))
     files = [tmp_path / "run" / name for name in ("config.yaml", "metrics.jsonl")]
     before = [file.read_text() for file in files]
@@ -111,7 +111,7 @@ def test_until_the_run_goes_on_the_directory_tells_of_the_run_before(tmp_path: P
 
     assert [file.read_text() for file in files] == before
     assert len(list((tmp_path / "run" / "completions").iterdir())) == 6
-    config = PPOConfig.from_yaml(take_up(run).config)
+    config = PPOConfig.from_yaml(adopted(run).config)
     assert config.settings.learners.num_learners == 16
 
 
@@ -142,12 +142,12 @@ def test_a_start_that_failed_leaves_the_folder_to_the_next_one(
     # With other settings too: those may have been the reason.
     again = start(config_of(working_dir / "run", **settings).training(lr=0.5))
 
-    assert (again.goes_on, again.checkpoint, again.directory) == (False, None, first.directory)
+    assert (again.resumes, again.checkpoint, again.directory) == (False, None, first.directory)
     assert PPOConfig.from_yaml(again.directory.config).settings.training.lr == 0.5
 
 
 @pytest.mark.parametrize("path", [None, "all"])
-def test_a_run_that_ended_between_its_first_checkpoint_and_its_first_report_goes_on(
+def test_a_run_that_ended_between_its_first_checkpoint_and_its_first_report_continues(
     path: str | None, working_dir: Path
 ) -> None:
     save(start(config_of(working_dir / "run", path=path, interval=1)), 1)
@@ -165,7 +165,7 @@ def test_a_job_that_ended_before_its_first_checkpoint_begins_again_and_loses_not
 
     with caplog.at_level(logging.WARNING):
         run = start(config_of(tmp_path / "run", resume="same", interval=2))
-        directory = take_up(run)
+        directory = adopted(run)
 
     assert run.checkpoint is None
     assert not directory.metrics.exists()
@@ -176,7 +176,7 @@ def test_a_job_that_ended_before_its_first_checkpoint_begins_again_and_loses_not
     assert f"no complete checkpoint in {tmp_path}/run/checkpoints; the run begins again" in caplog.text
     assert f"what it had reported is in {aside}" in caplog.text
     report(directory, 1)
-    take_up(start(config_of(tmp_path / "run", resume="same", interval=2)))
+    adopted(start(config_of(tmp_path / "run", resume="same", interval=2)))
     assert (tmp_path / "run" / "before-2" / "metrics.jsonl").exists()
 
 
@@ -187,7 +187,7 @@ def test_a_run_whose_checkpoints_are_lost_does_not_begin_again_by_itself(tmp_pat
     with pytest.raises(ConfigError, match="it reported 4 iterations, and there is no complete checkpoint") as caught:
         start(config_of(tmp_path / "run", resume="same", interval=2))
 
-    assert f"of it in {tmp_path}/run/checkpoints to go on from" in str(caught.value)
+    assert f"of it in {tmp_path}/run/checkpoints to resume from" in str(caught.value)
 
 
 @pytest.mark.parametrize("iterations", [1, 3])
@@ -208,7 +208,7 @@ def test_a_run_that_reported_nothing_begins_again(resume: str, tmp_path: Path) -
     run = start(config_of(tmp_path / "run", resume=resume))
 
     assert run.checkpoint is None
-    take_up(run)
+    adopted(run)
     assert not (tmp_path / "run" / "before-1").exists()
 
 
@@ -216,7 +216,7 @@ def test_a_run_that_reported_nothing_begins_again(resume: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("kept", "interval"), [(True, 1), (False, 0)])
-def test_a_run_of_an_earlier_version_goes_on(kept: bool, interval: int, tmp_path: Path) -> None:
+def test_a_run_of_an_earlier_version_continues(kept: bool, interval: int, tmp_path: Path) -> None:
     run = a_run(tmp_path / "run", iterations=3, checkpoints=(2,))
     settings = yaml.safe_load(run.directory.config.read_text())
     # Its folder names a setting that is gone, and not those that have come.
@@ -246,7 +246,7 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     assert f"rollouts.group_size is {usual.rollouts.group_size} there and 16 here; training.lr is" in str(caught.value)
     assert "3e-06 here. Choose another folder" in str(caught.value)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count("\n") == 3, "nothing is lost"
-    take_up(start(config.checkpointing(resume="any")))
+    adopted(start(config.checkpointing(resume="any")))
     assert PPOConfig.from_yaml(tmp_path / "run" / "config.yaml").settings.training.lr == 3e-6
 
 
@@ -335,7 +335,7 @@ def test_a_renamed_run_finds_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", [None, "all"])
-def test_a_run_from_before_runs_had_ids_goes_on(path: str | None, tmp_path: Path, working_dir: Path) -> None:
+def test_a_run_from_before_runs_had_ids_continues(path: str | None, tmp_path: Path, working_dir: Path) -> None:
     config = config_of(tmp_path / "run", path=path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(resolved_yaml(config))
@@ -351,7 +351,7 @@ def test_a_run_from_before_runs_had_ids_goes_on(path: str | None, tmp_path: Path
     save(run, 6)
     assert run.store.newest() == run.store.of_iteration(6)
     run.store.prune(keep=1, keep_best=1, highest_is_best=True)
-    # In a place that other runs may write to, nobody knows whose that is.
+    # In a place that other runs may write to, it is not known whose that is.
     left = ["iteration_000006"] if path is None else ["iteration_000004", "iteration_000006"]
     assert names_of_checkpoints(folder) == left
 
@@ -389,10 +389,10 @@ def test_a_place_that_cannot_be_written_is_found_before_the_run(path: str, worki
 
 @pytest.mark.parametrize("resume", ["same", "any"])
 def test_a_second_driver_is_kept_out(resume: str, tmp_path: Path) -> None:
-    first = open_run(config_of(tmp_path / "run"), algorithm="ppo")
+    first = open_run(config_of(tmp_path / "run"))
 
     with pytest.raises(ConfigError, match="is writing this run: stop it first"):
-        open_run(config_of(tmp_path / "run", resume=resume), algorithm="ppo")
+        open_run(config_of(tmp_path / "run", resume=resume))
 
     first.lock.release()
     start(config_of(tmp_path / "run", resume=resume))
@@ -401,23 +401,23 @@ def test_a_second_driver_is_kept_out(resume: str, tmp_path: Path) -> None:
 def test_a_start_that_fails_lets_the_next_one_in(tmp_path: Path) -> None:
     a_run(tmp_path / "run", iterations=3, checkpoints=(2,))
     with pytest.raises(ConfigError, match="other settings"):
-        open_run(config_of(tmp_path / "run", resume="same").training(lr=3e-6), algorithm="ppo")
+        open_run(config_of(tmp_path / "run", resume="same").training(lr=3e-6))
 
     RunLock.take(tmp_path / "run").release()
 
 
-def test_a_trial_goes_on_in_its_folder(tmp_path: Path) -> None:
+def test_a_trial_continues_in_its_folder(tmp_path: Path) -> None:
     config = config_of(tmp_path / "PPO_1", path=str(tmp_path / "all" / "PPO_1"))
-    first = open_trial_run(config, algorithm="ppo")
+    first = open_trial_run(config)
     first.lock.release()
     assert (first.has_history, first.store.folder.local) == (False, tmp_path / "all" / "PPO_1")
     report(first.directory, 3)
 
-    again = open_trial_run(config.copy().training(lr=0.5), algorithm="ppo")
+    again = open_trial_run(config.copy().training(lr=0.5))
     again.lock.release()
 
     assert again.has_history
     assert again.store == first.store
-    again.take_up(2)
+    again.adopt_run(2)
     assert again.directory.last_iteration() == 2
     assert PPOConfig.from_yaml(again.directory.config).settings.training.lr == 0.5

@@ -17,7 +17,7 @@ from rlhf_ray.doctor.child import ChildFailure
 def vllm(monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
     """The build of vLLM, whatever is installed here: one entry; it fits the test."""
     build: list[str | None] = [None]
-    monkeypatch.setattr("rlhf_ray.algorithm.ray_session.vllm_build", lambda: build[0])
+    monkeypatch.setattr("rlhf_ray.algorithm.run_plan.vllm_build", lambda: build[0])
     return build
 
 
@@ -30,7 +30,7 @@ def test_what_ray_has_is_told() -> None:
     check = judged(Settings())
     assert check.status == "ok"
     assert "8 CPUs, 0 GPUs, 4.0 GiB object store" in check.detail
-    assert "1 a replica" in check.detail
+    assert "1 per replica" in check.detail
 
 
 @pytest.mark.parametrize(

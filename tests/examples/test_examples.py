@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 
 from rlhf_ray import ConfigError, PPOConfig, cli
@@ -101,7 +102,7 @@ def test_the_file_is_valid_as_it_is_and_uses_the_critic() -> None:
 
 
 def test_two_overrides_make_it_a_local_run_that_asks_no_hub(model: Path, problems: Path, no_hub: None) -> None:
-    from rlhf_ray.algorithm.assembly import check_inputs, evaluator
+    from rlhf_ray.algorithm.inputs import check_inputs, evaluator
 
     config = cli.load_config(str(YAML), [f"data.path={problems}", f"model.path={model}"]).validate()
     inputs = check_inputs(config.settings)
@@ -111,7 +112,7 @@ def test_two_overrides_make_it_a_local_run_that_asks_no_hub(model: Path, problem
 
 
 def test_a_local_test_set_can_be_measured_on_the_way(model: Path, problems: Path, no_hub: None) -> None:
-    from rlhf_ray.algorithm.assembly import check_inputs
+    from rlhf_ray.algorithm.inputs import check_inputs
 
     overrides = [f"data.path={problems}", f"data.eval_path={problems}", f"model.path={model}", "evaluation.interval=10"]
     config = cli.load_config(str(YAML), overrides).validate()
@@ -402,3 +403,42 @@ def test_the_sweep_prints_a_table_and_draws_a_plot(
         "best run: /sweep/0.001",
     ]
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- custom_training_step.py ------------------------------------------------------------------------------------------
+
+
+def test_a_custom_step_trains_on_rewards_less_the_cost_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory
+
+    module = example("custom_training_step")
+    trajectories = tuple(
+        Trajectory.single_turn(
+            token_ids=np.zeros(length, dtype=np.int32),
+            sampling_logprobs=np.zeros(length, dtype=np.float32),
+            version_spans=(),
+            asked_version=0,
+            finish_reason="stop",
+        )
+        for length in (1, 3)
+    )
+    prompt = Prompt(prompt_id=0, token_ids=np.zeros(1, dtype=np.int32), text="")
+    group = RolloutGroup(group_id=0, prompt=prompt, trajectories=trajectories, replica_id="r")
+    rewards = np.asarray([1.0, 0.0], dtype=np.float32)
+    scored = ScoredGroup(group=group, rewards=rewards, rewards_by_function={}, texts=("", ""), reward_s=0.0)
+    trained: list[Any] = []
+    answers = {
+        "collect": lambda self: SimpleNamespace(groups=(scored,)),
+        "make_batch": lambda self, groups: groups,
+        "update": lambda self, groups: trained.append(groups[0].rewards.tolist()),
+        "publish": lambda self: None,
+        "result": lambda self: {"timers": {}},
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(module.BriefPPO, name, answer)
+
+    result = object.__new__(module.BriefPPO).training_step()
+
+    assert trained == [pytest.approx([0.98, -0.06])]
+    assert result == {"timers": {}, "brief": {"cost_mean": pytest.approx(0.04)}}
+    assert rewards.tolist() == [1.0, 0.0]

@@ -27,7 +27,7 @@ from rlhf_ray.checkpoints.checkpoint import Checkpoint
 from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.config import plugins
 from rlhf_ray.reporting.metrics import flatten, metric_for
-from rlhf_ray.rollouts.engine import LoadReport
+from rlhf_ray.types import LoadReport
 
 pytestmark = pytest.mark.engine
 

@@ -36,6 +36,11 @@ def test_rewards_of_ones_own(tmp_path: Path) -> None:
     assert "right on held-out sums: 47" in printed
 
 
+def test_a_training_step_of_ones_own(tmp_path: Path) -> None:
+    printed = run(tmp_path, "custom_training_step.py", "training.iterations=2", "data.batch_size=16")
+    assert printed.count("tokens per completion, which cost 0.") == 2
+
+
 def test_a_reward_model_that_the_example_trains(tmp_path: Path) -> None:
     printed = run(tmp_path, "ppo_reward_model.py", "training.iterations=2", "data.batch_size=16")
     assert printed.count("   correct ") == 2

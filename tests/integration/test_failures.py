@@ -84,7 +84,7 @@ def test_a_state_that_is_lost_with_the_only_replica_sends_the_run_back(
     run: Algorithm, send: Send, phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = run.train()
-    run._writer.settle()
+    run._checkpoints.settle()
     parts = run._running()
     restarts = parts.learners.restarts
     holder, name = {

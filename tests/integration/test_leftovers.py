@@ -14,7 +14,7 @@ import pytest
 import ray
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.algorithm import assembly
+from rlhf_ray.algorithm import start
 from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.remote.group import LearnerGroup
@@ -60,8 +60,8 @@ def broken(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("part", "method"),
     [
-        (assembly, "_rollout_app"),
-        (assembly, "RewardPool"),
+        (start, "_rollout_app"),
+        (start, "RewardPool"),
         (PromptStream, "open"),
         (RewardPool, "start"),
         (RolloutApp, "wait_ready"),

@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,13 @@ import torch.distributed as dist
 from model_families import tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_ray.config.settings import EvaluationSettings, ModelSettings, RolloutSettings
+from rlhf_ray.config.settings import DataSettings, RolloutSettings, Settings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.rollouts.engine import RolloutEngine
 from rlhf_ray.rollouts.engine_spec import engine_spec
-from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, ScoredGroup
+from rlhf_ray.types import Device, Prompt, RolloutGroup, SamplingSettings, ScoredGroup
 from rlhf_ray.weight_sync.manifest import WeightManifest
 
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1", "OMP_NUM_THREADS": "1"}
@@ -101,19 +102,15 @@ async def sampled(engine: RolloutEngine, version: int) -> SequenceBatch:
 async def iterate(folder: Path) -> dict[str, Any]:
     """Sample, update policy and critic, publish; twice."""
     path = str(folder / "policy")
+    rollouts = RolloutSettings(max_new_tokens=8, group_size=GROUP, weight_transfer="shared_memory")
     spec = engine_spec(
-        ModelSettings(),
-        RolloutSettings(max_new_tokens=8, group_size=GROUP, weight_transfer="shared_memory"),
-        EvaluationSettings(),
+        replace(Settings(), rollouts=rollouts, data=DataSettings(batch_size=len(PROMPTS))),
+        Device(on_gpu=False, learners_on_gpu=False, colocated=False, dtype="float32"),
         model_path=path,
         tokenizer_path=path,
         config=AutoConfig.from_pretrained(path),
+        eos_token_ids=(),
         prompt_tokens=8,
-        groups_in_flight=len(PROMPTS),
-        seed=0,
-        on_gpu=False,
-        learners_on_gpu=False,
-        dtype="float32",
     )
     os.environ |= spec.env | {"VLLM_LOGGING_LEVEL": "ERROR"}
     engine = RolloutEngine(spec)

@@ -2,16 +2,29 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from rlhf_ray.config.settings import DataSettings, RolloutSettings, Settings
-from rlhf_ray.rollouts.admission import GroupLedger, admission_capacity, max_concurrent_groups
+from rlhf_ray.rollouts.admission import FlowRules, GroupLedger, max_concurrent_groups
 
 
 def ledger(**given: Any) -> GroupLedger[int]:
-    return GroupLedger(**{"batch_size": 2, "max_staleness": 1, "max_concurrent": 99} | given)
+    """A ledger of two groups per update, which may lag one version behind, unless it is given otherwise."""
+    rules = FlowRules(
+        batch_size=2,
+        max_staleness=1,
+        max_concurrent=99,
+        max_failures=0,
+        max_equal_groups=None,
+        partial_rollouts=False,
+        greedy_baseline=False,
+        stall_timeout_s=1.0,
+        seed=0,
+    )
+    return GroupLedger(replace(rules, **given))
 
 
 def fill(groups: GroupLedger[int]) -> list[int]:
@@ -43,16 +56,13 @@ def fill(groups: GroupLedger[int]) -> list[int]:
 def test_capacity_by_hand(
     staleness: int, version: int, max_concurrent: int, running: int, accepted: int, capacity: int
 ) -> None:
-    found = admission_capacity(
-        batch_size=4,
-        max_staleness=staleness,
-        version=version,
-        max_concurrent=max_concurrent,
-        running=running,
-        accepted=accepted,
-    )
+    groups = ledger(batch_size=4, max_staleness=staleness, max_concurrent=max_concurrent)
+    groups.restart(version)
+    groups._accepted = accepted
+    for _ in range(running):
+        groups.admit()
 
-    assert found == capacity
+    assert groups.capacity() == capacity
 
 
 @pytest.mark.parametrize(("staleness", "given", "wanted"), [(0, None, 8), (2, None, 24), (2, 5, 5)])
@@ -76,7 +86,7 @@ def test_synchronous_batches_are_whole() -> None:
     assert groups.capacity() == 0, "the next ones belong to the next version"
 
 
-def test_whoever_is_ready_goes_first_while_there_is_time() -> None:
+def test_groups_that_are_ready_go_first_while_there_is_time() -> None:
     groups = ledger()
     *_, third, fourth = fill(groups)
     groups.accept(third, 3)
@@ -128,7 +138,7 @@ def test_stragglers_that_would_not_fit_the_batches_left_are_waited_for_earlier()
 
 
 def test_a_straggler_is_carried_over_its_last_version_where_that_is_allowed() -> None:
-    groups = ledger(carries=True)
+    groups = ledger(partial_rollouts=True)
     slow, *others = fill(groups)
     for ticket in others:
         groups.accept(ticket, ticket)
@@ -162,7 +172,7 @@ def straggler_of(groups: GroupLedger[int]) -> int:
 
 def test_one_that_only_waits_for_its_reward_is_waited_for() -> None:
     """It gets no newer tokens: all that it has would be too old."""
-    groups = ledger(carries=True)
+    groups = ledger(partial_rollouts=True)
     slow = straggler_of(groups)
     groups.written(slow)
     assert groups.batch(1) is None
@@ -173,7 +183,7 @@ def test_one_that_only_waits_for_its_reward_is_waited_for() -> None:
 
 
 def test_a_group_that_is_carried_and_then_rejected_gives_its_room_back() -> None:
-    groups = ledger(carries=True)
+    groups = ledger(partial_rollouts=True)
     slow = straggler_of(groups)
     groups.batch(1)
     assert (groups.carried, groups.capacity()) == (1, 0)
@@ -184,7 +194,7 @@ def test_a_group_that_is_carried_and_then_rejected_gives_its_room_back() -> None
 
 def test_no_more_are_carried_than_have_to_be() -> None:
     """Three of version 0 are late in version 1; in their last one, one of them can still be in the next batch."""
-    groups = ledger(batch_size=3, carries=True)
+    groups = ledger(batch_size=3, partial_rollouts=True)
     first = fill(groups)
     for ticket in first[3:]:
         groups.accept(ticket, ticket)
@@ -230,7 +240,7 @@ class Schedule:
             batch_size=self.batch_size,
             max_staleness=staleness,
             max_concurrent=max_concurrent or self.rng.choice([1, 3, 10, 1000]),
-            carries=carries,
+            partial_rollouts=carries,
         )
         self.staleness = staleness
         self.version = 0

@@ -10,19 +10,20 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
-from rlhf_ray.prompts import PromptPosition, PromptStream
-from rlhf_ray.rollouts import controller as controller_module
+from rlhf_ray.prompts import PromptPosition
 from rlhf_ray.rollouts import controller as thread_module
-from rlhf_ray.rollouts import flow as module
+from rlhf_ray.rollouts import rollouter as module
+from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.flow import RolloutFlow
+from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
 from rlhf_ray.rollouts.seeds import group_seed
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
@@ -122,23 +123,32 @@ def make() -> Iterator[Callable[..., RolloutController]]:
     started: list[RolloutController] = []
 
     def build(replicas: Replicas, rewards: Rewards | None = None, **overrides: Any) -> RolloutController:
-        arguments: dict[str, Any] = {
-            "prompts": endless(),
-            "sampling": SAMPLING,
+        while_waiting = overrides.pop("while_waiting", lambda: None)
+        prompts = overrides.pop("prompts", endless())
+        engine = Engine(
+            generate=replicas.generate,
+            sampling=overrides.pop("sampling", SAMPLING),
+            max_retries=overrides.pop("max_retries", 2),
+            timeout_s=overrides.pop("timeout_s", 10.0),
+        )
+        rules: dict[str, Any] = {
             "batch_size": 4,
             "max_staleness": 0,
             "max_concurrent": 4,
-            "max_retries": 2,
             "max_failures": 4,
             "max_equal_groups": None,
             "partial_rollouts": False,
             "greedy_baseline": False,
-            "timeout_s": 10.0,
             "stall_timeout_s": 10.0,
             "seed": 5,
         }
-        while_waiting = overrides.pop("while_waiting", lambda: None)
-        flow = RolloutFlow(generate=replicas.generate, scorer=rewards or Rewards(), **arguments | overrides)
+        flow = RolloutFlow(
+            rollouter=SingleTurn(),
+            engine=engine,
+            scorer=rewards or Rewards(),
+            prompts=prompts,
+            rules=FlowRules(**rules | overrides),
+        )
         started.append(RolloutController(flow, while_waiting=while_waiting))
         return started[-1]
 
@@ -159,7 +169,7 @@ def ids(groups: Iterable[ScoredGroup | RewardFailure]) -> list[int]:
 # Collecting a batch.
 
 
-def test_groups_come_in_the_order_of_their_prompts_whoever_is_first(make: Callable[..., RolloutController]) -> None:
+def test_groups_come_in_the_order_of_their_prompts(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={0: 0.05, 1: 0.03, 2: 0.01})
 
     collected = make(replicas).collect(0)
@@ -426,7 +436,7 @@ def test_stop_cancels_what_is_in_flight_and_may_be_called_again(make: Callable[.
 def test_a_wait_for_completions_is_ended_by_what_is_called_meanwhile(
     make: Callable[..., RolloutController], evaluates: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(controller_module, "_CHECK_S", 0.01)
+    monkeypatch.setattr(thread_module, "_CHECK_S", 0.01)
     calls: list[int] = []
 
     def attend() -> None:
@@ -545,7 +555,7 @@ def test_groups_of_equal_rewards_are_replaced_by_the_next_prompts(
 
     first, second = controller.collect(0), controller.collect(1)
 
-    assert ids(first.groups) == [1, 4, 6, 7], "the first four that differ, whoever is first"
+    assert ids(first.groups) == [1, 4, 6, 7], "the first four that differ, in whatever order they end"
     assert first.equal_reward_groups == 4
     assert first.failures == Counter()
     assert ids(second.groups) == [8, 10, 11, 12]
@@ -711,7 +721,7 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.002)
 
 
-def test_groups_are_sent_while_nobody_collects(make: Callable[..., RolloutController]) -> None:
+def test_groups_are_sent_between_collects(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={5: FOREVER_S})
     controller = make(replicas, max_staleness=2, max_concurrent=3)
 
@@ -788,7 +798,7 @@ def test_a_version_that_is_published_after_an_error_counts(make: Callable[..., R
     assert {version for _, _, _, version in replicas.calls[8:]} == {1}
 
 
-def test_a_failed_group_is_replaced_while_nobody_collects(make: Callable[..., RolloutController]) -> None:
+def test_a_failed_group_is_replaced_between_collects(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={6: 0.05, 7: 0.05, 8: 0.05})
     controller = make(replicas, Rewards(failing=[7]), max_staleness=1, max_concurrent=99)
 
@@ -800,7 +810,7 @@ def test_a_failed_group_is_replaced_while_nobody_collects(make: Callable[..., Ro
     assert second.failures == Counter(raised=1), "counted for the batch that was due"
 
 
-def test_an_error_that_nobody_waited_for_is_raised_by_the_next_collect(make: Callable[..., RolloutController]) -> None:
+def test_an_error_between_collects_is_raised_by_the_next_one(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas(delays_s={6: 0.02}, errors={6: [ValueError("a bug")]})
     controller = make(replicas, max_staleness=1, max_concurrent=99)
     controller.collect(0)
@@ -899,7 +909,7 @@ def test_a_batch_is_given_again_where_what_followed_failed(make: Callable[..., R
     assert ids(controller.collect(1).groups) == [4, 5, 6, 7]
 
 
-def test_a_version_that_is_published_is_sampled_before_anybody_collects(make: Callable[..., RolloutController]) -> None:
+def test_a_published_version_is_sampled_before_it_is_collected(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas()
     controller = make(replicas, max_staleness=1, max_concurrent=99)
     controller.collect(0)
@@ -910,7 +920,7 @@ def test_a_version_that_is_published_is_sampled_before_anybody_collects(make: Ca
     assert {version for p, _, _, version in replicas.calls if p.prompt_id >= 8} == {1}
 
 
-def test_a_synchronous_run_samples_nothing_before_somebody_collects(make: Callable[..., RolloutController]) -> None:
+def test_a_synchronous_run_samples_nothing_before_a_collect(make: Callable[..., RolloutController]) -> None:
     replicas = Replicas()
     controller = make(replicas)
     controller.collect(0)
@@ -946,7 +956,7 @@ def test_a_stream_that_ends_says_so(make: Callable[..., RolloutController]) -> N
 
 
 def test_a_batch_that_nothing_will_complete_is_not_waited_for(make: Callable[..., RolloutController]) -> None:
-    """Nobody gets here who does not lose a batch; whoever does must not hang."""
+    """Only a defect that loses a batch leads here; it must not hang."""
     controller = make(Replicas())
     controller.collect(0)
     controller._flow._last = None
@@ -988,7 +998,7 @@ def test_a_thread_that_hangs_in_the_prompts_is_left_behind(
     assert "groups in flight: stopping failed (TimeoutError" in caplog.text
 
 
-# Where a run goes on that stops now.
+# Where a run that stops now resumes.
 
 
 class Stream(Iterator[Prompt]):
@@ -1008,24 +1018,18 @@ class Stream(Iterator[Prompt]):
         return replace(self._position, unfinished=tuple(self._unfinished))
 
 
-def position_of(controller: RolloutController, stream: Stream, version: int) -> PromptPosition:
-    return controller.prompt_position(cast(PromptStream, stream), version)
-
-
 def test_where_nothing_is_stale_nothing_is_unfinished_after_an_update(make: Callable[..., RolloutController]) -> None:
     stream = Stream()
     controller = make(Replicas(), prompts=stream)
     controller.collect(0)
 
-    assert position_of(controller, stream, 1) == PromptPosition(row=4)
+    assert controller.prompt_position(1) == PromptPosition(row=4)
     # An update that failed has to be done again.
-    assert position_of(controller, stream, 0) == PromptPosition(row=4, unfinished=(0, 1, 2, 3))
+    assert controller.prompt_position(0) == PromptPosition(row=4, unfinished=(0, 1, 2, 3))
 
 
 @pytest.mark.parametrize("stopped_after", [1, 2, 3])
-def test_a_run_that_goes_on_trains_on_every_prompt_once(
-    stopped_after: int, make: Callable[..., RolloutController]
-) -> None:
+def test_a_resumed_run_trains_on_every_prompt_once(stopped_after: int, make: Callable[..., RolloutController]) -> None:
     """Some groups are in flight at the end, some wait for their update, and some rewards failed."""
     stream, rewards = Stream(), Rewards(failing=[2, 9, 17])
     slow = {number: 0.03 * (number % 4) for number in range(100)}
@@ -1035,7 +1039,7 @@ def test_a_run_that_goes_on_trains_on_every_prompt_once(
     for version in range(stopped_after):
         trained += ids(controller.collect(version).groups)
         controller.published(version + 1)
-    position = position_of(controller, stream, stopped_after)
+    position = controller.prompt_position(stopped_after)
     controller.stop()
     assert len(position.unfinished) >= 4
     assert not set(position.unfinished) & set(trained)
@@ -1047,6 +1051,6 @@ def test_a_run_that_goes_on_trains_on_every_prompt_once(
         trained += ids(other.collect(version).groups)
         other.published(version + 1)
 
-    left = position_of(other, again, stopped_after + 12)
+    left = other.prompt_position(stopped_after + 12)
     assert len(trained) == len(set(trained)) == 4 * (stopped_after + 12)
     assert {*trained, *left.unfinished, *rewards.failed()} == set(range(left.row))

@@ -10,11 +10,18 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from rlhf_ray.config.settings import EvaluationSettings, ModelSettings, QuantizationName, RolloutSettings
+from rlhf_ray.config.settings import (
+    DebuggingSettings,
+    EvaluationSettings,
+    QuantizationName,
+    RolloutSettings,
+    Settings,
+)
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models import hub
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.engine_spec import engine_spec, eos_token_ids, max_prompt_tokens, weight_transfer
+from rlhf_ray.types import Device
 
 CONFIG = Qwen2Config(
     vocab_size=64,
@@ -25,7 +32,7 @@ CONFIG = Qwen2Config(
     max_position_embeddings=128,
     eos_token_id=7,
 )
-# A folder, so that nobody asks a hub; it has no generation_config.json.
+# A folder, so that no hub is asked; it has no generation_config.json.
 MODEL = str(Path(__file__).parent)
 # Keys and values of 2 layers, 2 heads of size 8, in float32.
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 4
@@ -38,19 +45,32 @@ def spec_of(
     *,
     config: Qwen2Config = CONFIG,
     on_gpu: bool = False,
+    learners_on_gpu: bool | None = None,
+    colocated: bool = False,
+    dtype: str | None = None,
+    groups: int = 8,
     **overrides: Any,
 ) -> EngineSpec:
+    """The spec of a run whose replicas have that many groups in flight."""
+    settings = replace(
+        Settings(),
+        rollouts=replace(rollouts, max_concurrent_groups=groups),
+        evaluation=evaluation,
+        debugging=DebuggingSettings(seed=3),
+    )
+    device = Device(
+        on_gpu=on_gpu,
+        learners_on_gpu=on_gpu if learners_on_gpu is None else learners_on_gpu,
+        colocated=colocated,
+        dtype=dtype or ("bfloat16" if on_gpu else "float32"),
+    )
     arguments: dict[str, Any] = {
         "model_path": MODEL,
         "tokenizer_path": MODEL,
         "eos_token_ids": (7,),
         "prompt_tokens": 20,
-        "groups_in_flight": 8,
-        "seed": 3,
-        "learners_on_gpu": on_gpu,
-        "dtype": "bfloat16" if on_gpu else "float32",
     }
-    return engine_spec(ModelSettings(), rollouts, evaluation, config=config, on_gpu=on_gpu, **arguments | overrides)
+    return engine_spec(settings, device, config=config, **arguments | overrides)
 
 
 # Lengths.
@@ -242,7 +262,7 @@ def test_each_replica_has_room_for_its_part_of_the_groups(
 ) -> None:
     rollouts = RolloutSettings(num_replicas=replicas, group_size=group_size)
 
-    assert spec_of(rollouts, groups_in_flight=groups).engine_args["max_num_seqs"] == sequences
+    assert spec_of(rollouts, groups=groups).engine_args["max_num_seqs"] == sequences
 
 
 def test_a_cpu_engine() -> None:
@@ -324,7 +344,6 @@ def test_an_engine_over_several_gpus_runs_its_workers_on_ray() -> None:
     ],
 )
 def test_weight_transfer(setting: Any, on_gpu: bool, learners_on_gpu: bool, colocated: bool, resolved: str) -> None:
-    assert weight_transfer(setting, between_gpus=on_gpu and learners_on_gpu, colocated=colocated) == resolved
     spec = spec_of(
         RolloutSettings(weight_transfer=setting), on_gpu=on_gpu, learners_on_gpu=learners_on_gpu, colocated=colocated
     )
@@ -342,8 +361,9 @@ def test_weight_transfer(setting: Any, on_gpu: bool, learners_on_gpu: bool, colo
     ],
 )
 def test_a_transfer_that_cannot_work_is_refused(setting: str, between_gpus: bool, colocated: bool, remedy: str) -> None:
+    device = Device(on_gpu=between_gpus, learners_on_gpu=between_gpus, colocated=colocated, dtype="float32")
     with pytest.raises(ConfigError, match=remedy) as caught:
-        weight_transfer(setting, between_gpus=between_gpus, colocated=colocated)
+        weight_transfer(setting, device)
     assert caught.value.field == "rollouts.weight_transfer"
 
 
@@ -392,7 +412,7 @@ def test_cache_holds_all_sequences_in_flight_and_a_quarter_more() -> None:
 def test_cache_is_never_less_than_two_longest_sequences() -> None:
     rollouts = RolloutSettings(group_size=1, max_new_tokens=12)
 
-    assert cache_bytes(rollouts, groups_in_flight=1) == 2 * (32 + 256) * TOKEN_BYTES
+    assert cache_bytes(rollouts, groups=1) == 2 * (32 + 256) * TOKEN_BYTES
 
 
 def test_cache_is_bounded() -> None:
@@ -426,7 +446,7 @@ def test_a_config_without_grouped_heads_counts_all_of_them() -> None:
     rollouts = RolloutSettings(group_size=1, max_new_tokens=12)
 
     # 4 heads of 8 instead of 2.
-    found = spec_of(rollouts, config=config, groups_in_flight=1)
+    found = spec_of(rollouts, config=config, groups=1)
     assert found.engine_args["kv_cache_memory_bytes"] == 2 * (32 + 256) * 2 * TOKEN_BYTES
 
 

@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 
+from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.flow import RolloutFlow
+from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -103,21 +105,26 @@ class RandomRun:
 
     async def finish(self) -> None:
         self.flow = RolloutFlow(
-            generate=self.generate,
+            rollouter=SingleTurn(),
+            engine=Engine(
+                generate=self.generate,
+                sampling=SamplingSettings(group_size=2, max_new_tokens=1, temperature=1.0),
+                max_retries=1000,
+                timeout_s=1e9,
+            ),
             scorer=self,
             prompts=self.prompts(),
-            sampling=SamplingSettings(group_size=2, max_new_tokens=1, temperature=1.0),
-            batch_size=self.batch_size,
-            max_staleness=self.staleness,
-            max_concurrent=self.max_concurrent,
-            max_retries=1000,
-            max_failures=1000,
-            max_equal_groups=1000 if self.equal else None,
-            partial_rollouts=self.partial,
-            greedy_baseline=False,
-            timeout_s=1e9,
-            stall_timeout_s=1e9,
-            seed=0,
+            rules=FlowRules(
+                batch_size=self.batch_size,
+                max_staleness=self.staleness,
+                max_concurrent=self.max_concurrent,
+                max_failures=1000,
+                max_equal_groups=1000 if self.equal else None,
+                partial_rollouts=self.partial,
+                greedy_baseline=False,
+                stall_timeout_s=1e9,
+                seed=0,
+            ),
         )
         loop = asyncio.get_running_loop()
         publication: asyncio.Future[None] = loop.create_future()
@@ -214,7 +221,7 @@ def test_errors_that_end_a_batch_and_are_survived(staleness: int, seed: int, fin
 
 @pytest.mark.parametrize("staleness", [0, 2])
 @pytest.mark.parametrize("seed", range(25))
-def test_whoever_collects_may_give_up_and_call_again(staleness: int, seed: int, finished: Any) -> None:
+def test_an_interrupted_collect_may_be_called_again(staleness: int, seed: int, finished: Any) -> None:
     finished(RandomRun(seed, staleness, interrupts=True))
 
 

@@ -14,7 +14,7 @@ pytest.importorskip("vllm")
 
 from vllm.distributed.weight_transfer import ipc_engine, packed_tensor
 
-from rlhf_ray.rollouts.engine import LoadReport
+from rlhf_ray.types import LoadReport
 from rlhf_ray.weight_sync import ipc as module
 from rlhf_ray.weight_sync.ipc import IpcSender
 from rlhf_ray.weight_sync.manifest import joined_names

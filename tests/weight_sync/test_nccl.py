@@ -14,7 +14,7 @@ from ray.exceptions import RayActorError
 
 pytest.importorskip("vllm")
 
-from rlhf_ray.rollouts.engine import LoadReport
+from rlhf_ray.types import LoadReport
 from rlhf_ray.weight_sync import nccl as module
 from rlhf_ray.weight_sync.nccl import NcclSender, ReplicaClient, ShardedSource, rank_offsets
 from rlhf_ray.weight_sync.replica_lost import ReplicaLostError

@@ -9,7 +9,7 @@ import pytest
 from ray.exceptions import ActorDiedError, OwnerDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import WeightSyncError
-from rlhf_ray.rollouts.engine import LoadReport
+from rlhf_ray.types import LoadReport
 from rlhf_ray.weight_sync.manifest import BucketLayout, WeightManifest
 from rlhf_ray.weight_sync.publisher import DirectPublisher, ObjectStorePublisher, checked_pause
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from rlhf_ray.config.settings import EvaluationSettings, ModelSettings, RolloutSettings
+from rlhf_ray.config.settings import DataSettings, RolloutSettings, Settings
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine
 from rlhf_ray.rollouts.engine_spec import engine_spec
-from rlhf_ray.types import Prompt, SamplingSettings, Trajectory
+from rlhf_ray.types import Device, Prompt, SamplingSettings, Trajectory
 from rlhf_ray.weight_sync.buckets import ByteArray, gather_buckets
 from rlhf_ray.weight_sync.manifest import WeightManifest, joined_names
 
@@ -119,19 +120,13 @@ def test_a_quantized_engine_rounds_the_weights_that_it_is_given(
 def spec_of(path: str, rollouts: RolloutSettings) -> EngineSpec:
     config = AutoConfig.from_pretrained(path)
     return engine_spec(
-        ModelSettings(),
-        rollouts,
-        EvaluationSettings(),
-        config=config,
-        eos_token_ids=(config.eos_token_id,),
-        on_gpu=False,
-        learners_on_gpu=False,
+        replace(Settings(), rollouts=rollouts, data=DataSettings(batch_size=1)),
+        Device(on_gpu=False, learners_on_gpu=False, colocated=False, dtype="float32"),
         model_path=path,
         tokenizer_path=path,
+        config=config,
+        eos_token_ids=(config.eos_token_id,),
         prompt_tokens=8,
-        groups_in_flight=1,
-        seed=0,
-        dtype="float32",
     )
 
 

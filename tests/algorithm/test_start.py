@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.algorithm import assembly as module
-from rlhf_ray.algorithm.assembly import Parts, learner_spec, start_parts
+from rlhf_ray.algorithm import start as module
+from rlhf_ray.algorithm.run_plan import choose_device, learner_spec
+from rlhf_ray.algorithm.start import Parts, start_parts
 from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError, RolloutError
+from rlhf_ray.rollouts.rollouter import SingleTurn
+from rlhf_ray.types import Device
 
 ENDS = ["publications", "controller", "prompts", "rewards", "app", "learners", "session"]
 
@@ -101,14 +104,16 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
     inputs: Any = SimpleNamespace(
         prompts=parts["prompts"], tokenizer_path="", advantage=SimpleNamespace(needs_greedy_rewards=False)
     )
-    session: Any = SimpleNamespace(
-        lease=None, shares=SimpleNamespace(reward_worker=0.1), on_gpu=False, learners_on_gpu=False, colocated=False
+    session: Any = SimpleNamespace(ends_ray=True, begun=lambda *_: None, started=lambda: None)
+    device = SimpleNamespace(on_gpu=False, colocated=False)
+    plan: Any = SimpleNamespace(
+        placement=SimpleNamespace(device=device, shares=SimpleNamespace(reward_worker=0.1)),
+        engine=SimpleNamespace(weight_transfer="shared_memory"),
     )
     directory: Any = SimpleNamespace(ray_name="run")
-    reporters: Any = SimpleNamespace(phase=lambda text: None)
 
     with pytest.raises(RolloutError, match="the cause"):
-        start_parts(Settings(), inputs, directory, reporters, session)
+        start_parts(Settings(), inputs, plan, session, directory, lambda text: None, SingleTurn())
 
     there = [call.removesuffix(".made") for call in calls if call.endswith(".made")]
     assert there
@@ -135,7 +140,7 @@ def test_the_time_of_engines_that_wait_for_learners_begins_after_these(in_turn: 
     learners: Any = SimpleNamespace(wait_ready=wait_for_learners, wait_placed=lambda stopped: None)
     app: Any = SimpleNamespace(wait_ready=wait_for_app)
     rewards: Any = SimpleNamespace(start=lambda: None)
-    module._wait(learners, app, rewards, SimpleNamespace(phase=lambda text: None), in_turn=in_turn)  # type: ignore[arg-type]
+    module._wait(learners, app, rewards, lambda text: None, in_turn=in_turn)
     assert sorted(calls) == ["app", "learners"]
     assert not in_turn or calls == ["learners", "app"]
 
@@ -155,9 +160,9 @@ def test_learners_correct_wherever_another_policy_samples(changes: dict[str, Any
     inputs: Any = SimpleNamespace(
         policy_path="policy", critic_path=None, advantage=advantage_plugin("gae", {}), loss=loss_plugin("ppo", {})
     )
-    session: Any = SimpleNamespace(on_gpu=True, learners_on_gpu=True, colocated=False)
+    device = Device(on_gpu=True, learners_on_gpu=True, colocated=False, dtype="bfloat16")
 
-    spec = learner_spec(PPOConfig.from_dict(changes).settings, inputs, session)
+    spec = learner_spec(PPOConfig.from_dict(changes).settings, inputs, device)
 
     assert spec.off_policy == off_policy
     assert spec.weight_transfer == "nccl"
@@ -175,9 +180,10 @@ def test_learners_correct_wherever_another_policy_samples(changes: dict[str, Any
 def test_an_attention_that_the_learners_cannot_compute_is_refused_when_their_device_is_known(
     kernel: str, dtype: str, on_gpu: bool, remedy: str
 ) -> None:
-    settings = PPOConfig().model(attn_implementation=kernel, dtype=dtype).settings
-    session: Any = SimpleNamespace(on_gpu=on_gpu, learners_on_gpu=on_gpu)
+    config = PPOConfig().model(attn_implementation=kernel, dtype=dtype)
+    settings = config.resources(device="cuda" if on_gpu else "cpu").settings
+    device = choose_device(settings, 8.0 if on_gpu else 0.0)
 
     with pytest.raises(ConfigError, match=remedy) as caught:
-        learner_spec(settings, SimpleNamespace(), session)  # type: ignore[arg-type]
+        learner_spec(settings, SimpleNamespace(), device)  # type: ignore[arg-type]
     assert caught.value.field == "model.attn_implementation"

@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rlhf_ray.algorithm.iteration_result import iteration_result
+from rlhf_ray.algorithm.iteration import Iteration, Stage, iteration_result
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import plan_update
+from rlhf_ray.learner.remote.update_result import UpdateResult
 from rlhf_ray.reporting.metrics import flatten, metric_for
-from rlhf_ray.rollouts.flow import Collected
+from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
 from rlhf_ray.weight_sync.publisher import Publication
 
@@ -58,7 +59,9 @@ GROUPS = (
 FIGURES = {"policy_loss": -0.5, "entropy": 1.5, "lr": 1e-6, "advantage_s": 0.5, "update_s": 1.5}
 
 
-def make_result(groups: tuple[ScoredGroup, ...] = GROUPS, **overrides: Any) -> dict[str, Any]:
+def make_result(
+    groups: tuple[ScoredGroup, ...] = GROUPS, *, iteration_s: float = 4.5, **overrides: Any
+) -> dict[str, Any]:
     collected = Collected(
         groups=groups,
         failures=Counter(timeout=2, raised=1),
@@ -72,10 +75,12 @@ def make_result(groups: tuple[ScoredGroup, ...] = GROUPS, **overrides: Any) -> d
         spans=(),
     )
     batch = SequenceBatch.from_groups(GROUPS, version=5, max_staleness=1)
-    arguments: dict[str, Any] = {
-        "collected": collected,
-        "batch": batch,
-        "plan": plan_update(
+    iteration = Iteration(
+        version=7,
+        stage=Stage.DONE,
+        collected=collected,
+        batch=batch,
+        plan=plan_update(
             batch.lengths.tolist(),
             batch.completion_lengths.tolist(),
             num_minibatches=2,
@@ -86,15 +91,12 @@ def make_result(groups: tuple[ScoredGroup, ...] = GROUPS, **overrides: Any) -> d
             packed=False,
             seed=0,
         ),
-        "figures": dict(FIGURES),
-        "publication": Publication(
+        update=UpdateResult(figures=dict(FIGURES)),
+        publication=Publication(
             version=6, size_bytes=3000, pause_s=0.03, replica_ids=frozenset("ab"), publication_s=0.25
         ),
-        "policy_version": 7,
-        "weight_sync_s": 0.125,
-        "iteration_s": 4.5,
-    }
-    return iteration_result(**arguments | overrides)
+    )
+    return iteration_result(replace(iteration, **overrides), weight_sync_s=0.125, iteration_s=4.5)
 
 
 def test_rollouts_by_hand() -> None:
@@ -198,7 +200,7 @@ def test_learner_timers_and_weight_sync() -> None:
 def test_the_figures_of_the_learners_are_left_as_they_are() -> None:
     figures = dict(FIGURES)
 
-    make_result(figures=figures)
+    make_result(update=UpdateResult(figures=figures))
 
     assert figures == FIGURES
 
