@@ -87,18 +87,14 @@ def sequences(count: int, *, prompt: int, mean: int, longest: int, vocabulary: i
     prompts = rng.integers(prompt // 2, prompt + 1, size=count).astype(np.int32)
     lengths = np.clip(rng.gamma(4.0, mean / 4.0, size=count), 1, longest).astype(np.int32)
     tokens = int(lengths.sum())
-    return SequenceBatch(
+    return SequenceBatch.single_turn(
         token_ids=rng.integers(2, vocabulary, size=int(prompts.sum()) + tokens).astype(np.int32),
         prompt_lengths=prompts,
         completion_lengths=lengths,
         sampling_logprobs=-rng.exponential(2.0, size=tokens).astype(np.float32),
-        staleness=np.zeros(tokens, dtype=np.int32),
-        fresh=np.ones(count, dtype=np.bool_),
         rewards=rng.normal(size=count).astype(np.float32),
         truncated=rng.random(count) < 0.2,
         group_ids=np.arange(count) // 4,
-        greedy_rewards=np.zeros(count, dtype=np.float32),
-        loss_starts=np.zeros(count, dtype=np.int32),
     )
 
 
@@ -220,7 +216,7 @@ def head_answers(bench: Bench) -> dict[str, Any]:
     for tied in (False, True):
         for dtype in ("float32", "bfloat16"):
             rank = learner(bench, model(bench, SMALL, tied=tied), dtype=dtype)
-            found[f"tied {tied}, {dtype}"] = getattr(rank._score, "_head", None) is not None
+            found[f"tied {tied}, {dtype}"] = getattr(rank._models.score, "_head", None) is not None
     bench.require(all(found.values()), f"the output layer falls back to whole logits: {found}")
     return found
 

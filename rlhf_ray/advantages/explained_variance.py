@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: how well the critic predicts the returns, as one number for the reports."""
+"""How well the critic predicts the returns, as one number for the reports."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def explained_variance(returns: Moments, residuals: Moments) -> float:
     """Return ``1 - var(returns - values) / var(returns)``.
 
     1 for a perfect critic, 0 for one that knows no more than a constant, negative for a worse one. Moments of
-    shards are merged with ``+`` before the call, so the figure covers every token of every rank.
+    shards are merged with ``+`` before the call, so the result covers every token of every rank.
 
     Where the returns do not vary there is nothing to explain and the ratio is undefined: the result is 0.0. "Do
     not vary" means a spread below float32 rounding of the numbers involved, ``var(returns) <= (1e-6)^2 *

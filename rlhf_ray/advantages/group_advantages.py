@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: rewards of several completions of one prompt -> one advantage a completion, without a critic."""
+"""Rewards of several completions of one prompt -> one advantage per completion, without a critic."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: mean and variance of tokens that lie on several ranks, merged without moving the tokens."""
+"""Mean and variance of tokens that lie on several ranks, merged without moving the tokens."""
 
 from __future__ import annotations
 
@@ -75,19 +75,3 @@ class Moments:
         """Return ``m2 / (count - 1)``, or ``m2 / count`` when not ``unbiased``; 0 where that is undefined."""
         degrees = self.count - 1.0 if unbiased else self.count
         return self.m2 / degrees if degrees > 0.0 else 0.0
-
-    def to_tensor(self, device: torch.device | str | None = None) -> Tensor:
-        """Return ``[3]`` float64 (count, mean, m2), for an all-gather; ranks merge what they gathered with ``+``."""
-        return torch.tensor([self.count, self.mean, self.m2], dtype=torch.float64, device=device)
-
-    @classmethod
-    def from_tensor(cls, packed: Tensor) -> Moments:
-        """Read what :meth:`to_tensor` wrote.
-
-        Raises:
-            ValueError: ``packed`` is not a float64 tensor of shape ``[3]``.
-        """
-        if packed.shape != (3,) or packed.dtype != torch.float64:
-            raise ValueError(f"expected [3] float64, got {tuple(packed.shape)} {packed.dtype}")
-        count, mean, m2 = packed.tolist()
-        return cls(count=count, mean=mean, m2=m2)

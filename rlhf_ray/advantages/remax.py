@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: rewards and those of greedy completions of the same prompts -> one advantage a completion."""
+"""Rewards and those of greedy completions of the same prompts -> one advantage per completion."""
 
 from __future__ import annotations
 

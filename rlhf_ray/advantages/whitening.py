@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: advantages -> advantages of mean 0 and standard deviation 1."""
+"""Advantages -> advantages of mean 0 and standard deviation 1."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def whiten(
         mask: The same shape, True where a number counts.
         unbiased: Divide the squared deviations by ``count - 1`` rather than by ``count``.
         eps: Added to the variance, so that equal numbers give 0 rather than NaN.
-        moments: Mean and variance to use; none: those of ``x`` itself.
+        moments: Mean and variance to use; None: those of ``x`` itself.
 
     Returns:
         The same shape and dtype, computed in double precision, 0 at masked positions.
@@ -45,6 +45,6 @@ def whiten(
     if moments is None:
         moments = Moments.of(x, mask)
     scale = (moments.variance(unbiased=unbiased) + eps) ** -0.5
-    # In double precision, or a mean that is large beside the spread would eat the digits.
+    # In double precision, or a mean that is large next to the spread would eat the digits.
     whitened = (blank(x, mask).double() - moments.mean) * scale
     return blank(whitened, mask).to(x.dtype)

@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from rlhf_ray.learner.layout import Microbatch
 from rlhf_ray.learner.lora import adapters_off
+from rlhf_ray.learner.mesh import gather_objects
 from rlhf_ray.learner.models import reshard
 from rlhf_ray.losses import chunked_logprobs_and_entropy, token_entropy, token_logprobs, token_logprobs_and_entropy
 
@@ -107,9 +108,7 @@ def usable_head(
         register_fsdp_forward_method(model, "score_tokens")
         reason = _difference(model, head, device, compute_dtype)
     if dist.is_initialized():  # Where one rank goes another way than the others, collectives never end.
-        reasons: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, reason)
-        reason = next((one for one in reasons if one is not None), None)
+        reason = next((one for one in gather_objects(reason) if one is not None), None)
     if reason is None:
         return head
     if not dist.is_initialized() or dist.get_rank() == 0:

@@ -28,6 +28,7 @@ __all__ = [
     "fix_sdpa_kernels",
     "freeze",
     "head_is_new",
+    "hidden_states",
     "load_critic",
     "load_policy",
     "reshard",
@@ -308,6 +309,21 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """``[B, L, D]`` float32, what the backbone of a (sharded) model gives its head."""
+    found: list[torch.Tensor] = []
+    hooks = [model.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].float()))]
+    if (head := model.get_output_embeddings()) is not None:  # Not every family calls its backbone as a whole.
+        hooks.append(head.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].float())))
+    try:
+        model(**inputs | {"use_cache": False})
+    finally:
+        for hook in hooks:
+            hook.remove()
+        reshard(model)
+    return found[-1]
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

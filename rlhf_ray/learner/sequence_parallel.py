@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.layout import Microbatch
-from rlhf_ray.learner.models import reshard
+from rlhf_ray.learner.mesh import gather_objects
+from rlhf_ray.learner.models import hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,21 +88,19 @@ class SequenceSlices:
             starts = torch.tensor([0, length // 3, length], dtype=torch.int32, device=self._device)
             positions = torch.where(positions < length // 3, positions, positions - length // 3)
         longest = length if starts is None else length - length // 3
-        whole = _hidden_states(model, {"input_ids": ids, "position_ids": positions} | _lengths(starts, longest))
+        whole = hidden_states(model, {"input_ids": ids, "position_ids": positions} | _lengths(starts, longest))
         self.adopt(model)
         told = ""
         try:
             mine = whole[:, self._own(length)]
             inputs = self._inputs(model, ids, positions, starts, longest)
-            sliced = _hidden_states(model, inputs)[:, : mine.shape[1]]
+            sliced = hidden_states(model, inputs)[:, : mine.shape[1]]
             deviation = float((sliced - mine).norm() / mine.norm())
         except Exception as error:  # Whatever a model's code makes of a slice; it is told below.
             deviation, told = math.inf, repr(error)
         if not deviation <= _TOLERANCE.get(self._dtype, _TOLERANCE_IN_HALF_PRECISION):
             told = told or f"its hidden states differ by {deviation:.1g} of their norm"
-        found = [told] * dist.get_world_size()
-        dist.all_gather_object(found, told)
-        for reason in filter(None, found):
+        for reason in filter(None, gather_objects(told)):
             name = type(model).__name__.removeprefix("FSDP")
             remedy = f"{field}: {name} cannot read a sequence in slices ({reason}); use 1"
             raise ConfigError("learners.sequence_parallel", self._size, remedy)
@@ -328,18 +327,3 @@ def _lengths(starts: Tensor | None, longest: int) -> dict[str, Any]:
     return dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
         ("max_length_q", "max_length_k"), longest
     )
-
-
-def _hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """``[B, L, D]`` float32, what the backbone of a (sharded) model gives its head."""
-    found: list[Tensor] = []
-    hooks = [model.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].float()))]
-    if (head := model.get_output_embeddings()) is not None:  # Not every family calls its backbone as a whole.
-        hooks.append(head.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].float())))
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        reshard(model)
-    return found[-1]

@@ -51,8 +51,8 @@ def differences(learner: Learner, folder: Path, case: dict[str, Any]) -> list[st
     pairs = {"policy": (learner.policy.model, policy)}
     if learner.critic is not None:
         pairs["critic"] = learner.critic.model, load_critic(str(folder / case["critic"]), **LOADING)
-    if not case.get("lora") and learner._reference is not None:
-        pairs["reference"] = learner._reference.model, reference
+    if not case.get("lora") and learner._models.reference is not None:
+        pairs["reference"] = learner._models.reference.model, reference
     return [f"{name}: {found}" for name, pair in pairs.items() for found in _compared(*pair)]
 
 
@@ -119,7 +119,7 @@ def growth_until_sharded(folder: Path, case: dict[str, Any]) -> int:
         shard(*arguments, **keywords)
         raise Sharded
 
-    with highest() as memory, patch("rlhf_ray.learner.learner.shard", shard_alone), suppress(Sharded):
+    with highest() as memory, patch("rlhf_ray.learner.build.shard", shard_alone), suppress(Sharded):
         learner_of(folder, case)
     return memory[1] - memory[0]
 
