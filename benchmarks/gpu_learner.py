@@ -216,7 +216,7 @@ def head_answers(bench: Bench) -> dict[str, Any]:
     for tied in (False, True):
         for dtype in ("float32", "bfloat16"):
             rank = learner(bench, model(bench, SMALL, tied=tied), dtype=dtype)
-            found[f"tied {tied}, {dtype}"] = getattr(rank._models.score, "_head", None) is not None
+            found[f"tied {tied}, {dtype}"] = rank._models.score.head is not None
     bench.require(all(found.values()), f"the output layer falls back to whole logits: {found}")
     return found
 
@@ -333,7 +333,7 @@ def _update(bench: Bench, *, count: int, mean: int, max_tokens: int, **changes: 
 
 def _moves(bench: Bench, rank: Learner) -> dict[str, float]:
     """Seconds of what happens to the state between updates, and GiB that a learner leaves in use on the card."""
-    copies = [bench.timed(partial(rank._kept.begin, version, rank._named(rank.state()))) for version in (1, 2)]
+    copies = [bench.timed(partial(rank._kept.begin, version, rank.state())) for version in (1, 2)]
     _, waits_s = bench.timed(rank.wait_copied)
     _, offload_s = bench.timed(rank.offload)
     left = float(torch.cuda.memory_allocated()) / 2**30 if bench.on_gpu else 0.0

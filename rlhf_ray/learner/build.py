@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +15,7 @@ from rlhf_ray.learner.lora import add_adapters
 from rlhf_ray.learner.mesh import LearnerMesh
 from rlhf_ray.learner.models import attention_kernels, freeze, load_critic, load_policy, reshard, shard
 from rlhf_ray.learner.packed_rows import can_pack
-from rlhf_ray.learner.sequence_parallel import SequenceSlices, SlicedScorer
+from rlhf_ray.learner.sequence_parallel import SequenceSlices
 from rlhf_ray.learner.spec import LearnerSpec
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses.chunked_logprobs import sums_halves_in_float32
@@ -31,11 +31,11 @@ class LearnerModels:
     """What a rank trains, and what it reads beside it."""
 
     policy: TrainedModel
-    score: TokenScorer | SlicedScorer
+    score: TokenScorer
     """Of the policy."""
     critic: TrainedModel | None
     """Only where the advantage asks for values."""
-    reference: TokenScorer | SlicedScorer | None
+    reference: TokenScorer | None
     """Only where ``kl_coef`` is not 0; with adapters, the policy without them."""
     slices: SequenceSlices | None
     """Of sequences that the rank reads with its neighbors."""
@@ -103,8 +103,7 @@ def build_models(spec: LearnerSpec, mesh: LearnerMesh) -> LearnerModels:
     elif training.kl_coef > 0:
         frozen = outline(policy)
         freeze(frozen, compute_dtype)
-    plain = scorer(policy)
-    score: TokenScorer | SlicedScorer = plain
+    score = scorer(policy)
     trained = TrainedModel(
         score.model, training, lr=training.lr, max_grad_norm=training.max_grad_norm, total_steps=spec.policy_steps
     )
@@ -117,20 +116,19 @@ def build_models(spec: LearnerSpec, mesh: LearnerMesh) -> LearnerModels:
             max_grad_norm=training.critic_max_grad_norm,
             total_steps=spec.total_steps,
         )
-    packed = can_pack(plain, None if critic is None else critic.model, device, compute_dtype)
+    packed = can_pack(score, None if critic is None else critic.model, device, compute_dtype)
     slices: SequenceSlices | None = None
     if mesh.sequence is not None:
         slices = SequenceSlices(mesh.sequence, device, compute_dtype)
         slices.adopt_tested(score.model, "model.path", packed=packed)
-        score = SlicedScorer(plain, slices)
+        score = replace(score, slices=slices)
         if critic is not None:
             slices.adopt_tested(critic.model, "model.critic_path", packed=packed)
-    reference: TokenScorer | SlicedScorer | None = None
+    reference: TokenScorer | None = None
     if frozen is not None:  # The policy's weights, before any update.
-        reference = plain = scorer(frozen, source=policy)
+        reference = replace(scorer(frozen, source=policy), slices=slices)
         if slices is not None:
-            slices.adopt(plain.model)
-            reference = SlicedScorer(plain, slices)
+            slices.adopt(reference.model)
     elif training.kl_coef > 0:
-        reference = score.initial()
+        reference = replace(score, without_adapters=True)
     return LearnerModels(policy=trained, score=score, critic=critic, reference=reference, slices=slices, packed=packed)

@@ -31,9 +31,7 @@ from rlhf_ray.learner.models import hidden_states
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rlhf_ray.learner.logprob_head import TokenScorer
-
-__all__ = ["SequenceSlices", "SlicedScorer"]
+__all__ = ["SequenceSlices"]
 
 _PROBE_TOKENS_PER_RANK = 8
 # Of the norm of a slice's hidden states. Attention that misses the other slices changes them by tenths.
@@ -231,34 +229,6 @@ class SequenceSlices:
         parts = x.unflatten(1, (self._size, -1)).movedim(1, 0).contiguous()
         received: Tensor = _Exchange.apply(parts, self._group)
         return received.movedim(0, 2).flatten(2, 3)
-
-
-class SlicedScorer:
-    """A :class:`TokenScorer` that reads this rank's slices and answers for the whole microbatch, on all ranks alike.
-
-    Args:
-        score: Of a model that was adopted.
-        slices: The rank's.
-    """
-
-    def __init__(self, score: TokenScorer, slices: SequenceSlices) -> None:
-        self.model = score.model
-        self._score = score
-        self._slices = slices
-
-    def initial(self) -> SlicedScorer:
-        """The same model without its adapters."""
-        return SlicedScorer(self._score.initial(), self._slices)
-
-    def logprobs(self, micro: Microbatch) -> Tensor:
-        """As :meth:`TokenScorer.logprobs`; a collective."""
-        return self._slices.gather_tokens(self._score.logprobs(self._slices.shard(micro, self.model)))
-
-    def __call__(self, micro: Microbatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """As :class:`TokenScorer`; a collective."""
-        scored = self._score(self._slices.shard(micro, self.model), entropy_gradient=entropy_gradient)
-        logprobs, entropies = self._slices.gather_tokens(torch.stack(scored))
-        return logprobs, entropies
 
 
 class _Exchange(torch.autograd.Function):  # type: ignore[misc]

@@ -17,7 +17,6 @@ from torch.distributed.tensor import DTensor
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.build import LearnerModels
 from rlhf_ray.learner.credit import CreditAssignment
-from rlhf_ray.learner.initial_weights import local_part
 from rlhf_ray.learner.kept_state import KeptState, StateFile
 from rlhf_ray.learner.mesh import gather_objects
 from rlhf_ray.learner.residency import Residency
@@ -101,19 +100,13 @@ class LearnerState:
         """Undo :meth:`offload`, bit for bit."""
         self._residency.onload()
 
-    def state(self) -> dict[str, Any]:
-        """This rank's share of all that an update changes; most of it is the models' own memory."""
-        models = {name: model.local_state() for name, model in self._trained().items()}
-        return models | {"credit": self._credit.state_dict()}
+    def state(self) -> dict[str, torch.Tensor]:
+        """This rank's share of all that an update changes, by the names of a checkpoint.
 
-    @torch.no_grad()  # type: ignore[untyped-decorator]
-    def restore_state(self, state: dict[str, Any]) -> None:
-        """Go back to what :meth:`state` gave, in a process with the same rank of as many."""
-        self._change()
-        mine = self._named(self.state())
-        for name, tensor in self._named(state).items():
-            local_part(mine[name]).copy_(local_part(tensor))
-        self._take_counts(mine)
+        Most of it is the models' own memory.
+        """
+        models = {f"{name}.{key}": one for name, of in self._trained().items() for key, one in of.state().items()}
+        return models | {f"credit.{key}": one for key, one in self._credit.state_dict().items()}
 
     def keep_state(self, version: int, *, spare: int | None = None) -> StateFile:
         """Begin to copy the state, which is that of policy ``version``; once it succeeds, not again before a change.
@@ -123,7 +116,7 @@ class LearnerState:
             spare: A version that is kept and must not be overwritten.
         """
         if self._copy is None or self._copy.failed:
-            self._copy = self._kept.begin(version, self._named(self.state()), spare=spare)
+            self._copy = self._kept.begin(version, self.state(), spare=spare)
         return self._copy
 
     def wait_copied(self) -> None:
@@ -133,7 +126,7 @@ class LearnerState:
     def recall(self, version: int) -> None:
         """Go back to the state that was kept at ``version``."""
         self._change()
-        state = self._named(self.state())
+        state = self.state()
         self._kept.read(version, state)
         self._take_counts(state)
 
@@ -170,7 +163,7 @@ class LearnerState:
     def load(self, folder: str) -> None:
         """Restore what :meth:`save` wrote, on any number of ranks."""
         self._change()
-        state = self._named(self.state()) | self._frozen_state()
+        state = self.state() | self._frozen_state()
         dcp.load(state, storage_reader=HuggingFaceStorageReader(folder))
         self._take_counts(state)
         self._check_finite(f"taken from {folder}")
@@ -232,18 +225,11 @@ class LearnerState:
         self.wait_copied()
         self._copy = None
 
-    def _named(self, state: dict[str, Any]) -> dict[str, torch.Tensor]:
-        """The tensors of a :meth:`state` by their names in a checkpoint."""
-        models = {
-            f"{name}.{key}": one for name, model in self._trained().items() for key, one in model.named(state[name])
-        }
-        return models | {f"credit.{key}": one for key, one in state["credit"].items()}
-
     def _frozen_state(self) -> dict[str, torch.Tensor]:
         return {f"{name}.{key}": one for name, of in self._trained().items() for key, one in of.frozen_state()}
 
     def _take_counts(self, state: dict[str, torch.Tensor]) -> None:
-        """Take what no tensor of the models holds from a :meth:`_named` that was filled."""
+        """Take what no tensor of the models holds from a :meth:`state` that was filled."""
         for name, model in self._trained().items():
             model.restored(int(state[f"{name}.steps"]))
         self._credit.load_state_dict({"kl_coef": state["credit.kl_coef"]})

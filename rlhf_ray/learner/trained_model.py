@@ -157,28 +157,22 @@ class TrainedModel:
         for state in self._optimizer.state.values():
             yield from state.values()
 
-    def local_state(self) -> dict[str, Any]:
-        """What :meth:`step` changes: the model's own tensors, sharded, but for the count of steps."""
-        for parameter in self._trained.values():
-            if parameter not in self._optimizer.state:  # As AdamW begins, in its first step.
-                self._optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        return {
-            "weights": [parameter.detach() for parameter in self._trained.values()],
-            "moments": [dict(self._optimizer.state[parameter]) for parameter in self._trained.values()],
-            "steps": torch.tensor([self.steps_taken]),
-        }
+    def state(self) -> dict[str, torch.Tensor]:
+        """What :meth:`step` changes by the names of a checkpoint, each with an axis or more.
 
-    def named(self, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a :meth:`local_state` by the names of a checkpoint, each with an axis or more."""
-        for name, weight, moments in zip(self._trained, state["weights"], state["moments"], strict=True):
-            yield f"weights.{name}", weight
+        They are the model's own tensors, sharded, but for the count of steps.
+        """
+        named: dict[str, torch.Tensor] = {}
+        for name, parameter in self._trained.items():
+            moments = self._optimizer.state[parameter]
+            if not moments:  # As AdamW begins, in its first step.
+                moments["step"] = torch.zeros((), device=parameter.device)
+                moments["exp_avg"] = torch.zeros_like(parameter)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter)
+            named[f"weights.{name}"] = parameter.detach()
             for key, moment in moments.items():
-                yield f"moments.{name}.{key}", moment if moment.ndim else moment.view(1)
-        yield "steps", state["steps"]
+                named[f"moments.{name}.{key}"] = moment if moment.ndim else moment.view(1)
+        return named | {"steps": torch.tensor([self.steps_taken])}
 
     def frozen_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What else a checkpoint holds, by its names there: weights and buffers that nothing changes."""
@@ -188,7 +182,7 @@ class TrainedModel:
                 yield f"weights.{name}", tensor.detach()
 
     def restored(self, steps: int) -> None:
-        """Continue after ``steps``, once the tensors of :meth:`local_state` were filled with what they were then."""
+        """Continue after ``steps``, once the tensors of :meth:`state` were filled with what they were then."""
         self.drop_gradients()
         schedule = self._schedule
         schedule.last_epoch = steps  # Not by its own step(), which wants one of the optimizer before it.

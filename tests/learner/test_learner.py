@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import importlib.util
 import json
@@ -313,7 +312,7 @@ def test_every_parameter_moves_where_a_probe_was_broken_off(models: Path, monkey
 
     runs.update(learner, Scenario(), 0)
 
-    assert learner._models.score._head is None
+    assert learner._models.score.head is None
     after = trainable(learner.policy)
     assert [each for each in before if torch.equal(before[each], after[each])] == []
 
@@ -512,7 +511,8 @@ def test_logprobs_are_those_of_a_float32_head(
     scenario = in_bfloat16(models, tmp_path, tied=tied)
     learner = make_learner(scenario, kl_in="loss")
     if not adopted:  # As the reference, which is a model of the same class.
-        learner._models.score._head = learner._models.reference._head = None
+        for scorer in (learner._models.score, learner._models.reference):
+            object.__setattr__(scorer, "head", None)
     head, seen = learner.policy.model.lm_head, []
     weight = head.weight.full_tensor().detach()
     weight = weight.bfloat16().float() if tied else weight  # The embedding is gathered in bfloat16, for both.
@@ -1126,33 +1126,6 @@ def test_saved_and_loaded_run_goes_on_as_if_nothing_happened(
     _, outcome = weights_after_all_updates(learner, first=1)
 
     assert_same(outcome, replace(uninterrupted, figures=uninterrupted.figures[1:]), tolerance=1e-6)
-
-
-@pytest.mark.parametrize("updates", [0, 1])
-def test_a_process_that_takes_a_state_over_does_bit_for_bit_the_same(
-    updates: int, make_learner: Callable[..., Learner]
-) -> None:
-    first = make_learner(RESUMED)
-    for number in range(updates):
-        runs.update(first, RESUMED, number)
-    state = copy.deepcopy(first.state())
-    expected = runs.update(first, RESUMED, updates)
-
-    second = make_learner(RESUMED)
-    runs.update(second, RESUMED, 1 - updates)  # What it did before is of no account.
-    second.restore_state(state)
-    figures = runs.update(second, RESUMED, updates)
-
-    assert without_times(figures) == without_times(expected)
-    for one, other in ((first.policy, second.policy), (first.critic, second.critic)):
-        assert one is not None
-        assert other is not None
-        theirs = runs.full_weights(other)
-        assert all(torch.equal(value, theirs[name]) for name, value in runs.full_weights(one).items())
-
-
-def without_times(figures: runs.Figures) -> runs.Figures:
-    return {name: value for name, value in figures.items() if name not in runs.WALL_TIMES}
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

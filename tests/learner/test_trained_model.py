@@ -37,10 +37,10 @@ def step(one: TrainedModel) -> float:
     return float(norm)
 
 
-def restore(one: TrainedModel, state: dict[str, Any]) -> None:
+def restore(one: TrainedModel, state: dict[str, torch.Tensor]) -> None:
     """Fill its own tensors, as a learner does from a checkpoint."""
-    mine = dict(one.named(one.local_state()))
-    for name, tensor in one.named(state):
+    mine = one.state()
+    for name, tensor in state.items():
         mine[name].copy_(tensor)
     one.restored(int(mine["steps"]))
 
@@ -182,11 +182,10 @@ def test_state_of_a_model_that_never_stepped_counts_no_step() -> None:
     model = line([1.0])
     one = trained(model)
 
-    state = one.local_state()
+    state = one.state()
 
     assert int(state["steps"]) == 0
-    (of_weight,) = state["moments"]
-    assert float(of_weight["step"]) == 0.0
+    assert float(state["moments.weight.step"]) == 0.0
     assert float(model.weight) == 1.0
 
 
@@ -201,7 +200,7 @@ def test_state_brings_back_weights_moments_and_schedule() -> None:
     model = line([1.0])
     one = trained(model, **settings)
     stepped(one, model, [1.0, -2.0])
-    state = copy.deepcopy(one.local_state())
+    state = copy.deepcopy(one.state())
     wanted = stepped(one, model, [0.5, 3.0])
 
     other = line([7.0])
@@ -223,7 +222,7 @@ def test_a_run_that_goes_on_with_other_settings_uses_them() -> None:
     after = trained(
         line([7.0]), lr=0.2, weight_decay=0.25, adam_betas=(0.5, 0.75), adam_eps=1e-4, lr_schedule="constant"
     )
-    restore(after, before.local_state())
+    restore(after, before.state())
 
     (group,) = after._optimizer.param_groups
     wanted = {"lr": 0.2, "weight_decay": 0.25, "betas": (0.5, 0.75), "eps": 1e-4}
