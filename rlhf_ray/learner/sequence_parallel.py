@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_to_all_single
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.layout import Microbatch
@@ -212,39 +213,17 @@ class SequenceSlices:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
             kwargs.pop("position_ids", None)  # Those of the slice.
             seen = _SharedOut(module, kernel, num_key_value_groups=query.shape[1] // key.shape[1])
-            heads = [self._to_heads(one) for one in (query, key, value)]
+            heads = [self._exchange(one) for one in (query, key, value)]
             output, _ = _kernel(kernel, module)(seen, *heads, attention_mask, **kwargs)
-            return self._to_tokens(output), None
+            return self._exchange(output), None
 
         return attend
 
-    def _to_heads(self, x: Tensor) -> Tensor:
-        """``[B, H, L / n, D]`` to ``[B, H / n, L, D]``."""
+    def _exchange(self, x: Tensor) -> Tensor:
+        """``[B, H, L / n, D]`` to ``[B, H / n, L, D]``, or ``[B, L, H / n, D]`` to ``[B, L / n, H, D]``."""
         parts = x.unflatten(1, (self._size, -1)).movedim(1, 0).contiguous()
-        received: Tensor = _Exchange.apply(parts, self._group)
+        received: Tensor = all_to_all_single(torch.empty_like(parts), parts, group=self._group)
         return received.movedim(0, 2).flatten(2, 3)
-
-    def _to_tokens(self, x: Tensor) -> Tensor:
-        """``[B, L, H / n, D]`` to ``[B, L / n, H, D]``."""
-        parts = x.unflatten(1, (self._size, -1)).movedim(1, 0).contiguous()
-        received: Tensor = _Exchange.apply(parts, self._group)
-        return received.movedim(0, 2).flatten(2, 3)
-
-
-class _Exchange(torch.autograd.Function):  # type: ignore[misc]
-    """``[n, ...]``, a part for each rank of the group, to the parts that they have for this one."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=group)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        parts: Tensor = _Exchange.apply(gradient.contiguous(), ctx.group)
-        return parts, None
 
 
 class _Merge(torch.autograd.Function):  # type: ignore[misc]

@@ -892,6 +892,86 @@ def test_first_tokens_that_are_left_out_are_as_part_of_the_prompt(
     assert_same_weights(weights, expected, tolerance=1e-6)
 
 
+# Tokens that were observed between turns.
+
+
+def two_turn_batch() -> SequenceBatch:
+    """Four sequences; of completions of three tokens or more the second one was observed, the first turn has 0.5."""
+    batch = runs.make_batch(4, seed=11)
+    lengths = batch.completion_lengths
+    firsts = np.cumsum(lengths) - lengths
+    observed = np.zeros(len(batch.sampled), dtype=np.bool_)
+    observed[firsts[lengths >= 3] + 1] = True
+    rewards = batch.token_rewards.copy()
+    rewards[firsts[lengths >= 3]] = 0.5
+    sampling = np.where(observed, np.float32(0.0), batch.sampling_logprobs)
+    assert 2 <= observed.sum() < 4
+    return replace(
+        batch,
+        sampled=~observed,
+        loss_mask=~observed,
+        sampling_logprobs=sampling,
+        token_rewards=rewards,
+        truncated=np.asarray([True, False, True, False]),
+    )
+
+
+def test_observed_tokens_are_no_steps_of_gae(models: Path, make_learner: Callable[..., Learner]) -> None:
+    """By the recursion over sampled tokens alone, with a discount that is not 1."""
+    learner = make_learner(gamma=0.9, lambda_=0.8, whiten_advantages=False)
+
+    own, estimates = estimates_of(learner, two_turn_batch())
+
+    ends = np.cumsum(own.completion_lengths)
+    for row, values in enumerate(critic_values(models, own)):
+        places = slice(ends[row] - own.completion_lengths[row], ends[row])
+        steps = np.flatnonzero(own.sampled[places])
+        states = values[int(own.prompt_lengths[row]) - 1 :].numpy()
+        rewards = own.token_rewards[places]
+        next_value, advantage = (float(states[-1]) if own.truncated[row] else 0.0), 0.0
+        wanted = np.zeros(len(rewards))
+        for step in reversed(steps):
+            advantage = rewards[step] + 0.9 * next_value - states[step] + 0.9 * 0.8 * advantage
+            next_value, wanted[step] = states[step], advantage
+        np.testing.assert_allclose(estimates.advantages[row, : len(rewards)].numpy(), wanted, atol=2e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_observed_tokens_have_no_share_in_the_gradient(
+    packed: bool, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient is that of ``-sum(A log p) / tokens`` over sampled tokens, ``A`` of whole rewards in groups."""
+    scenario = Scenario(
+        num_minibatches=1,
+        packed=packed,
+        training={"advantage": "dr_grpo", "whiten_advantages": False, "max_grad_norm": None},
+    )
+    learner = runs.build(models, scenario)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(trained: TrainedModel, grad_norm: torch.Tensor) -> None:
+        gradients.update({name: p.grad.full_tensor().clone() for name, p in trained.model.named_parameters()})
+
+    monkeypatch.setattr(TrainedModel, "step", keep)
+    share, plan = runs.share_of(two_turn_batch(), scenario)
+    figures = learner.update(share, plan, keep_advantages=True)
+
+    assert learner.advantages is not None
+    advantages = torch.tensor(np.concatenate(learner.advantages))
+    sampled = torch.tensor(share.sampled)
+    assert torch.equal(advantages.isnan(), ~sampled)
+    baselines = [share.rewards[share.group_ids == group].mean() for group in share.group_ids]
+    for row, own in enumerate(learner.advantages):
+        np.testing.assert_allclose(own[~np.isnan(own)], share.rewards[row] - baselines[row], atol=1e-5)
+    policy = AutoModelForCausalLM.from_pretrained(models / "policy").eval()
+    logprobs = torch.cat(list(completion_logprobs(policy, share, 0.8)))
+    (-(advantages[sampled] * logprobs[sampled]).sum() / sampled.sum()).backward()
+    for name, wanted in policy.named_parameters():
+        torch.testing.assert_close(gradients[name], wanted.grad, rtol=1e-4, atol=1e-6)
+    exact = (logprobs.detach() - torch.tensor(share.sampling_logprobs)).abs()[sampled]
+    assert figures["sampling_logprob_diff_max"] == pytest.approx(float(exact.max()), rel=1e-5)
+
+
 # The KL to the reference.
 
 
