@@ -28,7 +28,7 @@ __all__ = ["LearnerModels", "build_models"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerModels:
-    """What a rank trains, and what it reads beside it."""
+    """What a rank trains, and what it only reads."""
 
     policy: TrainedModel
     score: TokenScorer

@@ -138,7 +138,7 @@ class KeptState:
         try:
             file.failed = False
             file.write(version, tensors, self._staging)
-        except Exception as error:  # A full disk: the version before is still there, and training goes on.
+        except Exception as error:  # A full disk: the version before is still there, and training continues.
             file.failed = True
             _LOG.error("the learner's state at policy version %d is not kept: %r", version, error)
 

@@ -1,4 +1,4 @@
-"""LoRA on a learner rank: adapters beside frozen weights, switched off for the reference, merged for publication.
+"""LoRA on a learner rank: adapters on frozen weights, switched off for the reference, merged for publication.
 
 "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), by the library PEFT. The layers are changed in
 place, so that every other weight keeps its name.

@@ -49,7 +49,7 @@ class TrainedModel:
         model: The sharded model.
         training: The training section.
         lr: Peak learning rate.
-        max_grad_norm: Clip of the gradient's norm; none: no clip.
+        max_grad_norm: Clip of the gradient's norm; ``None``: no clip.
         total_steps: Optimizer steps of the run, for the schedule.
     """
 
@@ -144,7 +144,7 @@ class TrainedModel:
         return self._format.tensors(every_name=every_name, dtype=dtype)
 
     def checkpoint_buffers(self) -> dict[str, torch.Tensor]:
-        """Tensors by checkpoint name that are stored beside the parameters, and never trained."""
+        """Tensors by checkpoint name that are stored with the parameters, and never trained."""
         return self._format.buffers()
 
     def checkpoint_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
