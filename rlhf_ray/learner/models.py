@@ -269,8 +269,8 @@ def shard(
 ) -> PreTrainedModel:
     """Shard a model over the mesh: one FSDP2 unit per decoder layer, one for the rest and for layers that are tiny.
 
-    Weights come from the rank that reads them, whatever the others have, on the CPU; or from ``source``, a model that is
-    sharded alike.
+    Weights come from the rank that reads them, whatever the others have, on the CPU; or from ``source``, a model that
+    is sharded alike.
 
     Trained weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced
     in float32. Heads get their weights in ``head_dtype``, and answer in float32 whatever the rest does: bfloat16 would
