@@ -174,12 +174,12 @@ class LearnerState:
         is_writer = dist.get_rank() == 0
         for name, trained in self._trained().items():
             weights: dict[str, torch.Tensor] = {}
-            for parameter_name, parameter in trained.checkpoint_parameters(every_name=False):
+            for parameter_name, parameter in trained.checkpoint.tensors(every_name=False):
                 full = full_tensor(parameter.detach())  # A collective: every rank takes part, and one keeps it.
                 if is_writer:
                     weights[parameter_name] = full.to("cpu", torch.float32).contiguous()
             if is_writer:
-                weights |= {key: buffer.cpu().contiguous() for key, buffer in trained.checkpoint_buffers().items()}
+                weights |= {key: buffer.cpu().contiguous() for key, buffer in trained.checkpoint.buffers().items()}
                 _write_pretrained(trained.model, weights, Path(folder, "" if name == "policy" else name))
             dist.barrier()
 
@@ -190,8 +190,8 @@ class LearnerState:
         policy, keep = self.policy, dist.get_rank() == 0
         # Buffers are never trained, but an engine that reloads a layer wants all of it.
         return itertools.chain(
-            gather_buckets(policy.checkpoint_parameters(dtype=dtype), dtype=dtype, keep=keep),
-            gather_buckets(policy.checkpoint_buffers().items(), dtype=torch.float32, keep=keep),
+            gather_buckets(policy.checkpoint.tensors(dtype=dtype), dtype=dtype, keep=keep),
+            gather_buckets(policy.checkpoint.buffers().items(), dtype=torch.float32, keep=keep),
         )
 
     def stage_weights(self) -> None:
@@ -199,7 +199,7 @@ class LearnerState:
         dtype = self._spec.published_dtype
         self._check_finite("published", dtype)
         self._staged = None  # Its memory is used again.
-        self._staged = staged(self.policy.checkpoint_parameters(dtype=dtype), dtype)
+        self._staged = staged(self.policy.checkpoint.tensors(dtype=dtype), dtype)
 
     def weight_source(self) -> ShardedSource:
         """The policy as vLLM's trainer engines read it, again for each version."""
@@ -209,11 +209,11 @@ class LearnerState:
         if self._staged is None:
             self._check_finite("published", dtype)
         return ShardedSource(
-            lambda: policy.checkpoint_parameters(dtype=dtype) if self._staged is None else self._staged(),
-            policy.checkpoint_shapes(),
+            lambda: policy.checkpoint.tensors(dtype=dtype) if self._staged is None else self._staged(),
+            policy.checkpoint.shapes,
             dtype,
             device=self._spec.device,
-            buffers=policy.checkpoint_buffers(),
+            buffers=policy.checkpoint.buffers(),
         )
 
     def _trained(self) -> dict[str, TrainedModel]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,19 +28,20 @@ if TYPE_CHECKING:
 __all__ = ["TrainedModel", "learning_rate_factor"]
 
 
-def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
+def learning_rate_factor(training: TrainingSettings, total_steps: int, step: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0) as a share of the peak.
 
-    Linear warm-up over ``warmup_steps``, then ``constant``, or down to ``min_ratio`` at ``total_steps`` on a straight
-    (``linear``) or a half-cosine (``cosine``) line; ``min_ratio`` after that.
+    Linear warm-up over ``lr_warmup_steps``, then ``constant``, or down to ``min_lr_ratio`` at ``total_steps`` on a
+    straight (``linear``) or a half-cosine (``cosine``) line; ``min_lr_ratio`` after that.
     """
+    warmup_steps = training.lr_warmup_steps
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    if schedule == "constant":
+    if training.lr_schedule == "constant":
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    shape = 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return min_ratio + (1.0 - min_ratio) * shape
+    shape = 1.0 - progress if training.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return training.min_lr_ratio + (1.0 - training.min_lr_ratio) * shape
 
 
 class TrainedModel:
@@ -51,6 +53,9 @@ class TrainedModel:
         lr: Peak learning rate.
         max_grad_norm: Clip of the gradient's norm; ``None``: no clip.
         total_steps: Optimizer steps of the run, for the schedule.
+
+    Attributes:
+        checkpoint: The weights as a checkpoint has them.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class TrainedModel:
     ) -> None:
         reshard(model)
         self.model = model
-        self._format = CheckpointFormat(model)
+        self.checkpoint = CheckpointFormat(model)
         self._max_grad_norm = max_grad_norm
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(model, training.weight_decay),
@@ -76,16 +81,8 @@ class TrainedModel:
         )
         names = {parameter: name for name, parameter in model.named_parameters()}
         self._trained = {names[p]: p for group in self._optimizer.param_groups for p in group["params"]}
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer,
-            lambda step: learning_rate_factor(
-                step,
-                schedule=training.lr_schedule,
-                warmup_steps=training.lr_warmup_steps,
-                total_steps=total_steps,
-                min_ratio=training.min_lr_ratio,
-            ),
-        )
+        factor = partial(learning_rate_factor, training, total_steps)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
 
     @property
     def steps_taken(self) -> int:
@@ -133,23 +130,6 @@ class TrainedModel:
         if dtype is None:
             tensors = itertools.chain(self.model.named_parameters(), self._moments())
         return first_nonfinite(((name, local_part(tensor)) for name, tensor in tensors), dtype)
-
-    def checkpoint_parameters(
-        self, *, every_name: bool = True, dtype: torch.dtype | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under all their names, or one.
-
-        A collective, in ``dtype`` where one is given: every rank iterates to the end.
-        """
-        return self._format.tensors(every_name=every_name, dtype=dtype)
-
-    def checkpoint_buffers(self) -> dict[str, torch.Tensor]:
-        """Tensors by checkpoint name that are stored with the parameters, and never trained."""
-        return self._format.buffers()
-
-    def checkpoint_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and full shape of all of them, tied ones under all their names; no collective."""
-        return self._format.shapes
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Weights, frozen ones too, and all of the optimizer's state."""

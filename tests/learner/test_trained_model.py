@@ -80,7 +80,8 @@ FACTORS = [
 def test_learning_rate_factor_by_hand(
     schedule: str, warmup: int, total: int, minimum: float, step: int, factor: float
 ) -> None:
-    found = learning_rate_factor(step, schedule=schedule, warmup_steps=warmup, total_steps=total, min_ratio=minimum)
+    training = TrainingSettings(lr_schedule=schedule, lr_warmup_steps=warmup, min_lr_ratio=minimum)
+    found = learning_rate_factor(training, total, step)
 
     assert found == pytest.approx(factor)
 
@@ -171,11 +172,11 @@ def test_lr_reported_is_the_one_that_was_used() -> None:
 
 def test_a_tied_weight_comes_once_under_all_of_its_names() -> None:
     one = trained(TwoLayers())
-    names = [name for name, _ in one.checkpoint_parameters()]
+    names = [name for name, _ in one.checkpoint.tensors()]
 
     assert names == ["embed.weight=head.weight", "embed.bias", "norm.weight", "norm.bias"]
-    assert [name for name, _ in one.checkpoint_shapes()] == names
-    assert [name for name, _ in one.checkpoint_parameters(every_name=False)] == ["embed.weight", *names[1:]]
+    assert [name for name, _ in one.checkpoint.shapes] == names
+    assert [name for name, _ in one.checkpoint.tensors(every_name=False)] == ["embed.weight", *names[1:]]
 
 
 def test_state_of_a_model_that_never_stepped_counts_no_step() -> None:
@@ -207,7 +208,7 @@ def test_state_brings_back_weights_moments_and_schedule() -> None:
     restored = trained(other, **settings)
     restore(restored, state)
 
-    second = learning_rate_factor(1, schedule="cosine", warmup_steps=0, total_steps=10, min_ratio=0.0)
+    second = learning_rate_factor(TrainingSettings(lr_schedule="cosine", min_lr_ratio=0.0), 10, 1)
     assert restored.lr == pytest.approx(0.1 * second)
     assert stepped(restored, other, [0.5, 3.0]) == wanted
 
