@@ -19,7 +19,7 @@ import torch
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.types import BoolArray, Int32Array
 
-__all__ = ["Microbatch", "lay_out"]
+__all__ = ["Microbatch", "lay_out", "packed_lengths"]
 
 _Integers = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 _Int64Array = npt.NDArray[np.int64]
@@ -69,9 +69,14 @@ class Microbatch:
         if self.position_ids is not None:  # Not every backbone takes them.
             inputs["position_ids"] = self.position_ids
         if self.cu_seq_lens is not None:
-            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.cu_seq_lens)
-            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), self.max_length)
+            inputs |= packed_lengths(self.cu_seq_lens, self.max_length)
         return inputs | dict(self.attention)
+
+
+def packed_lengths(starts: torch.Tensor, longest: int) -> dict[str, Any]:
+    """What a kernel is told of a packed row's sequences."""
+    names = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
+    return names | dict.fromkeys(("max_length_q", "max_length_k"), longest)
 
 
 def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: torch.device) -> Microbatch:

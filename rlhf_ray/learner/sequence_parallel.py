@@ -19,13 +19,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_to_all_single
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.learner.layout import Microbatch
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.layout import Microbatch, lay_out, packed_lengths
 from rlhf_ray.learner.mesh import gather_objects
 from rlhf_ray.learner.models import hidden_states
 
@@ -79,21 +81,20 @@ class SequenceSlices:
             ConfigError: It does not compute the same on some rank; on every rank.
         """
         length = self._size * _PROBE_TOKENS_PER_RANK - 1
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, length), generator=generator)
-        ids, positions = ids.to(self._device), torch.arange(length, device=self._device)[None]
-        starts: Tensor | None = None
-        if packed:  # Two sequences, of which the second lies in two slices.
-            starts = torch.tensor([0, length // 3, length], dtype=torch.int32, device=self._device)
-            positions = torch.where(positions < length // 3, positions, positions - length // 3)
-        longest = length if starts is None else length - length // 3
-        whole = hidden_states(model, {"input_ids": ids, "position_ids": positions} | _lengths(starts, longest))
+        # Packed, two sequences, of which the second lies in two slices.
+        lengths = np.asarray([length // 3, length - length // 3] if packed else [length], dtype=np.int32)
+        vocabulary_size = model.get_input_embeddings().num_embeddings
+        batch = SequenceBatch.single_turn(
+            token_ids=np.random.default_rng(0).integers(vocabulary_size, size=length, dtype=np.int32),
+            prompt_lengths=np.ones_like(lengths),
+            completion_lengths=lengths - 1,
+        )
+        micro = lay_out(batch, range(len(lengths)), packed=packed, device=self._device)
+        mine = hidden_states(model, micro.model_inputs())[:, self._own(length)]
         self.adopt(model)
         told = ""
         try:
-            mine = whole[:, self._own(length)]
-            inputs = self._inputs(model, ids, positions, starts, longest)
-            sliced = hidden_states(model, inputs)[:, : mine.shape[1]]
+            sliced = hidden_states(model, self.shard(micro, model).model_inputs())[:, : mine.shape[1]]
             deviation = float((sliced - mine).norm() / mine.norm())
         except Exception as error:  # Whatever a model's code makes of a slice; it is told below.
             deviation, told = math.inf, repr(error)
@@ -110,12 +111,7 @@ class SequenceSlices:
         The mask of the slice is true at the completion tokens that are scored here, of which there may be none;
         ``last_index`` remains that of the whole rows.
         """
-        ids, positions = micro.input_ids, micro.position_ids
-        length = ids.shape[1]
-        if positions is None:
-            positions = torch.arange(length, device=ids.device).expand_as(ids)
-        inputs = self._inputs(model, ids, positions, micro.cu_seq_lens, micro.max_length)
-        own = self._own(length)
+        length, own = micro.input_ids.shape[1], self._own(micro.input_ids.shape[1])
         is_own = (micro.kept >= own.start) & (micro.kept < own.stop)
         if not is_own.any():  # Models answer for one column at least.
             is_own[0] = True
@@ -123,10 +119,11 @@ class SequenceSlices:
         rows, columns = micro.value_index // length, micro.value_index % length
         mask = micro.mask & (columns >= own.start) & (columns < own.stop)
         place = (is_own.cumsum(0) - 1)[micro.completion_index % len(micro.kept)]
+        ids, positions, attention = self._inputs(micro, model.config._attn_implementation.removeprefix(self._prefix))
         return replace(
             micro,
-            input_ids=inputs.pop("input_ids"),
-            position_ids=inputs.pop("position_ids"),
+            input_ids=ids[:, own].contiguous(),
+            position_ids=positions[:, own].contiguous(),
             cu_seq_lens=None,
             kept=kept,
             targets=micro.targets[:, is_own],
@@ -134,7 +131,7 @@ class SequenceSlices:
             value_index=torch.where(mask, rows * (own.stop - own.start) + columns - own.start, 0),
             mask=mask,
             scored=mask.flatten().nonzero()[:, 0],
-            attention=inputs,
+            attention=attention,
         )
 
     def gather_tokens(self, scored: Tensor) -> Tensor:
@@ -157,25 +154,18 @@ class SequenceSlices:
         width = -(-length // self._size)
         return slice(self._rank * width, (self._rank + 1) * width)
 
-    def _inputs(
-        self, model: PreTrainedModel, ids: Tensor, positions: Tensor, starts: Tensor | None, longest: int
-    ) -> dict[str, Any]:
-        """What the model reads: slices of ``[rows, L]`` tokens and positions, and for attention what is whole.
-
-        ``starts`` and ``longest`` are a packed row's (:attr:`Microbatch.cu_seq_lens`).
-        """
+    def _inputs(self, micro: Microbatch, kernel: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """``[rows, L]`` tokens and positions, padded so that all slices are equal, and what attention reads of them."""
+        ids, positions, starts, longest = micro.input_ids, micro.position_ids, micro.cu_seq_lens, micro.max_length
         length = ids.shape[1]
         padding = -length % self._size
+        if positions is None:
+            positions = torch.arange(length, device=ids.device).expand_as(ids)
         if starts is not None and padding:  # The padding is a sequence of its own.
             starts, longest = torch.cat([starts, starts[-1:] + padding]), max(longest, padding)
         tail = torch.arange(padding, device=ids.device) + (0 if starts is not None else length)
         positions = torch.cat([positions, tail.expand(len(ids), padding)], dim=1)
-        own = self._own(length)
-        return {
-            "input_ids": nn.functional.pad(ids, (0, padding))[:, own].contiguous(),
-            "position_ids": positions[:, own].contiguous(),
-            **self._whole(model.config._attn_implementation.removeprefix(self._prefix), positions, starts, longest),
-        }
+        return nn.functional.pad(ids, (0, padding)), positions, self._whole(kernel, positions, starts, longest)
 
     def _whole(self, kernel: str, positions: Tensor, starts: Tensor | None, longest: int) -> dict[str, Any]:
         """The mask that a kernel reads, of ``[rows, L]`` tokens; for one that reads none, where sequences begin."""
@@ -203,7 +193,7 @@ class SequenceSlices:
             dtype=self._dtype,
             device=positions.device,
         )
-        return _lengths(starts, longest) if mask is None and starts is not None else {"attention_mask": mask}
+        return packed_lengths(starts, longest) if mask is None and starts is not None else {"attention_mask": mask}
 
     def _attention(self, kernel: str) -> Callable[..., tuple[Tensor, None]]:
         def attend(
@@ -267,12 +257,3 @@ def _kernel(name: str, module: nn.Module) -> Callable[..., Any]:
     eager = next((own for one in families if (own := getattr(one, "eager_attention_forward", None))), None)
     kernel: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return kernel
-
-
-def _lengths(starts: Tensor | None, longest: int) -> dict[str, Any]:
-    """What a kernel is told of a packed row's sequences."""
-    if starts is None:
-        return {}
-    return dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
-        ("max_length_q", "max_length_k"), longest
-    )
