@@ -5,16 +5,13 @@ where an input is; results per completion, and :func:`whiten`'s, have the dtype 
 """
 
 from rlhf_ray.advantages.adaptive_kl import AdaptiveKLController
-from rlhf_ray.advantages.explained_variance import explained_variance
 from rlhf_ray.advantages.gae import gae
-from rlhf_ray.advantages.group_advantages import group_advantages
+from rlhf_ray.advantages.group_advantages import group_advantages, remax
 from rlhf_ray.advantages.kl import kl
-from rlhf_ray.advantages.moments import Moments
+from rlhf_ray.advantages.moments import Moments, explained_variance, whiten
 from rlhf_ray.advantages.reinforce_plus_plus import reinforce_plus_plus
-from rlhf_ray.advantages.remax import remax
 from rlhf_ray.advantages.reward_shaping import normalize_rewards, shape_rewards
 from rlhf_ray.advantages.token_rewards import kl_penalized_rewards
-from rlhf_ray.advantages.whitening import whiten
 
 __all__ = [
     "AdaptiveKLController",

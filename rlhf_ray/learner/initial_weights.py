@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["InitialWeights", "local_part", "outline", "reads_weights", "without_weights"]
+__all__ = ["InitialWeights", "local_part", "names_by_parameter", "outline", "reads_weights", "without_weights"]
 
 
 def reads_weights() -> bool:
@@ -63,11 +63,8 @@ class InitialWeights:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
         # transformers also ties what is equal in the files, which the reader alone has seen.
-        outlines = [[(tied, _empty(model.get_parameter(tied[0]))) for tied in names.values()]]
+        outlines = [[(tied, _empty(model.get_parameter(tied[0]))) for tied in names_by_parameter(model)]]
         dist.broadcast_object_list(outlines)
         self._names = [tied[0] for tied, _ in outlines[0]]
         for tied, parameter in outlines[0]:
@@ -113,6 +110,14 @@ class InitialWeights:
             whole = buffer.cpu().contiguous()
             dist.broadcast(whole, 0)
             buffer.copy_(whole)
+
+
+def names_by_parameter(model: PreTrainedModel) -> list[list[str]]:
+    """The names of each parameter: several where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
