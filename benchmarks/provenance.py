@@ -31,8 +31,8 @@ def provenance() -> dict[str, Any]:
     return {"commit": commit, "versions": versions, "python": platform.python_version(), "cores": os.cpu_count()}
 
 
-def write_result(name: str, result: dict[str, Any]) -> Path:
-    """Write ``results/<name>.json``."""
-    path = RESULTS / f"{name}.json"
+def write_result(name: str, result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Write ``<name>.json`` in the folder."""
+    path = folder / f"{name}.json"
     path.write_text(json.dumps(provenance() | result, indent=2) + "\n")
     return path

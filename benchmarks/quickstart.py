@@ -1,7 +1,7 @@
-"""The quickstart's learning curve: trains (or reads a run), writes results/quickstart.png and quickstart.json.
+"""The quickstart's learning curve: quickstart.png and quickstart.json of a run.
 
-python benchmarks/quickstart.py                 # trains with the quickstart's own settings
-python benchmarks/quickstart.py runs/ppo-...    # draws a run that is there
+python benchmarks/quickstart.py                 # trains with the quickstart's own settings; writes to results/
+python benchmarks/quickstart.py runs/ppo-...    # draws a run that is there; writes to its directory
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run_dir", nargs="?", type=Path)
     run_dir = parser.parse_args().run_dir
+    folder = run_dir or RESULTS
     if run_dir is None:
         run_dir = Path(tempfile.mkdtemp()) / "run"
         command = [sys.executable, "-c", "import sys; from rlhf_ray.cli import main; sys.exit(main(sys.argv[1:]))"]
@@ -65,7 +66,7 @@ def main() -> None:
     settings = PPOConfig.from_yaml(run_dir / "config.yaml").settings
     before = accuracy_before(settings.model.path or str(model_path()))
     held_out = {0: before} | {row["training_iteration"]: row[HELD_OUT] for row in rows if HELD_OUT in row}
-    draw(rows, held_out, RESULTS / "quickstart.png")
+    draw(rows, held_out, folder / "quickstart.png")
     result = {
         "seed": settings.debugging.seed,
         "iterations": len(rows),
@@ -74,7 +75,7 @@ def main() -> None:
         "sampling_logprob_diff_max": max(row["learner/sampling_logprob_diff_max"] for row in rows),
         "iteration_s_median": sorted(row["timers/iteration_s"] for row in rows)[len(rows) // 2],
     }
-    print("written to", write_result("quickstart", result), "and quickstart.png")
+    print("written to", write_result("quickstart", result, folder), "and quickstart.png")
 
 
 if __name__ == "__main__":

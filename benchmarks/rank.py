@@ -1,9 +1,10 @@
-"""One learner rank in the benchmark's own process, for benchmarks of the learner alone."""
+"""Learner ranks without Ray Train, for benchmarks of the learner alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +18,25 @@ from rlhf_ray.learner.learner import LearnerSpec
 @contextmanager
 def one_rank(*, on_gpu: bool = False) -> Iterator[None]:
     """A process group of this process alone, as Ray Train would set it up."""
+    with rank_of(1, 0, on_gpu=on_gpu, store=dist.HashStore()):
+        yield
+
+
+@contextmanager
+def rank_of(world_size: int, rank: int, *, on_gpu: bool, store: dist.Store | Path) -> Iterator[None]:
+    """This process as one of several ranks, each on the GPU of its number.
+
+    Args:
+        world_size: How many there are.
+        rank: This one's number.
+        on_gpu: Whether they compute on GPUs.
+        store: Where they meet; a path is that of a file, which the first of them makes.
+    """
     if on_gpu:
-        torch.cuda.set_device(0)
+        torch.cuda.set_device(rank)
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    store = dist.FileStore(str(store), world_size) if isinstance(store, Path) else store
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     try:
         yield
     finally:

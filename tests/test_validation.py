@@ -115,7 +115,7 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "reporting.timeline_interval": ([0], [-1]),
     "fault_tolerance.max_group_retries": ([0], [-1]),
     "fault_tolerance.max_learner_restarts": ([0], [-1]),
-    "fault_tolerance.state_interval": ([0, 5], [-1]),
+    "fault_tolerance.state_interval": ([0, 5], [-1, 10**21, 10**400]),
     "debugging.seed": ([0, 2**32 - 1], [-1, 2**32]),
     "resources.cpus_per_replica": ([0.0, 0.5, None], [-1.0]),
     "resources.cpus_per_learner": ([0.0, None], [-1.0]),

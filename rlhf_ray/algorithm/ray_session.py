@@ -127,6 +127,12 @@ def resolve_device(settings: Settings, gpus: float) -> bool:
             f"replicas would run on CPUs ({reason}), which the installed vLLM, a CUDA build, cannot; install "
             "rlhf-ray[cpu], or let Ray have GPUs",
         )
+    if on_gpu and gpus == 0:
+        raise ConfigError(
+            "resources.device",
+            settings.resources.device,
+            "the cluster has no GPUs; use auto or cpu, or set resources.ray_address to a cluster that has some",
+        )
     if settings.learners.num_gpus_per_learner and not on_gpu:
         raise ConfigError(
             "learners.num_gpus_per_learner",
@@ -136,18 +142,21 @@ def resolve_device(settings: Settings, gpus: float) -> bool:
     colocated = resolve_colocation(settings, gpus, on_gpu=on_gpu)
     needed = _gpus_needed(settings, colocated=colocated)
     if on_gpu and needed > gpus:
-        remedy = "lower rollouts.num_replicas or learners.num_learners"
-        if not colocated:
-            remedy += (
-                ", let each replica share its GPU with a learner (resources.colocate = auto or true, which needs "
-                "rollouts.max_staleness = 0 and as many learners as replicas)"
+        counts = "rollouts.num_replicas or learners.num_learners"
+        if colocated:
+            shared, remedy = " that share them", f"lower {counts}, or set resources.device = cpu"
+        else:
+            shared = ""
+            remedy = (
+                f"lower {counts}, let each replica share its GPU with a learner (resources.colocate = auto or true, "
+                "which needs rollouts.max_staleness = 0 and as many learners as replicas), or set "
+                "learners.num_gpus_per_learner = 0 or resources.device = cpu"
             )
         raise ConfigError(
             "resources.device",
             settings.resources.device,
             f"{settings.rollouts.num_replicas} replicas of {settings.rollouts.tensor_parallel_size} GPUs and "
-            f"{settings.learners.num_learners} learners need {needed} GPUs, the cluster has {gpus:g}; {remedy}, or set "
-            "learners.num_gpus_per_learner = 0 or resources.device = cpu",
+            f"{settings.learners.num_learners} learners{shared} need {needed} GPUs, the cluster has {gpus:g}; {remedy}",
         )
     of_models = _gpus_of_models(settings, on_gpu=on_gpu)
     free = gpus - (needed if on_gpu else 0)

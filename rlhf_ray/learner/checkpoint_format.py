@@ -6,13 +6,13 @@ and so vLLM, know the separate ones. Consumes a (sharded) model; produces tensor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from rlhf_ray.learner.lora import merged_parameters, tied_names
-from rlhf_ray.weight_sync.buckets import full_tensor
+from rlhf_ray.learner.lora import Matrices, merged_parameters, tied_names
+from rlhf_ray.weight_sync.buckets import full_tensor, staged
 from rlhf_ray.weight_sync.manifest import joined_names
 
 if TYPE_CHECKING:
@@ -52,7 +52,11 @@ class CheckpointFormat:
         """Name and full shape of each tensor that :meth:`tensors` yields for engines, in its order."""
 
     def tensors(
-        self, *, every_name: bool = True, dtype: torch.dtype | None = None
+        self,
+        *,
+        every_name: bool = True,
+        dtype: torch.dtype | None = None,
+        gathered: dict[str, Matrices] | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield a checkpoint's tensors, adapters merged: parameters as they are, sharded; what is converted gathered.
 
@@ -63,9 +67,21 @@ class CheckpointFormat:
                 first one, as a checkpoint has it.
             dtype: What is gathered is gathered in this type: conversions move numbers and compute none; ``None``: in
                 its own.
+            gathered: See :func:`merged_parameters`.
         """
-        parameters = merged_parameters(self._model, every_name=every_name)
+        parameters = merged_parameters(self._model, every_name=every_name, gathered=gathered)
         return self._published(parameters, dtype) if every_name else self._stored(parameters, dtype)
+
+    def staged(
+        self, dtype: torch.dtype, gathered: dict[str, Matrices] | None = None
+    ) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
+        """Copy this rank's part of what :meth:`tensors` yields for engines to host memory; the call yields it.
+
+        What is converted is gathered and converted within the call, one group after the other.
+        """
+        parameters = merged_parameters(self._model, every_name=True, gathered=gathered)
+        copies = staged(self._once(parameters), dtype)
+        return lambda: self._published(copies(), dtype)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds besides parameters, such as the biases that balance a router's experts."""
@@ -76,8 +92,11 @@ class CheckpointFormat:
         self, parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """For engines, of parameters under every name."""
-        once = ((name, parameter) for name, parameter in parameters if name not in self._repeated)
-        return ((self._joined.get(name, name), tensor) for name, tensor in self._stored(once, dtype))
+        stored = self._stored(self._once(parameters), dtype)
+        return ((self._joined.get(name, name), tensor) for name, tensor in stored)
+
+    def _once(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, parameter) for name, parameter in parameters if name not in self._repeated)
 
     def _stored(
         self, parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None

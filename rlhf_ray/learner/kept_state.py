@@ -1,6 +1,7 @@
 """A rank's state after an update, outside of its process: what a restarted rank and a checkpoint take.
 
-:class:`KeptState` copies in a thread, through buffers of bounded size, while engines sample. The bytes are those of a
+:class:`KeptState` copies in a thread, through buffers of bounded size, while engines sample: from the device, or where
+engines need that, from the host memory that the tensors were moved to (residency.py). The bytes are those of a
 checkpoint's file, so that a checkpoint is a copy of them. They lie in memory without a name (``memfd``), or in an
 unlinked file where memory is short: both last as long as a process has them open, the rank or the keeper of its node
 (state_keeper.py), and are gone with the last, however it ends.
@@ -15,7 +16,7 @@ import os
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext, suppress
 from typing import Any
@@ -36,6 +37,8 @@ _LENGTH_BYTES = 8
 _FREE_SHARE = 0.1
 
 Tensors = Mapping[str, torch.Tensor]
+BytesOf = Callable[[torch.Tensor], Iterator[torch.Tensor]]
+"""Gives the bytes of a tensor without shards, piece by piece."""
 
 
 class KeptState:
@@ -45,14 +48,18 @@ class KeptState:
 
     Args:
         count: Versions to keep; with 1 there is none while a copy is made.
+        deferred: Whether copies wait for :meth:`start`, or for what must not happen before they are made.
     """
 
-    def __init__(self, count: int = 1) -> None:
+    def __init__(self, count: int = 1, *, deferred: bool = False) -> None:
         self._count = count
+        self._deferred = deferred
         self._files: list[StateFile] = []
         self._thread = ThreadPoolExecutor(1, "keep-state")
         self._staging: _Staging | None = None
+        self._waiting: list[tuple[Tensors, Callable[[BytesOf], None], Future[None]]] = []
         self._copying: Future[None] | None = None
+        """The last one that was started."""
 
     def begin(self, version: int, tensors: Tensors, *, spare: int | None = None) -> StateFile:
         """Begin to copy tensors, which must not change until :meth:`wait` has returned.
@@ -71,24 +78,39 @@ class KeptState:
             self._files.append(StateFile(_room(size, self._count - len(self._files))))
         free = [file for file in self._files if file.version is None or file.version != spare]
         file = min(free or self._files, key=StateFile.age)
-        self._stage(tensors)
-        self._copying = self._thread.submit(self._copy, file, version, tensors)
+        file.failed = False
+        reader, file.reader = file.reader, None  # The next one waits for this copy.
+        self._submit(tensors, lambda bytes_of: self._copy(file, version, tensors, reader, bytes_of))
         return file
 
     def write(self, path: str, tensors: Tensors, version: int) -> Future[None]:
         """Write tensors to a file of their own after the copy, if there are any; :meth:`wait` waits for that too."""
-        self._stage(tensors)
 
-        def write() -> None:
+        def write(bytes_of: BytesOf) -> None:
             if tensors:
                 with open(path, "wb") as file:
-                    _write_tensors(file.fileno(), *_layout(tensors, version), self._staging)
+                    _write_tensors(file.fileno(), *_layout(tensors, version), self._staging, bytes_of)
 
-        self._copying = self._thread.submit(write)
-        return self._copying
+        return self._submit(tensors, write)
+
+    def start(self, bytes_of: BytesOf | None = None) -> None:
+        """Start the copies that wait, of the tensors' own memory, or of what ``bytes_of`` gives in its place."""
+        for tensors, copy, done in self._waiting:
+            if self._staging is None and any(map(_on_device, tensors.values())):
+                self._staging = _Staging()
+            if self._staging is not None:
+                self._staging.follow_stream()
+            self._thread.submit(_complete, done, copy, bytes_of or _own_bytes)
+            self._copying = done
+        self._waiting.clear()
 
     def wait(self) -> None:
-        """Wait for the copy that is being made: the tensors may change then, and be freed."""
+        """Wait for all copies, also those that wait: the tensors may change then, and be freed."""
+        self.start()
+        self.wait_started()
+
+    def wait_started(self) -> None:
+        """Wait for the copies that were started."""
         if self._copying is not None:
             wait([self._copying])
             self._copying = None
@@ -128,16 +150,20 @@ class KeptState:
         """Continue with files that another process of this rank had begun."""
         self._files = [StateFile(os.open(path, os.O_RDWR | os.O_CLOEXEC)) for path in paths]
 
-    def _stage(self, tensors: Tensors) -> None:
-        if self._staging is None and any(map(_on_device, tensors.values())):
-            self._staging = _Staging()
-        if self._staging is not None:
-            self._staging.begin()
+    def _submit(self, tensors: Tensors, copy: Callable[[BytesOf], None]) -> Future[None]:
+        done: Future[None] = Future()
+        self._waiting.append((tensors, copy, done))
+        if not self._deferred:
+            self.start()
+        return done
 
-    def _copy(self, file: StateFile, version: int, tensors: Tensors) -> None:
+    def _copy(
+        self, file: StateFile, version: int, tensors: Tensors, reader: Future[Any] | None, bytes_of: BytesOf
+    ) -> None:
+        if reader is not None:
+            wait([reader])
         try:
-            file.failed = False
-            file.write(version, tensors, self._staging)
+            file.write(version, tensors, self._staging, bytes_of)
         except Exception as error:  # A full disk: the version before is still there, and training continues.
             file.failed = True
             _LOG.error("the learner's state at policy version %d is not kept: %r", version, error)
@@ -166,10 +192,10 @@ class StateFile:
         """Opens the file, in any process of this user on this machine."""
         return f"/proc/{os.getpid()}/fd/{self._descriptor}"
 
-    def write(self, version: int, tensors: Tensors, staging: _Staging | None) -> None:
+    def write(self, version: int, tensors: Tensors, staging: _Staging | None, bytes_of: BytesOf) -> None:
         """Replace what it holds, and complete it at once when all is there."""
-        self.invalidate()
-        _write_tensors(self._descriptor, *_layout(tensors, version), staging)
+        self._clear()
+        _write_tensors(self._descriptor, *_layout(tensors, version), staging, bytes_of)
         self.version = version
 
     def read(self, tensors: Tensors) -> None:
@@ -205,8 +231,7 @@ class StateFile:
         """Forget the version that it holds, when it is not being read any more."""
         if self.reader is not None:
             wait([self.reader])
-        self.version = None
-        os.pwrite(self._descriptor, bytes(_LENGTH_BYTES), 0)
+        self._clear()
 
     def free(self) -> None:
         """Give the memory back."""
@@ -217,14 +242,29 @@ class StateFile:
         """Orders files by what is lost with them."""
         return -1 if self.version is None else self.version
 
+    def _clear(self) -> None:
+        self.version = None
+        os.pwrite(self._descriptor, bytes(_LENGTH_BYTES), 0)
 
-def _write_tensors(descriptor: int, header: bytes, parts: Iterable[torch.Tensor], staging: _Staging | None) -> None:
+
+def _complete(done: Future[None], copy: Callable[[BytesOf], None], bytes_of: BytesOf) -> None:
+    try:
+        copy(bytes_of)
+    except BaseException as error:
+        done.set_exception(error)
+    else:
+        done.set_result(None)
+
+
+def _write_tensors(
+    descriptor: int, header: bytes, parts: Iterable[torch.Tensor], staging: _Staging | None, bytes_of: BytesOf
+) -> None:
     """Write parts after a header of :func:`_layout`, and the header's first bytes last."""
     offset = len(header)
     # All of a copy in one stream: what contiguous() allocates there is not given away before it was read.
     with nullcontext() if staging is None else torch.cuda.stream(staging.stream):
         for part in parts:
-            for piece in _pieces(part.contiguous()):
+            for piece in bytes_of(part):
                 host = staging.on_host(piece) if staging is not None and _on_device(piece) else piece
                 _write_all(descriptor, _memory(host), offset)
                 offset += piece.nbytes
@@ -240,7 +280,7 @@ class _Staging:
         self.stream = torch.cuda.Stream()
         self._buffer = _pinned(_PIECE_BYTES)
 
-    def begin(self) -> None:
+    def follow_stream(self) -> None:
         """Let copies wait for what the caller's stream has been given to do so far."""
         self.stream.wait_stream(torch.cuda.current_stream())
 
@@ -294,6 +334,10 @@ def _pinned(size: int) -> torch.Tensor:
 
 def _on_device(tensor: torch.Tensor) -> bool:
     return bool(tensor.is_cuda)
+
+
+def _own_bytes(part: torch.Tensor) -> Iterator[torch.Tensor]:
+    return _pieces(part.contiguous())
 
 
 def _pieces(part: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -21,9 +21,11 @@ from rlhf_ray.weight_sync.buckets import on_mesh
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["LoraSpec", "adapters_off", "add_adapters", "merged_parameters", "tied_names"]
+__all__ = ["LoraSpec", "Matrices", "adapters_off", "add_adapters", "merged_parameters", "tied_names"]
 
 _ADAPTER = "default"
+
+Matrices = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +99,7 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 def merged_parameters(
-    model: PreTrainedModel, *, every_name: bool, merge: bool = True
+    model: PreTrainedModel, *, every_name: bool, merge: bool = True, gathered: dict[str, Matrices] | None = None
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the (sharded) weights under their names in the model without adapters.
 
@@ -107,6 +109,7 @@ def merged_parameters(
         model: The model, with or without adapters.
         every_name: Whether a tied weight comes under each of its names, or once.
         merge: Whether adapted weights have their adapters' products added.
+        gathered: Matrices of adapters by layer: taken from here where they were gathered before, else put here.
     """
     layers = _adapted(model)
     for name, parameter in model.named_parameters(remove_duplicate=not every_name):
@@ -116,8 +119,16 @@ def merged_parameters(
         owner, adapted, leaf = name.rpartition(".base_layer.")
         if not adapted:
             yield name, parameter
+        elif not merge or leaf != "weight":
+            yield f"{owner}.{leaf}", parameter
         else:
-            yield f"{owner}.{leaf}", _merged(layers[owner], parameter) if merge and leaf == "weight" else parameter
+            if gathered is not None and owner in gathered:
+                matrices = gathered.pop(owner)
+            else:
+                matrices = _matrices(layers[owner], parameter)
+                if gathered is not None:
+                    gathered[owner] = matrices
+            yield f"{owner}.{leaf}", _merged(layers[owner], parameter, *matrices)
 
 
 def tied_names(model: PreTrainedModel) -> list[list[str]]:
@@ -127,16 +138,20 @@ def tied_names(model: PreTrainedModel) -> list[list[str]]:
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
-def _merged(layer: Any, weight: torch.Tensor) -> torch.Tensor:
-    first, second, weight = (
-        on_mesh(tensor.detach()) for tensor in (layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight, weight)
-    )
+def _matrices(layer: Any, weight: torch.Tensor) -> Matrices:
+    """An adapter's two, as they are multiplied: what is gathered is the small matrices, not their product."""
+    first, second = (on_mesh(of[_ADAPTER].weight.detach()) for of in (layer.lora_A, layer.lora_B))
     if layer.fan_in_fan_out:  # GPT-2's layers have their weights the other way round.
         first, second = second.T, first.T
-    if isinstance(weight, DTensor):  # What is gathered is the small matrices, not their product.
+    if isinstance(weight, DTensor):
         first = first.redistribute(placements=[Replicate()] * len(first.placements))
         second = second.redistribute(placements=weight.placements)
-    return weight + layer.scaling[_ADAPTER] * (second @ first)
+    return first, second
+
+
+@torch.no_grad()  # type: ignore[untyped-decorator]
+def _merged(layer: Any, weight: torch.Tensor, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return on_mesh(weight.detach()) + layer.scaling[_ADAPTER] * (second @ first)
 
 
 def _adapted(model: PreTrainedModel) -> dict[str, Any]:

@@ -6,6 +6,7 @@ optimizer's state all outlive it. It runs the same on CPUs.
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator
 
@@ -31,17 +32,24 @@ class Residency:
     def __init__(self, device: torch.device) -> None:
         self._on_gpu = device.type == "cuda"
         self._away: list[tuple[torch.UntypedStorage, int]] = []
+        self._places: dict[int, int] = {}
+        """Where in host memory the last :meth:`offload` took a storage."""
         # Pinning memory is slow: it is kept.
         self._slabs: list[torch.Tensor] = []
         self.is_offloaded = False
 
     def offload(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Copy this rank's part of all tensors to (pinned) host memory and free them on the device."""
+        """Copy this rank's part of all tensors to (pinned) host memory and free them on the device.
+
+        It is the same memory each time, and :meth:`onload` leaves it as it is.
+        """
         local = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
         storages = {storage.data_ptr(): storage for storage in (tensor.untyped_storage() for tensor in local)}
         storages.pop(0, None)  # Empty ones.
         # On CPUs numpy may read one.
         self._away = [(one, one.nbytes()) for one in filter(torch.UntypedStorage.resizable, storages.values())]
+        places = itertools.accumulate((size for _, size in self._away), initial=0)
+        self._places = {storage._cdata: place for (storage, _), place in zip(self._away, places, strict=False)}
         for on_device, on_host in self._pieces():
             on_host.copy_(on_device, non_blocking=True)
         self._synchronize()
@@ -62,18 +70,39 @@ class Residency:
         self._away.clear()
         self.is_offloaded = False
 
+    def bytes_of(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+        """The bytes of a tensor without shards as the last :meth:`offload` left them in host memory, piece by piece.
+
+        Its own memory, where that was not taken. Valid until the next :meth:`offload`.
+        """
+        storage = tensor.untyped_storage()
+        place = self._places.get(storage._cdata)
+        if place is None:
+            yield tensor.contiguous().view(-1).view(torch.uint8)
+        elif tensor.is_contiguous():
+            yield from self._on_host(place + tensor.storage_offset() * tensor.itemsize, tensor.nbytes)
+        else:
+            end = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+            start, size = place + tensor.storage_offset() * tensor.itemsize, end * tensor.itemsize
+            spread = torch.cat(list(self._on_host(start, size))).view(tensor.dtype)
+            yield spread.as_strided(tensor.shape, tensor.stride()).contiguous().view(-1).view(torch.uint8)
+
     def _pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """What is away, piece by piece: its bytes on the device, and their place in host memory."""
-        place = 0
         for storage, size in self._away:
-            whole, done = _bytes(storage), 0
-            while done < size:
-                slab, start = divmod(place, _SLAB_BYTES)
-                if slab == len(self._slabs):
-                    self._slabs.append(torch.empty(_SLAB_BYTES, dtype=torch.uint8, pin_memory=self._on_gpu))
-                length = min(size - done, _SLAB_BYTES - start)
-                yield whole[done : done + length], self._slabs[slab][start : start + length]
-                done, place = done + length, place + length
+            left = _bytes(storage)
+            for on_host in self._on_host(self._places[storage._cdata], size):
+                yield left[: on_host.nbytes], on_host
+                left = left[on_host.nbytes :]
+
+    def _on_host(self, place: int, size: int) -> Iterator[torch.Tensor]:
+        while size:
+            slab, start = divmod(place, _SLAB_BYTES)
+            if slab == len(self._slabs):
+                self._slabs.append(torch.empty(_SLAB_BYTES, dtype=torch.uint8, pin_memory=self._on_gpu))
+            length = min(size, _SLAB_BYTES - start)
+            yield self._slabs[slab][start : start + length]
+            place, size = place + length, size - length
 
     def _synchronize(self) -> None:
         if self._on_gpu:

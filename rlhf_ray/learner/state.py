@@ -22,7 +22,7 @@ from rlhf_ray.learner.mesh import gather_objects
 from rlhf_ray.learner.residency import Residency
 from rlhf_ray.learner.spec import LearnerSpec
 from rlhf_ray.learner.trained_model import TrainedModel
-from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets, staged
+from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor, gather_buckets
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
 if TYPE_CHECKING:
@@ -84,10 +84,13 @@ class LearnerState:
         return self._residency.is_offloaded
 
     def offload(self) -> None:
-        """Take weights and optimizers to host memory; what the settings keep there is there already."""
+        """Take weights and optimizers to host memory; what the settings keep there is there already.
+
+        Copies of the state that wait for this are started, and read from there.
+        """
         if self.is_offloaded:
             return
-        self.wait_copied()
+        self._kept.wait_started()  # They read what is freed here, or the host memory that is used again.
         self._models.reshard()
         tensors: list[torch.Tensor] = []
         if not self._spec.offload_optimizer:
@@ -95,6 +98,7 @@ class LearnerState:
         if self._models.reference is not None and not self._spec.offload_reference and self._spec.lora is None:
             tensors += self._models.reference.model.parameters()
         self._residency.offload(tensors)
+        self._kept.start(self._residency.bytes_of)
 
     def onload(self) -> None:
         """Undo :meth:`offload`, bit for bit."""
@@ -174,7 +178,7 @@ class LearnerState:
         is_writer = dist.get_rank() == 0
         for name, trained in self._trained().items():
             weights: dict[str, torch.Tensor] = {}
-            for parameter_name, parameter in trained.checkpoint.tensors(every_name=False):
+            for parameter_name, parameter in trained.checkpoint_parameters(every_name=False):
                 full = full_tensor(parameter.detach())  # A collective: every rank takes part, and one keeps it.
                 if is_writer:
                     weights[parameter_name] = full.to("cpu", torch.float32).contiguous()
@@ -190,7 +194,7 @@ class LearnerState:
         policy, keep = self.policy, dist.get_rank() == 0
         # Buffers are never trained, but an engine that reloads a layer wants all of it.
         return itertools.chain(
-            gather_buckets(policy.checkpoint.tensors(dtype=dtype), dtype=dtype, keep=keep),
+            gather_buckets(policy.checkpoint_parameters(dtype=dtype), dtype=dtype, keep=keep),
             gather_buckets(policy.checkpoint.buffers().items(), dtype=torch.float32, keep=keep),
         )
 
@@ -199,7 +203,7 @@ class LearnerState:
         dtype = self._spec.published_dtype
         self._check_finite("published", dtype)
         self._staged = None  # Its memory is used again.
-        self._staged = staged(self.policy.checkpoint.tensors(dtype=dtype), dtype)
+        self._staged = self.policy.stage_parameters(dtype)
 
     def weight_source(self) -> ShardedSource:
         """The policy as vLLM's trainer engines read it, again for each version."""
@@ -209,7 +213,7 @@ class LearnerState:
         if self._staged is None:
             self._check_finite("published", dtype)
         return ShardedSource(
-            lambda: policy.checkpoint.tensors(dtype=dtype) if self._staged is None else self._staged(),
+            lambda: policy.checkpoint_parameters(dtype=dtype) if self._staged is None else self._staged(),
             policy.checkpoint.shapes,
             dtype,
             device=self._spec.device,

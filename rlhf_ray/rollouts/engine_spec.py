@@ -132,14 +132,19 @@ def weight_transfer(setting: str, *, between_gpus: bool, colocated: bool = False
         colocated: Whether each learner shares its GPU with a replica: NCCL refuses two ranks on one.
 
     Raises:
-        ConfigError: NCCL is asked for on shared GPUs, or ipc elsewhere.
+        ConfigError: NCCL is asked for on shared GPUs, ipc on separate ones, or either without GPUs at both ends.
     """
     if setting == "auto":
         return "nccl" if between_gpus and not colocated else "shared_memory"
+    if setting != "shared_memory" and not between_gpus:
+        remedy = (
+            f"{setting} needs replicas and learners on GPUs, which this run does not use; use auto or shared_memory"
+        )
+        raise ConfigError("rollouts.weight_transfer", setting, remedy)
     if setting == "nccl" and colocated:
         remedy = "NCCL refuses two ranks on one GPU, which learners and replicas share; use ipc or shared_memory"
         raise ConfigError("rollouts.weight_transfer", setting, remedy)
-    if setting == "ipc" and not (colocated and between_gpus):
+    if setting == "ipc" and not colocated:
         remedy = "weights stay on a GPU only where a learner and a replica share it (resources.colocate); use auto"
         raise ConfigError("rollouts.weight_transfer", setting, remedy)
     return setting

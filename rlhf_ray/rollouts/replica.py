@@ -58,6 +58,7 @@ class RolloutReplica:
         # Serve starts again what a killed driver started, and would do so for ever.
         await self._check_run()
         if spec.colocated:
+            self._attending = bridge.attend_turns.remote(self.replica_id, *self._whereabouts())
             await self._wait_turn(awake=False)
         try:
             self._engine = RolloutEngine(spec)
@@ -167,14 +168,15 @@ class RolloutReplica:
 
     async def _wait_turn(self, *, awake: bool) -> None:
         """Tell the bridge how the engine is, and wait until it is to be otherwise."""
-        context = ray.get_runtime_context()
-        about = {
-            "actor": context.current_actor,
-            "place": (context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", ()))),
-            "timeout_s": _TURN_POLL_S,
-        }
+        actor, place = self._whereabouts()
+        about = {"actor": actor, "place": place, "timeout_s": _TURN_POLL_S}
         while await self._bridge.follow_turn.remote(self.replica_id, awake=awake, **about) is None:
             pass
+
+    @staticmethod
+    def _whereabouts() -> tuple[Any, tuple[str, str]]:
+        context = ray.get_runtime_context()
+        return context.current_actor, (context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", ())))
 
     async def _follow_turns(self) -> None:
         """Sleep and wake as the bridge says; an engine that cannot frees the GPU by its end, and another one starts."""

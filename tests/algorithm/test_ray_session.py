@@ -157,6 +157,12 @@ def test_a_cuda_build_of_vllm_is_not_started_on_cpus(device: Any, gpus: float, v
     assert (caught.value.field, caught.value.value) == ("resources.device", device)
 
 
+def test_gpus_that_are_not_there_are_named_as_such() -> None:
+    with pytest.raises(ConfigError, match="the cluster has no GPUs; use auto or cpu") as caught:
+        resolve_device(settings_of(device="cuda"), 0.0)
+    assert caught.value.field == "resources.device"
+
+
 @pytest.mark.parametrize(
     ("gpus", "build", "level", "line"),
     [

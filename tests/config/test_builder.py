@@ -343,6 +343,11 @@ def test_an_unknown_section_names_the_nearest(key: str, remedy: str) -> None:
     assert remedy in error.remedy
 
 
+def test_names_of_colocation_elsewhere_lead_to_ours() -> None:
+    for other in ("vllm_mode", "colocate_all", "hybrid_engine", "share_gpus"):
+        assert "resources.colocate" in OTHER_NAMES[other]
+
+
 def test_other_names_lead_to_settings_and_hide_none() -> None:
     ours = {name for section in section_types() for name in setting_types(section)}
     for other, text in OTHER_NAMES.items():

@@ -70,7 +70,7 @@ def parts(
     monkeypatch.setattr(app_module, "RolloutReplica", Replica)
 
     def make(startup_timeout_s: float) -> tuple[LearnerGroup, RolloutApp]:
-        learner_spec: Any = SimpleNamespace(on_gpu=True)
+        learner_spec: Any = SimpleNamespace(on_gpu=True, colocated=False)
         learners = LearnerGroup(
             spec=learner_spec,
             run_id="run",
@@ -80,7 +80,9 @@ def parts(
             startup_timeout_s=startup_timeout_s,
             update_timeout_s=60.0,
             max_restarts=0,
+            state_interval=0,
             tensor_parallel_size=1,
+            num_replicas=4,
         )
         engine = EngineSpec(
             engine_args={}, env={}, eos_token_ids=(), weight_transfer="nccl", tensor_parallel_size=1, on_gpu=True

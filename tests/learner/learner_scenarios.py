@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
@@ -33,6 +34,7 @@ from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.packing import RankPlan, UpdatePlan, plan_update
 from rlhf_ray.learner.remote.update_result import UpdateResult
 from rlhf_ray.learner.trained_model import TrainedModel
+from rlhf_ray.weight_sync import buckets as weight_buckets
 from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
@@ -108,9 +110,12 @@ class Wire:
     size_bytes: int
     """Of what is sent."""
     adapter_bytes: int
-    """Of the adapters, which a merge may gather in float32."""
+    """Of the matrices of adapters that a merge has to gather, in float32."""
+    staged_bytes: int
+    """What this rank took to host memory to send it later."""
     buckets: Weights
     source: Weights
+    staged: Weights
     wanted: Weights
     """Gathered in float32 and rounded then."""
 
@@ -220,7 +225,9 @@ def save_models(folder: Path) -> None:
     of_another_family = Olmo2Config(**config.to_dict() | {"layer_types": None, "architectures": None})
     Olmo2ForCausalLM(of_another_family).save_pretrained(folder / "made_critic")
     sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "layer_types": None}
-    experts = Qwen3MoeConfig(**config.to_dict() | sizes | {"architectures": None, "tie_word_embeddings": False})
+    # Without its own model type its experts would be stored as memory has them.
+    sizes |= {"architectures": None, "tie_word_embeddings": False, "model_type": "qwen3_moe"}
+    experts = Qwen3MoeConfig(**config.to_dict() | sizes)
     Qwen3MoeForCausalLM(experts).save_pretrained(folder / "experts")
     transposed = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=128, eos_token_id=1)
     GPT2LMHeadModel(transposed).save_pretrained(folder / "transposed")
@@ -366,7 +373,7 @@ def take_turns(learner: Learner) -> None:
     assert learner.state()
     assert list(learner.weight_buckets())
     tensors, sizes = device_tensors(learner), device_bytes(learner)
-    weights = gathered(learner.policy.checkpoint.tensors())
+    weights = gathered(learner.policy.checkpoint_parameters())
     learner.stage_weights()
     assert max(sizes) > 0  # A rank may have nothing of a small tensor.
     learner.offload()
@@ -428,7 +435,7 @@ def outcome_of(learner: Learner, scenario: Scenario, figures: list[Figures]) -> 
 
 def full_weights(trained: TrainedModel) -> Weights:
     """The gathered weights; a collective."""
-    return {name: parameter.detach().full_tensor().clone() for name, parameter in trained.checkpoint.tensors()}
+    return {name: parameter.detach().full_tensor().clone() for name, parameter in trained.checkpoint_parameters()}
 
 
 # Three updates, of which the first is made on one set of ranks and the others, after a restart, on another.
@@ -495,17 +502,33 @@ def wire_of(folder: Path, name: str) -> Wire:
         for layout, pieces in learner.weight_buckets():
             for tensor, piece in zip(layout.tensors, pieces or (), strict=pieces is not None):
                 buckets[tensor.name] = torch.from_numpy(piece).view(getattr(torch, tensor.dtype)).view(tensor.shape)
-    source = learner.weight_source()
     with Gathers() as second:
+        source = learner.weight_source()
         given = dict(source)
-    adapters = [p.numel() for key, p in learner.policy.model.named_parameters() if ".lora_" in key]
+    # Where weights are transposed the other matrix has to be sharded anew, which gloo does by a gather.
+    matrix = ".lora_" if name.startswith("transposed") else ".lora_A."
+    adapters = [p.numel() for key, p in learner.policy.model.named_parameters() if matrix in key]
+    staged_bytes: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        on_host = weight_buckets._on_host
+
+        def counted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            copy = on_host(tensor, dtype)
+            staged_bytes.append(copy.nbytes)
+            return copy
+
+        patched.setattr(weight_buckets, "_on_host", counted)
+        learner.stage_weights()
+    assert learner._staged is not None
     return Wire(
+        staged_bytes=sum(staged_bytes),
+        staged=gathered(learner._staged()),
         gathered_bytes=[first.bytes, second.bytes],
         size_bytes=source.size_bytes(),
         adapter_bytes=4 * sum(adapters),
         buckets=buckets,
         source=given,
-        wanted={key: full_tensor(p.detach()).bfloat16() for key, p in learner.policy.checkpoint.tensors()},
+        wanted={key: full_tensor(p.detach()).bfloat16() for key, p in learner.policy.checkpoint_parameters()},
     )
 
 

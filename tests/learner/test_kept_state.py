@@ -400,6 +400,151 @@ def test_weights_do_not_leave_the_device_while_they_are_copied(
     assert runs.same_state(before, learner.state())
 
 
+class Gate:
+    """Holds up what is written of states."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = threading.Event()
+        self.open = self._open.set
+        write = module._write_tensors
+        monkeypatch.setattr(module, "_write_tensors", lambda *arguments: (self._open.wait(30), write(*arguments)))
+
+
+@pytest.fixture
+def colocated_rank(models: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Callable[..., _Worker]:
+    """A rank that takes turns with an engine, after an update to version 1."""
+
+    def make(*, keeps_state: bool = True) -> _Worker:
+        for method in ("_adopt_state", "_hold_state"):
+            monkeypatch.setattr(_Worker, method, lambda _: None)
+        spec = runs.make_spec(models, replace(RESUMED, spec={"keeps_state": keeps_state, "colocated": True}))
+        worker = _Worker(spec, object(), 0)
+        runs.update(worker._learner, RESUMED, 0)
+        worker.version = 1
+        return worker
+
+    return make
+
+
+def in_time(work: Callable[[], object]) -> bool:
+    """Whether it ends by itself."""
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    return not thread.is_alive()
+
+
+def test_a_rank_leaves_its_gpu_at_once_and_its_state_is_copied_from_host_memory(
+    colocated_rank: Callable[..., _Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, gate = colocated_rank(), Gate(monkeypatch)
+    learner, before = worker._learner, copy.deepcopy(worker._learner.state())
+    worker._to_keep = 1, None
+    worker.answered("publish")
+    assert in_time(worker.offload)
+    assert learner.is_offloaded
+    assert all(file.version is None for file in worker._kept._files)
+
+    learner.onload()  # Engines were fast: the next update begins, whose steps wait for the copy.
+    updating = threading.Thread(target=runs.update, args=(learner, RESUMED, 1))
+    updating.start()
+    updating.join(0.3)
+    assert updating.is_alive()
+    gate.open()
+    updating.join(30)
+    assert worker._kept.versions == [1]
+    assert not runs.same_state(before, learner.state())
+    learner.recall(1)
+    assert runs.same_state(before, learner.state())
+
+
+def test_host_memory_is_not_used_again_before_the_copy_of_it_is_made(
+    colocated_rank: Callable[..., _Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker, gate = colocated_rank(), Gate(monkeypatch)
+    learner = worker._learner
+    worker._to_keep = 1, None
+    assert in_time(worker.offload)
+    learner.onload()
+    leaving = threading.Thread(target=worker.offload)
+    leaving.start()
+    leaving.join(0.3)
+    assert leaving.is_alive()
+    assert not learner.is_offloaded
+    gate.open()
+    leaving.join(30)
+    assert learner.is_offloaded
+    assert worker._kept.versions == [1]
+
+
+@pytest.mark.parametrize("copied", ["before", "fails", "never"])
+def test_a_checkpoint_of_a_rank_that_takes_turns_holds_its_state(
+    copied: str,
+    colocated_rank: Callable[..., _Worker],
+    make_learner: Callable[..., Learner],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The copy is under way when it is asked for, or failed, or states are not kept."""
+    worker = colocated_rank(keeps_state=copied != "never")
+    learner, before = worker._learner, copy.deepcopy(worker._learner.state())
+    with monkeypatch.context() as patched:
+        if copied == "fails":
+            patched.setattr(module, "_write_tensors", lambda *_: (_ for _ in ()).throw(OSError("No space left")))
+        gate = Gate(patched)
+        if copied != "never":
+            worker._to_keep = 1, None
+            assert in_time(worker.offload)
+            learner.onload()
+        if copied == "fails":
+            gate.open()
+            assert worker._kept.versions == []
+    gate = Gate(monkeypatch) if copied != "before" else gate
+    written = learner.save(str(tmp_path), 1)
+    if copied != "before":
+        assert in_time(worker.offload)
+        assert not written.done()
+    gate.open()
+    worker.offload()
+    written.result(30)
+    other = make_learner()
+    other.load(str(tmp_path))
+    assert runs.same_state(before, other.state())
+
+
+def test_a_rank_that_is_stopped_in_its_turn_makes_its_copies_first(
+    colocated_rank: Callable[..., _Worker], tmp_path: Path
+) -> None:
+    worker = colocated_rank()
+    written = worker._learner.save(str(tmp_path), 1)
+    worker.finish()
+    written.result(30)
+
+
+def test_a_copy_does_not_wait_for_the_checkpoint_that_is_written_of_it(
+    make_learner: Callable[..., Learner], tmp_path: Path
+) -> None:
+    """On a busy machine the thread that copies may be slow to start."""
+    learner, may_start = make_learner(kept := KeptState()), threading.Event()
+    kept._thread.submit(may_start.wait, 30)
+    written = learner.save(str(tmp_path))
+    may_start.set()
+    written.result(10)
+
+
+def test_a_copy_that_is_being_made_loses_nothing_to_the_next_one(
+    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, entered, may_go, write = KeptState(), threading.Event(), threading.Event(), module._write_all
+    monkeypatch.setattr(module, "_write_all", lambda *arguments: (entered.set(), may_go.wait(30), write(*arguments)))
+    kept.begin(1, state_of(1))
+    assert entered.wait(30)
+    written = kept.write(str(tmp_path / "file"), {"weight": torch.ones(3)}, 1)
+    may_go.set()
+    written.result(30)
+    assert same(read(kept, 1), state_of(1))
+
+
 def test_a_checkpoint_copies_anew_what_could_not_be_kept(
     make_learner: Callable[..., Learner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

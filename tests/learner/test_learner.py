@@ -1477,12 +1477,22 @@ def test_what_two_ranks_publish_is_gathered_in_the_wire_type(
     for rank, wire in enumerate(result.wires[name] for result in ranks):
         for gathered in wire.gathered_bytes:
             assert gathered.pop(torch.bfloat16) == wire.size_bytes
-            # Adapters are merged in float32, here and where the merged weights are looked at first.
-            assert sum(gathered.values()) <= 2 * wire.adapter_bytes
+            # Matrices of adapters, in float32: once, though the merged weights are looked at first.
+            assert sum(gathered.values()) == wire.adapter_bytes
             assert (wire.adapter_bytes > 0) == ("adapted" in name)
-        for published in (wire.source, wire.buckets)[: 2 - rank]:
+        for published in (wire.source, wire.staged, wire.buckets)[: 3 - rank]:
             assert published.keys() == wire.wanted.keys()
             assert all(torch.equal(published[key], weight) for key, weight in wire.wanted.items())
+
+
+@pytest.mark.parametrize("name", runs.PUBLISHED)
+def test_two_ranks_take_each_weight_to_host_memory_once_for_what_they_send_later(
+    name: str, two_ranks: tuple[Path, RankResult, RankResult]
+) -> None:
+    """Also experts, which are converted as a whole."""
+    _, *ranks = two_ranks
+    wires = [result.wires[name] for result in ranks]
+    assert sum(wire.staged_bytes for wire in wires) == wires[0].size_bytes
 
 
 def test_published_weights_are_cast_to_the_wire_type(models: Path) -> None:

@@ -41,6 +41,31 @@ def test_host_memory_is_taken_once_and_is_that_of_all_tensors_together(monkeypat
     assert [size for _, size in taken[0]] == [16] * 6  # Of 94 bytes.
 
 
+def test_what_is_away_is_read_from_host_memory_until_it_leaves_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SLAB_BYTES", 16)
+    whole = torch.arange(12.0).view(3, 4)
+    named = {"part": whole[1:], "spread": whole[:, 1:3].T, "half": torch.arange(7).bfloat16(), "count": torch.ones(())}
+    there = torch.arange(3.0)  # Not among those that leave.
+    wanted = {name: tensor.clone().contiguous() for name, tensor in named.items()}
+    residency = Residency(CPU)
+
+    def read(tensor: torch.Tensor) -> torch.Tensor:
+        pieces = torch.cat(list(residency.bytes_of(tensor)))
+        return pieces.view(tensor.dtype).view(tensor.shape)
+
+    residency.offload([torch.ones(5), whole, *named.values()])
+    assert all(torch.equal(read(tensor), wanted[name]) for name, tensor in named.items())
+    residency.onload()
+    for tensor in named.values():
+        tensor.add_(1)
+    assert all(torch.equal(read(tensor), wanted[name]) for name, tensor in named.items())
+    assert torch.equal(read(there), torch.arange(3.0))
+    changed = whole.clone()
+    residency.offload([whole])
+    assert torch.equal(read(whole), changed)
+    assert torch.equal(read(named["half"]), wanted["half"] + 1)
+
+
 @pytest.mark.parametrize("patience_s", [10.0, 0.0])
 def test_memory_that_a_dying_process_has_not_given_back_is_waited_for(
     patience_s: float, monkeypatch: pytest.MonkeyPatch

@@ -337,7 +337,8 @@ def test_weight_transfer(setting: Any, on_gpu: bool, learners_on_gpu: bool, colo
     [
         ("nccl", True, True, "use ipc or shared_memory"),
         ("ipc", True, False, "only where a learner and a replica share it"),
-        ("ipc", False, True, "only where a learner and a replica share it"),
+        ("ipc", False, True, "ipc needs replicas and learners on GPUs"),
+        ("nccl", False, False, "nccl needs replicas and learners on GPUs"),
     ],
 )
 def test_a_transfer_that_cannot_work_is_refused(setting: str, between_gpus: bool, colocated: bool, remedy: str) -> None:

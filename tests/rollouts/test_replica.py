@@ -258,6 +258,38 @@ def test_a_replica_that_starts_after_its_run_deletes_the_application_instead(
     assert deleted == (["run-1-rollout"] if is_gone else [])
 
 
+def test_the_bridge_knows_of_an_engine_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    context = SimpleNamespace(app_name="run-1-rollout", replica_id=SimpleNamespace(unique_id="r"))
+    node = SimpleNamespace(current_actor="me", get_node_id=lambda: "n", get_accelerator_ids=lambda: {"GPU": ["3"]})
+    monkeypatch.setattr(replica_module.serve, "get_replica_context", lambda: context)
+    monkeypatch.setattr(replica_module.ray, "get_runtime_context", lambda: node)
+
+    def build(spec: EngineSpec) -> None:
+        told.append("build")
+        raise ValueError("no memory")
+
+    async def attend(*arguments: Any) -> None:
+        await asyncio.Event().wait()
+
+    class Open:
+        def remote(self, *arguments: Any) -> Any:
+            told.append(arguments)
+            return asyncio.ensure_future(attend())
+
+    class Turn:
+        async def remote(self, *arguments: Any, **about: Any) -> bool:
+            told.append("turn")
+            return True
+
+    monkeypatch.setattr(replica_module, "RolloutEngine", build)
+    spec: Any = SimpleNamespace(timeline=False, colocated=True)
+    bridge = SimpleNamespace(newest_version=Call(lambda: 0), attend_turns=Open(), follow_turn=Turn())
+    with pytest.raises(RuntimeError, match="no memory"):
+        asyncio.run(RolloutReplica.__init__(RolloutReplica.__new__(RolloutReplica), spec, bridge))
+    assert told == [("r", "me", ("n", "3")), "turn", "build"]
+
+
 @pytest.mark.parametrize("dies", [True, False])
 @pytest.mark.parametrize(
     "step", ["load_weights", "init_weight_transfer", "begin_update", "apply_update", "finish_update"]

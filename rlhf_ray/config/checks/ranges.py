@@ -37,6 +37,8 @@ class Range:
         return f"a number {low} and {'less than' if self.open_high else 'at most'} {self.high}"
 
 
+# What floating point still counts exactly; larger numbers overflow here and there.
+_LARGEST: Final = 2**53
 _COUNT: Final = Range(1)
 _FROM_ZERO: Final = Range(0)
 _POSITIVE: Final = Range(0, open_low=True)
@@ -137,6 +139,8 @@ def check_range(field: str, value: Any) -> None:
     if allowed is None or value is None:
         return
     numbers_given = value if isinstance(value, (list, tuple)) else (value,)
+    if any(isinstance(number, int) and abs(number) > _LARGEST for number in numbers_given):
+        raise ConfigError(field, value, f"give a number of at most {_LARGEST:,}")
     if not all(number in allowed for number in numbers_given):
         raise ConfigError(field, value, f"give {allowed}{_what_none_means(field)}")
 

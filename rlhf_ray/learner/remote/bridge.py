@@ -6,8 +6,10 @@ unblocked when every rank has answered or one has failed. Also holds the newest 
 needs. Plain asyncio: ``bridge_actor`` wraps it.
 
 Workers and bridge may die, each by itself. A command names the worker group that it is for: one that Ray Train has
-started again answers nothing that was asked of the group before it. A bridge that was started again knows nothing: the
-Algorithm's call comes once more, with the same command, and a rank that has carried it out repeats its answer.
+started again answers nothing that was asked of the group before it. A bridge that was started again knows nothing: Ray
+repeats every call that had no answer. The Algorithm's comes with the same command, and a rank that has carried it out
+repeats its answer; a call that tells what the bridge must know stays open until that is true no longer. Weights alone
+are not told again: the learners publish them once more when a replica needs them.
 """
 
 from __future__ import annotations
@@ -109,6 +111,7 @@ class Bridge(StateKeeper):
         self._refs: list[Any] = []
         self._version = 0
         self._saved: dict[str, dict[int, dict[str, StoredFile] | RankFailure]] = {}
+        self._taken: set[str] = set()
         self._commanding = asyncio.Lock()
         self._controller: Any = None
         self._keepers: dict[str, Any] = {}
@@ -162,6 +165,11 @@ class Bridge(StateKeeper):
             return True
         return False
 
+    async def attend_turns(self, replica_id: str, actor: Any, place: Place) -> None:
+        """See :meth:`Turns.attend`."""
+        assert self._turns is not None, "replicas and learners share no GPUs"
+        await self._turns.attend(replica_id, actor=actor, place=place)
+
     async def follow_turn(
         self, replica_id: str, *, awake: bool, actor: Any, place: Place, timeout_s: float
     ) -> bool | None:
@@ -200,7 +208,13 @@ class Bridge(StateKeeper):
                 return None
 
     async def next_command(
-        self, rank: int, group: str, version: int, timeout_s: float, resident: bool = True
+        self,
+        rank: int,
+        group: str,
+        version: int,
+        timeout_s: float,
+        resident: bool = True,
+        place: Place | None = None,
     ) -> Command | None:
         """Long poll of a rank that holds policy ``version``: what it has not answered yet; ``None`` when time is over.
 
@@ -212,11 +226,12 @@ class Bridge(StateKeeper):
             version: Of its policy.
             timeout_s: Longest wait.
             resident: Whether its models are on its GPU; where that is shared, it may be told to take them off.
+            place: Its GPU, where that is shared.
         """
         async with self._changed:
             self._join(rank, group, version)
             if self._turns is not None:
-                self._turns.rank_says(rank, resident=resident)
+                self._turns.rank_says(rank, resident=resident, place=place)
             try:
                 async with asyncio.timeout(timeout_s):
                     await self._changed.wait_for(lambda: self._order(rank, group))
@@ -245,21 +260,24 @@ class Bridge(StateKeeper):
                 self._pending.finished.set()
 
     async def saved(self, save_id: str, rank: int, files: dict[str, StoredFile] | RankFailure) -> None:
-        """A rank's files of a checkpoint are written, or cannot be; ``save_id`` is the command that asked for them."""
+        """A rank's files of a checkpoint are written, or cannot be; ``save_id`` is the command that asked for them.
+
+        Stays open until they were taken and the next checkpoint begins, or the worker group ends.
+        """
         async with self._changed:
-            if save_id in self._saved:
-                self._saved[save_id][rank] = files
-                self._changed.notify_all()
+            self._saved.setdefault(save_id, {})[rank] = files
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: save_id not in self._saved)
 
     async def wait_saved(
-        self, save_id: str, timeout_s: float
+        self, save_id: str, group: str, timeout_s: float
     ) -> dict[str, StoredFile] | RankFailure | GroupLost | None:
-        """Wait for every rank's files of a checkpoint; ``None`` when time is over."""
+        """Wait for the files of a checkpoint of every rank of a group; ``None`` when time is over."""
 
         def outcome() -> dict[str, StoredFile] | RankFailure | GroupLost | None:
-            answers = self._saved.get(save_id)
-            if answers is None:
+            if self._group not in (None, group):
                 return GroupLost()
+            answers = self._saved.get(save_id, {})
             failed = next((answer for answer in answers.values() if isinstance(answer, RankFailure)), self._failure)
             if failed is not None or len(answers) < self._world_size:
                 return failed
@@ -271,9 +289,8 @@ class Bridge(StateKeeper):
                 await asyncio.wait_for(done, timeout_s)
             except TimeoutError:
                 return None
-            found = outcome()
-            self._saved.pop(save_id, None)
-            return found
+            self._taken.add(save_id)
+            return outcome()
 
     async def replica_failed(self, failure: ReplicaFailure) -> None:
         """A replica tells why it could not load weights."""
@@ -286,8 +303,11 @@ class Bridge(StateKeeper):
         return told
 
     async def set_controller(self, controller: Any) -> None:
-        """The Ray Train controller's handle, for an abort."""
-        self._controller = controller
+        """The Ray Train controller's handle, for an abort; stays open until there is another."""
+        async with self._changed:
+            self._controller = controller
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._controller is not controller)
 
     async def controller(self) -> Any:
         """The handle, or ``None`` before the controller runs."""
@@ -300,12 +320,26 @@ class Bridge(StateKeeper):
         return self._keepers[node_id]
 
     async def set_placement_group(self, group: Any) -> None:
-        """Where the ranks run from now on."""
-        self._placement_group = group
+        """Where the ranks run; stays open until that is elsewhere."""
+        async with self._changed:
+            self._placement_group = group
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: self._placement_group is not group)
 
     async def placement_group(self) -> Any:
         """Where the ranks run, or ``None`` before they do."""
         return self._placement_group
+
+    async def end_calls(self) -> None:
+        """Answer the calls that stay open, since the run ends: Ray would tell of each that it is repeated."""
+        async with self._changed:
+            self._controller = self._placement_group = None
+            self._saved.clear()
+            if self._turns is not None:
+                self._turns.forget_engines()
+            self._changed.notify_all()
+        for replaced in self._replaced.values():
+            replaced.set()
 
     async def set_weights(self, manifest: WeightManifest, refs: list[Any]) -> None:
         """Rank 0 put a version into the object store: the newest from now on."""
@@ -387,9 +421,10 @@ class Bridge(StateKeeper):
         if group != self._group:
             if self._pending is not None:
                 self._pending.finished.set()
+            if self._group is not None:  # Else it may be this bridge that is new.
+                self._saved.clear()
             self._group, self._pending, self._failure = group, None, None
             self._versions.clear()
-            self._saved.clear()
             # What rank 0 had put into the object store went with it.
             self._manifest, self._refs = None, []
             if self._turns is not None:
@@ -433,7 +468,9 @@ class Bridge(StateKeeper):
                 return GroupLost()
             pending = self._pending = _Pending(command=command)
             if command.verb == "save":
-                self._saved[command.command_id] = {}
+                for save_id in self._taken:
+                    self._saved.pop(save_id, None)
+                self._taken.clear()
             self._engines_load(command.verb == "send")
             self._changed.notify_all()
         try:

@@ -27,7 +27,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.learner import LearnerSpec
 from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.learner.remote.bridge import Command, GroupLost, RankFailure, Refusal, bridge_actor
-from rlhf_ray.learner.remote.turns import LEARNER_SHARE, check_pairing
+from rlhf_ray.learner.remote.turns import LEARNER_SHARE, Place, check_pairing
 from rlhf_ray.learner.remote.update_result import UpdateOrder, UpdateResult, merged_results
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import TraceSpan
@@ -188,7 +188,17 @@ class LearnerGroup:
         with self.turn():
             self._wait_ready()
             if self._spec.colocated and self._spec.on_gpu:
-                check_pairing(*ray.get(self.bridge.places.remote()))
+                check_pairing(*self._places())
+
+    def _places(self) -> tuple[dict[str, Place], dict[int, Place]]:
+        """Where replicas and learners are, as far as they say so in time."""
+        ends_at = time.monotonic() + _STOP_TIMEOUT_S
+        while True:
+            replicas, ranks = ray.get(self.bridge.places.remote())
+            # A bridge that was started a moment ago has not heard of all.
+            if time.monotonic() > ends_at or (len(replicas), len(ranks)) >= (self._num_replicas, self.num_learners):
+                return replicas, ranks
+            time.sleep(_POLL_S)
 
     def _wait_ready(self) -> None:
         ready = self._await(self.bridge.wait_ready.remote(self._startup_timeout_s, after=self._name), "to start")
@@ -283,10 +293,10 @@ class LearnerGroup:
         """
         with self._commanding:
             self._execute("save", (folder,))
-            save_id, self._saving_version = self._last_command, self._version
+            save_id, group, self._saving_version = self._last_command, self._name, self._version
 
         def wait() -> dict[str, StoredFile]:
-            call = self.bridge.wait_saved.remote(save_id, self._update_timeout_s)
+            call = self.bridge.wait_saved.remote(save_id, group, self._update_timeout_s)
             try:
                 saved = self._await(call, "to write a checkpoint")
             finally:
@@ -343,6 +353,7 @@ class LearnerGroup:
             ("learners", self._tell_to_stop),
             ("learners", self._abort_deaf),
             ("the learners' placement group", self._free_placement_group),
+            ("calls at the learners' bridge", lambda: ray.get(self.bridge.end_calls.remote(), timeout=_STOP_TIMEOUT_S)),
             ("the learners' bridge", lambda: ray.kill(self.bridge)),
         )
 

@@ -75,11 +75,12 @@ class _EndLeftovers(WorkerGroupCallback):  # type: ignore[misc]
 class _AnnounceController(ControllerCallback):  # type: ignore[misc]
     def __init__(self, bridge: Any) -> None:
         self._bridge = bridge
+        self._telling: Any = None
 
     def after_controller_start(self, train_run_context: Any) -> None:
         """Runs inside the controller's own process."""
         controller = ray.get_runtime_context().current_actor
-        ray.get(self._bridge.set_controller.remote(controller))
+        self._telling = self._bridge.set_controller.remote(controller)
         announce_placement_groups(self._bridge)
 
 
@@ -90,10 +91,12 @@ def announce_placement_groups(bridge: Any) -> None:
     CPUs and GPUs, until the whole job has ended.
     """
     create = WorkerGroup._create_placement_group
+    telling: list[Any] = []
 
     def create_and_tell(self: Any, *arguments: Any) -> Any:
         handle = create(self, *arguments)
-        ray.get(bridge.set_placement_group.remote(handle.placement_group))
+        telling[:] = [bridge.set_placement_group.remote(handle.placement_group)]
+        ray.get(bridge.placement_group.remote())  # Calls of one process begin in their order.
         return handle
 
     WorkerGroup._create_placement_group = create_and_tell

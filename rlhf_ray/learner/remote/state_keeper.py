@@ -6,6 +6,7 @@ it is a checkpoint that the run goes back to.
 
 from __future__ import annotations
 
+import asyncio
 import os
 from typing import Any
 
@@ -19,6 +20,15 @@ class StateKeeper:
 
     def __init__(self) -> None:
         self._held: dict[int, list[int]] = {}
+        self._replaced: dict[int, asyncio.Event] = {}
+
+    async def stay_held(self, rank: int, paths: list[str]) -> None:
+        """As :meth:`hold_state`; open until others take their place, so that Ray repeats it at a keeper that died."""
+        await self.hold_state(rank, paths)
+        if rank in self._replaced:
+            self._replaced[rank].set()
+        replaced = self._replaced[rank] = asyncio.Event()
+        await replaced.wait()
 
     async def hold_state(self, rank: int, paths: list[str]) -> None:
         """Hold a rank's files instead of those before; the same ones may be given again."""

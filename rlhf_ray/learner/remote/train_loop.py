@@ -31,6 +31,7 @@ from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.remote.bridge import Command, RankFailure, Refusal
+from rlhf_ray.learner.remote.turns import Place
 from rlhf_ray.learner.remote.update_result import UpdateOrder, UpdateResult
 from rlhf_ray.types import TraceSpan
 from rlhf_ray.weight_sync.manifest import WeightManifest
@@ -41,6 +42,7 @@ __all__ = ["lost_a_peer", "train_loop"]
 _LOG = logging.getLogger(__name__)
 _POLL_S = 30.0
 _TELL_TIMEOUT_S = 10.0
+_HOLD_AGAIN_S = 0.5
 _SHARE_WEIGHTS = frozenset({"publish", "stage", "send"})
 _READ_WEIGHTS = frozenset({"update", "publish", "stage", "send", "save", "export"})
 # Where GPUs are shared, what is sent was staged: engines are awake then.
@@ -55,9 +57,8 @@ def train_loop(config: dict[str, Any]) -> None:
     spec, bridge = config["spec"], config["bridge"]
     try:
         group = _name_of_group()
-        if spec.colocated:
-            _wait_turn(bridge, rank, group)
-        _serve(_Worker(spec, bridge, rank), bridge, rank, group, timeline=spec.timeline)
+        place = _wait_turn(bridge, rank, group) if spec.colocated else None
+        _serve(_Worker(spec, bridge, rank), bridge, rank, group, place=place, timeline=spec.timeline)
     except Exception as error:
         # Ray Train ends the process group before it ends the workers.
         if not lost_a_peer(error) and dist.is_initialized():
@@ -66,20 +67,21 @@ def train_loop(config: dict[str, Any]) -> None:
         raise
 
 
-def _wait_turn(bridge: Any, rank: int, group: str) -> None:
-    """Wait until the engines on the ranks' GPUs sleep."""
+def _wait_turn(bridge: Any, rank: int, group: str) -> Place:
+    """Wait until the engines on the ranks' GPUs sleep; returns where this rank is."""
     context = ray.get_runtime_context()
     place = context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", ()))
     while not ray.get(bridge.wait_turn.remote(rank, group, place, _POLL_S)):
         pass
+    return place
 
 
-def _serve(worker: _Worker, bridge: Any, rank: int, group: str, *, timeline: bool) -> None:
+def _serve(worker: _Worker, bridge: Any, rank: int, group: str, *, place: Place | None = None, timeline: bool) -> None:
     # By verb: a replica that starts may have had weights published before the Algorithm's call came once more.
     answered: dict[str, tuple[str, Any]] = {}
     while True:
         command: Command | None = ray.get(
-            bridge.next_command.remote(rank, group, worker.version, _POLL_S, worker.is_resident)
+            bridge.next_command.remote(rank, group, worker.version, _POLL_S, worker.is_resident, place)
         )
         if command is None:
             continue
@@ -87,14 +89,13 @@ def _serve(worker: _Worker, bridge: Any, rank: int, group: str, *, timeline: boo
             worker.offload()
             continue
         if command.verb == "stop":
+            worker.finish()
             ray.get(bridge.answer.remote(command.command_id, rank, None))
             return
         started = time.perf_counter()
         known, result = answered.get(command.verb, ("", None))
         repeated = known == command.command_id  # The bridge was started again and lost the answer.
-        if repeated:
-            worker.repeat(command)
-        else:
+        if not repeated:
             try:
                 result = worker.execute(command)
             except LearnerError as error:  # Every rank raises it alike; only what is unforeseen ends them.
@@ -138,11 +139,13 @@ class _Worker:
         self._bridge = bridge
         self._rank = rank
         self._spec = spec
-        self._keeper: Any = None
         self._keeps_state = spec.keeps_state
-        self._kept = KeptState(2 if spec.keeps_state else 1)
+        # Where engines wait for this GPU, copies are made of what has left it.
+        self._kept = KeptState(2 if spec.keeps_state else 1, deferred=spec.colocated)
         self._to_keep: tuple[int, int | None] | None = None
         """Version of the state that is to be kept, and one that is spared."""
+        self._held: list[str] = []
+        self._telling: Any = None
         if spec.keeps_state:
             self._adopt_state()
         self._learner = Learner(spec, self._kept)
@@ -155,7 +158,6 @@ class _Worker:
         self._staged_version: int | None = None
         # The bridge names objects that this process owns; they live as long as these references.
         self._published: list[Any] = []
-        self._saved: tuple[str, Any] = "", None
 
     @property
     def is_resident(self) -> bool:
@@ -163,9 +165,13 @@ class _Worker:
         return not self._learner.is_offloaded
 
     def offload(self) -> None:
-        """Leave the GPU to an engine, once what is to be kept was copied."""
+        """Leave the GPU to an engine, and copy what is to be kept from host memory."""
         self._begin_to_keep()
         self._learner.offload()
+
+    def finish(self) -> None:
+        """Make the copies that wait for :meth:`offload`, which does not come any more."""
+        self._kept.wait()
 
     def execute(self, command: Command) -> Any:
         """Carry out one command and return this rank's answer."""
@@ -189,12 +195,6 @@ class _Worker:
     def is_half_done(self) -> bool:
         """Whether weights are those of no version."""
         return self._broken_off is not None
-
-    def repeat(self, command: Command) -> None:
-        """Tell a bridge that was started again what else it knew of a command that was carried out."""
-        save_id, files = self._saved
-        if command.command_id == save_id:
-            self._bridge.saved.remote(save_id, self._rank, files)
 
     def _layout(self, argument: None) -> bool:
         return self._learner.packed
@@ -290,8 +290,7 @@ class _Worker:
         finally:
             if folder.local is None:
                 shutil.rmtree(here, ignore_errors=True)
-        self._saved = save_id, answer
-        ray.get(self._bridge.saved.remote(save_id, self._rank, answer))
+        self._telling = self._bridge.saved.remote(save_id, self._rank, answer)
 
     def _load(self, argument: tuple[Folder, int]) -> None:
         folder, version = argument
@@ -323,9 +322,10 @@ class _Worker:
 
     def _adopt_state(self) -> None:
         try:
-            self._kept.adopt(self._reach_keeper("held_state", self._rank) or [])
-        except OSError as error:
+            self._kept.adopt(ray.get(ray.get(self._reach_keeper()).held_state.remote(self._rank)))
+        except (OSError, ray.exceptions.RayError) as error:
             _LOG.warning("the state that was kept of rank %d cannot be read: %r", self._rank, error)
+        self._hold_state()
 
     def _begin_to_keep(self) -> None:
         if self._to_keep is None:
@@ -338,21 +338,29 @@ class _Worker:
         self._hold_state()
 
     def _hold_state(self) -> None:
-        if self._keeps_state:
-            self._reach_keeper("hold_state", self._rank, self._kept.paths())
+        if self._keeps_state and (paths := self._kept.paths()) != self._held:
+            self._held = paths
+            threading.Thread(target=self._stay_held, args=(paths,), name="hold-state", daemon=True).start()
 
-    def _reach_keeper(self, method: str, *arguments: Any) -> Any:
-        for tries_left in (1, 0):
-            if self._keeper is None:
-                self._keeper = ray.get(self._bridge.keeper.remote(ray.get_runtime_context().get_node_id()))
+    def _stay_held(self, paths: list[str]) -> None:
+        """Have this node's keeper hold the files, and the one after it: on another node it ends with the bridge."""
+        while True:
             try:
-                return ray.get(getattr(self._keeper, method).remote(*arguments))
-            except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-                # One on another node than the bridge's ends with the bridge, which starts another one.
-                self._keeper = None
-                if not tries_left:
-                    _LOG.warning("the learners' state is not kept: %r", error)
-        return None
+                keeper = ray.get(self._reach_keeper())
+                try:
+                    ray.get(keeper.stay_held.remote(self._rank, paths))
+                    return
+                except ray.exceptions.RayActorError:
+                    time.sleep(_HOLD_AGAIN_S)
+            except ray.exceptions.ActorDiedError:
+                _LOG.info("the run has ended")
+                return
+            except ray.exceptions.RayError as error:
+                _LOG.warning("the learners' state is not kept any more: %r", error)
+                return
+
+    def _reach_keeper(self) -> Any:
+        return self._bridge.keeper.remote(ray.get_runtime_context().get_node_id())
 
     def _renew(self, argument: tuple[LearnerSpec, bool]) -> None:
         """Build the models anew, when nothing of those before is left: both at once may not fit.

@@ -1,9 +1,10 @@
 """Whose turn it is on GPUs that replicas and learners share: ranks come when every engine sleeps, and the reverse.
 
 Engines and ranks say in long polls how they are and are told what to do next, so a bridge that was started again learns
-it from them. The one rule: *a rank holds models on its GPU => every engine sleeps*. An engine is taken for awake from
-the moment it is told to wake until it says that it sleeps, or is dead; a rank likewise. Plain asyncio, below the
-bridge's condition.
+it from them. An engine that is being built, falls asleep or wakes does not poll: a call that stays open says that it is
+there, and Ray repeats that one too. The one rule: *a rank holds models on its GPU => every engine sleeps*. An engine is
+taken for awake from the moment it is told to wake until it says that it sleeps, or is dead; a rank likewise. Plain
+asyncio, below the bridge's condition.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ Place: TypeAlias = tuple[str, str]
 """Node id and GPU id; an empty GPU id on CPUs."""
 
 _CHECK_S = 1.0
-# A bridge that was started again cannot know of an engine that is being built, and so does not poll.
-_GRACE_S = 120.0
+# For Ray to repeat the calls of engines that a bridge that was started again does not know yet.
+_GRACE_S = 15.0
 
 
 @dataclass(slots=True, kw_only=True)
@@ -100,6 +101,14 @@ class Turns:
         async with self._changed:
             await self._changed.wait_for(lambda: self.is_wanted or self.ranks_are_away())
 
+    async def attend(self, engine: str, *, actor: Any, place: Place) -> None:
+        """Open call of an engine, as long as it lives: taken for awake until it says how it is."""
+        async with self._changed:
+            self._engines.setdefault(engine, _Engine(actor=actor, place=place, awake=True))
+            self._heard_of.add(engine)
+            self._changed.notify_all()
+            await self._changed.wait_for(lambda: engine not in self._engines)
+
     async def follow(self, engine: str, *, awake: bool, actor: Any, place: Place, timeout_s: float) -> bool | None:
         """Long poll of an engine that says how it is: whether it must be awake, once that changes; ``None``: not yet.
 
@@ -117,6 +126,10 @@ class Turns:
             if not awake:
                 state.awake = True
             return not awake
+
+    def forget_engines(self) -> None:
+        """The run ends."""
+        self._engines.clear()
 
     def begin_group(self) -> None:
         """Another worker group is in the place of the one before, whose processes have ended."""

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from rlhf_ray.checkpoints.folder import StoredFile
 from rlhf_ray.learner.remote.bridge import Bridge, Command, GroupLost, RankFailure
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
@@ -14,6 +15,7 @@ from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 Result = TypeVar("Result")
 
 FAILURE = RankFailure(rank=1, message="Traceback: CUDA out of memory")
+FILE = StoredFile(size_bytes=1, crc32=2)
 PATIENCE_S = 5.0
 
 
@@ -193,10 +195,11 @@ def test_files_of_a_checkpoint_end_with_the_group_that_writes_them() -> None:
         await start_ranks(bridge, echo, echo)
         save = order("save", "folder")
         await bridge.execute(save, PATIENCE_S)
-        waiting = asyncio.create_task(bridge.wait_saved(save.command_id, PATIENCE_S))
-        await bridge.saved(save.command_id, 0, {})
+        waiting = asyncio.create_task(bridge.wait_saved(save.command_id, GROUP, PATIENCE_S))
+        saved = asyncio.create_task(bridge.saved(save.command_id, 0, {}))
         await listen(bridge, 0, group="second")
         assert await waiting == GroupLost()
+        await saved
 
     run(test())
 
@@ -248,9 +251,29 @@ def test_a_rank_is_given_again_what_it_has_not_answered_here() -> None:
     run(test())
 
 
-def test_a_save_that_the_dead_bridge_knew_of_is_lost() -> None:
+@pytest.mark.parametrize("first", ["rank", "files", "wait"])
+def test_files_that_the_dead_bridge_knew_of_are_told_again(first: str) -> None:
+    """In whichever order the calls come that it had not answered."""
+
     async def test() -> None:
-        assert await Bridge(1).wait_saved("unknown", PATIENCE_S) == GroupLost()
+        bridge, calls = Bridge(1), []
+        save = order("save", "folder")
+        steps = {
+            "files": lambda: bridge.saved(save.command_id, 0, {"a": FILE}),
+            "wait": lambda: bridge.wait_saved(save.command_id, GROUP, PATIENCE_S),
+            "rank": lambda: bridge.next_command(0, GROUP, 0, 0.01),
+        }
+        for name in (first, *(steps.keys() - {first})):
+            calls.append((name, asyncio.create_task(steps[name]())))
+            await settle()
+        told = dict(calls)
+        assert await told["wait"] == {"a": FILE}
+        await settle()
+        assert not told["files"].done()
+        # The next checkpoint ends the call.
+        await start_ranks(bridge, echo)
+        await bridge.execute(order("save", "folder"), PATIENCE_S)
+        await asyncio.wait_for(told["files"], PATIENCE_S)
 
     run(test())
 
@@ -517,8 +540,46 @@ def test_controller_is_none_until_it_announced_itself() -> None:
     async def test() -> None:
         bridge = Bridge(1)
         assert await bridge.controller() is None
-        await bridge.set_controller("handle")
+        told = asyncio.create_task(bridge.set_controller("handle"))
+        await settle()
         assert await bridge.controller() == "handle"
+        assert not told.done()
+
+    run(test())
+
+
+def test_where_ranks_run_is_told_in_a_call_that_stays_open_until_they_run_elsewhere() -> None:
+    """So that Ray repeats it at a bridge that was started again, and no older one."""
+
+    async def test() -> None:
+        bridge = Bridge(1)
+        first, second = object(), object()
+        calls = [asyncio.create_task(bridge.set_placement_group(group)) for group in (first, second)]
+        await settle()
+        assert await bridge.placement_group() is second
+        assert [call.done() for call in calls] == [True, False]
+
+    run(test())
+
+
+def test_calls_that_stay_open_end_with_the_run() -> None:
+    async def test() -> None:
+        bridge = Bridge(1, 1)
+        about = {"actor": "actor", "place": ("node", "0")}
+        calls = [
+            asyncio.create_task(call)
+            for call in (
+                bridge.set_controller("handle"),
+                bridge.set_placement_group("group"),
+                bridge.saved("checkpoint", 0, {"a": FILE}),
+                bridge.attend_turns("replica", **about),
+                bridge.stay_held(0, []),
+            )
+        ]
+        await settle()
+        assert not any(call.done() for call in calls)
+        await bridge.end_calls()
+        await asyncio.wait_for(asyncio.gather(*calls), PATIENCE_S)
 
     run(test())
 

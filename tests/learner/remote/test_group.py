@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,7 +25,7 @@ class Actor:
     """Answers each call by a function, or with what it raises."""
 
     def __init__(self, **methods: Any) -> None:
-        for name, answer in methods.items():
+        for name, answer in ({"end_calls": lambda: None} | methods).items():
             setattr(self, name, SimpleNamespace(remote=lambda *arguments, answer=answer, **_: (answer, arguments)))
 
 
@@ -527,6 +527,22 @@ def test_the_version_before_any_update_is_spared_too(group: LearnerGroup, ranks:
     update(group, 1, 2, 3, 4)
     assert ranks.spared == [0] * 4
     assert [orders[0].version for orders in group._since_kept] == [1, 2, 3, 4]
+
+
+def test_places_that_a_new_bridge_has_not_heard_of_yet_are_waited_for(
+    ended: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have died between the start of replicas and that of learners."""
+    replicas = {"a": ("node", "0"), "b": ("node", "1")}
+    ranks = {0: ("node", "1"), 1: ("node", "0")}
+    known: list[Any] = [({}, {}), ({"a": replicas["a"]}, ranks), (replicas, {0: ranks[0]}), (replicas, ranks)]
+    monkeypatch.setattr(module, "_POLL_S", 0.0)
+    group = group_of(Actor(places=lambda: known.pop(0)), monkeypatch, on_gpu=True, colocated=True)
+    group._num_replicas = 2
+    monkeypatch.setattr(group, "turn", nullcontext)
+    monkeypatch.setattr(group, "_wait_ready", lambda: None)
+    group.wait_ready()
+    assert known == []
 
 
 def test_a_version_that_is_being_saved_is_spared_and_what_follows_it_can_be_made_again(

@@ -60,6 +60,9 @@ def test_a_placement_group_is_known_before_workers_start_in_it(monkeypatch: pyte
     handle = SimpleNamespace(placement_group="group")
     monkeypatch.setattr(WorkerGroup, "_create_placement_group", lambda self, scaling, context: handle)
     monkeypatch.setattr("ray.get", lambda call: call)
-    announce_placement_groups(SimpleNamespace(set_placement_group=SimpleNamespace(remote=told.append)))
+    asked = SimpleNamespace(remote=lambda: told.append("asked"))
+    announce_placement_groups(
+        SimpleNamespace(set_placement_group=SimpleNamespace(remote=told.append), placement_group=asked)
+    )
     assert WorkerGroup._create_placement_group(object(), "scaling", "context") is handle
-    assert told == ["group"]
+    assert told == ["group", "asked"]

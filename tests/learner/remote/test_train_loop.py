@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import threading
 import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -12,6 +13,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 import torch.distributed as dist
+from ray.exceptions import ActorDiedError
 
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.kept_state import KeptState
@@ -38,11 +40,9 @@ class Bridge:
     def __init__(self, *commands: Command) -> None:
         self._commands: Iterator[Command] = iter((*commands, order("stop")))
         self.answers: list[tuple[str, Any]] = []
-        self.saves: list[tuple[str, int, Any]] = []
         self.failures: list[RankFailure] = []
         self.next_command = Call(lambda *_: next(self._commands))
         self.answer = Call(lambda command_id, rank, result: self.answers.append((command_id, result)))
-        self.saved = Call(lambda *arguments: self.saves.append(arguments))
         self.fail = Call(self.failures.append)
         self.spans: list[TraceSpan] = []
         self.add_spans = Call(self.spans.extend)
@@ -56,7 +56,6 @@ class Worker(module._Worker):
     def __init__(self, bridge: Bridge) -> None:
         self._bridge = bridge
         self._rank = 1
-        self._saved = "", None
         self._kept = KeptState()
         self._to_keep = self._updated = self._broken_off = None
         self.version = 0
@@ -64,8 +63,6 @@ class Worker(module._Worker):
 
     def execute(self, command: Command) -> str:
         self.done.append(command.verb)
-        if command.verb == "save":
-            self._saved = command.command_id, "files"
         return f"{command.verb} {len(self.done)}"
 
 
@@ -189,8 +186,9 @@ def broken_off(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     monkeypatch.setattr(module, "Learner", HalfAnUpdate)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     monkeypatch.setattr(dist, "all_gather_object", lambda found, mine: found.__setitem__(slice(2), (mine, [3, 6])))
-    monkeypatch.setattr(module._Worker, "_reach_keeper", lambda *_: None)
-    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False), Bridge(), 0)
+    for method in ("_adopt_state", "_hold_state"):
+        monkeypatch.setattr(module._Worker, method, lambda _: None)
+    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False, colocated=False), Bridge(), 0)
     worker.version = 7
     worker._kept = SimpleNamespace(versions=request.param, forget=lambda: None, paths=list)
     with pytest.raises(LearnerError, match="policy version 8: gradient not finite"):
@@ -269,9 +267,10 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs:
 
 
 def test_a_state_that_was_loaded_is_kept_when_that_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module._Worker, "_reach_keeper", lambda *_: None)
+    for method in ("_adopt_state", "_hold_state"):
+        monkeypatch.setattr(module._Worker, method, lambda _: None)
     monkeypatch.setattr(module, "Learner", Copying)
-    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False), Bridge(), 0)
+    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False, colocated=False), Bridge(), 0)
     worker._kept.begin(9, {"weight": torch.zeros(2)})
     worker._load((SimpleNamespace(local="checkpoint"), 2))
     assert [file.version for file in worker._kept._files if file.version is not None] == [2]
@@ -324,7 +323,7 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
     monkeypatch.setattr(module.torch.cuda, "empty_cache", lambda: emptied.append(len(CyclicLearner.alive)))
     CyclicLearner.found.clear()
     CyclicLearner.alive.clear()
-    spec = SimpleNamespace(keeps_state=True, on_gpu=on_gpu)
+    spec = SimpleNamespace(keeps_state=True, on_gpu=on_gpu, colocated=False)
     before = KeptState(2)
     before.begin(3, {"weight": torch.ones(2)})
     before.wait()
@@ -333,7 +332,9 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
     held = Call(lambda rank: asyncio.run(keeper.held_state(rank)))
     monkeypatch.setattr(module.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
     bridge: Any = Bridge()
-    bridge.keeper = Call(lambda node: SimpleNamespace(held_state=held))
+    again: list[tuple[int, list[str]]] = []
+    stay_held = Call(lambda rank, paths: again.append((rank, paths)))
+    bridge.keeper = Call(lambda node: SimpleNamespace(held_state=held, stay_held=stay_held))
     worker = module._Worker(spec, bridge, 0)
     assert worker._kept.versions == [3]
     closed: list[bool] = []
@@ -374,11 +375,31 @@ def test_weights_are_sent_the_way_that_is_set(transfer: str, monkeypatch: pytest
     assert sent == [(transfer, 4, ("a", "b"))]
 
 
-def test_a_new_bridge_hears_again_what_a_rank_has_saved() -> None:
-    save, other = order("save"), order("save")
-    _, bridge = serve(other, save, save)
+def test_the_state_of_a_rank_is_held_by_the_keeper_after_the_one_that_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On another node than the bridge's a keeper ends with the bridge."""
+    monkeypatch.setattr(module, "_HOLD_AGAIN_S", 0.0)
+    monkeypatch.setattr(module.ray, "get_runtime_context", lambda: SimpleNamespace(get_node_id=lambda: "node"))
+    monkeypatch.setattr(module._Worker, "_adopt_state", lambda _: None)
+    monkeypatch.setattr(module, "Learner", Copying)
+    held, is_held = [], threading.Event()
 
-    assert bridge.saves == [(save.command_id, 1, "files")]
+    def hold(rank: int, paths: list[str]) -> None:
+        held.append((rank, paths))
+        if len(held) == 1:
+            raise ActorDiedError
+        is_held.set()
+
+    bridge: Any = Bridge()
+    bridge.keeper = Call(lambda node: SimpleNamespace(stay_held=Call(hold)))
+    worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False, colocated=False), bridge, 0)
+    for version in (1, 1, 1):
+        worker._to_keep = version, None
+        worker._begin_to_keep()
+    assert is_held.wait(30)
+    assert held[-1] == (0, worker._held)
+    assert len({tuple(paths) for _, paths in held}) == len(held) - 1, "told once, and once more"
 
 
 @pytest.mark.parametrize("ended_by_ray_train", [True, False])
@@ -435,20 +456,24 @@ def test_a_rank_leaves_its_gpu_when_it_is_told_to_and_comes_back_for_a_command()
         def __init__(self, *commands: Command) -> None:
             super().__init__(*commands)
             self.resident: list[bool] = []
+            self.places: list[Any] = []
             self.next_command = Call(self._next)
 
         def _next(self, *poll: Any) -> Command:
-            self.resident.append(poll[-1])
+            self.resident.append(poll[-2])
+            self.places.append(poll[-1])
             return next(self._commands)
 
     bridge = Polled(order("offload"), order("layout"), order("export"), order("offload"))
     worker = module._Worker.__new__(module._Worker)
     worker._learner, worker._bridge, worker._rank, worker.version = SharedLearner(), bridge, 1, 0
     worker._broken_off = worker._to_keep = None
-    module._serve(worker, bridge, 1, GROUP, timeline=False)
+    worker._kept = KeptState()
+    module._serve(worker, bridge, 1, GROUP, place=("node", "3"), timeline=False)
 
     assert worker._learner.moves == ["offload", "onload", "export", "offload"]
     assert bridge.resident == [True, False, False, True, False]
+    assert bridge.places == [("node", "3")] * 5
     # To leave has no answer: that it asks again says it.
     assert [result for _, result in bridge.answers] == [False, None, None]
 

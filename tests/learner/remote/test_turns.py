@@ -104,10 +104,11 @@ class Machine:
                 await self.call("newest_weights", version)
             self.served[name] = version
 
+        attending = asyncio.ensure_future(self.call("attend_turns", name, actor, PLACE))
         await wait(awake=False)
         self.awake.add(name)
         self.look()
-        await self.pause()
+        await asyncio.sleep(self._random.choice((0.0, 0.03)))  # It is built, and says nothing.
         catching_up = asyncio.ensure_future(catch_up())
         try:
             while True:
@@ -123,6 +124,7 @@ class Machine:
                     self.served[name] = newest[0].version
         finally:
             catching_up.cancel()
+            attending.cancel()
 
     # The ranks: one that dies takes its group along.
 
@@ -289,7 +291,10 @@ def _manifest(version: int, publication: str) -> Any:
 @pytest.mark.parametrize("sends", [False, True])
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("kinds", [(), ("engine",), ("learners",), ("bridge",), ("engine", "learners", "bridge")])
-def test_no_rank_is_on_its_gpu_while_an_engine_is_awake(count: int, kinds: tuple[str, ...], sends: bool) -> None:
+def test_no_rank_is_on_its_gpu_while_an_engine_is_awake(
+    count: int, kinds: tuple[str, ...], sends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_GRACE_S", 0.02)
     for seed in range(3):
         machine = Machine(seed, count, sends=sends)
         asyncio.run(machine.run(10, kinds))
@@ -307,6 +312,44 @@ def test_a_bridge_that_was_started_again_waits_for_engines_that_it_has_not_heard
         assert await bridge.wait_turn(0, "group", PLACE, POLL_S)
         await bridge.give_turn_back("turn")
         await held
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_bridge_that_was_started_again_knows_of_an_engine_that_is_being_built(
+    dies: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long that takes; and of its death, without a wait."""
+    monkeypatch.setattr(module, "_GRACE_S", PATIENCE_S if dies else 0.0)
+
+    async def run() -> None:
+        bridge, actor = Bridge(1, 1), Actor()
+        attending = asyncio.ensure_future(bridge.attend_turns("engine", actor, PLACE))
+        held = asyncio.ensure_future(bridge.hold_turn("turn"))
+        assert not await bridge.wait_turn(0, "group", PLACE, 5 * POLL_S)
+        if dies:
+            actor.alive = False
+        else:
+            assert await bridge.follow_turn("engine", awake=True, actor=actor, place=PLACE, timeout_s=1.0) is False
+            assert not await bridge.wait_turn(0, "group", PLACE, POLL_S)
+            asleep = bridge.follow_turn("engine", awake=False, actor=actor, place=PLACE, timeout_s=0.001)
+            assert await asleep is None
+        assert await bridge.wait_turn(0, "group", PLACE, PATIENCE_S / 2)
+        await asyncio.sleep(0.01)
+        assert attending.done() == dies
+        attending.cancel()
+        await bridge.give_turn_back("turn")
+        await held
+
+    asyncio.run(run())
+
+
+def test_a_bridge_that_was_started_again_learns_where_ranks_are() -> None:
+    async def run() -> None:
+        bridge = Bridge(1, 1)
+        await bridge.next_command(0, "group", 0, 0.001, True, PLACE)
+        assert (await bridge.places())[1] == {0: PLACE}
 
     asyncio.run(run())
 
