@@ -23,16 +23,8 @@ def sequences_of(prompt_tokens: int, completion_lengths: Int32Array, **changes: 
         "token_ids": np.ones(tokens + count * prompt_tokens, dtype=np.int32),
         "prompt_lengths": np.full(count, prompt_tokens, dtype=np.int32),
         "completion_lengths": completion_lengths,
-        "sampling_logprobs": np.zeros(tokens, dtype=np.float32),
-        "staleness": np.zeros(tokens, dtype=np.int32),
-        "fresh": np.ones(count, dtype=np.bool_),
-        "rewards": np.zeros(count, dtype=np.float32),
-        "truncated": np.zeros(count, dtype=np.bool_),
-        "group_ids": np.arange(count),
-        "greedy_rewards": np.zeros(count, dtype=np.float32),
-        "loss_starts": np.zeros(count, dtype=np.int32),
     }
-    return SequenceBatch(**arrays | changes)
+    return SequenceBatch.single_turn(**arrays | changes)
 
 
 def split(

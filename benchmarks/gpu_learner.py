@@ -91,18 +91,16 @@ def sequences(count: int, *, prompt: int, mean: int, longest: int, vocabulary: i
     prompts = rng.integers(prompt // 2, prompt + 1, size=count).astype(np.int32)
     lengths = np.clip(rng.gamma(4.0, mean / 4.0, size=count), 1, longest).astype(np.int32)
     tokens = int(lengths.sum())
-    return SequenceBatch(
+    return SequenceBatch.single_turn(
         token_ids=rng.integers(2, vocabulary, size=int(prompts.sum()) + tokens).astype(np.int32),
         prompt_lengths=prompts,
         completion_lengths=lengths,
         sampling_logprobs=-rng.exponential(2.0, size=tokens).astype(np.float32),
         staleness=np.zeros(tokens, dtype=np.int32),
-        fresh=np.ones(count, dtype=np.bool_),
         rewards=rng.normal(size=count).astype(np.float32),
         truncated=rng.random(count) < 0.2,
         group_ids=np.arange(count) // 4,
         greedy_rewards=np.zeros(count, dtype=np.float32),
-        loss_starts=np.zeros(count, dtype=np.int32),
     )
 
 
@@ -134,7 +132,7 @@ def scores(rank: Learner, batch: SequenceBatch) -> list[torch.Tensor]:
     for first in range(0, len(batch), 4):
         micro = lay_out(batch, range(first, first + 4), packed=rank.packed, device=rank.policy.model.device)
         with torch.no_grad():
-            found.append(rank._score.logprobs(micro)[micro.rows.argsort()].float().cpu())
+            found.append(rank._models.score.logprobs(micro)[micro.rows.argsort()].float().cpu())
     return found
 
 
@@ -250,7 +248,7 @@ def head_answers(bench: Bench) -> None:
     for tied in (False, True):
         for dtype in ("float32", "bfloat16"):
             rank = learner(model(bench, SMALL, tied=tied), on_gpu=bench.on_gpu, dtype=dtype)
-            head = getattr(rank._score, "_head", None)
+            head = rank._models.score.head
             bench.expect(f"tied {tied}, {dtype}: falls back to whole logits", head is None, False)
 
 

@@ -88,7 +88,7 @@ def measure(path: str | None) -> dict[str, Any]:
     kept = KeptState(2)
     config = PPOConfig().training(lr=1e-9, critic_lr=1e-9)
     learner = Learner(learner_spec(config, path or model_path(), keeps_state=True), kept)
-    parameters = sum(one.numel() for model in learner._models().values() for one in model.model.parameters())
+    parameters = sum(one.numel() for model in learner._models.trained.values() for one in model.model.parameters())
     batch = sequences_of(PROMPT_TOKENS, np.full(PROMPTS, COMPLETION_TOKENS, dtype=np.int32))
     own, rank, _ = split(batch, num_minibatches=1, max_tokens=2048)
     update_s = seconds(lambda: learner.update(own, rank))

@@ -83,7 +83,6 @@ OWN_INPUTS = {
     "normalize_rewards": OF_COMPLETIONS,
     "remax": OF_COMPLETIONS,
     "shape_rewards": OF_COMPLETIONS | {"scale": 3.0, "bias": 4e4, "clip": 2.5e5},
-    "zero_variance": OF_COMPLETIONS,
     "kl_penalized_rewards": OF_COMPLETIONS | {"kl": of_tokens(21)},
     "behavior_weights": {"mode": "truncate", "level": "sequence"},
     "explained_variance": {

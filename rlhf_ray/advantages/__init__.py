@@ -1,20 +1,17 @@
-"""Stage 4 of the loop: rewards (and the critic's values) become per-token advantages and returns. Pure tensors.
+"""Rewards (and the critic's values) become per-token advantages and returns. Pure tensors.
 
-Half precision may be given anywhere and is computed in float32 or better. Results a token are float32, or float64 where
-an input is; results a completion, and :func:`whiten`'s, have the dtype of the rewards that they replace.
+Half precision may be given anywhere and is computed in float32 or better. Results per token are float32, or float64
+where an input is; results per completion, and :func:`whiten`'s, have the dtype of the rewards that they replace.
 """
 
 from rlhf_ray.advantages.adaptive_kl import AdaptiveKLController
-from rlhf_ray.advantages.explained_variance import explained_variance
 from rlhf_ray.advantages.gae import gae
-from rlhf_ray.advantages.group_advantages import group_advantages
+from rlhf_ray.advantages.group_advantages import group_advantages, remax
 from rlhf_ray.advantages.kl import kl
-from rlhf_ray.advantages.moments import Moments
+from rlhf_ray.advantages.moments import Moments, explained_variance, whiten
 from rlhf_ray.advantages.reinforce_plus_plus import reinforce_plus_plus
-from rlhf_ray.advantages.remax import remax
-from rlhf_ray.advantages.reward_shaping import normalize_rewards, shape_rewards, zero_variance
+from rlhf_ray.advantages.reward_shaping import normalize_rewards, shape_rewards
 from rlhf_ray.advantages.token_rewards import kl_penalized_rewards
-from rlhf_ray.advantages.whitening import whiten
 
 __all__ = [
     "AdaptiveKLController",
@@ -29,5 +26,4 @@ __all__ = [
     "remax",
     "shape_rewards",
     "whiten",
-    "zero_variance",
 ]

@@ -1,4 +1,4 @@
-"""Used in stage 4 of the loop: a weight of the KL penalty that follows the KL it is meant to bring about."""
+"""A weight of the KL penalty that follows the KL it is meant to bring about."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class AdaptiveKLController:
     0.55
 
     Args:
-        init_coef: Coefficient before the first update, in reward a nat.
+        init_coef: Coefficient before the first update, in reward per nat.
         target: KL to keep to, in nats, measured like the ``kl`` of :meth:`update` (summed over a completion, in
             the paper).
         horizon: Completions over which an error of 100% would double the coefficient, were errors not clipped.
@@ -45,7 +45,7 @@ class AdaptiveKLController:
 
     @property
     def coef(self) -> float:
-        """Coefficient of the penalty now, in reward a nat; always above 0."""
+        """Coefficient of the penalty now, in reward per nat; always above 0."""
         return self._coef
 
     def update(self, kl: float, num_samples: int) -> None:

@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: per-token rewards and the critic's values -> advantages and returns."""
+"""Per-token rewards and the critic's values -> advantages and returns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rlhf_ray.advantages.padding import blank, checked_mask, widened
 
 __all__ = ["gae"]
 
-# Of float32 numbers times this nothing is left beside another one, and their quotients by it are finite in float64.
+# Of float32 numbers times this nothing is left next to another one, and their quotients by it are finite in float64.
 _SMALLEST_POWER = 1e-100
 
 
@@ -50,7 +50,7 @@ def gae(
         rewards: ``[B, T]``, reward of each token.
         values: ``[B, T]``, the critic's value of the state in which each token was chosen.
         mask: ``[B, T]``, True where a token was chosen by the policy.
-        gamma: Discount a token, in [0, 1].
+        gamma: Discount per token, in [0, 1].
         lam: GAE's lambda, in [0, 1]: 0 gives one-step TD errors, 1 gives return minus value.
         bootstrap: ``[B]``, value of the state after the last unmasked token: the critic's where the completion
             was truncated, 0 where it finished. None: 0 everywhere.

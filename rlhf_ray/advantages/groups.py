@@ -1,4 +1,4 @@
-"""Used by the per-completion formulas of stage 4: which completions share a prompt, and sums over each group.
+"""Which completions share a prompt, and sums over each group.
 
 The formulas ask for two things that plain sums do not give. Rewards that are all equal must have deviations of
 exactly 0, though the mean of three times 0.1 is not 0.1; so rewards are counted from the smallest of their group,
@@ -17,7 +17,7 @@ __all__ = ["Groups", "narrow", "quotient"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Groups:
-    """The rows of a batch, sorted into groups; every method gives each row the figure of its own group.
+    """The rows of a batch, sorted into groups; every method gives each row the result of its own group.
 
     >>> groups = Groups.of(torch.tensor([7, 3, 7]), rewards=torch.tensor([1.0, 5.0, 3.0]))
     >>> groups.size

@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: per-token estimates of the KL divergence from the reference policy."""
+"""Per-token estimates of the KL divergence from the reference policy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def kl(logprobs: Tensor, ref_logprobs: Tensor, *, estimator: str) -> Tensor:
         estimator: ``k1``, ``k2``, ``k3`` or ``abs``.
 
     Returns:
-        One estimate a token, in nats, the same shape, float32 (float64 if an input is). Nothing is masked: what lies
+        One estimate per token, in nats, the same shape, float32 (float64 if an input is). Nothing is masked: what lies
         under padding stays there.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: mean and variance of tokens that lie on several ranks, merged without moving the tokens."""
+"""Mean and variance of tokens that lie on several ranks, merged without moving the tokens, and what is made of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.padding import checked_mask
+from rlhf_ray.advantages.padding import blank, checked_mask
 
-__all__ = ["Moments"]
+__all__ = ["Moments", "explained_variance", "whiten"]
+
+FLOAT32_NOISE = 1e-6
+"""Relative size below which a spread is rounding of float32 numbers, with a margin."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,18 +79,74 @@ class Moments:
         degrees = self.count - 1.0 if unbiased else self.count
         return self.m2 / degrees if degrees > 0.0 else 0.0
 
-    def to_tensor(self, device: torch.device | str | None = None) -> Tensor:
-        """Return ``[3]`` float64 (count, mean, m2), for an all-gather; ranks merge what they gathered with ``+``."""
-        return torch.tensor([self.count, self.mean, self.m2], dtype=torch.float64, device=device)
 
-    @classmethod
-    def from_tensor(cls, packed: Tensor) -> Moments:
-        """Read what :meth:`to_tensor` wrote.
+def whiten(
+    x: Tensor,
+    mask: Tensor,
+    *,
+    unbiased: bool = True,
+    eps: float = 1e-8,
+    moments: Moments | None = None,
+) -> Tensor:
+    """Shift and scale the unmasked numbers to mean 0 and standard deviation 1.
 
-        Raises:
-            ValueError: ``packed`` is not a float64 tensor of shape ``[3]``.
-        """
-        if packed.shape != (3,) or packed.dtype != torch.float64:
-            raise ValueError(f"expected [3] float64, got {tuple(packed.shape)} {packed.dtype}")
-        count, mean, m2 = packed.tolist()
-        return cls(count=count, mean=mean, m2=m2)
+    ``(x - mean) / sqrt(variance + eps)``, over all unmasked numbers of the tensor, or of the batch of which the
+    tensor is a shard when ``moments`` are given: shards whitened with merged moments equal the whole whitened at
+    once. Mean and variance are constants to the gradient.
+
+    >>> import torch
+    >>> whiten(torch.tensor([[1.0, 2.0, 3.0, 99.0]]), torch.tensor([[1, 1, 1, 0]]))
+    tensor([[-1.,  0.,  1.,  0.]])
+
+    Args:
+        x: Any shape.
+        mask: The same shape, True where a number counts.
+        unbiased: Divide the squared deviations by ``count - 1`` rather than by ``count``.
+        eps: Added to the variance, so that equal numbers give 0 rather than NaN.
+        moments: Mean and variance to use; None: those of ``x`` itself.
+
+    Returns:
+        The same shape and dtype, computed in double precision, 0 at masked positions.
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    mask = checked_mask(mask, x=x)
+    if moments is None:
+        moments = Moments.of(x, mask)
+    scale = (moments.variance(unbiased=unbiased) + eps) ** -0.5
+    # In double precision, or a mean that is large next to the spread would eat the digits.
+    whitened = (blank(x, mask).double() - moments.mean) * scale
+    return blank(whitened, mask).to(x.dtype)
+
+
+def explained_variance(returns: Moments, residuals: Moments) -> float:
+    """Return ``1 - var(returns - values) / var(returns)``.
+
+    1 for a perfect critic, 0 for one that knows no more than a constant, negative for a worse one. Moments of
+    shards are merged with ``+`` before the call, so the result covers every token of every rank.
+
+    Where the returns do not vary there is nothing to explain and the ratio is undefined: the result is 0.0. "Do
+    not vary" means a spread below float32 rounding of the numbers involved, ``var(returns) <= (1e-6)^2 *
+    (mean(returns)^2 + mean((returns - values)^2))``; without that, equal returns that went through float32
+    arithmetic would report minus 1e13.
+
+    >>> explained_variance(Moments(count=4, mean=1.0, m2=8.0), Moments(count=4, mean=0.0, m2=2.0))
+    0.75
+
+    Args:
+        returns: Moments of the returns over unmasked tokens.
+        residuals: Moments of ``returns - values`` over the same tokens.
+
+    Returns:
+        The explained variance, at most 1.
+
+    Raises:
+        ValueError: The two do not count the same number of tokens.
+    """
+    if returns.count != residuals.count:
+        raise ValueError(f"returns count {returns.count} tokens, residuals {residuals.count}")
+    total, left = returns.variance(unbiased=False), residuals.variance(unbiased=False)
+    if total <= FLOAT32_NOISE**2 * (returns.mean**2 + residuals.mean**2 + left):
+        return 0.0
+    return 1.0 - left / total

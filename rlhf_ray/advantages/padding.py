@@ -1,4 +1,4 @@
-"""Used by every formula of stages 4 and 5: shape checks, precision, and keeping what lies under the padding out.
+"""Shape checks, precision, and keeping what lies under the padding out.
 
 Padding may hold anything, NaN and infinity included. Multiplying by a 0/1 mask is not enough, because
 ``0 * nan`` is NaN, forward and backward. So masked positions are overwritten *before* the first operation:
@@ -21,7 +21,7 @@ def checked_mask(mask: Tensor, *, ndim: int | None = None, **tensors: Tensor) ->
 
     Args:
         mask: True (or 1) where a position counts.
-        ndim: Dimensions that the mask must have; none: any.
+        ndim: Dimensions that the mask must have; None: any.
         tensors: What must have the mask's shape, under the names that the message should use.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Used in stages 4 and 5: the probability ratio of two policies, from log-probabilities, without overflow."""
+"""The probability ratio of two policies, from log-probabilities, without overflow."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlhf_ray.advantages.padding import widened
 
-__all__ = ["MAX_LOG_RATIO", "log_difference", "log_ratio", "probability_ratio"]
+__all__ = ["MAX_LOG_RATIO", "log_difference", "probability_ratio"]
 
 MAX_LOG_RATIO = 20.0
 """Largest log-ratio, in nats, that is exponentiated.
@@ -36,19 +36,6 @@ def log_difference(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     return (widened(logprobs) - widened(old_logprobs)).clamp(max=_FINITE)
 
 
-def log_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """Return ``min(logprobs - old_logprobs, MAX_LOG_RATIO)``, for formulas that clip before they exponentiate.
-
-    Args:
-        logprobs: Log-probabilities in nats, any shape.
-        old_logprobs: Log-probabilities of the denominator's policy, the same shape.
-
-    Returns:
-        The log-ratio in nats, the same shape, float32 (float64 if an input is); exactly 0 where both are equal.
-    """
-    return log_difference(logprobs, old_logprobs).clamp(max=MAX_LOG_RATIO)
-
-
 def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     """Return ``exp(min(logprobs - old_logprobs, MAX_LOG_RATIO))``.
 
@@ -59,4 +46,4 @@ def probability_ratio(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
     Returns:
         The ratio, the same shape, float32 (float64 if an input is); exactly 1 where both are equal, never infinite.
     """
-    return log_ratio(logprobs, old_logprobs).exp()
+    return log_difference(logprobs, old_logprobs).clamp(max=MAX_LOG_RATIO).exp()

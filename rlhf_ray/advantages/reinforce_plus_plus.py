@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: per-token rewards -> reward-to-go, the advantages of REINFORCE++ before whitening."""
+"""Per-token rewards -> reward-to-go, the advantages of REINFORCE++ before whitening."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def reinforce_plus_plus(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tenso
     Args:
         rewards: ``[B, T]``, reward of each token, the penalty for KL included.
         mask: ``[B, T]``, True where a token was chosen by the policy.
-        gamma: Discount a token, in [0, 1].
+        gamma: Discount per token, in [0, 1].
 
     Returns:
         ``[B, T]`` float32 (float64 if ``rewards`` are), 0 at masked positions; carries no gradient.

@@ -1,4 +1,4 @@
-"""Stage 4 of the loop: rewards as the reward functions gave them -> rewards on the scale that the update wants."""
+"""Rewards as the reward functions gave them -> rewards on the scale that the update wants."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rlhf_ray.advantages.groups import Groups, narrow
 
-__all__ = ["normalize_rewards", "shape_rewards", "zero_variance"]
+__all__ = ["normalize_rewards", "shape_rewards"]
 
 
 def shape_rewards(rewards: Tensor, *, bias: float = 0.0, scale: float = 1.0, clip: float | None = None) -> Tensor:
@@ -23,7 +23,7 @@ def shape_rewards(rewards: Tensor, *, bias: float = 0.0, scale: float = 1.0, cli
         rewards: ``[B]``, reward of each completion.
         bias: Added first.
         scale: Factor of the sum.
-        clip: Largest size of a result; none: no bound.
+        clip: Largest size of a result; None: no bound.
 
     Returns:
         ``[B]``, in the dtype of ``rewards``, computed in double precision; carries no gradient.
@@ -101,27 +101,3 @@ def normalize_rewards(
         spread = groups.std(x)
         normalized = normalized / torch.where(spread > 0, spread + eps, 1.0)
     return narrow(normalized, rewards.dtype)
-
-
-def zero_variance(rewards: Tensor, group_ids: Tensor) -> Tensor:
-    """Mark the completions whose group has equal rewards only, and so gives no advantage by any method.
-
-    Dynamic sampling in "DAPO: An Open-Source LLM Reinforcement Learning System at Scale" (arXiv:2503.14476) drops
-    such groups and samples others in their place. "Equal" is exact, as in :func:`group_advantages`.
-
-    >>> zero_variance(torch.tensor([1.0, 1.0, 0.0, 1.0]), torch.tensor([0, 1, 1, 0]))
-    tensor([ True, False, False,  True])
-
-    Args:
-        rewards: ``[B]``, floating point, reward of each completion.
-        group_ids: ``[B]``, any integers in any order; completions of one prompt have the same.
-
-    Returns:
-        ``[B]`` bool, True in every row of such a group; a group of one is always such a group.
-
-    Raises:
-        ValueError: A shape or a dtype does not fit.
-    """
-    groups = Groups.of(group_ids, rewards=rewards)
-    # Never negative, so that the sum is 0 only where every one is.
-    return groups.total(groups.above_smallest(rewards)) == 0

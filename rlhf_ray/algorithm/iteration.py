@@ -137,17 +137,17 @@ def iteration_result(iteration: Iteration, *, weight_sync_s: float, iteration_s:
 def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, Any]:
     # As the functions gave them; the batch's own may be shaped.
     rewards = np.concatenate([scored.rewards for scored in collected.groups])
-    staleness = batch.staleness[batch.in_loss]
+    staleness = batch.staleness[batch.loss_mask]
     return {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
-        "completion_tokens_mean": float(batch.completion_lengths.mean()),
-        "completion_tokens_max": int(batch.completion_lengths.max()),
+        "completion_tokens_mean": float(batch.sampled_lengths.mean()),
+        "completion_tokens_max": int(batch.sampled_lengths.max()),
         "prompt_tokens_mean": float(batch.prompt_lengths.mean()),
         "truncated_fraction": float(batch.truncated.mean()),
         "tokens_per_s": collected.generated_tokens / collected.generating_s if collected.generating_s > 0 else 0.0,
         "idle_fraction": max(0.0, 1.0 - collected.generating_s / collected.elapsed_s),
-        "in_loss_fraction": len(staleness) / len(batch.staleness),
+        "in_loss_fraction": len(staleness) / int(batch.sampled.sum()),
         "staleness_mean": float(staleness.mean()) if len(staleness) else 0.0,
         "staleness_max": int(staleness.max(initial=0)),
         "staleness_fraction": {

@@ -3,68 +3,103 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_ray.types import Float32Array, Int32Array, ScoredGroup, Trajectory
+from rlhf_ray.types import BoolArray, Float32Array, Int32Array, ScoredGroup
 
 __all__ = ["SequenceBatch"]
+
+Int64Array = npt.NDArray[np.int64]
+
+
+_PER_COMPLETION_TOKEN = ("sampled", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceBatch:
-    """N sequences (prompt and completion) laid end to end."""
+    """N sequences (a prompt and the tokens after it) laid end to end.
+
+    Example:
+        After the prompt ``7 7`` the policy samples ``1 2``, observes ``9``, and samples ``3`` for a reward of 1::
+
+            token_ids      7 7 1 2 9 3
+            sampled            1 1 0 1
+            token_rewards      0 0 0 1
+    """
 
     token_ids: Int32Array
     """``[sum(P + T)]``"""
     prompt_lengths: Int32Array
     """``[N]``, P"""
     completion_lengths: Int32Array
-    """``[N]``, T"""
+    """``[N]``, T: all tokens after the prompt, observed ones too"""
+    sampled: BoolArray
+    """``[sum(T)]``, sampled by the policy, not observed"""
+    loss_mask: BoolArray
+    """``[sum(T)]``, sampled, and enters the losses"""
     sampling_logprobs: Float32Array
-    """``[sum(T)]``"""
+    """``[sum(T)]``, 0 at observed tokens"""
     staleness: Int32Array
-    """``[sum(T)]``, policy version that is trained minus the version that sampled the token"""
-    fresh: npt.NDArray[np.bool_]
-    """``[N]``, written from the first token to the last by the policy that is trained"""
-    rewards: Float32Array
-    """``[N]``"""
-    truncated: npt.NDArray[np.bool_]
+    """``[sum(T)]``, policy version that is trained minus the version that sampled the token; 0 at observed tokens"""
+    token_rewards: Float32Array
+    """``[sum(T)]``, rewards at the last sampled tokens of turns; the last one has that of the whole trajectory too"""
+    on_policy: BoolArray
+    """``[N]``, sampled from the first token to the last by the policy that is trained"""
+    truncated: BoolArray
     """``[N]``, cut by a length limit: bootstraps from the critic"""
-    group_ids: npt.NDArray[np.int64]
-    """``[N]``, completions of one prompt have the same"""
+    group_ids: Int64Array
+    """``[N]``, trajectories of one prompt have the same"""
     greedy_rewards: Float32Array
     """``[N]``, reward of the greedy completion of the prompt; 0 where none was sampled"""
-    loss_starts: Int32Array
-    """``[N]``, first completion token that enters the losses; T where none does"""
 
     @classmethod
     def from_groups(cls, groups: Sequence[ScoredGroup], *, version: int, max_staleness: int) -> SequenceBatch:
-        """Lay out the completions of all groups, in order; ``version`` is the policy's that is to be trained.
+        """Lay out the trajectories of all groups, in order; ``version`` is the policy's that is to be trained.
 
-        Tokens that are staler than ``max_staleness``, of completions that were carried over, do not enter the losses;
-        they come first, for versions only rise.
+        Tokens that are staler than ``max_staleness``, of trajectories that were carried over, do not enter the losses.
         """
-        sizes = [len(scored.group.trajectories) for scored in groups]
-        rows = [(scored.group.prompt, c) for scored in groups for c in scored.group.trajectories]
-        staleness = [np.int32(version) - _versions(c) for _, c in rows]
-        return cls(
-            token_ids=np.concatenate([piece for prompt, c in rows for piece in (prompt.token_ids, c.token_ids)]),
-            prompt_lengths=np.asarray([len(prompt.token_ids) for prompt, _ in rows], dtype=np.int32),
-            completion_lengths=np.asarray([len(c.token_ids) for _, c in rows], dtype=np.int32),
-            sampling_logprobs=np.concatenate([c.sampling_logprobs for _, c in rows]),
-            staleness=np.concatenate(staleness),
-            fresh=np.asarray(
-                [c.asked_version == version and not s.any() for (_, c), s in zip(rows, staleness, strict=True)]
-            ),
-            rewards=np.concatenate([scored.rewards for scored in groups]),
-            truncated=np.asarray([c.truncated for _, c in rows], dtype=np.bool_),
-            group_ids=np.repeat([scored.group.group_id for scored in groups], sizes).astype(np.int64),
-            greedy_rewards=np.repeat([scored.greedy_reward or 0.0 for scored in groups], sizes).astype(np.float32),
-            loss_starts=np.asarray([np.count_nonzero(s > max_staleness) for s in staleness], dtype=np.int32),
-        )
+        rows = [
+            _row(scored, index, version, max_staleness)
+            for scored in groups
+            for index in range(len(scored.group.trajectories))
+        ]
+        return cls(**{one.name: np.concatenate([row[one.name] for row in rows]) for one in fields(cls)})
+
+    @classmethod
+    def single_turn(
+        cls,
+        *,
+        prompt_lengths: Int32Array,
+        completion_lengths: Int32Array,
+        rewards: Float32Array | None = None,
+        **known: Any,
+    ) -> SequenceBatch:
+        """Completions without observed tokens: what is not ``known`` is that of finished on-policy data.
+
+        Args:
+            prompt_lengths: ``[N]``, P.
+            completion_lengths: ``[N]``, T, at least 1.
+            rewards: ``[N]``, of whole completions; unset: 0.
+            known: Other fields, ``token_ids`` among them.
+        """
+        count, tokens = len(prompt_lengths), int(completion_lengths.sum())
+        arrays = {
+            "sampled": np.ones(tokens, dtype=np.bool_),
+            "loss_mask": np.ones(tokens, dtype=np.bool_),
+            "sampling_logprobs": np.zeros(tokens, dtype=np.float32),
+            "staleness": np.zeros(tokens, dtype=np.int32),
+            "token_rewards": np.zeros(tokens, dtype=np.float32),
+            "on_policy": np.ones(count, dtype=np.bool_),
+            "truncated": np.zeros(count, dtype=np.bool_),
+            "group_ids": np.arange(count),
+            "greedy_rewards": np.zeros(count, dtype=np.float32),
+        }
+        batch = cls(prompt_lengths=prompt_lengths, completion_lengths=completion_lengths, **arrays | known)
+        return batch if rewards is None else batch.with_rewards(rewards)
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
@@ -75,54 +110,87 @@ class SequenceBatch:
         return self.prompt_lengths + self.completion_lengths
 
     @property
-    def loss_lengths(self) -> Int32Array:
-        """``[N]``, completion tokens that enter the losses."""
-        return self.completion_lengths - self.loss_starts
+    def sampled_lengths(self) -> Int32Array:
+        """``[N]``, tokens that the policy sampled."""
+        return self._sums(self.sampled).astype(np.int32)
 
     @property
-    def in_loss(self) -> npt.NDArray[np.bool_]:
-        """``[sum(T)]``, whether a completion token enters the losses."""
-        lengths = self.completion_lengths
-        firsts = np.cumsum(lengths) - lengths + self.loss_starts
-        entering: npt.NDArray[np.bool_] = np.arange(int(lengths.sum())) >= np.repeat(firsts, lengths)
-        return entering
+    def loss_lengths(self) -> Int32Array:
+        """``[N]``, tokens that enter the losses."""
+        return self._sums(self.loss_mask).astype(np.int32)
 
-    def loss_mask(self) -> npt.NDArray[np.bool_]:
-        """``[N, max(T)]``, true at completion tokens that enter the losses."""
-        steps = np.arange(int(self.completion_lengths.max(initial=0)))
-        mask: npt.NDArray[np.bool_] = (steps >= self.loss_starts[:, None]) & (steps < self.completion_lengths[:, None])
-        return mask
+    @property
+    def rewards(self) -> Float32Array:
+        """``[N]``, of whole trajectories."""
+        return self._sums(self.token_rewards).astype(np.float32)
+
+    def with_rewards(self, rewards: Float32Array, *, scale: float = 1.0) -> SequenceBatch:
+        """Rewards of whole trajectories replaced.
+
+        Args:
+            rewards: ``[N]``.
+            scale: Factor of the rewards of turns, which keep their places: the last sampled token gets what is left.
+        """
+        last = np.full(len(self), -1)
+        last[self._sequence_of_token()[self.sampled]] = np.flatnonzero(self.sampled)  # The last of equal ones remains.
+        has_any = last >= 0
+        token_rewards = self.token_rewards * np.float32(scale)
+        token_rewards[last[has_any]] = 0.0
+        left = (rewards - self._sums(token_rewards)).astype(np.float32)
+        token_rewards[last[has_any]] = left[has_any]
+        return replace(self, token_rewards=token_rewards)
+
+    def padded(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """``[sum(T)]`` numbers of the tokens after prompts as ``[N, max(T)]``, 0 where there is no token."""
+        padded = np.zeros((len(self), int(self.completion_lengths.max(initial=0))), dtype=flat.dtype)
+        padded[np.arange(padded.shape[1]) < self.completion_lengths[:, None]] = flat
+        return padded
 
     def select(self, indices: Sequence[int]) -> SequenceBatch:
         """The given sequences, in that order."""
         order = np.asarray(indices, dtype=np.int64)
-        return SequenceBatch(
-            token_ids=_select_ragged(self.token_ids, self.lengths, order),
-            prompt_lengths=self.prompt_lengths[order],
-            completion_lengths=self.completion_lengths[order],
-            sampling_logprobs=_select_ragged(self.sampling_logprobs, self.completion_lengths, order),
-            staleness=_select_ragged(self.staleness, self.completion_lengths, order),
-            fresh=self.fresh[order],
-            rewards=self.rewards[order],
-            truncated=self.truncated[order],
-            group_ids=self.group_ids[order],
-            greedy_rewards=self.greedy_rewards[order],
-            loss_starts=self.loss_starts[order],
-        )
+        places = dict.fromkeys((one.name for one in fields(self)), order)
+        places["token_ids"] = _places(self.lengths, order)
+        places |= dict.fromkeys(_PER_COMPLETION_TOKEN, _places(self.completion_lengths, order))
+        return SequenceBatch(**{name: getattr(self, name)[of_array] for name, of_array in places.items()})
 
-    def size_bytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(getattr(self, field.name).nbytes for field in fields(self))
+    def _sums(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+        sums = np.bincount(self._sequence_of_token(), weights=values, minlength=len(self))
+        return sums.astype(np.float64, copy=False)
+
+    def _sequence_of_token(self) -> Int64Array:
+        return np.repeat(np.arange(len(self)), self.completion_lengths)
 
 
-def _versions(completion: Trajectory) -> Int32Array:
-    """``[T]``, which policy version sampled each token."""
-    spans = completion.version_spans
-    lengths = [span.end - span.start for span in spans]
-    return np.repeat(np.asarray([span.version for span in spans], dtype=np.int32), lengths)
+def _row(scored: ScoredGroup, index: int, version: int, max_staleness: int) -> dict[str, npt.NDArray[Any]]:
+    """A batch of one trajectory, by the names of the fields."""
+    prompt, trajectory = scored.group.prompt, scored.group.trajectories[index]
+    staleness = np.zeros(len(trajectory.token_ids), dtype=np.int32)
+    for span in trajectory.version_spans:
+        staleness[span.start : span.end] = version - span.version
+    token_rewards = np.zeros(len(trajectory.token_ids), dtype=np.float32)
+    for turn in trajectory.turns:
+        token_rewards[turn.end - 1] = turn.reward
+    token_rewards[trajectory.turns[-1].end - 1] += scored.rewards[index]
+    sampled = trajectory.loss_mask
+    return {
+        "token_ids": np.concatenate([prompt.token_ids, trajectory.token_ids]),
+        "prompt_lengths": np.asarray([len(prompt.token_ids)], dtype=np.int32),
+        "completion_lengths": np.asarray([len(trajectory.token_ids)], dtype=np.int32),
+        "sampled": sampled,
+        "loss_mask": sampled & (staleness <= max_staleness),
+        "sampling_logprobs": trajectory.sampling_logprobs,
+        "staleness": staleness,
+        "token_rewards": token_rewards,
+        "on_policy": np.asarray([trajectory.asked_version == version and not staleness.any()]),
+        "truncated": np.asarray([trajectory.truncated]),
+        "group_ids": np.asarray([scored.group.group_id], dtype=np.int64),
+        "greedy_rewards": np.asarray([scored.greedy_reward or 0.0], dtype=np.float32),
+    }
 
 
-def _select_ragged(values: npt.NDArray[np.generic], lengths: Int32Array, order: npt.NDArray[np.int64]) -> npt.NDArray:  # type: ignore[type-arg]
-    ends = np.cumsum(lengths)
-    pieces = [values[ends[i] - lengths[i] : ends[i]] for i in order]
-    return np.concatenate(pieces) if pieces else values[:0]
+def _places(lengths: Int32Array, order: Int64Array) -> Int64Array:
+    """Where the given ones of some ragged rows lie in their flat array."""
+    ends = np.cumsum(lengths, dtype=np.int64)
+    pieces = [np.arange(ends[i] - lengths[i], ends[i]) for i in order]
+    return np.concatenate(pieces) if pieces else order

@@ -1,4 +1,4 @@
-"""Learner side of publications and exports: weights as a checkpoint has them, where memory has another form of them.
+"""Weights as a checkpoint has them, for publications and exports, where memory has another form of them.
 
 Transformers joins the experts of a layer, say, to one tensor when it loads them, and renames some layers; checkpoints,
 and so vLLM, know the separate ones. Consumes a (sharded) model; produces tensors by checkpoint name.
@@ -84,7 +84,7 @@ class CheckpointFormat:
         return lambda: self._published(copies(), dtype)
 
     def buffers(self) -> dict[str, torch.Tensor]:
-        """What a checkpoint holds beside parameters, such as the biases that balance a router's experts."""
+        """What a checkpoint holds besides parameters, such as the biases that balance a router's experts."""
         stored = self._model.state_dict().keys()
         return self._converted({name: buffer for name, buffer in self._model.named_buffers() if name in stored})
 

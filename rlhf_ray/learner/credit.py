@@ -1,8 +1,9 @@
-"""Stage 4 on a learner rank: rewards and estimates -> advantages (and returns), the same on any number of ranks."""
+"""Rewards and estimates -> advantages and returns on a learner rank, the same on any number of ranks."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from rlhf_ray.config.plugins import Plugin
 from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.estimates import Estimates
+from rlhf_ray.learner.mesh import gather_objects
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.losses import aggregate
 
@@ -32,16 +34,12 @@ class CreditAssignment:
     Args:
         training: The training section.
         plugin: The advantage, loaded.
-        device: Where the rank computes.
         group: A rank for each share of the batch.
     """
 
-    def __init__(
-        self, training: TrainingSettings, plugin: Plugin, device: torch.device, group: dist.ProcessGroup
-    ) -> None:
+    def __init__(self, training: TrainingSettings, plugin: Plugin, group: dist.ProcessGroup) -> None:
         self._training = training
         self._plugin = plugin
-        self._device = device
         self._group = group
         self._controller = (
             None
@@ -56,10 +54,10 @@ class CreditAssignment:
         """Weight of the KL to the reference now."""
         return self._training.kl_coef if self._controller is None else self._controller.coef
 
-    def adapt(self, kl_to_reference: float | None, num_completions: int) -> None:
+    def adapt(self, kl_to_reference: float | None, num_sequences: int) -> None:
         """Move the weight after an update; ``None``, or not finite: the batch gives nothing to go by."""
         if self._controller is not None and kl_to_reference is not None and math.isfinite(kl_to_reference):
-            self._controller.update(kl_to_reference, num_completions)
+            self._controller.update(kl_to_reference, num_sequences)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold."""
@@ -70,11 +68,14 @@ class CreditAssignment:
         if self._controller is not None:
             self._controller.load_state_dict({"coef": float(state["kl_coef"])})
 
-    def assign(self, batch: SequenceBatch, estimates: Estimates, metrics: MetricSums) -> dict[str, float]:
-        """Set ``estimates.advantages`` and ``returns``, whitened over all ranks where asked for; returns figures."""
+    def assign(
+        self, batch: SequenceBatch, estimates: Estimates, metrics: MetricSums
+    ) -> tuple[Estimates, dict[str, float]]:
+        """Add advantages and returns, whitened over all ranks where asked for; returns metrics of them too."""
         training, mask = self._training, estimates.mask
         penalty = None
         if training.kl_in == "reward" and estimates.ref_logprobs is not None:
+            assert estimates.proximal_logprobs is not None
             penalty = kl(estimates.proximal_logprobs, estimates.ref_logprobs, estimator=training.kl_estimator)
             means = {"kl_to_reference": penalty}
             if training.kl_clip is not None:
@@ -82,28 +83,30 @@ class CreditAssignment:
                 penalty = penalty.clamp(-training.kl_clip, training.kl_clip)
             tokens = float(batch.loss_lengths.sum())
             metrics.add({name: aggregate(x, mask, "token_mean") for name, x in means.items()}, tokens)
-        rewards = torch.tensor(batch.rewards, device=self._device)
+        returns: torch.Tensor | None = None
         if self._plugin.per_completion:
-            advantages, returns = self._of_completions(batch, rewards, penalty, mask), None
+            advantages = self._of_sequences(batch, penalty, mask)
         else:
-            advantages, returns = self._of_tokens(rewards, penalty, estimates)
+            advantages, returns = self._of_tokens(penalty, estimates)
         measured = [advantages]
         if returns is not None and estimates.values is not None:
             measured += [returns, returns - estimates.values]
         moments, *of_critic = merged_moments(self._group, mask, *measured)
-        estimates.returns = returns
-        estimates.advantages = whiten(advantages, mask, moments=moments) if training.whiten_advantages else advantages
-        figures = {"advantage_mean": moments.mean, "advantage_std": moments.variance() ** 0.5}
-        return figures | ({"explained_variance": explained_variance(*of_critic)} if of_critic else {})
+        if training.whiten_advantages:
+            advantages = whiten(advantages, mask, moments=moments)
+        told = {"advantage_mean": moments.mean, "advantage_std": moments.variance() ** 0.5}
+        if of_critic:
+            told["explained_variance"] = explained_variance(*of_critic)
+        return replace(estimates, advantages=advantages, returns=returns), told
 
     def _of_tokens(
-        self, rewards: torch.Tensor, penalty: torch.Tensor | None, estimates: Estimates
+        self, penalty: torch.Tensor | None, estimates: Estimates
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Advantages of this rank's tokens, and returns where the plug-in gives them."""
         coef = 0.0 if penalty is None else self.kl_coef
         result = self._plugin.call(
             {
-                "rewards": kl_penalized_rewards(rewards, estimates.mask, kl=penalty, coef=coef),
+                "rewards": kl_penalized_rewards(estimates.rewards, estimates.mask, kl=penalty, coef=coef),
                 "values": estimates.values,
                 "mask": estimates.mask,
                 "bootstrap": estimates.bootstrap,
@@ -117,15 +120,14 @@ class CreditAssignment:
         self._check_shape(advantages, estimates.mask.shape)
         return advantages, returns
 
-    def _of_completions(
-        self, batch: SequenceBatch, rewards: torch.Tensor, penalty: torch.Tensor | None, mask: torch.Tensor
-    ) -> torch.Tensor:
-        """The completions' advantages, compared over all ranks, at each of their tokens."""
+    def _of_sequences(self, batch: SequenceBatch, penalty: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+        """The sequences' advantages, compared over all ranks, at each of their tokens."""
+        rewards = torch.tensor(batch.rewards, device=mask.device)
         if penalty is not None:
             rewards = rewards - self.kl_coef * (penalty * mask).sum(dim=1)
-        mine = np.stack([batch.group_ids, batch.completion_lengths, batch.greedy_rewards], axis=1).astype(np.float64)
+        mine = np.stack([batch.group_ids, batch.sampled_lengths, batch.greedy_rewards], axis=1).astype(np.float64)
         table, first = gathered_rows(
-            torch.cat([rewards.double()[:, None], torch.tensor(mine, device=self._device)], dim=1), self._group
+            torch.cat([rewards.double()[:, None], torch.tensor(mine, device=mask.device)], dim=1), self._group
         )
         advantages = self._plugin.call(
             {
@@ -147,19 +149,13 @@ class CreditAssignment:
 
 def merged_moments(group: dist.ProcessGroup, mask: torch.Tensor, *tensors: torch.Tensor) -> list[Moments]:
     """Moments of each tensor where the mask is true, over the ranks of a group."""
-    mine = torch.stack([Moments.of(tensor, mask).to_tensor() for tensor in tensors]).to(mask.device)
-    gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(gathered, mine, group=group)
-    parts = torch.stack(gathered).cpu()
-    return [sum(map(Moments.from_tensor, parts[:, i]), Moments()) for i in range(len(tensors))]
+    parts = gather_objects([Moments.of(tensor, mask) for tensor in tensors], group)
+    return [sum(of_tensor, Moments()) for of_tensor in zip(*parts, strict=True)]
 
 
 def gathered_rows(rows: torch.Tensor, group: dist.ProcessGroup) -> tuple[torch.Tensor, int]:
     """The ``[N, K]`` rows of all ranks of a group, end to end, and where this rank's begin."""
-    count = torch.tensor([len(rows)], device=rows.device)
-    counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(counts, count, group=group)
-    sizes: list[int] = torch.cat(counts).tolist()
+    sizes = gather_objects(len(rows), group)
     padded = rows.new_zeros(max(sizes), rows.shape[1])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in sizes]

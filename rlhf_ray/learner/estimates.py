@@ -1,4 +1,4 @@
-"""Before stage 4 on a learner rank: what it knows of its batch before the first step, a number a completion token."""
+"""What a learner rank knows of its batch before the first optimizer step: numbers per token after the prompt."""
 
 from __future__ import annotations
 
@@ -8,59 +8,62 @@ import numpy as np
 import torch
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.layout import Microbatch, pad_completions
+from rlhf_ray.learner.layout import Microbatch
 
-__all__ = ["Estimates", "put", "take"]
+__all__ = ["Estimates", "gather_rows", "scatter_rows"]
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Estimates:
-    """Per-token figures of a rank's batch, ``[N, T]`` each."""
+    """Numbers per token of a rank's batch, ``[N, T]`` each; a stage of the update adds its own by ``replace``."""
 
     mask: torch.Tensor
     """Bool, true at tokens that enter the losses."""
+    rewards: torch.Tensor
+    """At the last sampled tokens of turns; the last one has that of the whole trajectory too."""
     sampling_logprobs: torch.Tensor
     staleness: torch.Tensor
     """Whole versions, 0 where a token is of the policy that is trained."""
-    fresh: torch.Tensor
-    """Bool, true at all tokens of a completion that was written by the policy that is trained."""
-    proximal_logprobs: torch.Tensor
-    """Under the policy before the update; those of the first step's minibatch are written by that step."""
+    on_policy: torch.Tensor
+    """Bool, true at all tokens of a sequence that the policy that is trained sampled from the first to the last."""
+    proximal_logprobs: torch.Tensor | None = None
+    """Under the policy before the update; ``None`` where no forward pass is made for them before the first step."""
     values: torch.Tensor | None = None
     """The critic's; ``None`` without one."""
     bootstrap: torch.Tensor | None = None
-    """``[N]``, value after the last token; 0 where the completion finished."""
+    """``[N]``, value after the last token; 0 where the trajectory finished."""
     ref_logprobs: torch.Tensor | None = None
-    kept: torch.Tensor | None = None
-    """Bool, false at tokens whose policy loss is left out (M2PO); ``None``: none is."""
+    """``None`` without a reference."""
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
+    kept: torch.Tensor | None = None
+    """Bool, false at tokens whose policy loss is left out (M2PO); ``None``: none is."""
 
     @classmethod
-    def of(cls, batch: SequenceBatch, *, device: torch.device, values: bool, reference: bool) -> Estimates:
-        """Make room for the figures that a run has."""
-        sampling = pad_completions(batch.sampling_logprobs, batch.completion_lengths, device=device)
+    def of(cls, batch: SequenceBatch, device: torch.device) -> Estimates:
+        """What the batch itself says."""
+
+        def padded(flat: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(batch.padded(flat)).to(device)
+
+        mask = padded(batch.loss_mask)
         return cls(
-            mask=torch.from_numpy(batch.loss_mask()).to(device),
-            sampling_logprobs=sampling,
-            staleness=pad_completions(batch.staleness.astype(np.float32), batch.completion_lengths, device=device),
-            fresh=torch.tensor(batch.fresh, device=device)[:, None].expand(sampling.shape),
-            proximal_logprobs=torch.zeros_like(sampling),
-            values=torch.zeros_like(sampling) if values else None,
-            bootstrap=torch.zeros(len(batch), device=device) if values else None,
-            ref_logprobs=torch.zeros_like(sampling) if reference else None,
+            mask=mask,
+            rewards=padded(batch.token_rewards),
+            sampling_logprobs=padded(batch.sampling_logprobs),
+            staleness=padded(batch.staleness.astype(np.float32)),
+            on_policy=torch.tensor(batch.on_policy, device=device)[:, None].expand(mask.shape),
         )
 
 
-def put(target: torch.Tensor, micro: Microbatch, rows: torch.Tensor) -> None:
+def scatter_rows(target: torch.Tensor, micro: Microbatch, rows: torch.Tensor) -> None:
     """Write a microbatch's ``[B, T]`` into its rows of ``[N, T]``."""
     if len(micro.rows):
         target[micro.rows, : rows.shape[1]] = rows * micro.mask
 
 
-def take(source: torch.Tensor, micro: Microbatch) -> torch.Tensor:
+def gather_rows(source: torch.Tensor, micro: Microbatch) -> torch.Tensor:
     """Read a microbatch's ``[B, T]`` from its rows of ``[N, T]``; zeros for an empty one."""
-    width = micro.mask.shape[1]
     if len(micro.rows) == 0:
         return source.new_zeros(micro.mask.shape)
-    return source[micro.rows, :width]
+    return source[micro.rows, : micro.mask.shape[1]]

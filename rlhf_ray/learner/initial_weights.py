@@ -1,35 +1,32 @@
-"""Brings a model that one rank of each node has read to the shards of all, so that no node's memory holds it twice.
+"""Brings a model that one rank has read to the shards of all, so that no node's memory holds it twice.
 
 A model is sharded while its parameters have no memory. The reader keeps the whole weights meanwhile, then sends each
-rank of its node the rows that it owns, parameter by parameter, and drops what it has sent.
+rank the rows that it owns, parameter by parameter, and drops what it has sent.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["InitialWeights", "local_part", "outline", "reads_weights", "without_weights"]
-
-_MESSAGE_NUMBERS = 2**24
-_CPU = torch.device("cpu")
+__all__ = ["InitialWeights", "local_part", "names_by_parameter", "outline", "reads_weights", "without_weights"]
 
 
 def reads_weights() -> bool:
-    """Whether this rank reads models for all ranks of its node; where ``LOCAL_RANK`` is not set, there is one node."""
-    return bool(_reader() == dist.get_rank())
+    """Whether this rank reads models for all ranks."""
+    return bool(dist.get_rank() == 0)
 
 
 @contextmanager
@@ -57,22 +54,20 @@ def outline(model: PreTrainedModel) -> PreTrainedModel:
 
 
 class InitialWeights:
-    """The weights of a model, taken out of it until it is sharded; a collective of each node's ranks.
+    """The weights of a model, taken out of it until it is sharded; a collective of all ranks.
 
     Args:
-        model: The same on all ranks, with its weights on those that read. Afterwards its parameters are on the meta
+        model: The same on all ranks, with its weights on the one that reads. Afterwards its parameters are on the meta
             device, tied as they were on the rank that read.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._whole = {name: parameter.detach() for name, parameter in model.named_parameters()}
-        names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
         # transformers also ties what is equal in the files, which the reader alone has seen.
-        outlines = _from_reader([(tied, _empty(model.get_parameter(tied[0]))) for tied in names.values()])
-        self._names = [tied[0] for tied, _ in outlines]
-        for tied, parameter in outlines:
+        outlines = [[(tied, _empty(model.get_parameter(tied[0]))) for tied in names_by_parameter(model)]]
+        dist.broadcast_object_list(outlines)
+        self._names = [tied[0] for tied, _ in outlines[0]]
+        for tied, parameter in outlines[0]:
             for name in tied:
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, parameter)
@@ -105,66 +100,29 @@ class InitialWeights:
             for target, tensor in zip(targets, itertools.chain(source.parameters(), source.buffers()), strict=True):
                 local_part(target).copy_(local_part(tensor))
             return
+        ranks = init_device_mesh("cpu", (dist.get_world_size(),))  # What is sent is in host memory.
         for name in self._names:
-            whole = self._whole.pop(name, None)
-            rows = whole.chunk(dist.get_world_size()) if whole is not None and reads_weights() else ()
-            _deal(local_part(model.get_parameter(name)), dict(enumerate(rows)))
+            target = model.get_parameter(name)
+            # On the others a place for its size alone, which is never written to.
+            whole = self._whole.pop(name) if reads_weights() else torch.empty(target.shape, dtype=target.dtype)
+            local_part(target).copy_(local_part(distribute_tensor(whole, ranks, [Shard(0)])))
         for buffer in model.buffers():
-            whole = buffer.to(_CPU)
-            _deal(buffer, dict.fromkeys(range(dist.get_world_size()), whole))
+            whole = buffer.cpu().contiguous()
+            dist.broadcast(whole, 0)
+            buffer.copy_(whole)
+
+
+def names_by_parameter(model: PreTrainedModel) -> list[list[str]]:
+    """The names of each parameter: several where it is tied."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return list(names.values())
 
 
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that may be sharded."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
-
-
-def _deal(target: torch.Tensor, parts: Mapping[int, torch.Tensor]) -> None:
-    """Fill ``target`` with this rank's part, and those of the node's other ranks; the reader has all parts by rank."""
-    if reads_weights():
-        sends = [
-            dist.isend(piece, rank) for rank in _listeners() if rank in parts for piece in _pieces(parts[rank].cpu())
-        ]
-        part = parts.get(dist.get_rank())
-        if part is not None and part.data_ptr() != target.data_ptr():
-            target.copy_(part)
-        for send in sends:
-            send.wait()
-        return
-    # In the order of its numbers, whatever that is in memory: pieces of another one would be copies.
-    filled = target if target.is_contiguous() else torch.empty_like(target, memory_format=torch.contiguous_format)
-    for piece in _pieces(filled):
-        received = piece if piece.device == _CPU else torch.empty_like(piece, device=_CPU)
-        dist.recv(received, _reader())
-        piece.copy_(received)
-    if filled is not target:
-        target.copy_(filled)
-
-
-def _pieces(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What is sent of a tensor at once, as views."""
-    return tensor.contiguous().view(-1).split(_MESSAGE_NUMBERS) if tensor.numel() else ()
-
-
-def _from_reader(value: Any) -> Any:
-    values = [value]
-    if reads_weights():
-        for rank in _listeners():
-            dist.send_object_list(values, rank)
-    else:
-        dist.recv_object_list(values, _reader())
-    return values[0]
-
-
-def _reader() -> int:
-    """Ray Train numbers the ranks of a node in a row."""
-    rank: int = dist.get_rank()
-    return rank - int(os.environ.get("LOCAL_RANK", rank))
-
-
-def _listeners() -> range:
-    first = _reader()
-    return range(first + 1, first + int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())))
 
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:

@@ -164,7 +164,7 @@ class KeptState:
             wait([reader])
         try:
             file.write(version, tensors, self._staging, bytes_of)
-        except Exception as error:  # A full disk: the version before is still there, and training goes on.
+        except Exception as error:  # A full disk: the version before is still there, and training continues.
             file.failed = True
             _LOG.error("the learner's state at policy version %d is not kept: %r", version, error)
 
@@ -183,8 +183,9 @@ class StateFile:
         weakref.finalize(self, os.close, descriptor)
         self.reader: Future[Any] | None = None
         self.failed = False
-        metadata = self._header().get("__metadata__", {})
-        self.version: int | None = int(metadata["version"]) if "version" in metadata else None
+        length = int.from_bytes(os.pread(descriptor, _LENGTH_BYTES, 0), "little")
+        header = json.loads(os.pread(descriptor, length, _LENGTH_BYTES) or b"{}")
+        self.version: int | None = int(header["__metadata__"]["version"]) if header else None
 
     @property
     def path(self) -> str:
@@ -245,11 +246,6 @@ class StateFile:
         self.version = None
         os.pwrite(self._descriptor, bytes(_LENGTH_BYTES), 0)
 
-    def _header(self) -> dict[str, Any]:
-        length = int.from_bytes(os.pread(self._descriptor, _LENGTH_BYTES, 0), "little")
-        header: dict[str, Any] = json.loads(os.pread(self._descriptor, length, _LENGTH_BYTES) or b"{}")
-        return header
-
 
 def _complete(done: Future[None], copy: Callable[[BytesOf], None], bytes_of: BytesOf) -> None:
     try:
@@ -266,58 +262,34 @@ def _write_tensors(
     """Write parts after a header of :func:`_layout`, and the header's first bytes last."""
     offset = len(header)
     # All of a copy in one stream: what contiguous() allocates there is not given away before it was read.
-    with nullcontext() if staging is None else staging.stream():
+    with nullcontext() if staging is None else torch.cuda.stream(staging.stream):
         for part in parts:
             for piece in bytes_of(part):
-                if staging is not None and _on_device(piece):
-                    staging.write(descriptor, piece, offset)
-                else:
-                    _write_all(descriptor, _memory(piece), offset)
+                host = staging.on_host(piece) if staging is not None and _on_device(piece) else piece
+                _write_all(descriptor, _memory(host), offset)
                 offset += piece.nbytes
-    if staging is not None:
-        staging.finish()
     os.ftruncate(descriptor, offset)
     _write_all(descriptor, memoryview(header)[_LENGTH_BYTES:], _LENGTH_BYTES)
     os.pwrite(descriptor, header[:_LENGTH_BYTES], 0)
 
 
 class _Staging:
-    """Two pinned buffers between a GPU and a file: one is filled while the other is written."""
+    """A pinned buffer between a GPU and a file, filled in a stream of its own."""
 
     def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()
-        self._buffers = [_pinned(_PIECE_BYTES) for _ in range(2)]
-        self._filled = [torch.cuda.Event() for _ in range(2)]
-        self._pending: list[tuple[int, int, int] | None] = [None, None]
-        self._turn = 0
+        self.stream = torch.cuda.Stream()
+        self._buffer = _pinned(_PIECE_BYTES)
 
     def follow_stream(self) -> None:
         """Let copies wait for what the caller's stream has been given to do so far."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+        self.stream.wait_stream(torch.cuda.current_stream())
 
-    def stream(self) -> Any:
-        """Begin a copy: within, this thread's stream is that of the copies."""
-        self._pending = [None, None]  # A copy that failed may have left one, of a file that is closed by now.
-        return torch.cuda.stream(self._stream)
-
-    def write(self, descriptor: int, piece: torch.Tensor, offset: int) -> None:
-        """Begin to bring a piece to the host, within :meth:`stream`, and meanwhile write the one before."""
-        self._buffers[self._turn][: piece.nbytes].copy_(piece, non_blocking=True)
-        self._filled[self._turn].record(self._stream)
-        self._pending[self._turn] = descriptor, piece.nbytes, offset
-        self._turn = 1 - self._turn
-        self._drain(self._turn)
-
-    def finish(self) -> None:
-        """Write what is left."""
-        self._drain(1 - self._turn)
-
-    def _drain(self, which: int) -> None:
-        pending, self._pending[which] = self._pending[which], None
-        if pending is not None:
-            descriptor, size, offset = pending
-            self._filled[which].synchronize()
-            _write_all(descriptor, _memory(self._buffers[which][:size]), offset)
+    def on_host(self, piece: torch.Tensor) -> torch.Tensor:
+        """A piece on the host until the next one is; within the stream."""
+        host = self._buffer[: piece.nbytes]
+        host.copy_(piece, non_blocking=True)
+        self.stream.synchronize()
+        return host
 
 
 def _layout(tensors: Tensors, version: int) -> tuple[bytes, list[torch.Tensor]]:

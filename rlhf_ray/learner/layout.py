@@ -17,13 +17,12 @@ import numpy.typing as npt
 import torch
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.types import Float32Array, Int32Array
+from rlhf_ray.types import BoolArray, Int32Array
 
-__all__ = ["Microbatch", "lay_out", "pad_completions", "unpad_completions"]
+__all__ = ["Microbatch", "lay_out", "packed_lengths"]
 
 _Integers = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 _Int64Array = npt.NDArray[np.int64]
-_Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,15 +50,13 @@ class Microbatch:
     last_index: torch.Tensor
     """``[B]`` where the state after the last token lies in the flattened ``input_ids``."""
     mask: torch.Tensor
-    """``[B, T]`` bool, true at completion tokens that enter the losses."""
+    """``[B, T]`` bool, true at tokens that enter the losses; observed ones in the middle of a row are none."""
     scored: torch.Tensor
     """``[N]`` where these tokens lie in the flattened ``[B, T]``: what the mask says, without asking the device."""
-    num_fresh: int
-    """Of these tokens, those of completions that the policy that is trained wrote from the first token to the last."""
+    num_on_policy: int
+    """Of these tokens, those of sequences that the policy that is trained sampled from the first token to the last."""
     num_by_staleness: tuple[tuple[int, int], ...]
     """Versions that these tokens are behind, and how many are."""
-    num_tokens: int
-    """Tokens in the forward pass, padding included."""
     attention: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the model, of which it can tell nothing by itself where it reads a slice of the tokens."""
 
@@ -72,9 +69,14 @@ class Microbatch:
         if self.position_ids is not None:  # Not every backbone takes them.
             inputs["position_ids"] = self.position_ids
         if self.cu_seq_lens is not None:
-            inputs |= dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), self.cu_seq_lens)
-            inputs |= dict.fromkeys(("max_length_q", "max_length_k"), self.max_length)
+            inputs |= packed_lengths(self.cu_seq_lens, self.max_length)
         return inputs | dict(self.attention)
+
+
+def packed_lengths(starts: torch.Tensor, longest: int) -> dict[str, Any]:
+    """What a kernel is told of a packed row's sequences."""
+    names = dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts)
+    return names | dict.fromkeys(("max_length_q", "max_length_k"), longest)
 
 
 def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: torch.device) -> Microbatch:
@@ -82,23 +84,15 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
 
     An empty one becomes a single two-token dummy whose mask is empty: collectives of other ranks need a partner.
     """
-    selected = batch.select(rows) if rows else None
-    if selected is None:
-        prompt = np.asarray([1])
-        completion = np.asarray([1])
-        tokens = np.zeros(2, dtype=np.int32)
-        mask = np.zeros((1, 1), dtype=np.bool_)
-        num_fresh, distances = 0, np.zeros(0, dtype=np.int32)
-    else:
-        prompt, completion, tokens = selected.prompt_lengths, selected.completion_lengths, selected.token_ids
-        mask = selected.loss_mask()
-        num_fresh, distances = int(selected.loss_lengths[selected.fresh].sum()), selected.staleness[selected.in_loss]
-    lengths = (prompt + completion).astype(np.int64)
+    selected = batch.select(rows) if rows else _DUMMY
+    prompt, lengths = selected.prompt_lengths.astype(np.int64), selected.lengths.astype(np.int64)
+    mask = selected.padded(selected.loss_mask)
+    staleness = selected.staleness[selected.loss_mask]
     starts = _starts(lengths, packed=packed)
-    ids, positions = _input_ids(tokens, lengths, packed=packed)
+    ids, positions = _input_ids(selected.token_ids, lengths, packed=packed)
     # Position of the state before completion token t: the last prompt token for t = 0.
     states = (starts + prompt - 1)[:, None] + np.arange(mask.shape[1])[None, :]
-    kept, targets, index = _kept_columns(ids, prompt.astype(np.int64), states, mask, packed=packed)
+    kept, targets, index = _kept_columns(ids, prompt, states, mask, packed=packed)
 
     def tensor(array: _Integers) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
@@ -116,25 +110,17 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
         last_index=tensor(starts + lengths - 1),
         mask=torch.from_numpy(mask).to(device),
         scored=tensor(np.flatnonzero(mask)),
-        num_fresh=num_fresh,
-        num_by_staleness=tuple((int(each), int((distances == each).sum())) for each in np.unique(distances)),
-        num_tokens=int(ids.size),
+        num_on_policy=int(selected.loss_lengths[selected.on_policy].sum()),
+        num_by_staleness=tuple((int(each), int((staleness == each).sum())) for each in np.unique(staleness)),
     )
 
 
-def pad_completions(flat: Float32Array, lengths: Int32Array, *, device: torch.device) -> torch.Tensor:
-    """``[sum(T)]`` values of completion tokens to ``[N, T]``, zero where there is no token."""
-    width = int(lengths.max()) if len(lengths) else 0
-    mask = np.arange(width)[None, :] < lengths[:, None]
-    padded = np.zeros(mask.shape, dtype=flat.dtype)
-    padded[mask] = flat
-    return torch.from_numpy(padded).to(device)
-
-
-def unpad_completions(padded: torch.Tensor, mask: _Mask) -> tuple[Float32Array, ...]:
-    """``[N, T]`` values of completion tokens to an array a sequence, those where the mask is true, on the CPU."""
-    table = padded.float().cpu().numpy()
-    return tuple(row[own] for row, own in zip(table, mask, strict=True))
+_DUMMY = SequenceBatch.single_turn(
+    token_ids=np.zeros(2, dtype=np.int32),
+    prompt_lengths=np.ones(1, dtype=np.int32),
+    completion_lengths=np.ones(1, dtype=np.int32),
+    loss_mask=np.zeros(1, dtype=np.bool_),
+)
 
 
 def _starts(lengths: _Int64Array, *, packed: bool) -> _Int64Array:
@@ -157,7 +143,7 @@ def _input_ids(tokens: Int32Array, lengths: _Int64Array, *, packed: bool) -> tup
 
 
 def _kept_columns(
-    ids: _Integers, prompt: _Int64Array, states: _Int64Array, mask: _Mask, *, packed: bool
+    ids: _Integers, prompt: _Int64Array, states: _Int64Array, mask: BoolArray, *, packed: bool
 ) -> tuple[_Int64Array, _Integers, _Int64Array]:
     """Columns whose logits are needed, their targets, and each completion token's place among the targets."""
     if packed:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import cache
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -19,11 +20,14 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
 from rlhf_ray.learner.layout import Microbatch
 from rlhf_ray.learner.lora import adapters_off
+from rlhf_ray.learner.mesh import gather_objects
 from rlhf_ray.learner.models import reshard
 from rlhf_ray.losses import chunked_logprobs_and_entropy, token_entropy, token_logprobs, token_logprobs_and_entropy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from rlhf_ray.learner.sequence_parallel import SequenceSlices
 
 __all__ = ["LogprobHead", "TokenScorer", "usable_head"]
 
@@ -107,9 +111,7 @@ def usable_head(
         register_fsdp_forward_method(model, "score_tokens")
         reason = _difference(model, head, device, compute_dtype)
     if dist.is_initialized():  # Where one rank goes another way than the others, collectives never end.
-        reasons: list[str | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(reasons, reason)
-        reason = next((one for one in reasons if one is not None), None)
+        reason = next((one for one in gather_objects(reason) if one is not None), None)
     if reason is None:
         return head
     if not dist.is_initialized() or dist.get_rank() == 0:
@@ -169,45 +171,39 @@ def _difference(
     return f"its logits are not its output layer's product with the last hidden states, by up to {difference:.2g} nats"
 
 
+@dataclass(frozen=True, slots=True)
 class TokenScorer:
-    """A causal language model that tells how likely each completion token of a microbatch is.
+    """A causal language model that tells how likely each completion token of a microbatch is."""
 
-    Args:
-        model: The (sharded) model.
-        head: What :func:`usable_head` gave; ``None``: go through whole logits.
-        temperature: Sampling temperature.
-        without_adapters: Whether LoRA adapters are switched off: the policy as it was before training.
-    """
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        head: LogprobHead | None,
-        *,
-        temperature: float,
-        without_adapters: bool = False,
-    ) -> None:
-        self.model = model
-        self._adapters = adapters_off if without_adapters else nullcontext
-        self._head = head
-        self._temperature = temperature
-
-    def initial(self) -> TokenScorer:
-        """The same model without its adapters."""
-        return TokenScorer(self.model, self._head, temperature=self._temperature, without_adapters=True)
+    model: PreTrainedModel
+    """Sharded."""
+    head: LogprobHead | None
+    """What :func:`usable_head` gave; ``None``: go through whole logits."""
+    temperature: float
+    """Of sampling."""
+    slices: SequenceSlices | None = None
+    """Those that this rank reads of sequences, of a model that was adopted; a call is a collective then."""
+    without_adapters: bool = False
+    """Whether LoRA adapters are switched off: the policy as it was before training."""
 
     def __call__(self, micro: Microbatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies, ``[B, T]`` float32 each in nats, 0 outside ``micro.mask``.
 
         The entropies carry a gradient only with ``entropy_gradient``.
         """
-        logprobs, entropies = self._answers(micro, with_entropy=True, entropy_gradient=entropy_gradient)
-        assert entropies is not None
-        return _spread(logprobs, micro), _spread(entropies, micro)
+        logprobs, entropies = self._scored(micro, with_entropy=True, entropy_gradient=entropy_gradient)
+        return logprobs, entropies
 
     def logprobs(self, micro: Microbatch) -> Tensor:
         """The log-probabilities alone, with less work."""
-        return _spread(self._answers(micro, with_entropy=False, entropy_gradient=False)[0], micro)
+        return self._scored(micro, with_entropy=False, entropy_gradient=False)[0]
+
+    def _scored(self, micro: Microbatch, *, with_entropy: bool, entropy_gradient: bool) -> list[Tensor]:
+        """``[B, T]`` log-probabilities, and entropies where they are asked for, of this rank's slice or all slices."""
+        own = micro if self.slices is None else self.slices.shard(micro, self.model)
+        answers = self._answers(own, with_entropy=with_entropy, entropy_gradient=entropy_gradient)
+        scored = [_spread(one, own) for one in answers if one is not None]
+        return scored if self.slices is None else list(self.slices.gather_tokens(torch.stack(scored)))
 
     def _answers(
         self, micro: Microbatch, *, with_entropy: bool, entropy_gradient: bool
@@ -221,25 +217,25 @@ class TokenScorer:
         rows = micro.completion_index.flatten()[places]
         targets = micro.targets.flatten()[rows]
         inputs = micro.model_inputs()
-        with self._adapters(self.model):
-            if self._head is not None:
+        with adapters_off(self.model) if self.without_adapters else nullcontext():
+            if self.head is not None:
                 states = micro.value_index.flatten()[places]
                 answers: tuple[Tensor, Tensor | None] = self.model.score_tokens(
-                    self._head,
+                    self.head,
                     inputs,
                     states,
                     targets,
-                    temperature=self._temperature,
+                    temperature=self.temperature,
                     with_entropy=with_entropy,
                     entropy_gradient=entropy_gradient,
                 )
                 return answers
             logits = self.model(**inputs, logits_to_keep=micro.kept).logits.flatten(0, -2)[rows]
-        logprobs = token_logprobs(logits, targets, temperature=self._temperature)
+        logprobs = token_logprobs(logits, targets, temperature=self.temperature)
         if not with_entropy:
             return logprobs, None
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            return logprobs, token_entropy(logits, temperature=self._temperature)
+            return logprobs, token_entropy(logits, temperature=self.temperature)
 
 
 def _spread(answers: Tensor, micro: Microbatch) -> Tensor:

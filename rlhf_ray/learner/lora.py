@@ -1,4 +1,4 @@
-"""LoRA on a learner rank: adapters beside frozen weights, switched off for the reference, merged for publication.
+"""LoRA on a learner rank: adapters on frozen weights, switched off for the reference, merged for publication.
 
 "LoRA: Low-Rank Adaptation of Large Language Models" (arXiv:2106.09685), by the library PEFT. The layers are changed in
 place, so that every other weight keeps its name.
@@ -15,6 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate
 
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.learner.initial_weights import names_by_parameter
 from rlhf_ray.weight_sync.buckets import on_mesh
 
 if TYPE_CHECKING:
@@ -132,10 +133,8 @@ def merged_parameters(
 
 def tied_names(model: PreTrainedModel) -> list[list[str]]:
     """Names in the model without adapters, of each weight that has several."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name.replace(".base_layer.", "."))
-    return [tied for tied in names.values() if len(tied) > 1]
+    several = [names for names in names_by_parameter(model) if len(names) > 1]
+    return [[name.replace(".base_layer.", ".") for name in names] for names in several]
 
 
 @torch.no_grad()  # type: ignore[untyped-decorator]

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-__all__ = ["LearnerMesh"]
+__all__ = ["LearnerMesh", "gather_objects"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerMesh:
-    """The groups that a rank belongs to.
+    """The groups that a rank belongs to: its share of the data, and its slice of the sequences.
 
     Neighbors, ``[0, 1], [2, 3], ...`` with two ranks per sequence, hold the same sequences and each reads a slice of
     them. What is counted once per sequence is merged over ``data``; what concerns weights or refusals, over all ranks.
@@ -43,3 +46,10 @@ class LearnerMesh:
         if self.sequence is not None:
             dist.destroy_process_group(self.sequence)
             dist.destroy_process_group(self.data)
+
+
+def gather_objects(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """What each rank of a group has, in their order; ``None``: of all ranks."""
+    gathered = [mine] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, mine, group=group)
+    return gathered

@@ -28,6 +28,7 @@ __all__ = [
     "fix_sdpa_kernels",
     "freeze",
     "head_is_new",
+    "hidden_states",
     "load_critic",
     "load_policy",
     "reshard",
@@ -266,10 +267,10 @@ def shard(
     offload: bool = False,
     source: PreTrainedModel | None = None,
 ) -> PreTrainedModel:
-    """Shard a model over the mesh: one FSDP2 unit a decoder layer, one for the rest and for layers that are tiny.
+    """Shard a model over the mesh: one FSDP2 unit per decoder layer, one for the rest and for layers that are tiny.
 
-    Weights come from the rank of each node that reads them, whatever the others have, on the CPU; or from ``source``, a
-    model that is sharded alike.
+    Weights come from the rank that reads them, whatever the others have, on the CPU; or from ``source``, a model that
+    is sharded alike.
 
     Trained weights stay float32; with ``compute_dtype`` bfloat16 they are cast when gathered and gradients are reduced
     in float32. Heads get their weights in ``head_dtype``, and answer in float32 whatever the rest does: bfloat16 would
@@ -308,6 +309,21 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> torch.Tensor:
+    """``[B, L, D]`` float32, what the backbone of a (sharded) model gives its head."""
+    found: list[torch.Tensor] = []
+    hooks = [model.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].float()))]
+    if (head := model.get_output_embeddings()) is not None:  # Not every family calls its backbone as a whole.
+        hooks.append(head.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].float())))
+    try:
+        model(**inputs | {"use_cache": False})
+    finally:
+        for hook in hooks:
+            hook.remove()
+        reshard(model)
+    return found[-1]
 
 
 def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,15 +1,13 @@
-"""Log-probabilities of tokens that another policy sampled -> proximal policy and weights that correct for it.
+"""Corrects the losses for tokens that another policy sampled, and tells how far it is from the proximal one.
 
-That other policy is an earlier version, or what a quantized engine makes of the weights.
-
-Decoupled PPO ("AReaL: A Large-Scale Asynchronous Reinforcement Learning System for Language Reasoning",
-arXiv:2505.24298): ratios are clipped against a proximal policy, and each loss is weighted by how much likelier that
-policy makes the token than the policy that sampled it.
+That other policy is an earlier version, or what a quantized engine makes of the weights. Decoupled PPO ("AReaL: A
+Large-Scale Asynchronous Reinforcement Learning System for Language Reasoning", arXiv:2505.24298): each loss is weighted
+by how much likelier the proximal policy makes the token than the policy that sampled it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,63 +15,49 @@ import torch.distributed as dist
 
 from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.learner.credit import gathered_rows
-from rlhf_ray.learner.estimates import Estimates
+from rlhf_ray.learner.estimates import Estimates, gather_rows
+from rlhf_ray.learner.layout import Microbatch
 from rlhf_ray.losses import aggregate, behavior_weights, m2po_mask
 
-__all__ = ["correction_weights", "effective_sample_size", "loglinear_proximal", "m2po_kept", "staleness_metrics"]
-
-
-def loglinear_proximal(
-    logprobs: torch.Tensor, sampling_logprobs: torch.Tensor, staleness: torch.Tensor
-) -> torch.Tensor:
-    """Approximate log-probabilities under the policy before the update, without a forward pass of it.
-
-    The policy that is trained is taken to be one version ahead of that policy, and the one that sampled a token
-    ``s = staleness`` behind it. Log-probabilities are assumed to move evenly over versions::
-
-        proximal = sampling + s / (s + 1) * (current - sampling)
-
-    exact where ``s = 0``. No gradient passes. All ``[B, T]``, in nats and versions.
-    """
-    share = staleness / (staleness + 1.0)
-    return sampling_logprobs + share * (logprobs.detach() - sampling_logprobs)
+__all__ = ["correction_weights", "effective_sample_size", "m2po_kept", "staleness_metrics"]
 
 
 def correction_weights(
-    training: TrainingSettings,
-    proximal_logprobs: torch.Tensor,
-    sampling_logprobs: torch.Tensor,
-    mask: torch.Tensor,
-    kept: torch.Tensor | None = None,
+    training: TrainingSettings, estimates: Estimates, micro: Microbatch, proximal_logprobs: torch.Tensor
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """Weights of a microbatch's tokens and their metrics, as the settings ask; ``None``: data is not corrected.
 
-    Tokens that are not ``kept`` have a weight of 0 and stay in the denominators. Of the metrics
+    Tokens that are not kept have a weight of 0 and stay in the denominators. Of the metrics
     :func:`effective_sample_size` makes the batch's, which no mean over microbatches is.
     """
-    masked = {} if kept is None else {"m2po_masked_fraction": aggregate(1.0 - kept.float(), mask, "token_mean")}
-    if training.behavior_weights == "none":
-        return None if kept is None else kept.float(), masked
-    weights, metrics = behavior_weights(
-        proximal_logprobs,
-        sampling_logprobs,
-        mask,
-        level=training.behavior_weights,
-        mode=training.behavior_mode,
-        cap=training.behavior_cap,
-        floor=training.behavior_floor,
-    )
-    del metrics["behavior_ess"]
-    weights = weights if kept is None else weights * kept
-    return weights, metrics | masked | {"behavior_weight_square_mean": aggregate(weights.square(), mask, "token_mean")}
+    metrics: dict[str, torch.Tensor] = {}
+    weights: torch.Tensor | None = None
+    if training.behavior_weights != "none":
+        weights, metrics = behavior_weights(
+            proximal_logprobs,
+            gather_rows(estimates.sampling_logprobs, micro),
+            micro.mask,
+            level=training.behavior_weights,
+            mode=training.behavior_mode,
+            cap=training.behavior_cap,
+            floor=training.behavior_floor,
+        )
+    if estimates.kept is not None:
+        kept = gather_rows(estimates.kept, micro).float()
+        metrics["m2po_masked_fraction"] = aggregate(1.0 - kept, micro.mask, "token_mean")
+        weights = kept if weights is None else weights * kept
+    if training.behavior_weights != "none":
+        assert weights is not None
+        metrics["behavior_weight_square_mean"] = aggregate(weights.square(), micro.mask, "token_mean")
+    return weights, metrics
 
 
-def effective_sample_size(figures: dict[str, float]) -> dict[str, float]:
+def effective_sample_size(metrics: dict[str, float]) -> dict[str, float]:
     """Replace the mean square of the weights by ``(sum w)^2 / (n * sum w^2)``, in place where there is one."""
-    square = figures.pop("behavior_weight_square_mean", None)
+    square = metrics.pop("behavior_weight_square_mean", None)
     if square is not None:
-        figures["effective_sample_size"] = figures["behavior_weight_mean"] ** 2 / square if square > 0.0 else 0.0
-    return figures
+        metrics["effective_sample_size"] = metrics["behavior_weight_mean"] ** 2 / square if square > 0.0 else 0.0
+    return metrics
 
 
 def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float, group: dist.ProcessGroup) -> torch.Tensor:
@@ -91,6 +75,7 @@ def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float, gro
         ``[B, T]`` bool.
     """
     assert estimates.advantages is not None
+    assert estimates.proximal_logprobs is not None
     return m2po_mask(
         estimates.proximal_logprobs[rows],
         estimates.sampling_logprobs[rows],
@@ -102,16 +87,11 @@ def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float, gro
 
 
 def staleness_metrics(
-    proximal_logprobs: torch.Tensor,
-    sampling_logprobs: torch.Tensor,
-    staleness: torch.Tensor,
-    mask: torch.Tensor,
-    num_by_staleness: Iterable[tuple[int, int]],
-) -> list[tuple[dict[str, Any], float]]:
+    estimates: Estimates, micro: Microbatch, proximal_logprobs: torch.Tensor
+) -> Iterator[tuple[dict[str, Any], float]]:
     """How far the sampling policy is from the proximal one, by version distance: means and numbers of tokens."""
-    gaps = (proximal_logprobs - sampling_logprobs).abs()
-    found = []
-    for distance, tokens in num_by_staleness:
-        mean = aggregate(gaps, mask & (staleness == distance), "token_mean")
-        found.append(({f"proximal_logprob_diff_by_staleness/{distance}": mean}, float(tokens)))
-    return found
+    gaps = (proximal_logprobs - gather_rows(estimates.sampling_logprobs, micro)).abs()
+    staleness = gather_rows(estimates.staleness, micro)
+    for distance, tokens in micro.num_by_staleness:
+        mean = aggregate(gaps, micro.mask & (staleness == distance), "token_mean")
+        yield {f"proximal_logprob_diff_by_staleness/{distance}": mean}, float(tokens)

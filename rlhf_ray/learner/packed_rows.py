@@ -1,28 +1,66 @@
-"""Before the first update: whether a model keeps sequences apart that are packed into one row.
+"""Whether models keep sequences apart that are packed into one row, tried out before the first update.
 
 Attention does so by cumulative lengths. Layers with a state of their own (convolutions, recurrences), and models that
-do not hand the lengths on, let a sequence see those before it. Nothing in a configuration says so.
+do not pass the lengths on, let a sequence see those before it. Nothing in a configuration says so.
 """
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.layout import Microbatch, lay_out
+from rlhf_ray.learner.logprob_head import TokenScorer
+from rlhf_ray.learner.mesh import gather_objects
+from rlhf_ray.learner.models import hidden_states, reshard
 from rlhf_ray.learner.varlen_attention import VARLEN
 
-__all__ = ["keeps_sequences_apart", "skips_other_sequences", "takes_lengths"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
+__all__ = ["can_pack", "keeps_sequences_apart", "skips_other_sequences", "takes_lengths"]
+
+_LOG = logging.getLogger(__name__)
 _LENGTH = 16
 # Routers of experts and tiles of half-precision products see other neighbors; a leak changes far more.
 _TOLERANCE = {torch.float32: 1e-4}
 _TOLERANCE_IN_HALF_PRECISION = 3e-2
+
+
+def can_pack(
+    score: TokenScorer, critic: PreTrainedModel | None, device: torch.device, compute_dtype: torch.dtype
+) -> bool:
+    """Whether the rows of policy and (sharded) critic may be packed, on all ranks or none; a collective."""
+    answers: dict[PreTrainedModel, Callable[[Microbatch], Sequence[Tensor]]] = {score.model: score}
+    if critic is not None:  # Not its values: a new head answers 0 to all.
+        answers[critic] = lambda micro: [hidden_states(critic, micro.model_inputs()).flatten(0, -2)[micro.value_index]]
+    kernels = [model.config._attn_implementation for model in answers]
+    apart: list[bool] = []  # Of all models, whatever the first answers: it takes collectives.
+    if all(map(skips_other_sequences, kernels)) and all(map(takes_lengths, answers)):
+        apart = [
+            keeps_sequences_apart(
+                answer,
+                vocabulary_size=model.get_input_embeddings().num_embeddings,
+                device=device,
+                compute_dtype=compute_dtype,
+            )
+            for model, answer in answers.items()
+        ]
+    for model in answers:
+        reshard(model)
+    packed = all(gather_objects(apart != [] and all(apart)))
+    if dist.get_rank() == 0:
+        level = logging.WARNING if device.type == "cuda" and not packed else logging.INFO
+        _LOG.log(level, "learners read %s rows, attention by %s", "packed" if packed else "padded", kernels[0])
+    return packed
 
 
 def skips_other_sequences(kernel: str) -> bool:
@@ -39,7 +77,7 @@ def takes_lengths(model: nn.Module) -> bool:
 
 @torch.no_grad()  # type: ignore[untyped-decorator]
 def keeps_sequences_apart(
-    score: Callable[[Microbatch], Sequence[torch.Tensor]],
+    answer: Callable[[Microbatch], Sequence[Tensor]],
     *,
     vocabulary_size: int,
     device: torch.device,
@@ -48,35 +86,18 @@ def keeps_sequences_apart(
     """Whether what a model answers for a sequence is the same whatever is packed before it; a collective with FSDP.
 
     Args:
-        score: The model: its first answer is ``[B, T]`` or ``[B, T, ...]``.
+        answer: The model's, of which the first is ``[B, T]`` or ``[B, T, ...]``.
         vocabulary_size: Token ids are below it.
         device: Where the model is.
         compute_dtype: What it computes in.
     """
     first, second, same = np.random.default_rng(0).integers(vocabulary_size, size=(3, _LENGTH), dtype=np.int32)
-    scored = [_last_of_row(score, np.stack([before, same]), device) for before in (first, second)]
+    lengths = np.ones(2, dtype=np.int32), np.full(2, _LENGTH - 1, dtype=np.int32)
+    answers = []
+    for before in (first, second):
+        batch = SequenceBatch.single_turn(
+            token_ids=np.concatenate([before, same]), prompt_lengths=lengths[0], completion_lengths=lengths[1]
+        )
+        answers.append(answer(lay_out(batch, range(2), packed=True, device=device))[0][-1])
     tolerance = _TOLERANCE.get(compute_dtype, _TOLERANCE_IN_HALF_PRECISION)
-    return bool((scored[0] - scored[1]).abs().max() <= tolerance * scored[0].abs().max().clamp(min=1.0))
-
-
-def _last_of_row(
-    score: Callable[[Microbatch], Sequence[torch.Tensor]], sequences: np.ndarray, device: torch.device
-) -> torch.Tensor:
-    """The answers for the last of some sequences in one packed row, of all its tokens but the first."""
-    count, length = sequences.shape
-    ones = np.ones(count, dtype=np.int32)
-    completion_tokens = count * (length - 1)
-    batch = SequenceBatch(
-        token_ids=sequences.reshape(-1),
-        prompt_lengths=ones,
-        completion_lengths=ones * (length - 1),
-        sampling_logprobs=np.zeros(completion_tokens, dtype=np.float32),
-        staleness=np.zeros(completion_tokens, dtype=np.int32),
-        fresh=np.ones(count, dtype=np.bool_),
-        rewards=np.zeros(count, dtype=np.float32),
-        truncated=np.zeros(count, dtype=np.bool_),
-        group_ids=np.arange(count),
-        greedy_rewards=np.zeros(count, dtype=np.float32),
-        loss_starts=ones * 0,
-    )
-    return score(lay_out(batch, range(count), packed=True, device=device))[0][-1]
+    return bool((answers[0] - answers[1]).abs().max() <= tolerance * answers[0].abs().max().clamp(min=1.0))

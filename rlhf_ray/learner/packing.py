@@ -29,7 +29,7 @@ class Minibatch:
     microbatches: tuple[Indices, ...]
     """Indices into the rank's own sequences; an empty entry keeps ranks in step where one has less to do."""
     completion_lengths: tuple[int, ...]
-    """T of every sequence of the minibatch over *all* ranks: the loss's global denominator."""
+    """Tokens in the losses, of every sequence of the minibatch over *all* ranks: the global denominator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,8 +60,8 @@ class UpdatePlan:
 def attention_length(hidden_size: int) -> float:
     """Length at which causal attention costs as many operations as the linear layers of a transformer, in tokens.
 
-    With ``d`` the hidden size, a layer's linear parts have about ``12 d^2`` parameters: ``24 d^2`` operations a token.
-    Attention over ``L / 2`` earlier tokens on average takes ``2 d L``. They are equal at ``L = 12 d``.
+    With ``d`` the hidden size, a layer's linear parts have about ``12 d^2`` parameters: ``24 d^2`` operations per
+    token. Attention over ``L / 2`` earlier tokens on average takes ``2 d L``. They are equal at ``L = 12 d``.
     """
     return 12.0 * hidden_size
 
@@ -87,8 +87,8 @@ def plan_update(
 
     Args:
         lengths: ``[N]`` prompt plus completion tokens.
-        completion_lengths: ``[N]`` completion tokens.
-        num_minibatches: Optimizer steps an epoch.
+        completion_lengths: ``[N]`` tokens that enter the losses.
+        num_minibatches: Optimizer steps per epoch.
         num_epochs: Passes over the batch; the order of minibatches is drawn anew for each after the first.
         num_ranks: Learners.
         max_tokens: Tokens in a microbatch; a longer sequence is alone in its own.

@@ -19,20 +19,22 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_to_all_single
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.learner.layout import Microbatch
-from rlhf_ray.learner.models import reshard
+from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.layout import Microbatch, lay_out, packed_lengths
+from rlhf_ray.learner.mesh import gather_objects
+from rlhf_ray.learner.models import hidden_states
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from rlhf_ray.learner.logprob_head import TokenScorer
-
-__all__ = ["SequenceSlices", "SlicedScorer"]
+__all__ = ["SequenceSlices"]
 
 _PROBE_TOKENS_PER_RANK = 8
 # Of the norm of a slice's hidden states. Attention that misses the other slices changes them by tenths.
@@ -79,29 +81,26 @@ class SequenceSlices:
             ConfigError: It does not compute the same on some rank; on every rank.
         """
         length = self._size * _PROBE_TOKENS_PER_RANK - 1
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.get_input_embeddings().num_embeddings, (1, length), generator=generator)
-        ids, positions = ids.to(self._device), torch.arange(length, device=self._device)[None]
-        starts: Tensor | None = None
-        if packed:  # Two sequences, of which the second lies in two slices.
-            starts = torch.tensor([0, length // 3, length], dtype=torch.int32, device=self._device)
-            positions = torch.where(positions < length // 3, positions, positions - length // 3)
-        longest = length if starts is None else length - length // 3
-        whole = _hidden_states(model, {"input_ids": ids, "position_ids": positions} | _lengths(starts, longest))
+        # Packed, two sequences, of which the second lies in two slices.
+        lengths = np.asarray([length // 3, length - length // 3] if packed else [length], dtype=np.int32)
+        vocabulary_size = model.get_input_embeddings().num_embeddings
+        batch = SequenceBatch.single_turn(
+            token_ids=np.random.default_rng(0).integers(vocabulary_size, size=length, dtype=np.int32),
+            prompt_lengths=np.ones_like(lengths),
+            completion_lengths=lengths - 1,
+        )
+        micro = lay_out(batch, range(len(lengths)), packed=packed, device=self._device)
+        mine = hidden_states(model, micro.model_inputs())[:, self._own(length)]
         self.adopt(model)
         told = ""
         try:
-            mine = whole[:, self._own(length)]
-            inputs = self._inputs(model, ids, positions, starts, longest)
-            sliced = _hidden_states(model, inputs)[:, : mine.shape[1]]
+            sliced = hidden_states(model, self.shard(micro, model).model_inputs())[:, : mine.shape[1]]
             deviation = float((sliced - mine).norm() / mine.norm())
         except Exception as error:  # Whatever a model's code makes of a slice; it is told below.
             deviation, told = math.inf, repr(error)
         if not deviation <= _TOLERANCE.get(self._dtype, _TOLERANCE_IN_HALF_PRECISION):
             told = told or f"its hidden states differ by {deviation:.1g} of their norm"
-        found = [told] * dist.get_world_size()
-        dist.all_gather_object(found, told)
-        for reason in filter(None, found):
+        for reason in filter(None, gather_objects(told)):
             name = type(model).__name__.removeprefix("FSDP")
             remedy = f"{field}: {name} cannot read a sequence in slices ({reason}); use 1"
             raise ConfigError("learners.sequence_parallel", self._size, remedy)
@@ -112,12 +111,7 @@ class SequenceSlices:
         The mask of the slice is true at the completion tokens that are scored here, of which there may be none;
         ``last_index`` remains that of the whole rows.
         """
-        ids, positions = micro.input_ids, micro.position_ids
-        length = ids.shape[1]
-        if positions is None:
-            positions = torch.arange(length, device=ids.device).expand_as(ids)
-        inputs = self._inputs(model, ids, positions, micro.cu_seq_lens, micro.max_length)
-        own = self._own(length)
+        length, own = micro.input_ids.shape[1], self._own(micro.input_ids.shape[1])
         is_own = (micro.kept >= own.start) & (micro.kept < own.stop)
         if not is_own.any():  # Models answer for one column at least.
             is_own[0] = True
@@ -125,10 +119,11 @@ class SequenceSlices:
         rows, columns = micro.value_index // length, micro.value_index % length
         mask = micro.mask & (columns >= own.start) & (columns < own.stop)
         place = (is_own.cumsum(0) - 1)[micro.completion_index % len(micro.kept)]
+        ids, positions, attention = self._inputs(micro, model.config._attn_implementation.removeprefix(self._prefix))
         return replace(
             micro,
-            input_ids=inputs.pop("input_ids"),
-            position_ids=inputs.pop("position_ids"),
+            input_ids=ids[:, own].contiguous(),
+            position_ids=positions[:, own].contiguous(),
             cu_seq_lens=None,
             kept=kept,
             targets=micro.targets[:, is_own],
@@ -136,7 +131,7 @@ class SequenceSlices:
             value_index=torch.where(mask, rows * (own.stop - own.start) + columns - own.start, 0),
             mask=mask,
             scored=mask.flatten().nonzero()[:, 0],
-            attention=inputs,
+            attention=attention,
         )
 
     def gather_tokens(self, scored: Tensor) -> Tensor:
@@ -159,25 +154,18 @@ class SequenceSlices:
         width = -(-length // self._size)
         return slice(self._rank * width, (self._rank + 1) * width)
 
-    def _inputs(
-        self, model: PreTrainedModel, ids: Tensor, positions: Tensor, starts: Tensor | None, longest: int
-    ) -> dict[str, Any]:
-        """What the model reads: slices of ``[rows, L]`` tokens and positions, and for attention what is whole.
-
-        ``starts`` and ``longest`` are a packed row's (:attr:`Microbatch.cu_seq_lens`).
-        """
+    def _inputs(self, micro: Microbatch, kernel: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """``[rows, L]`` tokens and positions, padded so that all slices are equal, and what attention reads of them."""
+        ids, positions, starts, longest = micro.input_ids, micro.position_ids, micro.cu_seq_lens, micro.max_length
         length = ids.shape[1]
         padding = -length % self._size
+        if positions is None:
+            positions = torch.arange(length, device=ids.device).expand_as(ids)
         if starts is not None and padding:  # The padding is a sequence of its own.
             starts, longest = torch.cat([starts, starts[-1:] + padding]), max(longest, padding)
         tail = torch.arange(padding, device=ids.device) + (0 if starts is not None else length)
         positions = torch.cat([positions, tail.expand(len(ids), padding)], dim=1)
-        own = self._own(length)
-        return {
-            "input_ids": nn.functional.pad(ids, (0, padding))[:, own].contiguous(),
-            "position_ids": positions[:, own].contiguous(),
-            **self._whole(model.config._attn_implementation.removeprefix(self._prefix), positions, starts, longest),
-        }
+        return nn.functional.pad(ids, (0, padding)), positions, self._whole(kernel, positions, starts, longest)
 
     def _whole(self, kernel: str, positions: Tensor, starts: Tensor | None, longest: int) -> dict[str, Any]:
         """The mask that a kernel reads, of ``[rows, L]`` tokens; for one that reads none, where sequences begin."""
@@ -205,7 +193,7 @@ class SequenceSlices:
             dtype=self._dtype,
             device=positions.device,
         )
-        return _lengths(starts, longest) if mask is None and starts is not None else {"attention_mask": mask}
+        return packed_lengths(starts, longest) if mask is None and starts is not None else {"attention_mask": mask}
 
     def _attention(self, kernel: str) -> Callable[..., tuple[Tensor, None]]:
         def attend(
@@ -215,67 +203,17 @@ class SequenceSlices:
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
             kwargs.pop("position_ids", None)  # Those of the slice.
             seen = _SharedOut(module, kernel, num_key_value_groups=query.shape[1] // key.shape[1])
-            heads = [self._to_heads(one) for one in (query, key, value)]
+            heads = [self._exchange(one) for one in (query, key, value)]
             output, _ = _kernel(kernel, module)(seen, *heads, attention_mask, **kwargs)
-            return self._to_tokens(output), None
+            return self._exchange(output), None
 
         return attend
 
-    def _to_heads(self, x: Tensor) -> Tensor:
-        """``[B, H, L / n, D]`` to ``[B, H / n, L, D]``."""
+    def _exchange(self, x: Tensor) -> Tensor:
+        """``[B, H, L / n, D]`` to ``[B, H / n, L, D]``, or ``[B, L, H / n, D]`` to ``[B, L / n, H, D]``."""
         parts = x.unflatten(1, (self._size, -1)).movedim(1, 0).contiguous()
-        received: Tensor = _Exchange.apply(parts, self._group)
+        received: Tensor = all_to_all_single(torch.empty_like(parts), parts, group=self._group)
         return received.movedim(0, 2).flatten(2, 3)
-
-    def _to_tokens(self, x: Tensor) -> Tensor:
-        """``[B, L, H / n, D]`` to ``[B, L / n, H, D]``."""
-        parts = x.unflatten(1, (self._size, -1)).movedim(1, 0).contiguous()
-        received: Tensor = _Exchange.apply(parts, self._group)
-        return received.movedim(0, 2).flatten(2, 3)
-
-
-class SlicedScorer:
-    """A :class:`TokenScorer` that reads this rank's slices and answers for the whole microbatch, on all ranks alike.
-
-    Args:
-        score: Of a model that was adopted.
-        slices: The rank's.
-    """
-
-    def __init__(self, score: TokenScorer, slices: SequenceSlices) -> None:
-        self.model = score.model
-        self._score = score
-        self._slices = slices
-
-    def initial(self) -> SlicedScorer:
-        """The same model without its adapters."""
-        return SlicedScorer(self._score.initial(), self._slices)
-
-    def logprobs(self, micro: Microbatch) -> Tensor:
-        """As :meth:`TokenScorer.logprobs`; a collective."""
-        return self._slices.gather_tokens(self._score.logprobs(self._slices.shard(micro, self.model)))
-
-    def __call__(self, micro: Microbatch, *, entropy_gradient: bool = False) -> tuple[Tensor, Tensor]:
-        """As :class:`TokenScorer`; a collective."""
-        scored = self._score(self._slices.shard(micro, self.model), entropy_gradient=entropy_gradient)
-        logprobs, entropies = self._slices.gather_tokens(torch.stack(scored))
-        return logprobs, entropies
-
-
-class _Exchange(torch.autograd.Function):  # type: ignore[misc]
-    """``[n, ...]``, a part for each rank of the group, to the parts that they have for this one."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup) -> Tensor:
-        ctx.group = group
-        received = torch.empty_like(parts)
-        dist.all_to_all_single(received, parts, group=group)
-        return received
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        parts: Tensor = _Exchange.apply(gradient.contiguous(), ctx.group)
-        return parts, None
 
 
 class _Merge(torch.autograd.Function):  # type: ignore[misc]
@@ -319,27 +257,3 @@ def _kernel(name: str, module: nn.Module) -> Callable[..., Any]:
     eager = next((own for one in families if (own := getattr(one, "eager_attention_forward", None))), None)
     kernel: Callable[..., Any] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     return kernel
-
-
-def _lengths(starts: Tensor | None, longest: int) -> dict[str, Any]:
-    """What a kernel is told of a packed row's sequences."""
-    if starts is None:
-        return {}
-    return dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), starts) | dict.fromkeys(
-        ("max_length_q", "max_length_k"), longest
-    )
-
-
-def _hidden_states(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
-    """``[B, L, D]`` float32, what the backbone of a (sharded) model gives its head."""
-    found: list[Tensor] = []
-    hooks = [model.base_model.register_forward_hook(lambda _module, _inputs, output: found.append(output[0].float()))]
-    if (head := model.get_output_embeddings()) is not None:  # Not every family calls its backbone as a whole.
-        hooks.append(head.register_forward_pre_hook(lambda _module, inputs: found.append(inputs[0].float())))
-    try:
-        model(**inputs, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-        reshard(model)
-    return found[-1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,19 +28,20 @@ if TYPE_CHECKING:
 __all__ = ["TrainedModel", "learning_rate_factor"]
 
 
-def learning_rate_factor(step: int, *, schedule: str, warmup_steps: int, total_steps: int, min_ratio: float) -> float:
+def learning_rate_factor(training: TrainingSettings, total_steps: int, step: int) -> float:
     """Learning rate of optimizer step ``step`` (from 0) as a share of the peak.
 
-    Linear warm-up over ``warmup_steps``, then ``constant``, or down to ``min_ratio`` at ``total_steps`` on a straight
-    (``linear``) or a half-cosine (``cosine``) line; ``min_ratio`` after that.
+    Linear warm-up over ``lr_warmup_steps``, then ``constant``, or down to ``min_lr_ratio`` at ``total_steps`` on a
+    straight (``linear``) or a half-cosine (``cosine``) line; ``min_lr_ratio`` after that.
     """
+    warmup_steps = training.lr_warmup_steps
     if step < warmup_steps:
         return (step + 1) / warmup_steps
-    if schedule == "constant":
+    if training.lr_schedule == "constant":
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    shape = 1.0 - progress if schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
-    return min_ratio + (1.0 - min_ratio) * shape
+    shape = 1.0 - progress if training.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return training.min_lr_ratio + (1.0 - training.min_lr_ratio) * shape
 
 
 class TrainedModel:
@@ -49,8 +51,11 @@ class TrainedModel:
         model: The sharded model.
         training: The training section.
         lr: Peak learning rate.
-        max_grad_norm: Clip of the gradient's norm; none: no clip.
+        max_grad_norm: Clip of the gradient's norm; ``None``: no clip.
         total_steps: Optimizer steps of the run, for the schedule.
+
+    Attributes:
+        checkpoint: The weights as a checkpoint has them.
     """
 
     def __init__(
@@ -64,7 +69,7 @@ class TrainedModel:
     ) -> None:
         reshard(model)
         self.model = model
-        self._format = CheckpointFormat(model)
+        self.checkpoint = CheckpointFormat(model)
         self._gathered: dict[str, Matrices] = {}
         """Of adapters, by :meth:`nonfinite`, for what is published next."""
         self._max_grad_norm = max_grad_norm
@@ -78,16 +83,8 @@ class TrainedModel:
         )
         names = {parameter: name for name, parameter in model.named_parameters()}
         self._trained = {names[p]: p for group in self._optimizer.param_groups for p in group["params"]}
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._optimizer,
-            lambda step: learning_rate_factor(
-                step,
-                schedule=training.lr_schedule,
-                warmup_steps=training.lr_warmup_steps,
-                total_steps=total_steps,
-                min_ratio=training.min_lr_ratio,
-            ),
-        )
+        factor = partial(learning_rate_factor, training, total_steps)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
 
     @property
     def steps_taken(self) -> int:
@@ -145,19 +142,11 @@ class TrainedModel:
 
         A collective, in ``dtype`` where one is given: every rank iterates to the end.
         """
-        return self._format.tensors(every_name=every_name, dtype=dtype, gathered=self._take_gathered())
+        return self.checkpoint.tensors(every_name=every_name, dtype=dtype, gathered=self._take_gathered())
 
     def stage_parameters(self, dtype: torch.dtype) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
         """Copy this rank's part of them to host memory; the call yields :meth:`checkpoint_parameters` of the copies."""
-        return self._format.staged(dtype, self._take_gathered())
-
-    def checkpoint_buffers(self) -> dict[str, torch.Tensor]:
-        """Tensors by checkpoint name that are stored beside the parameters, and never trained."""
-        return self._format.buffers()
-
-    def checkpoint_shapes(self) -> list[tuple[str, tuple[int, ...]]]:
-        """Name and full shape of all of them, tied ones under all their names; no collective."""
-        return self._format.shapes
+        return self.checkpoint.staged(dtype, self._take_gathered())
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Weights, frozen ones too, and all of the optimizer's state."""
@@ -165,28 +154,22 @@ class TrainedModel:
         for state in self._optimizer.state.values():
             yield from state.values()
 
-    def local_state(self) -> dict[str, Any]:
-        """What :meth:`step` changes: the model's own tensors, sharded, but for the count of steps."""
-        for parameter in self._trained.values():
-            if parameter not in self._optimizer.state:  # As AdamW begins, in its first step.
-                self._optimizer.state[parameter] = {
-                    "step": torch.zeros((), device=parameter.device),
-                    "exp_avg": torch.zeros_like(parameter),
-                    "exp_avg_sq": torch.zeros_like(parameter),
-                }
-        return {
-            "weights": [parameter.detach() for parameter in self._trained.values()],
-            "moments": [dict(self._optimizer.state[parameter]) for parameter in self._trained.values()],
-            "steps": torch.tensor([self.steps_taken]),
-        }
+    def state(self) -> dict[str, torch.Tensor]:
+        """What :meth:`step` changes by the names of a checkpoint, each with an axis or more.
 
-    def named(self, state: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
-        """The tensors of a :meth:`local_state` by the names of a checkpoint, each with an axis or more."""
-        for name, weight, moments in zip(self._trained, state["weights"], state["moments"], strict=True):
-            yield f"weights.{name}", weight
+        They are the model's own tensors, sharded, but for the count of steps.
+        """
+        named: dict[str, torch.Tensor] = {}
+        for name, parameter in self._trained.items():
+            moments = self._optimizer.state[parameter]
+            if not moments:  # As AdamW begins, in its first step.
+                moments["step"] = torch.zeros((), device=parameter.device)
+                moments["exp_avg"] = torch.zeros_like(parameter)
+                moments["exp_avg_sq"] = torch.zeros_like(parameter)
+            named[f"weights.{name}"] = parameter.detach()
             for key, moment in moments.items():
-                yield f"moments.{name}.{key}", moment if moment.ndim else moment.view(1)
-        yield "steps", state["steps"]
+                named[f"moments.{name}.{key}"] = moment if moment.ndim else moment.view(1)
+        return named | {"steps": torch.tensor([self.steps_taken])}
 
     def frozen_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What else a checkpoint holds, by its names there: weights and buffers that nothing changes."""
@@ -196,7 +179,7 @@ class TrainedModel:
                 yield f"weights.{name}", tensor.detach()
 
     def restored(self, steps: int) -> None:
-        """Continue after ``steps``, once the tensors of :meth:`local_state` were filled with what they were then."""
+        """Continue after ``steps``, once the tensors of :meth:`state` were filled with what they were then."""
         self.drop_gradients()
         self._gathered.clear()
         schedule = self._schedule

@@ -158,16 +158,11 @@ def _sequence_by_sequence(
     key: Tensor,
     value: Tensor,
     cu_seq_q: Tensor,
-    cu_seq_k: Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float,
+    *_: Any,
     window_size: tuple[int, int],
-    enable_gqa: bool,
+    **of_sdpa: Any,
 ) -> Tensor:
     """What ``varlen_attn`` computes, with its arguments, by SDPA; reads the lengths from the device."""
-    del cu_seq_k, max_q, max_k
     lengths = cu_seq_q.diff().tolist()
     answers = []
     for q, k, v in zip(*(tensor.transpose(0, 1).split(lengths, dim=1) for tensor in (query, key, value)), strict=True):
@@ -175,9 +170,6 @@ def _sequence_by_sequence(
         if 0 <= window_size[0] < length - 1:
             distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
             mask = (distance >= 0) & (distance <= window_size[0])
-        answers.append(
-            nn.functional.scaled_dot_product_attention(
-                q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=enable_gqa
-            )[0]
-        )
+        attend = nn.functional.scaled_dot_product_attention
+        answers.append(attend(q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, **of_sdpa)[0])
     return torch.cat(answers, dim=1).transpose(0, 1)

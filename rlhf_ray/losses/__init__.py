@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: log-probabilities, advantages and returns -> the scalars that the learner minimizes.
+"""Log-probabilities, advantages and returns -> the scalars that the learner minimizes.
 
 Pure tensors. Every loss divides by a *global* denominator (``normalizer``), so that summing over microbatches and
 ranks gives the loss and the gradient of the whole minibatch, however it was split.

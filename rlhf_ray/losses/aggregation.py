@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: per-token losses -> one number, with a denominator that no split of the batch can change.
+"""Per-token losses -> one number, with a denominator that no split of the batch can change.
 
 ====================================== ==================================== ===================================
 mode                                   numerator                            denominator (``normalizer``)
@@ -36,7 +36,7 @@ def aggregate(x: Tensor, mask: Tensor, mode: str, normalizer: float | None = Non
     [2.6667, 3.0, 4.0, 2.0]
 
     Args:
-        x: ``[B, T]``, one sequence a row.
+        x: ``[B, T]``, one sequence per row.
         mask: ``[B, T]``, True where a token counts.
         mode: How tokens and sequences are weighted.
         normalizer: The denominator of the *whole* minibatch over all microbatches and ranks, as

@@ -1,8 +1,7 @@
-"""Stage 5 of the loop: log-probabilities under proximal and behavior policy -> weights that correct stale data."""
+"""Log-probabilities under proximal and behavior policy -> weights that correct stale data."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rlhf_ray.advantages.padding import blank, checked_mask
@@ -47,6 +46,7 @@ def behavior_weights(
     What is exponentiated, each token's log-ratio or each sequence's sum, is bounded from above by
     :data:`~rlhf_ray.advantages.ratio.MAX_LOG_RATIO`; the tokens of a sum are not. No gradient passes.
 
+    >>> import torch
     >>> proximal, behavior = torch.tensor([[0.8, 0.3]]).log(), torch.tensor([[0.2, 0.6]]).log()
     >>> behavior_weights(proximal, behavior, torch.ones(1, 2), level="token", mode="truncate", cap=2.0)[0]
     tensor([[2.0000, 0.5000]])
@@ -55,13 +55,13 @@ def behavior_weights(
 
     Args:
         proximal_logprobs: ``[B, T]``, log-probabilities under the policy that a loss takes as the old one, in nats,
-            one sequence a row.
+            one sequence per row.
         behavior_logprobs: ``[B, T]``, under the policy that wrote the tokens (its sampling log-probabilities).
         mask: ``[B, T]``, True where a token counts.
         level: ``token`` or ``sequence``.
         mode: ``truncate`` or ``mask``.
         cap: Largest weight, at least 1, so that the weight of on-policy data is 1; infinity: no bound.
-        floor: Smallest weight, or in mode ``mask`` the smallest that is not zeroed, from 0 to 1; none: 0.
+        floor: Smallest weight, or in mode ``mask`` the smallest that is not zeroed, from 0 to 1; None: 0.
 
     Returns:
         The weights, ``[B, T]`` float32 (float64 if an input is), 0 where masked: what :func:`ppo_loss` takes as
@@ -71,9 +71,6 @@ def behavior_weights(
         - ``behavior_weight_mean``: of the weights returned; without bounds about 1.
         - ``behavior_ratio_max``: of ``w``, before the bounds.
         - ``behavior_clip_fraction``: tokens whose ``w`` lies above ``cap`` or below ``floor``.
-        - ``behavior_ess``: effective sample size of the weights returned, as a share: ``(sum w)^2 / (n * sum w^2)``
-          for n tokens. The mean over microbatches is an upper bound of that of the whole, since it does not see
-          how they differ.
 
     Raises:
         ValueError: The shapes differ, level or mode are unknown, ``cap`` is below 1, or ``floor`` not from 0 to 1.
@@ -88,18 +85,11 @@ def behavior_weights(
     # Not "inside": a comparison with NaN is False, and a NaN among the inputs must not become a weight of 0.
     outside = mask & ((ratios < smallest) | (ratios > cap))
     weights = blank(ratios.clamp(smallest, cap), mask) if mode == "truncate" else blank(ratios, ~outside)
-    return weights, _metrics(weights, ratios, outside, mask)
-
-
-def _metrics(weights: Tensor, ratios: Tensor, outside: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    # In float64, since the square of a sequence's weight may be smaller than any float32.
-    mean, mean_square = (aggregate(weights.double() ** power, mask, "token_mean") for power in (1, 2))
-    ess = mean.square() / mean_square.clamp(min=torch.finfo(torch.float64).tiny)
-    return {
-        "behavior_weight_mean": mean.to(weights.dtype),
+    # In float64, since a sequence's weight may be smaller than any float32.
+    return weights, {
+        "behavior_weight_mean": aggregate(weights.double(), mask, "token_mean").to(weights.dtype),
         "behavior_ratio_max": ratios.max() if ratios.numel() else ratios.sum(),
         "behavior_clip_fraction": aggregate(outside.to(weights.dtype), mask, "token_mean"),
-        "behavior_ess": ess.to(weights.dtype),
     }
 
 

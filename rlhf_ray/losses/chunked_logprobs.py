@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: the model's last hidden states -> log-probabilities and entropies, without ``[tokens, V]``.
+"""The model's last hidden states -> log-probabilities and entropies, without ``[tokens, V]``.
 
 With a vocabulary of 128k one float32 row of logits takes half a megabyte, and a plain backward pass holds several
 copies of all rows: gigabytes for a few thousand tokens. Here the logits of a few rows at a time are made, used and

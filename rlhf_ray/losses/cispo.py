@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: log-probabilities and advantages -> CISPO's policy loss, which clips weights and not tokens."""
+"""Log-probabilities and advantages -> CISPO's policy loss, which clips weights and not tokens."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from torch import Tensor
 
 from rlhf_ray.advantages.ratio import probability_ratio
 from rlhf_ray.losses.aggregation import aggregate
-from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
-from rlhf_ray.losses.policy_metrics import policy_metrics
+from rlhf_ray.losses.policy_tokens import PolicyTokens, check_clip
 
 __all__ = ["cispo_loss"]
 
@@ -55,7 +54,7 @@ def cispo_loss(
         mask: ``[B, T]``, True where a token counts.
         clip_low: The weight is clipped from below at ``1 - clip_low``.
         clip_high: The weight is clipped from above at ``1 + clip_high``.
-        behavior_weights: ``[B, T]``, weight of each token's loss, see :func:`behavior_weights`; none: 1.
+        behavior_weights: ``[B, T]``, weight of each token's loss, see :func:`behavior_weights`; None: 1.
         aggregation: See :func:`aggregate`.
         normalizer: The global denominator, see :func:`aggregate`.
 
@@ -66,18 +65,9 @@ def cispo_loss(
     Raises:
         ValueError: The shapes differ, or a clip is negative.
     """
-    logprobs, old_logprobs, advantages, weights, mask = policy_inputs(
-        logprobs, old_logprobs, advantages, mask, behavior_weights
-    )
+    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights)
     check_clip(clip_low, clip_high)
-    ratio = probability_ratio(logprobs.detach(), old_logprobs)
-    metrics = policy_metrics(
-        logprobs,
-        old_logprobs,
-        ratio,
-        mask,
-        clipped_low=ratio < 1 - clip_low,
-        clipped_high=ratio > 1 + clip_high,
-    )
-    losses = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages * weights * logprobs
-    return aggregate(losses, mask, aggregation, normalizer), metrics
+    ratio = probability_ratio(tokens.logprobs.detach(), tokens.old_logprobs)
+    metrics = tokens.metrics(ratio, clipped_low=ratio < 1 - clip_low, clipped_high=ratio > 1 + clip_high)
+    losses = -ratio.clamp(1 - clip_low, 1 + clip_high) * tokens.advantages * tokens.weights * tokens.logprobs
+    return aggregate(losses, tokens.mask, aggregation, normalizer), metrics

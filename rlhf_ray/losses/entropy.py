@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: per-token entropies -> the bonus that keeps the policy exploring."""
+"""Per-token entropies -> the bonus that keeps the policy exploring."""
 
 from __future__ import annotations
 

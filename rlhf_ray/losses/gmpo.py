@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: log-probabilities and advantages -> GMPO's policy loss, a geometric mean of clipped ratios."""
+"""Log-probabilities and advantages -> GMPO's policy loss, a geometric mean of clipped ratios."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from torch import Tensor
 
 from rlhf_ray.advantages.ratio import MAX_LOG_RATIO, log_difference
 from rlhf_ray.losses.aggregation import aggregate
-from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
-from rlhf_ray.losses.policy_metrics import policy_metrics
-from rlhf_ray.losses.sequence_mean import sequence_mean
+from rlhf_ray.losses.policy_tokens import PolicyTokens, check_clip
 
 __all__ = ["gmpo_loss"]
 
@@ -63,7 +61,7 @@ def gmpo_loss(
         mask: ``[B, T]``, True where a token counts.
         clip_low: Log-ratios are clipped from below at ``-clip_low``, in nats.
         clip_high: Log-ratios are clipped from above at ``clip_high``, in nats.
-        behavior_weights: ``[B, T]``, weight of each token's loss, see :func:`behavior_weights`; none: 1.
+        behavior_weights: ``[B, T]``, weight of each token's loss, see :func:`behavior_weights`; None: 1.
         aggregation: See :func:`aggregate`.
         normalizer: The global denominator, see :func:`aggregate`.
 
@@ -73,20 +71,14 @@ def gmpo_loss(
     Raises:
         ValueError: The shapes differ, or a clip is negative.
     """
-    logprobs, old_logprobs, advantages, weights, mask = policy_inputs(
-        logprobs, old_logprobs, advantages, mask, behavior_weights
-    )
+    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights)
     check_clip(clip_low, clip_high)
-    log_ratios = log_difference(logprobs, old_logprobs)
-    clipped = torch.where(advantages >= 0, log_ratios.clamp(max=clip_high), log_ratios.clamp(min=-clip_low))
-    means = sequence_mean(clipped, mask).clamp(max=MAX_LOG_RATIO)
-    losses = -advantages * means.exp() * weights
-    metrics = policy_metrics(
-        logprobs,
-        old_logprobs,
+    log_ratios = log_difference(tokens.logprobs, tokens.old_logprobs)
+    clipped = torch.where(tokens.advantages >= 0, log_ratios.clamp(max=clip_high), log_ratios.clamp(min=-clip_low))
+    means = tokens.sequence_mean(clipped).clamp(max=MAX_LOG_RATIO)
+    metrics = tokens.metrics(
         log_ratios.clamp(max=MAX_LOG_RATIO).exp(),
-        mask,
-        clipped_low=(advantages < 0) & (log_ratios < -clip_low),
-        clipped_high=(advantages > 0) & (log_ratios > clip_high),
+        clipped_low=(tokens.advantages < 0) & (log_ratios < -clip_low),
+        clipped_high=(tokens.advantages > 0) & (log_ratios > clip_high),
     )
-    return aggregate(losses, mask, aggregation, normalizer), metrics
+    return aggregate(-tokens.advantages * means.exp() * tokens.weights, tokens.mask, aggregation, normalizer), metrics

@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: log-probabilities and advantages -> GSPO's policy loss, clipped by the whole sequence."""
+"""Log-probabilities and advantages -> GSPO's policy loss, clipped by the whole sequence."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 from rlhf_ray.advantages.ratio import MAX_LOG_RATIO, log_difference
-from rlhf_ray.losses.clipped_surrogate import clipped_surrogate
-from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
-from rlhf_ray.losses.sequence_mean import sequence_mean
+from rlhf_ray.losses.policy_tokens import PolicyTokens, check_clip
 
 __all__ = ["gspo_loss"]
 
@@ -60,7 +58,7 @@ def gspo_loss(
         mask: ``[B, T]``, True where a token counts.
         clip_low: The sequence's ratio is clipped from below at ``1 - clip_low``.
         clip_high: The sequence's ratio is clipped from above at ``1 + clip_high``.
-        behavior_weights: ``[B, T]``, weight of each token's loss, see :func:`behavior_weights`; none: 1.
+        behavior_weights: ``[B, T]``, weight of each token's loss, see :func:`behavior_weights`; None: 1.
         aggregation: See :func:`aggregate`.
         normalizer: The global denominator, see :func:`aggregate`.
 
@@ -71,25 +69,16 @@ def gspo_loss(
     Raises:
         ValueError: The shapes differ, or a clip is negative.
     """
-    logprobs, old_logprobs, advantages, weights, mask = policy_inputs(
-        logprobs, old_logprobs, advantages, mask, behavior_weights
-    )
+    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights)
     check_clip(clip_low, clip_high)
-    log_ratios = log_difference(logprobs, old_logprobs)
+    log_ratios = log_difference(tokens.logprobs, tokens.old_logprobs)
     # The straight-through term x - sg(x) is 0, but NaN for a token of probability 0, whose logarithm is infinite.
     finite = log_ratios.clamp(min=torch.finfo(log_ratios.dtype).min)
-    means = sequence_mean(log_ratios.detach(), mask) + (finite - finite.detach())
-    ratio = means.clamp(max=MAX_LOG_RATIO).exp()
-    return clipped_surrogate(
-        ratio,
-        logprobs,
-        old_logprobs,
-        advantages,
-        weights,
-        mask,
+    means = tokens.sequence_mean(log_ratios.detach()) + (finite - finite.detach())
+    return tokens.clipped_surrogate(
+        means.clamp(max=MAX_LOG_RATIO).exp(),
         clip_low=clip_low,
         clip_high=clip_high,
-        dual_clip=None,
         aggregation=aggregation,
         normalizer=normalizer,
     )

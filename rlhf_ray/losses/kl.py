@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: log-probabilities under policy and reference -> a loss that keeps the two near."""
+"""Log-probabilities under policy and reference -> a loss that keeps the two near."""
 
 from __future__ import annotations
 

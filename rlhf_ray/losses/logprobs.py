@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: the model's logits -> log-probabilities of the sampled tokens, and entropies.
+"""The model's logits -> log-probabilities of the sampled tokens, and entropies.
 
 All results are float32 (float64 for float64 logits): a ratio of policies is the exponential of a difference of two
 of them, and bfloat16 has 3 digits. No ``[..., V]`` tensor of log-probabilities is built: what leaves is ``[...]``,

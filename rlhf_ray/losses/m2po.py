@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: log-probabilities and advantages -> the tokens that M2PO's trust region lets through."""
+"""Log-probabilities and advantages -> the tokens that M2PO's trust region lets through."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def m2po_mask(
         advantages: ``[B, T]``; only their signs are used.
         mask: ``[B, T]``, True where a token counts.
         threshold: Largest mean of ``d^2``, in square nats, positive.
-        gather: From this call's ``[n]`` values of ``d^2`` in T to those of all calls; none: this call has all of T.
+        gather: From this call's ``[n]`` values of ``d^2`` in T to those of all calls; None: this call has all of T.
 
     Returns:
         ``[B, T]`` bool, True where a token is kept, False where ``mask`` is; no gradient.

@@ -1,12 +1,11 @@
-"""Stage 5 of the loop: log-probabilities and advantages -> PPO's clipped policy loss."""
+"""Log-probabilities and advantages -> PPO's clipped policy loss."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from rlhf_ray.advantages.ratio import probability_ratio
-from rlhf_ray.losses.clipped_surrogate import clipped_surrogate
-from rlhf_ray.losses.policy_inputs import check_clip, policy_inputs
+from rlhf_ray.losses.policy_tokens import PolicyTokens, check_clip
 
 __all__ = ["ppo_loss"]
 
@@ -56,8 +55,8 @@ def ppo_loss(
         mask: ``[B, T]``, True where a token counts.
         clip_low: The ratio is clipped from below at ``1 - clip_low``.
         clip_high: The ratio is clipped from above at ``1 + clip_high``.
-        dual_clip: Bound, greater than 1, of the ratio at negative advantages; none: off.
-        behavior_weights: ``[B, T]``, weight of each token's loss; none: 1.
+        dual_clip: Bound, greater than 1, of the ratio at negative advantages; None: off.
+        behavior_weights: ``[B, T]``, weight of each token's loss; None: 1.
         aggregation: See :func:`aggregate`.
         normalizer: The global denominator, see :func:`aggregate`.
 
@@ -75,20 +74,12 @@ def ppo_loss(
     Raises:
         ValueError: The shapes differ, a clip is negative, or ``dual_clip`` is not greater than 1.
     """
-    logprobs, old_logprobs, advantages, weights, mask = policy_inputs(
-        logprobs, old_logprobs, advantages, mask, behavior_weights
-    )
+    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights)
     check_clip(clip_low, clip_high)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip = {dual_clip}: must be greater than 1")
-    ratio = probability_ratio(logprobs, old_logprobs)
-    return clipped_surrogate(
-        ratio,
-        logprobs,
-        old_logprobs,
-        advantages,
-        weights,
-        mask,
+    return tokens.clipped_surrogate(
+        probability_ratio(tokens.logprobs, tokens.old_logprobs),
         clip_low=clip_low,
         clip_high=clip_high,
         dual_clip=dual_clip,

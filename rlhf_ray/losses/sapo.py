@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: log-probabilities and advantages -> SAPO's policy loss, with a soft gate instead of a clip."""
+"""Log-probabilities and advantages -> SAPO's policy loss, with a soft gate instead of a clip."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from torch import Tensor
 
 from rlhf_ray.advantages.ratio import probability_ratio
 from rlhf_ray.losses.aggregation import aggregate
-from rlhf_ray.losses.policy_inputs import policy_inputs
-from rlhf_ray.losses.policy_metrics import policy_metrics
+from rlhf_ray.losses.policy_tokens import PolicyTokens
 
 __all__ = ["sapo_loss"]
 
@@ -57,7 +56,7 @@ def sapo_loss(
         mask: ``[B, T]``, True where a token counts.
         temperature_positive: Steepness of the gate, positive, at positive advantages.
         temperature_negative: The same at other advantages.
-        behavior_weights: ``[B, T]``, weight of each token's loss, see :func:`behavior_weights`; none: 1.
+        behavior_weights: ``[B, T]``, weight of each token's loss, see :func:`behavior_weights`; None: 1.
         aggregation: See :func:`aggregate`.
         normalizer: The global denominator, see :func:`aggregate`.
 
@@ -69,18 +68,15 @@ def sapo_loss(
     Raises:
         ValueError: The shapes differ, or a temperature is not positive.
     """
-    logprobs, old_logprobs, advantages, weights, mask = policy_inputs(
-        logprobs, old_logprobs, advantages, mask, behavior_weights
-    )
-    _check_temperatures(temperature_positive, temperature_negative)
-    ratio = probability_ratio(logprobs, old_logprobs)
-    temperature = torch.full_like(advantages, temperature_negative).masked_fill(advantages > 0, temperature_positive)
+    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights)
+    if not (temperature_positive > 0 and temperature_negative > 0):
+        given = f"temperature_positive = {temperature_positive}, temperature_negative = {temperature_negative}"
+        raise ValueError(f"{given}: must be positive")
+    ratio = probability_ratio(tokens.logprobs, tokens.old_logprobs)
+    temperature = torch.full_like(tokens.advantages, temperature_negative)
+    temperature = temperature.masked_fill(tokens.advantages > 0, temperature_positive)
     passed = torch.sigmoid(temperature * (ratio - 1))
     gate = 4 * passed.detach() * (1 - passed.detach())
-    metrics = policy_metrics(logprobs, old_logprobs, ratio, mask) | {"gate_mean": aggregate(gate, mask, "token_mean")}
-    return aggregate(-4 / temperature * passed * advantages * weights, mask, aggregation, normalizer), metrics
-
-
-def _check_temperatures(positive: float, negative: float) -> None:
-    if not (positive > 0 and negative > 0):
-        raise ValueError(f"temperature_positive = {positive}, temperature_negative = {negative}: must be positive")
+    losses = -4 / temperature * passed * tokens.advantages * tokens.weights
+    metrics = tokens.metrics(ratio) | {"gate_mean": aggregate(gate, tokens.mask, "token_mean")}
+    return aggregate(losses, tokens.mask, aggregation, normalizer), metrics

@@ -1,4 +1,4 @@
-"""Stage 5 of the loop: the critic's values and the returns -> the critic's loss."""
+"""The critic's values and the returns -> the critic's loss."""
 
 from __future__ import annotations
 
@@ -51,8 +51,8 @@ def value_loss(
         old_values: ``[B, T]``, from the critic before the update.
         returns: ``[B, T]``, the targets.
         mask: ``[B, T]``, True where a token counts.
-        clip: How far, in reward, a value may move from the old one and still be pulled on; none: off.
-        huber: Error, in reward, beyond which the loss grows linearly; none: squared everywhere.
+        clip: How far, in reward, a value may move from the old one and still be pulled on; None: off.
+        huber: Error, in reward, beyond which the loss grows linearly; None: squared everywhere.
         aggregation: See :func:`aggregate`.
         normalizer: The global denominator, see :func:`aggregate`.
 

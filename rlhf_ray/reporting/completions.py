@@ -106,7 +106,7 @@ def _table(
     rows = [
         _row(step, scored, index)
         | _tokens(scored.group.trajectories[index], scored.texts[index], token_texts)
-        | {"advantages": _of_last_tokens(own, len(scored.group.trajectories[index].token_ids))}
+        | {"advantages": None if own is None else _or_none(own)}
         for (scored, index), own in zip(places, known, strict=True)
     ]
     table = pa.Table.from_pylist(rows, schema=schema)
@@ -125,11 +125,10 @@ def _column(values: Sequence[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values])
 
 
-def _of_last_tokens(values: Float32Array | None, num_tokens: int) -> list[float | None] | None:
-    """One value a token: what does not enter the losses is a whole completion or its first tokens."""
-    if values is None or len(values) == 0:
-        return None
-    return [*[None] * (num_tokens - len(values)), *values.tolist()]
+def _or_none(values: Float32Array) -> list[float | None] | None:
+    """One value per token, ``None`` at tokens that do not enter the losses; unset where none does."""
+    listed = [None if value != value else value for value in values.tolist()]
+    return listed if any(value is not None for value in listed) else None
 
 
 def _row(step: int, scored: ScoredGroup, index: int) -> dict[str, Any]:

@@ -19,7 +19,8 @@ def shaped(batch: SequenceBatch, settings: RewardSettings, *, mask_truncated: bo
     """Return the batch with its rewards replaced, shifted, scaled, clipped and normalized as the settings say.
 
     In that order: ``truncated_reward``, ``bias``, ``scale``, ``clip``, ``normalize``. The rewards of greedy completions
-    go through ``bias``, ``scale`` and ``clip`` too, so that they stay on the same scale.
+    go through ``bias``, ``scale`` and ``clip`` too, so that they stay on the same scale. Rewards of whole trajectories
+    are shaped: those of turns are scaled where they are, and the last sampled token gets the rest.
 
     Args:
         batch: All of an update's sequences: groups are compared as wholes.
@@ -46,5 +47,9 @@ def shaped(batch: SequenceBatch, settings: RewardSettings, *, mask_truncated: bo
             std=settings.normalize_std,
             leave_one_out=settings.leave_one_out,
         )
-    starts = np.where(mask_truncated & batch.truncated, batch.completion_lengths, batch.loss_starts)
-    return replace(batch, rewards=own.numpy(), greedy_rewards=greedy.numpy(), loss_starts=starts)
+    left_out = np.repeat(mask_truncated & batch.truncated, batch.completion_lengths)
+    return replace(
+        batch.with_rewards(own.numpy(), scale=settings.scale),
+        greedy_rewards=greedy.numpy(),
+        loss_mask=batch.loss_mask & ~left_out,
+    )

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.advantages import group_advantages, normalize_rewards, shape_rewards, zero_variance
+from rlhf_ray.advantages import group_advantages, normalize_rewards, shape_rewards
 
 # Group 8 holds 0, 1, 5 and group 3 holds 2, 6, interleaved.
 REWARDS = torch.tensor([0.0, 2.0, 1.0, 6.0, 5.0])
@@ -90,11 +90,10 @@ def test_batch_level_is_group_level_with_one_group():
 def test_groups_in_separate_calls_equal_one_call():
     rewards, ids = random_batch(3)
     settings = {"level": "group", "mean": True, "std": True, "leave_one_out": True}
-    whole, marked = normalize_rewards(rewards, ids, **settings), zero_variance(rewards, ids)
+    whole = normalize_rewards(rewards, ids, **settings)
     for part in (ids < 3, (ids >= 3) & (ids < 5), ids >= 5):
         assert part.any()
         torch.testing.assert_close(normalize_rewards(rewards[part], ids[part], **settings), whole[part])
-        assert torch.equal(zero_variance(rewards[part], ids[part]), marked[part])
 
 
 def test_removing_nothing_changes_nothing():
@@ -117,39 +116,12 @@ def test_without_spread_the_mean_goes_and_the_scale_stays(rewards, level, eps):
     assert torch.equal(normalize_rewards(rewards, ids, level=level, mean=False, std=True, eps=eps), rewards)
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
-def test_zero_variance_hand_computed(dtype):
-    # Groups 0 (0.1 three times), 1 (0 and 1) and 2 (alone), interleaved.
-    ids = torch.tensor([0, 1, 0, 2, 1, 0], dtype=dtype)
-    rewards = torch.tensor([0.1, 0.0, 0.1, 5.0, 1.0, 0.1])
-    marked = zero_variance(rewards, ids)
-    assert marked.dtype == torch.bool
-    assert marked.tolist() == [True, False, True, True, False, True]
-
-
-def test_zero_variance_is_exact():
-    # The smallest difference there is in float32, beside 1 and beside 0.
-    rewards = torch.tensor([1.0, 1.0 + torch.finfo(torch.float32).eps, 0.0, 1e-45])
-    assert zero_variance(rewards, torch.tensor([0, 0, 1, 1])).tolist() == [False] * 4
-
-
-def test_zero_variance_marks_the_groups_without_advantage():
-    generator = torch.Generator().manual_seed(0)
-    rewards = torch.randint(0, 2, (60,), generator=generator).float()
-    ids = torch.randint(0, 25, (60,), generator=generator)
-    marked = zero_variance(rewards, ids)
-    assert 0 < marked.sum() < len(marked)
-    for method in ("grpo", "dr_grpo", "rloo", "maxrl"):
-        assert torch.equal(group_advantages(rewards, ids, method=method) == 0, marked)
-
-
 @pytest.mark.parametrize("garbage", [math.nan, math.inf])
 def test_garbage_in_another_group_changes_nothing(garbage):
     dirty = REWARDS.masked_fill(IDS == 3, garbage)
     kept = IDS == 8
     clean = normalize_rewards(REWARDS, IDS, level="group", mean=True, std=True)
     assert torch.equal(clean[kept], normalize_rewards(dirty, IDS, level="group", mean=True, std=True)[kept])
-    assert not zero_variance(dirty, IDS).any()
 
 
 def test_results_are_targets_without_gradient_in_the_dtype_of_the_rewards():
@@ -164,7 +136,6 @@ def test_results_are_targets_without_gradient_in_the_dtype_of_the_rewards():
 def test_empty_batch():
     rewards, ids = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
     assert shape_rewards(rewards, clip=1.0).shape == (0,)
-    assert zero_variance(rewards, ids).shape == (0,)
     for level in ("group", "batch"):
         assert normalize_rewards(rewards, ids, level=level, mean=True, std=True).shape == (0,)
 
@@ -184,5 +155,3 @@ def test_misuse_is_refused():
     for level in ("group", "batch"):
         with pytest.raises(ValueError, match=r"rewards \(5,\), group_ids \(4,\)"):
             normalize_rewards(REWARDS, IDS[:4], level=level, mean=True, std=True)
-    with pytest.raises(ValueError, match=r"rewards \(5,\), group_ids \(4,\)"):
-        zero_variance(REWARDS, IDS[:4])

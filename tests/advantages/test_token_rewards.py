@@ -64,6 +64,13 @@ def test_undiscounted_return_of_the_first_token_is_the_reward():
     assert returns.tolist() == [[1, 1, 1, 0], [0, -2, 0, -2], [0, 0, 0, 0]]
 
 
+def test_rewards_of_two_turns_keep_their_places_and_observed_tokens_have_none():
+    rewards = torch.tensor([[0.0, 0.25, 9.0, 1.0]])
+    kl = torch.tensor([[0.5, 0.5, 7.0, 0.5]])
+    found = kl_penalized_rewards(rewards, torch.tensor([[1, 1, 0, 1]]), kl=kl, coef=0.5)
+    assert found.tolist() == [[-0.25, 0, 0, 0.75]]
+
+
 def test_result_is_a_target_without_gradient():
     kl = torch.ones(3, 4, requires_grad=True)
     assert not kl_penalized_rewards(torch.zeros(3, requires_grad=True), MASK, kl=kl, coef=1.0).requires_grad
@@ -72,7 +79,7 @@ def test_result_is_a_target_without_gradient():
 def test_misuse_is_refused():
     with pytest.raises(ValueError, match=r"coef = 0.1 needs kl"):
         kl_penalized_rewards(torch.zeros(3), MASK, coef=0.1)
-    with pytest.raises(ValueError, match=r"rewards \(3, 4\) do not fit mask \(3, 4\); expected \[B\]"):
-        kl_penalized_rewards(torch.zeros(3, 4), MASK)
+    with pytest.raises(ValueError, match=r"rewards \(3, 5\) do not fit mask \(3, 4\); expected \[B\] or \[B, T\]"):
+        kl_penalized_rewards(torch.zeros(3, 5), MASK)
     with pytest.raises(ValueError, match=r"kl \(3, 5\), mask \(3, 4\)"):
         kl_penalized_rewards(torch.zeros(3), MASK, kl=torch.zeros(3, 5), coef=0.1)

@@ -275,29 +275,26 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bo
     prompts = rng.integers(2, 9, size=num_sequences).astype(np.int32)
     completions = rng.integers(2, MAX_NEW_TOKENS + 1, size=num_sequences).astype(np.int32)
     completions[0] = 1
-    batch = SequenceBatch(
+    batch = SequenceBatch.single_turn(
         token_ids=rng.integers(2, VOCABULARY, size=int((prompts + completions).sum())).astype(np.int32),
         prompt_lengths=prompts,
         completion_lengths=completions,
         sampling_logprobs=-rng.exponential(2.0, size=int(completions.sum())).astype(np.float32),
-        staleness=np.zeros(int(completions.sum()), dtype=np.int32),
-        fresh=np.ones(num_sequences, dtype=np.bool_),
         rewards=rng.normal(size=num_sequences).astype(np.float32),
         truncated=rng.random(num_sequences) < 0.4,
         # Groups of three, scattered over the batch.
         group_ids=rng.permutation(num_sequences) // 3,
         greedy_rewards=rng.normal(size=num_sequences).astype(np.float32),
-        loss_starts=np.zeros(num_sequences, dtype=np.int32),
     )
     if stale:
-        # A third of the sequences is fresh; of the others the first tokens are the stalest.
+        # A third of the sequences is on-policy; of the others the first tokens are the stalest.
         newest = np.repeat(rng.integers(0, 3, size=num_sequences), completions)
         positions = np.concatenate([np.arange(length) for length in completions])
         staleness = (newest * (1 + (positions < 3))).astype(np.int32)
-        fresh = np.asarray([not part.any() for part in np.split(staleness, np.cumsum(completions)[:-1])])
-        batch = replace(batch, staleness=staleness, fresh=fresh)
+        on_policy = np.asarray([not part.any() for part in np.split(staleness, np.cumsum(completions)[:-1])])
+        batch = replace(batch, staleness=staleness, on_policy=on_policy)
     if masked:
-        batch = replace(batch, loss_starts=np.where(batch.truncated, completions, 0).astype(np.int32))
+        batch = replace(batch, loss_mask=~np.repeat(batch.truncated, completions))
     for array in fields(batch):
         getattr(batch, array.name).setflags(write=False)
     return batch
@@ -402,7 +399,7 @@ def gathered(parameters: Iterable[tuple[str, torch.Tensor]]) -> Weights:
 def device_tensors(learner: Learner) -> list[torch.Tensor]:
     """Weights of all models and the state of the optimizers."""
     models = [learner.policy, *([] if learner.critic is None else [learner.critic])]
-    reference = [] if learner._reference is None else list(learner._reference.model.parameters())
+    reference = [] if learner._models.reference is None else list(learner._models.reference.model.parameters())
     return [*(tensor for model in models for tensor in model.tensors()), *reference]
 
 
@@ -410,7 +407,7 @@ def device_bytes(learner: Learner) -> list[int]:
     """Of the memory behind each of them, and behind what FSDP gathers from."""
     of_fsdp = [
         parameter._sharded_param_data
-        for model in (learner.policy, learner.critic, learner._reference)
+        for model in (learner.policy, learner.critic, learner._models.reference)
         if model is not None
         for module in model.model.modules()
         if isinstance(module, FSDPModule)
@@ -464,7 +461,7 @@ def refusal(folder: Path) -> str:
         update(learner, REFUSED, 1)
     except LearnerError as error:
         assert same_state(before, learner.state())
-        assert all(isinstance(one, DTensor) for model in learner._all_models() for one in model.parameters())
+        assert all(isinstance(one, DTensor) for model in learner._models.all() for one in model.parameters())
         return str(error)
     return "no refusal"
 

@@ -1,6 +1,6 @@
 """One rank that builds learners, for comparison with whole models, and of how much memory that takes.
 
-``python loading_ranks.py FOLDER RANK WORLD_SIZE NODES`` builds one of each case of ``FOLDER/cases.json`` and leaves
+``python loading_ranks.py FOLDER RANK WORLD_SIZE`` builds one of each case of ``FOLDER/cases.json`` and leaves
 ``FOLDER/rank<RANK>.json``: by case what differs from models that this process reads by itself or, where the case asks
 for that, by how many bytes its memory grew at most.
 """
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,7 +23,7 @@ import torch.distributed as dist
 from learner_scenarios import Scenario
 
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
-from rlhf_ray.learner.initial_weights import _deal, reads_weights
+from rlhf_ray.learner.initial_weights import InitialWeights, reads_weights
 from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.lora import LoraSpec, add_adapters, tied_names
 from rlhf_ray.learner.models import freeze, load_critic, load_policy, shard
@@ -51,18 +50,19 @@ def differences(learner: Learner, folder: Path, case: dict[str, Any]) -> list[st
     pairs = {"policy": (learner.policy.model, policy)}
     if learner.critic is not None:
         pairs["critic"] = learner.critic.model, load_critic(str(folder / case["critic"]), **LOADING)
-    if not case.get("lora") and learner._reference is not None:
-        pairs["reference"] = learner._reference.model, reference
+    if not case.get("lora") and learner._models.reference is not None:
+        pairs["reference"] = learner._models.reference.model, reference
     return [f"{name}: {found}" for name, pair in pairs.items() for found in _compared(*pair)]
 
 
 def transposed_differences() -> list[str]:
     """What is not as on the reader in a buffer whose memory is in another order than its numbers."""
     wanted = torch.arange(12.0).view(3, 4).T
-    buffer = wanted.clone() if reads_weights() else torch.zeros(3, 4).T
-    assert not buffer.is_contiguous()
-    _deal(buffer, dict.fromkeys(range(dist.get_world_size()), wanted))
-    return [] if torch.equal(buffer, wanted) else [str(buffer)]
+    model = torch.nn.Module()
+    model.register_buffer("mask", wanted.clone() if reads_weights() else torch.zeros(3, 4).T)
+    assert not model.mask.is_contiguous()
+    InitialWeights(model).fill(model, "cpu")
+    return [] if torch.equal(model.mask, wanted) else [str(model.mask)]
 
 
 def _compared(sharded: Any, whole: Any) -> Iterator[str]:
@@ -119,16 +119,13 @@ def growth_until_sharded(folder: Path, case: dict[str, Any]) -> int:
         shard(*arguments, **keywords)
         raise Sharded
 
-    with highest() as memory, patch("rlhf_ray.learner.learner.shard", shard_alone), suppress(Sharded):
+    with highest() as memory, patch("rlhf_ray.learner.build.shard", shard_alone), suppress(Sharded):
         learner_of(folder, case)
     return memory[1] - memory[0]
 
 
-def main(folder: Path, rank: int, world_size: int, nodes: int) -> None:
+def main(folder: Path, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
-    if nodes > 1:
-        here = world_size // nodes
-        os.environ |= {"LOCAL_RANK": str(rank % here), "LOCAL_WORLD_SIZE": str(here)}
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
     results: dict[str, Any] = {}
     for name, case in json.loads((folder / "cases.json").read_text()).items():

@@ -65,22 +65,15 @@ def scored(folder: Path, name: str, size: int) -> tuple[torch.Tensor, torch.Tens
     learner = runs.build(folder, scenario)
     micro = lay_out(even_batch(), range(4), packed=scenario.packed, device=torch.device("cpu"))
     with torch.no_grad():
-        return learner._score(micro)[0], learner._values(micro)[micro.value_index]
+        return learner._models.score(micro)[0], learner._models.values(micro)[micro.value_index]
 
 
 def even_batch() -> SequenceBatch:
     """Four sequences of 20 prompt and 12 completion tokens."""
     rng = np.random.default_rng(5)
     prompts, completions = np.full(4, 20, dtype=np.int32), np.full(4, 12, dtype=np.int32)
-    batch = runs.make_batch(4, seed=5)
-    return replace(
-        batch,
-        token_ids=rng.integers(2, runs.VOCABULARY, size=128).astype(np.int32),
-        prompt_lengths=prompts,
-        completion_lengths=completions,
-        sampling_logprobs=np.zeros(48, dtype=np.float32),
-        staleness=np.zeros(48, dtype=np.int32),
-    )
+    tokens = rng.integers(2, runs.VOCABULARY, size=128).astype(np.int32)
+    return SequenceBatch.single_turn(token_ids=tokens, prompt_lengths=prompts, completion_lengths=completions)
 
 
 def refusal(folder: Path, size: int) -> str:
@@ -99,9 +92,10 @@ def recalled(folder: Path, size: int) -> None:
     learner = Learner(runs.make_spec(folder, scenario))
     runs.update(learner, scenario, 0)
     before = copy.deepcopy(learner.state())
+    learner.keep_state(1)
     runs.update(learner, scenario, 1)
     after = copy.deepcopy(learner.state())
-    learner.restore_state(before)
+    learner.recall(1)
     runs.update(learner, scenario, 1)
     assert runs.same_state(after, learner.state())
     assert not runs.same_state(before, after)

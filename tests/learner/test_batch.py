@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
+from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, Turn, VersionSpan
 
 
 def scored_group(group_id: int, prompt: list[int], completions: list[tuple[list[int], str]]) -> ScoredGroup:
@@ -57,10 +57,10 @@ def test_from_groups_lays_the_completions_out_in_order_each_after_its_prompt() -
     np.testing.assert_allclose(batch.rewards, [1.0, 1.1, 2.0], rtol=1e-6)
     np.testing.assert_allclose(batch.sampling_logprobs, [-1.0, -1.1, -1.11, -1.12, -2.0, -2.01], rtol=1e-6)
     assert batch.staleness.tolist() == [3, 4, 4, 3, 3, 2]
-    assert batch.fresh.tolist() == [False, False, False]
+    assert batch.on_policy.tolist() == [False, False, False]
 
 
-def test_fresh_is_what_was_asked_and_written_under_the_policy_that_is_trained() -> None:
+def test_on_policy_is_what_was_asked_and_written_under_the_policy_that_is_trained() -> None:
     def completion(asked: int, *written: int) -> Trajectory:
         spans = tuple(VersionSpan(version=v, start=i, end=i + 1) for i, v in enumerate(written))
         return Trajectory.single_turn(
@@ -77,7 +77,7 @@ def test_fresh_is_what_was_asked_and_written_under_the_policy_that_is_trained() 
 
     batch = SequenceBatch.from_groups([group], version=5, max_staleness=1)
 
-    assert batch.fresh.tolist() == [True, False, False], "the second waited for the weights with an older prefix"
+    assert batch.on_policy.tolist() == [True, False, False], "the second waited for the weights with an older prefix"
     assert batch.staleness.tolist() == [0, 0, 0, 0, 1, 0]
 
 
@@ -90,12 +90,12 @@ def test_tokens_that_are_too_stale_do_not_enter_the_losses() -> None:
     batch = SequenceBatch.from_groups(groups, version=5, max_staleness=3)
 
     # Of the second completion only the last token was written by version 2.
-    assert batch.loss_starts.tolist() == [0, 2, 0]
     assert batch.loss_lengths.tolist() == [1, 1, 2]
-    assert batch.in_loss.tolist() == [True, False, False, True, True, True]
-    assert batch.loss_mask().tolist() == [[True, False, False], [False, False, True], [True, True, False]]
-    assert batch.staleness[batch.in_loss].max() == 3
-    assert batch.select([1]).in_loss.tolist() == [False, False, True]
+    assert batch.sampled_lengths.tolist() == [1, 3, 2]
+    assert batch.loss_mask.tolist() == [True, False, False, True, True, True]
+    assert batch.padded(batch.loss_mask).tolist() == [[True, False, False], [False, False, True], [True, True, False]]
+    assert batch.staleness[batch.loss_mask].max() == 3
+    assert batch.select([1]).loss_mask.tolist() == [False, False, True]
     nothing = SequenceBatch.from_groups(groups[:1], version=9, max_staleness=3)
     assert nothing.loss_lengths.tolist() == [0, 0]
 
@@ -104,8 +104,9 @@ def test_from_groups_keeps_the_narrow_types_that_travel() -> None:
     batch = two_groups()
 
     assert batch.token_ids.dtype == batch.prompt_lengths.dtype == batch.completion_lengths.dtype == np.int32
-    assert batch.lengths.dtype == batch.loss_starts.dtype == batch.loss_lengths.dtype == np.int32
-    assert batch.sampling_logprobs.dtype == batch.rewards.dtype == np.float32
+    assert batch.lengths.dtype == batch.sampled_lengths.dtype == batch.loss_lengths.dtype == np.int32
+    assert batch.sampling_logprobs.dtype == batch.token_rewards.dtype == batch.rewards.dtype == np.float32
+    assert batch.sampled.dtype == batch.loss_mask.dtype == np.bool_
 
 
 def test_select_takes_ragged_pieces_in_the_order_asked_for() -> None:
@@ -141,6 +142,61 @@ def test_a_rank_without_work_gets_an_empty_batch_of_the_same_types() -> None:
         assert getattr(empty, name).dtype == getattr(batch, name).dtype
 
 
-def test_size_bytes_counts_every_array() -> None:
-    # 11 tokens, 3 x 3 lengths, 6 log-probabilities, 6 stalenesses, 2 x 3 rewards of 4 bytes; 3 ids of 8; 6 flags.
-    assert two_groups().size_bytes() == 4 * (11 + 9 + 6 + 6 + 6) + 8 * 3 + 2 * 3
+def two_turns() -> ScoredGroup:
+    """``3 4``, observed ``5 6 7``, ``8``, with a reward of 0.25 for the first turn; and a completion of one turn."""
+    trajectory = Trajectory(
+        token_ids=np.asarray([3, 4, 5, 6, 7, 8], dtype=np.int32),
+        sampling_logprobs=np.asarray([-1, -2, 0, 0, 0, -3], dtype=np.float32),
+        turns=(Turn(start=0, end=2, reward=0.25), Turn(start=5, end=6)),
+        version_spans=(
+            VersionSpan(version=3, start=0, end=1),
+            VersionSpan(version=4, start=1, end=2),
+            VersionSpan(version=5, start=5, end=6),
+        ),
+        asked_version=3,
+        finish_reason="stop",
+    )
+    group = scored_group(1, [1, 2], [([], "stop"), ([9, 9], "stop")])
+    trajectories = (trajectory, group.group.trajectories[1])
+    return replace(
+        group,
+        group=replace(group.group, trajectories=trajectories),
+        rewards=np.asarray([1.0, 2.0], dtype=np.float32),
+    )
+
+
+def test_observed_tokens_enter_no_loss_and_have_no_reward_and_no_staleness() -> None:
+    batch = SequenceBatch.from_groups([two_turns()], version=5, max_staleness=1).select([0])
+
+    assert batch.completion_lengths.tolist() == [6]
+    assert batch.sampled.tolist() == [True, True, False, False, False, True]
+    assert batch.loss_mask.tolist() == [False, True, False, False, False, True]
+    assert batch.staleness.tolist() == [2, 1, 0, 0, 0, 0]
+    assert batch.token_rewards.tolist() == [0, 0.25, 0, 0, 0, 1]
+    assert (batch.sampled_lengths.tolist(), batch.loss_lengths.tolist()) == ([3], [2])
+    assert batch.rewards.tolist() == [1.25]
+    assert batch.on_policy.tolist() == [False]
+
+
+def test_new_rewards_of_whole_trajectories_leave_those_of_turns_where_they_are() -> None:
+    batch = SequenceBatch.from_groups([two_turns()], version=5, max_staleness=1)
+
+    shaped = batch.with_rewards(np.asarray([5.0, 7.0], dtype=np.float32), scale=2.0)
+
+    assert shaped.token_rewards.tolist() == [0, 0.5, 0, 0, 0, 4.5, 0, 7]
+    assert shaped.rewards.tolist() == [5, 7]
+    assert batch.rewards.tolist() == [1.25, 2]
+
+
+def test_a_completion_of_one_turn_has_its_reward_at_its_last_token_bit_for_bit() -> None:
+    rewards = np.asarray([0.1, -1e-30, np.nan], dtype=np.float32)
+    batch = SequenceBatch.single_turn(
+        token_ids=np.arange(9, dtype=np.int32),
+        prompt_lengths=np.ones(3, dtype=np.int32),
+        completion_lengths=np.asarray([3, 1, 2], dtype=np.int32),
+        rewards=rewards,
+    )
+
+    assert batch.rewards.tobytes() == rewards.tobytes()
+    assert batch.token_rewards[[2, 3, 5]].tobytes() == rewards.tobytes()
+    assert batch.select([2, 0]).rewards.tobytes() == rewards[[2, 0]].tobytes()

@@ -69,10 +69,10 @@ def test_a_critic_of_every_family_is_trained_exported_and_loaded_again(family: s
     after = weights_of(learner)
 
     assert learner.critic is not None
-    moments = learner.critic.local_state()["moments"]
+    moments = [one for name, one in learner.critic.state().items() if name.endswith(".exp_avg")]
     assert all(weights.isfinite().all() for weights in after.values())
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    assert len(moved) == sum(bool(moment["exp_avg"].any()) for moment in moments)
+    assert len(moved) == sum(bool(moment.any()) for moment in moments)
     assert len(moved) > len(before) / 2
     learner.export(str(tmp_path / "export"))
     again = load_critic(str(tmp_path / "export" / "critic"), **LOADING)

@@ -41,9 +41,12 @@ Spoil = Callable[[Learner, SequenceBatch], SequenceBatch]
 
 def of_completion(name: str, value: float) -> Spoil:
     """Sequence 4 has such a number in ``[N]``."""
-    return lambda _, batch: replace(
-        batch, **{name: np.where(np.arange(len(batch)) == 4, np.float32(value), getattr(batch, name))}
-    )
+
+    def spoil(_: Learner, batch: SequenceBatch) -> SequenceBatch:
+        spoiled = np.where(np.arange(len(batch)) == 4, np.float32(value), getattr(batch, name))
+        return batch.with_rewards(spoiled) if name == "rewards" else replace(batch, **{name: spoiled})
+
+    return spoil
 
 
 def of_token(value: float) -> Spoil:
@@ -61,14 +64,14 @@ def of_model(name: str) -> Spoil:
     """One weight of a model is NaN."""
 
     def spoil(learner: Learner, batch: SequenceBatch) -> SequenceBatch:
-        spoil_weight(learner._reference.model if name == "reference" else getattr(learner, name).model)
+        spoil_weight(learner._models.reference.model if name == "reference" else getattr(learner, name).model)
         return batch
 
     return spoil
 
 
 def equal_rewards(_: Learner, batch: SequenceBatch) -> SequenceBatch:
-    return replace(batch, rewards=np.ones_like(batch.rewards))
+    return batch.with_rewards(np.ones_like(batch.rewards))
 
 
 def spoil_weight(model: torch.nn.Module, value: float = math.nan) -> None:
@@ -133,7 +136,7 @@ def test_an_update_with_a_number_that_is_not_finite_is_refused(case: str, update
         update()
 
     assert runs.same_state(before, learner.state())
-    assert all(one.grad is None for model in learner._models().values() for one in model.model.parameters())
+    assert all(one.grad is None for model in learner._models.trained.values() for one in model.model.parameters())
 
 
 @pytest.mark.parametrize("case", [name for name in CASES if name not in ("policy", "critic")])
@@ -142,7 +145,7 @@ def test_such_an_update_can_be_skipped_until_there_are_too_many(case: str, updat
     coefficient = learner._credit.kl_coef
     skipped = [update()["skipped_updates"]]
     if skipped == [2.0]:
-        assert [model.steps_taken for model in learner._models().values() if model.steps_taken] == []
+        assert [model.steps_taken for model in learner._models.trained.values() if model.steps_taken] == []
         with pytest.raises(LearnerError, match=f"^{MOST_SKIPPED} optimizer steps in a row were skipped, .*not finite"):
             for _ in range(MOST_SKIPPED):
                 skipped.append(update()["skipped_updates"])
@@ -150,7 +153,7 @@ def test_such_an_update_can_be_skipped_until_there_are_too_many(case: str, updat
     else:
         assert skipped == [1.0]
         assert learner.policy.steps_taken == 1
-    assert all(model.nonfinite() is None for model in learner._models().values())
+    assert all(model.nonfinite() is None for model in learner._models.trained.values())
     assert learner._credit.kl_coef == coefficient
 
 

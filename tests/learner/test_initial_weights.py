@@ -1,4 +1,4 @@
-"""Models that one rank of each node reads: equal to those that a process reads by itself, in memory for one model."""
+"""Models that one rank reads: equal to those that a process reads by itself, in memory for one model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def save_family(family: str, folder: Path, **changed: Any) -> None:
     AutoModelForCausalLM.from_config(tiny_config(family, **changed)).save_pretrained(folder / "policy")
 
 
-def on_ranks(folder: Path, cases: dict[str, Any], *, world_size: int, nodes: int = 1) -> Results:
+def on_ranks(folder: Path, cases: dict[str, Any], *, world_size: int) -> Results:
     """What each rank found of the cases."""
     (folder / "cases.json").write_text(json.dumps(cases))
     (folder / "store").unlink(missing_ok=True)
@@ -43,7 +43,7 @@ def on_ranks(folder: Path, cases: dict[str, Any], *, world_size: int, nodes: int
     started = []
     with ExitStack() as stack:
         for rank, log in enumerate(logs):
-            command = [sys.executable, loading_ranks.__file__, str(folder), str(rank), str(world_size), str(nodes)]
+            command = [sys.executable, loading_ranks.__file__, str(folder), str(rank), str(world_size)]
             output = stack.enter_context(log.open("w"))
             started.append(subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT))
             stack.callback(started[-1].kill)
@@ -53,8 +53,8 @@ def on_ranks(folder: Path, cases: dict[str, Any], *, world_size: int, nodes: int
 
 
 @pytest.fixture(scope="module")
-def several(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Callable[[int, int], Results]:
-    """Learners of all kinds of checkpoints, on so many ranks of so many nodes."""
+def several(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Callable[[int], Results]:
+    """Learners of all kinds of checkpoints, on so many ranks."""
     folder = tmp_path_factory.mktemp("loading")
     cases: dict[str, Any] = {}
     for family in IN_EVERY_RUN:
@@ -84,12 +84,12 @@ def several(tmp_path_factory: pytest.TempPathFactory, models: Path) -> Callable[
             "spec": {"offload_reference": True, "offload_optimizer": True},
         },
     }
-    return lambda world_size, nodes: on_ranks(folder, cases, world_size=world_size, nodes=nodes)
+    return lambda world_size: on_ranks(folder, cases, world_size=world_size)
 
 
-@pytest.mark.parametrize(("world_size", "nodes"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
-def test_shards_are_those_of_whole_models(several: Callable[[int, int], Results], world_size: int, nodes: int) -> None:
-    assert [found for rank in several(world_size, nodes) for found in rank.items() if found[1]] == []
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_shards_are_those_of_whole_models(several: Callable[[int], Results], world_size: int) -> None:
+    assert [found for rank in several(world_size) for found in rank.items() if found[1]] == []
 
 
 @pytest.mark.slow
@@ -102,7 +102,7 @@ def test_shards_of_every_family_are_those_of_whole_models(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_the_ranks_of_a_node_hold_one_model_at_their_highest(tmp_path: Path, world_size: int) -> None:
+def test_the_ranks_hold_one_model_at_their_highest(tmp_path: Path, world_size: int) -> None:
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
     for name, layers in (("tiny", 1), ("whole", 12)):
         model = Qwen2ForCausalLM(Qwen2Config(vocab_size=64, num_hidden_layers=layers, **sizes))

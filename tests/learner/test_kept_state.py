@@ -167,7 +167,7 @@ def test_memory_is_two_versions_and_no_more(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
-    """On the CPU: all tensors count as those of a GPU, the order of whose events is checked."""
+    """On the CPU: all tensors count as those of a GPU, the order of whose copies is checked."""
     return SimulatedGpu(monkeypatch)
 
 
@@ -184,25 +184,20 @@ class SimulatedGpu:
             def wait_stream(self, other: Any) -> None:
                 waited.append(other)
 
+            def synchronize(self) -> None:
+                for index, begun in enumerate(copies):
+                    if callable(begun):
+                        begun()
+                        copies[index] = True
+
             def __enter__(self) -> None:
                 within[0] = True
 
             def __exit__(self, *_: Any) -> None:
                 within[0] = False
 
-        class Event:
-            def record(self, stream: Stream) -> None:
-                self.number = len(copies)
-
-            def synchronize(self) -> None:
-                assert copies[self.number - 1] is not None, "a copy that was never begun"
-                for index in range(self.number):
-                    if callable(copies[index]):
-                        copies[index]()
-                        copies[index] = True
-
         class Buffer(torch.Tensor):
-            """Copies into it arrive when the event is waited for, as on a GPU."""
+            """Copies into it arrive when the stream is waited for, as on a GPU."""
 
             def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> Buffer:  # type: ignore[override]
                 assert non_blocking
@@ -218,14 +213,13 @@ class SimulatedGpu:
 
         monkeypatch.setattr(torch.Tensor, "contiguous", contiguous)
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: "training")
         monkeypatch.setattr(module, "_on_device", lambda tensor: True)
         monkeypatch.setattr(module, "_pinned", lambda size: torch.zeros(size, dtype=torch.uint8).as_subclass(Buffer))
 
 
-def test_tensors_of_a_gpu_come_through_two_buffers(gpu: SimulatedGpu) -> None:
+def test_tensors_of_a_gpu_come_through_a_buffer(gpu: SimulatedGpu) -> None:
     kept = keeping(1, 2)
     assert same(read(kept, 2), state_of(2))
     assert same(read(kept, 1), state_of(1))
@@ -238,30 +232,6 @@ def test_what_a_gpu_makes_for_a_copy_is_made_in_the_stream_of_the_copy(gpu: Simu
     kept.write(str(tmp_path / "file"), {"transposed": transposed}, 1).result()
     assert torch.equal(load_file(tmp_path / "file")["transposed"], transposed)
     assert gpu.made_outside == []
-
-
-def test_a_copy_that_failed_writes_nothing_afterward(
-    gpu: SimulatedGpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Its file is closed by then, and another one may have got its number."""
-    kept, written, write = KeptState(), [], module._write_all
-
-    def filling_disk(descriptor: int, data: memoryview, offset: int) -> None:
-        written.append(descriptor)
-        if len(written) == 2:
-            raise OSError("No space left on device")
-        write(descriptor, data, offset)
-
-    monkeypatch.setattr(module, "_write_all", filling_disk)
-    failed = kept.write(str(tmp_path / "file"), state_of(1), 1)
-    with pytest.raises(OSError, match="No space left"):
-        failed.result()
-    victim = os.open(tmp_path / "victim", os.O_RDWR | os.O_CREAT)
-    assert victim == written[0], "the number of the file that was closed"
-    kept.begin(2, state_of(2))
-    assert same(read(kept, 2), state_of(2))
-    os.close(victim)
-    assert (tmp_path / "victim").read_bytes() == b""
 
 
 def open_states(*processes: int) -> int:
@@ -675,7 +645,7 @@ def test_a_checkpoint_holds_what_a_distributed_one_of_pytorch_does(
     learner = make_learner(scenario=SCENARIOS[name])
     runs.update(learner, SCENARIOS[name], 0)
     learner.save(str(tmp_path / "ours")).result()
-    state = learner._named(learner.state()) | learner._frozen_state()
+    state = learner.state() | learner._frozen_state()
     dcp.save(state, storage_writer=HuggingFaceStorageWriter(str(tmp_path / "theirs"), save_distributed=True))
 
     def tensors(folder: str) -> dict[str, torch.Tensor]:
@@ -709,7 +679,7 @@ kept = KeptState(2)
 learner = Learner(runs.make_spec(folder, runs.RESUMED), kept)
 
 def digest():
-    parts = [local_part(one).numpy().tobytes() for one in learner._named(learner.state()).values()]
+    parts = [local_part(one).numpy().tobytes() for one in learner.state().values()]
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 if paths:

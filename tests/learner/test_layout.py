@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.learner.layout import Microbatch, lay_out, pad_completions, unpad_completions
+from rlhf_ray.learner.layout import Microbatch, lay_out
 
 CPU = torch.device("cpu")
 
@@ -16,18 +16,10 @@ CPU = torch.device("cpu")
 def batch_of(*sequences: tuple[list[int], list[int]]) -> SequenceBatch:
     """Sequences given as prompt and completion ids."""
     completions = [completion for _, completion in sequences]
-    return SequenceBatch(
+    return SequenceBatch.single_turn(
         token_ids=np.asarray([t for prompt, completion in sequences for t in prompt + completion], dtype=np.int32),
         prompt_lengths=np.asarray([len(prompt) for prompt, _ in sequences], dtype=np.int32),
         completion_lengths=np.asarray([len(completion) for completion in completions], dtype=np.int32),
-        sampling_logprobs=np.zeros(sum(map(len, completions)), dtype=np.float32),
-        staleness=np.zeros(sum(map(len, completions)), dtype=np.int32),
-        fresh=np.ones(len(sequences), dtype=np.bool_),
-        rewards=np.zeros(len(sequences), dtype=np.float32),
-        truncated=np.zeros(len(sequences), dtype=np.bool_),
-        group_ids=np.arange(len(sequences)),
-        greedy_rewards=np.zeros(len(sequences), dtype=np.float32),
-        loss_starts=np.zeros(len(sequences), dtype=np.int32),
     )
 
 
@@ -61,7 +53,6 @@ def test_padded_by_hand() -> None:
     assert micro.completion_index[micro.mask].tolist() == [2, 3, 4, 5, 6, 9]
     assert micro.value_index[micro.mask].tolist() == [2, 3, 5, 6, 7, 11]
     assert micro.last_index.tolist() == [4, 8, 12]
-    assert micro.num_tokens == 15
 
 
 def test_packed_by_hand() -> None:
@@ -82,7 +73,6 @@ def test_packed_by_hand() -> None:
     assert micro.completion_index[micro.mask].tolist() == [0, 1, 2, 3, 4, 5]
     assert micro.value_index[micro.mask].tolist() == [2, 3, 5, 6, 7, 10]
     assert micro.last_index.tolist() == [4, 8, 11]
-    assert micro.num_tokens == 12
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -102,7 +92,7 @@ def test_both_layouts_read_the_same_tokens_and_states(packed: bool, rows: Sequen
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_tokens_that_are_left_out_are_read_by_the_model_alone(packed: bool) -> None:
-    batch = replace(THREE, loss_starts=np.asarray([1, 2, 1], dtype=np.int32))
+    batch = replace(THREE, loss_mask=np.asarray([0, 1, 0, 0, 1, 0], dtype=np.bool_))
 
     micro = lay_out(batch, (0, 1, 2), packed=packed, device=CPU)
 
@@ -117,15 +107,15 @@ def test_tokens_that_are_left_out_are_read_by_the_model_alone(packed: bool) -> N
 def test_what_the_mask_says_is_known_without_the_device(packed: bool) -> None:
     batch = replace(
         THREE,
-        fresh=np.asarray([True, False, True]),
+        on_policy=np.asarray([True, False, True]),
         staleness=np.asarray([0, 0, 3, 1, 0, 0], dtype=np.int32),
-        loss_starts=np.asarray([0, 1, 0], dtype=np.int32),
+        loss_mask=np.asarray([1, 1, 0, 1, 1, 1], dtype=np.bool_),
     )
 
     micro = lay_out(batch, (0, 1, 2), packed=packed, device=CPU)
 
     assert micro.scored.tolist() == micro.mask.flatten().nonzero().flatten().tolist() == [0, 1, 4, 5, 6]
-    assert micro.num_fresh == 2 + 1
+    assert micro.num_on_policy == 2 + 1
     assert micro.num_by_staleness == ((0, 4), (1, 1))
 
 
@@ -147,7 +137,7 @@ def test_an_empty_microbatch_is_a_dummy_of_two_tokens_that_counts_nowhere(packed
     assert micro.kept.tolist() == [0]
     assert micro.targets.shape == (1, 1)
     assert micro.mask.tolist() == [[False]]
-    assert len(micro.rows) == len(micro.scored) == micro.num_fresh == 0
+    assert len(micro.rows) == len(micro.scored) == micro.num_on_policy == 0
     assert micro.num_by_staleness == ()
     assert micro.completion_index.tolist() == micro.value_index.tolist() == [[0]]
     if packed:
@@ -166,31 +156,14 @@ def test_indices_at_padding_stay_in_range(packed: bool) -> None:
     assert all(t.dtype == torch.int64 for t in (micro.input_ids, micro.targets, micro.kept, micro.completion_index))
 
 
-def test_pad_completions_puts_each_row_to_the_left() -> None:
-    flat = np.asarray([1, 2, 3, 4, 5, 6], dtype=np.float32)
+@pytest.mark.parametrize("packed", [False, True])
+def test_observed_tokens_are_read_by_the_model_and_are_no_targets(packed: bool) -> None:
+    """Of ``21 22 23`` the middle one was observed: the state before it is none whose value counts."""
+    batch = replace(THREE, loss_mask=np.asarray([1, 1, 1, 0, 1, 1], dtype=np.bool_))
 
-    padded = pad_completions(flat, np.asarray([2, 3, 1], dtype=np.int32), device=CPU)
+    micro = lay_out(batch, (0, 1, 2), packed=packed, device=CPU)
 
-    assert padded.tolist() == [[1, 2, 0], [3, 4, 5], [6, 0, 0]]
-    assert padded.dtype == torch.float32
-
-
-def test_pad_completions_of_nothing() -> None:
-    padded = pad_completions(np.zeros(0, dtype=np.float32), np.zeros(0, dtype=np.int32), device=CPU)
-
-    assert padded.shape == (0, 0)
-
-
-def test_unpadded_values_are_those_that_were_padded() -> None:
-    flat, lengths = np.asarray([1.5, 2, 3, 4, 5, 6], dtype=np.float32), np.asarray([2, 0, 4], dtype=np.int32)
-
-    padded = pad_completions(flat, lengths, device=CPU)
-
-    rows = unpad_completions(padded, np.arange(4) < lengths[:, None])
-    assert [row.tolist() for row in rows] == [[1.5, 2.0], [], [3.0, 4.0, 5.0, 6.0]]
-    last = unpad_completions(padded, np.asarray([[False, True, False, False], [False] * 4, [False] * 3 + [True]]))
-    assert [row.tolist() for row in last] == [[2.0], [], [6.0]]
-
-
-def test_values_of_no_sequences_are_no_rows() -> None:
-    assert unpad_completions(torch.zeros(0, 0), np.zeros((0, 0), dtype=np.bool_)) == ()
+    assert micro.input_ids.tolist() == lay_out(THREE, (0, 1, 2), packed=packed, device=CPU).input_ids.tolist()
+    assert completion_tokens(micro) == [[13, 14], [21, 23], [32]]
+    assert states_before(micro) == [[12, 13], [20, 22], [31]]
+    assert micro.scored.tolist() == [0, 1, 3, 5, 6]

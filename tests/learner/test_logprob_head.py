@@ -45,18 +45,8 @@ def adopted_head(model: PreTrainedModel) -> LogprobHead | None:
 def batch() -> SequenceBatch:
     """Three sequences: prompts of 3, 1 and 2 tokens, completions of 2, 4 and 1."""
     prompts, completions = np.asarray([3, 1, 2], dtype=np.int32), np.asarray([2, 4, 1], dtype=np.int32)
-    return SequenceBatch(
-        token_ids=np.arange(3, 16, dtype=np.int32),
-        prompt_lengths=prompts,
-        completion_lengths=completions,
-        sampling_logprobs=np.zeros(7, dtype=np.float32),
-        staleness=np.zeros(7, dtype=np.int32),
-        fresh=np.ones(3, dtype=np.bool_),
-        rewards=np.zeros(3, dtype=np.float32),
-        truncated=np.zeros(3, dtype=np.bool_),
-        group_ids=np.arange(3),
-        greedy_rewards=np.zeros(3, dtype=np.float32),
-        loss_starts=np.zeros(3, dtype=np.int32),
+    return SequenceBatch.single_turn(
+        token_ids=np.arange(3, 16, dtype=np.int32), prompt_lengths=prompts, completion_lengths=completions
     )
 
 

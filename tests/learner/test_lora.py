@@ -66,12 +66,12 @@ def test_only_adapters_are_trained_and_they_are(models: Path, trained: Learner) 
 
 def test_the_reference_is_the_policy_as_it_was_and_costs_no_model(models: Path, trained: Learner) -> None:
     fresh = Learner(runs.make_spec(models, Scenario()))
-    assert trained._reference is not None
-    assert trained._reference.model is trained.policy.model
+    assert trained._models.reference is not None
+    assert trained._models.reference.model is trained.policy.model
 
-    torch.testing.assert_close(logprobs(trained._reference), logprobs(fresh._score), atol=1e-6, rtol=0.0)
+    torch.testing.assert_close(logprobs(trained._models.reference), logprobs(fresh._models.score), atol=1e-6, rtol=0.0)
     # Switched back on afterward.
-    assert float((logprobs(trained._score) - logprobs(trained._reference)).abs().max()) > 1e-4
+    assert float((logprobs(trained._models.score) - logprobs(trained._models.reference)).abs().max()) > 1e-4
 
 
 def test_what_is_published_has_the_names_of_the_model_and_samples_what_the_policy_does(
@@ -88,7 +88,7 @@ def test_what_is_published_has_the_names_of_the_model_and_samples_what_the_polic
     with torch.no_grad():
         logits = plain(input_ids=micro.input_ids, logits_to_keep=micro.kept).logits / 0.8
     expected = torch.log_softmax(logits, -1).gather(-1, micro.targets[..., None]).flatten()[micro.completion_index]
-    torch.testing.assert_close(logprobs(trained._score), expected * micro.mask, atol=1e-5, rtol=0.0)
+    torch.testing.assert_close(logprobs(trained._models.score), expected * micro.mask, atol=1e-5, rtol=0.0)
 
 
 def test_an_export_is_an_ordinary_model(tmp_path: Path, trained: Learner) -> None:

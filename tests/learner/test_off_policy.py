@@ -1,44 +1,36 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 from rlhf_ray.config.settings import TrainingSettings
+from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.estimates import Estimates
-from rlhf_ray.learner.off_policy import (
-    correction_weights,
-    effective_sample_size,
-    loglinear_proximal,
-    m2po_kept,
-    staleness_metrics,
-)
+from rlhf_ray.learner.layout import lay_out
+from rlhf_ray.learner.off_policy import correction_weights, effective_sample_size, m2po_kept, staleness_metrics
 from rlhf_ray.losses import m2po_mask
 
+CPU = torch.device("cpu")
 PROXIMAL = torch.tensor([[0.5, 0.4], [0.2, 0.9]]).log()
-SAMPLING = torch.tensor([[0.25, 0.5], [0.8, 1e-9]]).log()
-MASK = torch.tensor([[True, True], [True, False]])
+# Of completions of two tokens and of one.
+BATCH = SequenceBatch.single_turn(
+    token_ids=np.zeros(5, dtype=np.int32),
+    prompt_lengths=np.ones(2, dtype=np.int32),
+    completion_lengths=np.asarray([2, 1], dtype=np.int32),
+    sampling_logprobs=np.log([0.25, 0.5, 0.8]).astype(np.float32),
+    staleness=np.asarray([2, 0, 2], dtype=np.int32),
+)
+ESTIMATES = Estimates.of(BATCH, CPU)
+MICRO = lay_out(BATCH, range(2), packed=False, device=CPU)
 
 
 def weights_of(**training: object) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    return correction_weights(TrainingSettings(**training), PROXIMAL, SAMPLING, MASK)
-
-
-def test_the_loglinear_policy_lies_on_the_line_by_version() -> None:
-    current, sampling = torch.tensor([[-1.0, -1.0, -1.0]]), torch.tensor([[-3.0, -3.0, -3.0]])
-
-    proximal = loglinear_proximal(current, sampling, torch.tensor([[0.0, 1.0, 3.0]]))
-
-    # 0, 1 and 3 of 1, 2 and 4 steps from -3 to -1.
-    assert proximal.tolist() == [[-3.0, -2.0, -1.5]]
-
-
-def test_the_loglinear_policy_has_no_gradient() -> None:
-    current = torch.tensor([[-1.0]], requires_grad=True)
-
-    assert not loglinear_proximal(current, torch.tensor([[-3.0]]), torch.ones(1, 1)).requires_grad
+    return correction_weights(TrainingSettings(**training), ESTIMATES, MICRO, PROXIMAL)
 
 
 @pytest.mark.parametrize(
@@ -79,19 +71,21 @@ def test_weights_that_are_all_masked_away_are_no_samples() -> None:
 
 
 def test_distance_is_measured_by_version() -> None:
-    found = staleness_metrics(PROXIMAL, SAMPLING, torch.tensor([[2.0, 0.0], [2.0, 5.0]]), MASK, ((0, 1), (2, 2)))
+    found = list(staleness_metrics(ESTIMATES, MICRO, PROXIMAL))
 
     assert [(next(iter(means)), tokens) for means, tokens in found] == [
         ("proximal_logprob_diff_by_staleness/0", 1.0),
         ("proximal_logprob_diff_by_staleness/2", 2.0),
     ]
-    fresh, old = (float(next(iter(means.values()))) for means, _ in found)
-    assert fresh == pytest.approx(math.log(1.25))
+    current, old = (float(next(iter(means.values()))) for means, _ in found)
+    assert current == pytest.approx(math.log(1.25))
     assert old == pytest.approx((math.log(2) + math.log(4)) / 2)
 
 
 def test_an_empty_microbatch_says_nothing() -> None:
-    assert staleness_metrics(PROXIMAL, SAMPLING, torch.zeros(2, 2), torch.zeros(2, 2, dtype=torch.bool), ()) == []
+    empty = lay_out(BATCH, (), packed=False, device=CPU)
+
+    assert list(staleness_metrics(ESTIMATES, empty, torch.zeros(1, 1))) == []
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -102,9 +96,10 @@ def test_one_rank_keeps_what_the_mask_of_the_whole_minibatch_keeps(threshold: fl
     mask = torch.rand(6, 5, generator=generator) < 0.7
     estimates = Estimates(
         mask=mask,
+        rewards=torch.zeros(6, 5),
         sampling_logprobs=torch.randn(6, 5, generator=generator),
         staleness=torch.zeros(6, 5),
-        fresh=mask,
+        on_policy=mask,
         proximal_logprobs=torch.randn(6, 5, generator=generator),
         advantages=scale * torch.randn(6, 5, generator=generator),
     )
@@ -123,10 +118,10 @@ def test_one_rank_keeps_what_the_mask_of_the_whole_minibatch_keeps(threshold: fl
 
 
 def test_tokens_that_are_not_kept_weigh_nothing() -> None:
-    kept = torch.tensor([[True, False], [True, False]])
+    estimates = replace(ESTIMATES, kept=torch.tensor([[True, False], [True, False]]))
 
-    weights, metrics = correction_weights(TrainingSettings(), PROXIMAL, SAMPLING, MASK, kept)
-    alone, _ = correction_weights(TrainingSettings(behavior_weights="none"), PROXIMAL, SAMPLING, MASK, kept)
+    weights, metrics = correction_weights(TrainingSettings(), estimates, MICRO, PROXIMAL)
+    alone, _ = correction_weights(TrainingSettings(behavior_weights="none"), estimates, MICRO, PROXIMAL)
 
     torch.testing.assert_close(weights, torch.tensor([[2.0, 0.0], [0.25, 0.0]]))
     assert alone is not None

@@ -37,10 +37,10 @@ def step(one: TrainedModel) -> float:
     return float(norm)
 
 
-def restore(one: TrainedModel, state: dict[str, Any]) -> None:
+def restore(one: TrainedModel, state: dict[str, torch.Tensor]) -> None:
     """Fill its own tensors, as a learner does from a checkpoint."""
-    mine = dict(one.named(one.local_state()))
-    for name, tensor in one.named(state):
+    mine = one.state()
+    for name, tensor in state.items():
         mine[name].copy_(tensor)
     one.restored(int(mine["steps"]))
 
@@ -80,7 +80,8 @@ FACTORS = [
 def test_learning_rate_factor_by_hand(
     schedule: str, warmup: int, total: int, minimum: float, step: int, factor: float
 ) -> None:
-    found = learning_rate_factor(step, schedule=schedule, warmup_steps=warmup, total_steps=total, min_ratio=minimum)
+    training = TrainingSettings(lr_schedule=schedule, lr_warmup_steps=warmup, min_lr_ratio=minimum)
+    found = learning_rate_factor(training, total, step)
 
     assert found == pytest.approx(factor)
 
@@ -174,7 +175,7 @@ def test_a_tied_weight_comes_once_under_all_of_its_names() -> None:
     names = [name for name, _ in one.checkpoint_parameters()]
 
     assert names == ["embed.weight=head.weight", "embed.bias", "norm.weight", "norm.bias"]
-    assert [name for name, _ in one.checkpoint_shapes()] == names
+    assert [name for name, _ in one.checkpoint.shapes] == names
     assert [name for name, _ in one.checkpoint_parameters(every_name=False)] == ["embed.weight", *names[1:]]
 
 
@@ -182,11 +183,10 @@ def test_state_of_a_model_that_never_stepped_counts_no_step() -> None:
     model = line([1.0])
     one = trained(model)
 
-    state = one.local_state()
+    state = one.state()
 
     assert int(state["steps"]) == 0
-    (of_weight,) = state["moments"]
-    assert float(of_weight["step"]) == 0.0
+    assert float(state["moments.weight.step"]) == 0.0
     assert float(model.weight) == 1.0
 
 
@@ -201,14 +201,14 @@ def test_state_brings_back_weights_moments_and_schedule() -> None:
     model = line([1.0])
     one = trained(model, **settings)
     stepped(one, model, [1.0, -2.0])
-    state = copy.deepcopy(one.local_state())
+    state = copy.deepcopy(one.state())
     wanted = stepped(one, model, [0.5, 3.0])
 
     other = line([7.0])
     restored = trained(other, **settings)
     restore(restored, state)
 
-    second = learning_rate_factor(1, schedule="cosine", warmup_steps=0, total_steps=10, min_ratio=0.0)
+    second = learning_rate_factor(TrainingSettings(lr_schedule="cosine", min_lr_ratio=0.0), 10, 1)
     assert restored.lr == pytest.approx(0.1 * second)
     assert stepped(restored, other, [0.5, 3.0]) == wanted
 
@@ -223,7 +223,7 @@ def test_a_run_that_goes_on_with_other_settings_uses_them() -> None:
     after = trained(
         line([7.0]), lr=0.2, weight_decay=0.25, adam_betas=(0.5, 0.75), adam_eps=1e-4, lr_schedule="constant"
     )
-    restore(after, before.local_state())
+    restore(after, before.state())
 
     (group,) = after._optimizer.param_groups
     wanted = {"lr": 0.2, "weight_decay": 0.25, "betas": (0.5, 0.75), "eps": 1e-4}

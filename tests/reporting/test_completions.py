@@ -67,7 +67,8 @@ def test_groups_without_a_function_get_null_for_it(run_dir: RunDirectory, groups
 
 
 def test_advantages_go_to_their_completions(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
-    advantages = [np.array(values, dtype=np.float32) for values in ([0.5, 1.5], [], [1, 2, 3, 4, 5, -6])]
+    nan = float("nan")
+    advantages = [np.array(values, dtype=np.float32) for values in ([0.5, 1.5], [nan] * 4, [1, 2, 3, 4, 5, -6])]
     started(run_dir).report_completions(1, groups, advantages)
     rows = pq.read_table(completions_path(run_dir, 1)).to_pylist()
     # The second was left out of the loss.
@@ -77,11 +78,12 @@ def test_advantages_go_to_their_completions(run_dir: RunDirectory, groups: list[
 def test_first_tokens_that_were_left_out_of_the_loss_have_no_advantage(
     run_dir: RunDirectory, groups: list[ScoredGroup]
 ) -> None:
-    advantages = [np.array(values, dtype=np.float32) for values in ([1.5], [], [5, -6])]
+    nan = float("nan")
+    advantages = [np.array(values, dtype=np.float32) for values in ([nan, 1.5], [nan], [5, nan, nan, nan, nan, -6])]
     started(run_dir).report_completions(1, groups, advantages)
 
     rows = pq.read_table(completions_path(run_dir, 1)).to_pylist()
-    assert [row["advantages"] for row in rows] == [[None, 1.5], None, [None, None, None, None, 5, -6]]
+    assert [row["advantages"] for row in rows] == [[None, 1.5], None, [5, None, None, None, None, -6]]
 
 
 def test_advantages_of_other_completions_are_an_error(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:

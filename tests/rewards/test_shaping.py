@@ -31,21 +31,22 @@ def batch(**changes: Any) -> SequenceBatch:
         "greedy_rewards": GREEDY,
         "truncated": TRUNCATED,
         "group_ids": GROUPS,
-        "loss_starts": [0] * len(changes.get("rewards", REWARDS)),
+        "loss_mask": [True] * len(changes.get("rewards", REWARDS)),
     } | changes
     size = len(given["rewards"])
     return SequenceBatch(
         token_ids=read_only(range(2 * size), np.int32),
         prompt_lengths=read_only([1] * size, np.int32),
         completion_lengths=read_only([1] * size, np.int32),
+        sampled=read_only([True] * size, np.bool_),
+        loss_mask=read_only(given["loss_mask"], np.bool_),
         sampling_logprobs=read_only([-0.5] * size, np.float32),
         staleness=read_only([0] * size, np.int32),
-        fresh=read_only([True] * size, np.bool_),
-        rewards=read_only(given["rewards"], np.float32),
+        token_rewards=read_only(given["rewards"], np.float32),
+        on_policy=read_only([True] * size, np.bool_),
         truncated=read_only(given["truncated"], np.bool_),
         group_ids=read_only(given["group_ids"], np.int64),
         greedy_rewards=read_only(given["greedy_rewards"], np.float32),
-        loss_starts=read_only(given["loss_starts"], np.int32),
     )
 
 
@@ -119,12 +120,12 @@ def test_groups_are_told_apart_by_id_wherever_they_lie() -> None:
     assert result.rewards.tolist() == [2, -0.5, -2, 0.5]
 
 
-@pytest.mark.parametrize(("mask_truncated", "loss_starts"), [(True, [0, 1, 1, 1]), (False, [0, 0, 1, 1])])
-def test_truncated_completions_leave_the_losses_where_asked(mask_truncated: bool, loss_starts: list[int]) -> None:
+@pytest.mark.parametrize(("mask_truncated", "loss_mask"), [(True, [1, 0, 0, 0]), (False, [1, 1, 0, 0])])
+def test_truncated_completions_leave_the_losses_where_asked(mask_truncated: bool, loss_mask: list[int]) -> None:
     # What was left out stays out.
-    result = shape({}, mask_truncated=mask_truncated, loss_starts=[0, 0, 1, 1])
-    assert result.loss_starts.tolist() == loss_starts
-    assert result.loss_starts.dtype == np.int32
+    result = shape({}, mask_truncated=mask_truncated, loss_mask=[1, 1, 0, 0])
+    assert result.loss_mask.tolist() == loss_mask
+    assert result.loss_mask.dtype == np.bool_
     assert result.truncated.tolist() == TRUNCATED
     assert result.rewards.tolist() == REWARDS
 
@@ -137,7 +138,7 @@ def test_completions_left_out_of_the_losses_still_count_in_the_mean() -> None:
 def test_only_rewards_and_the_losses_mask_change() -> None:
     settings = {"truncated_reward": -3.0, "bias": 1.0, "scale": 2.0, "clip": 5.0, "normalize": "group"}
     old, new = arrays(batch()), arrays(shape(settings, mask_truncated=True))
-    assert {name for name in old if old[name] != new[name]} == {"rewards", "greedy_rewards", "loss_starts"}
+    assert {name for name in old if old[name] != new[name]} == {"token_rewards", "greedy_rewards", "loss_mask"}
 
 
 def test_the_given_batch_is_untouched_where_it_could_be_written() -> None:

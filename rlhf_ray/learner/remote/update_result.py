@@ -38,8 +38,7 @@ class UpdateResult:
     figures: Mapping[str, float]
     """The same on every rank."""
     advantages: tuple[Float32Array, ...] | None = None
-    """A sequence each, ``[T]`` as they enter the loss, ``[0]`` where the completion is left out of it; none where
-    nobody asked."""
+    """Per sequence ``[T]`` as they enter the loss, NaN at tokens that do not; ``None`` where they are not asked for."""
     kept_version: int | None = None
     """The newest policy version whose state is kept, on all ranks; none: there is no such version."""
 
