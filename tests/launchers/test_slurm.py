@@ -149,7 +149,7 @@ def test_a_container_has_its_own_python(folder: Path, capsys: pytest.CaptureFixt
         (["--job-name", "a b"], "--job-name = 'a b'"),
         (["--working-dir", "nowhere"], "no such folder"),
         (["resources.ray_address=10.0.0.1:6379"], "a job has its own Ray"),
-        (["--requeue"], "checkpointing.interval = 0: a requeued job goes on from its newest checkpoint"),
+        (["--requeue"], "checkpointing.interval = 0: a requeued job resumes from its newest checkpoint"),
         (["--partition", "a\\b"], "--partition"),
     ],
 )
@@ -169,7 +169,7 @@ def test_numbers_are_numbers(option: str, value: str, folder: Path, capsys: pyte
         cli.main(["launch", "slurm", "my conf.yaml", option, value])
 
     assert end.value.code == 2
-    assert f"argument {option}: '{value}' is no whole number" in capsys.readouterr().err
+    assert f"argument {option}: '{value}' must be an integer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("limit", ["90", "90:30", "12:00:00", "2-00", "2-12:30:00", "infinite"])

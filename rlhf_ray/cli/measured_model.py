@@ -1,4 +1,4 @@
-"""Evaluation, on the command line: what ``rlhf-ray evaluate`` measures, with which settings and on which sets."""
+"""What ``rlhf-ray evaluate`` measures: with which settings, which model or checkpoint, and on which sets."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from rlhf_ray.errors import ConfigError
 
 __all__ = ["MeasuredModel", "eval_path", "measured_model"]
 
-_CONFIG, _MANIFEST, _MODEL = "config.yaml", "manifest.json", "config.json"
+_CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredModel:
     """What the first argument and ``--checkpoint`` come to."""
 
-    conf: str | None
-    """File with the settings; none: the defaults."""
-    checkpoint: str | None
-    """Checkpoint to load; none: the model alone."""
+    conf: str | None = None
+    """File with the settings; ``None``: the defaults."""
+    checkpoint: str | None = None
+    """Checkpoint to load; ``None``: the model alone."""
     model_path: str | None = None
-    """Model to measure; none: ``model.path`` of the settings."""
+    """Model to measure; ``None``: ``model.path`` of the settings."""
 
 
 def measured_model(first: str | None, checkpoint: str | None) -> MeasuredModel:
@@ -36,14 +36,19 @@ def measured_model(first: str | None, checkpoint: str | None) -> MeasuredModel:
         ConfigError: There is no such folder, or no settings for the checkpoint in it.
         DataError: A run's folder holds no complete checkpoint.
     """
+    folder = Path(first) if first is not None and Path(first).is_dir() else None
     if checkpoint is not None:
-        if first is not None and Path(first).is_dir():
+        if folder is not None:
             raise ConfigError("--checkpoint", checkpoint, f"two models are named, {first} too: leave out one")
         # Not looked into where the settings are given: it may lie in a store, such as s3://.
         return MeasuredModel(conf=first or _settings_around(checkpoint, "--checkpoint"), checkpoint=checkpoint)
-    if first is None or not Path(first).is_dir():
-        return MeasuredModel(conf=first, checkpoint=None)
-    return _in_folder(first)
+    if folder is None:
+        return MeasuredModel(conf=first)
+    if (folder / "manifest.json").is_file():
+        return MeasuredModel(conf=_settings_around(str(first), "CHECKPOINT"), checkpoint=first)
+    if (folder / "config.json").is_file():
+        return MeasuredModel(conf=_found_around(folder), model_path=str(folder.absolute()))
+    return MeasuredModel(conf=str(folder / _CONFIG), checkpoint=_newest_of_run(folder))
 
 
 def eval_path(given: Sequence[str]) -> dict[str, str]:
@@ -65,16 +70,6 @@ def eval_path(given: Sequence[str]) -> dict[str, str]:
     return sets
 
 
-def _in_folder(folder: str) -> MeasuredModel:
-    path = Path(folder)
-    if (path / _MANIFEST).is_file():
-        return MeasuredModel(conf=_settings_around(folder, "CHECKPOINT"), checkpoint=folder)
-    if (path / _MODEL).is_file():
-        return MeasuredModel(conf=_found_around(path), checkpoint=None, model_path=str(path.absolute()))
-    newest = _newest_of_run(path)
-    return MeasuredModel(conf=str(path / _CONFIG), checkpoint=newest)
-
-
 def _newest_of_run(path: Path) -> str:
     from rlhf_ray.checkpoints.folder import Folder
     from rlhf_ray.checkpoints.store import CheckpointStore
@@ -94,9 +89,10 @@ def _newest_of_run(path: Path) -> str:
 
 
 def _settings_around(checkpoint: str, field: str) -> str:
-    if not Path(checkpoint).is_dir() and "://" not in checkpoint:
+    in_store = "://" in checkpoint
+    if not in_store and not Path(checkpoint).is_dir():
         raise ConfigError(field, checkpoint, "no such folder")
-    found = _found_around(Path(checkpoint)) if "://" not in checkpoint else None
+    found = None if in_store else _found_around(Path(checkpoint))
     if found is None:
         raise ConfigError(field, checkpoint, f"no {_CONFIG} in it or its run directory: name CONF.yaml too")
     return found
@@ -104,5 +100,5 @@ def _settings_around(checkpoint: str, field: str) -> str:
 
 def _found_around(path: Path) -> str | None:
     absolute = path.absolute()
-    folders = (absolute, *absolute.parents[:2])
-    return next((str(folder / _CONFIG) for folder in folders if (folder / _CONFIG).is_file()), None)
+    files = [folder / _CONFIG for folder in (absolute, *absolute.parents[:2])]
+    return next((str(file) for file in files if file.is_file()), None)
