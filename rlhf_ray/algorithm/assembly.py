@@ -245,8 +245,8 @@ def _started_parts(
         on_gpu=session.on_gpu,
     )
     begun.append(("reward workers", rewards.stop))
-    if session.lease is not None:
-        session.lease.watch(app.name, learners.bridge)
+    if session.reservation is not None:
+        session.reservation.watch(app.name, learners.bridge)
     if session.colocated:
         # Replicas take the larger shares of the GPUs, and must have them before learners come.
         app.start()
@@ -260,8 +260,8 @@ def _started_parts(
     inputs.prompts.open()
     rewards.progress = training_progress(settings, inputs)
     _wait(learners, app, rewards, reporters, in_turn=session.colocated)
-    if session.lease is not None:
-        session.lease.started()
+    if session.reservation is not None:
+        session.reservation.started()
     sends = _weight_transfer(settings, session) != "shared_memory"
     publisher: Publisher = (
         DirectPublisher(source=learners, handle=app.handle)

@@ -16,8 +16,8 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.rewards.functions import reward_models
 from rlhf_ray.rollouts.engine_spec import vllm_build
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.tune.queue import Room
-from rlhf_ray.tune.reservation import TrialLease
+from rlhf_ray.tune.queue import Resources
+from rlhf_ray.tune.reservation import Reservation
 from rlhf_ray.tune.trial import Trial
 
 __all__ = [
@@ -214,7 +214,7 @@ class RaySession:
 
     Args:
         settings: The run's settings: address, device and noise.
-        trial: The Ray Tune trial that this is; waits until the cluster has room for it. None: no trial.
+        trial: The Ray Tune trial that this is; waits until the cluster has resources for it; ``None``: no trial.
 
     Raises:
         ConfigError: The run does not fit the cluster.
@@ -231,7 +231,7 @@ class RaySession:
         )
         self.ends_ray = _CONNECTION.ends_ray
         """Whether the whole cluster ends with the last session of this process: one of them started it."""
-        self.lease: TrialLease | None = None
+        self.reservation: Reservation | None = None
         self._quieten(settings.debugging.log_level)
         try:
             gpus = ray.cluster_resources().get("GPU", 0.0)
@@ -245,7 +245,7 @@ class RaySession:
             self.colocated = resolve_colocation(settings, gpus, on_gpu=self.on_gpu)
             """Whether each replica takes turns with a learner."""
             cpus = ray.cluster_resources().get("CPU", 0.0)
-            self.shares = cpu_shares(settings, cpus) if trial is None else self._leased(settings, cpus - trial.cpus)
+            self.shares = cpu_shares(settings, cpus) if trial is None else self._reserved(settings, cpus - trial.cpus)
             check_nodes(settings, self.shares, node_resources(), on_gpu=self.on_gpu)
         except BaseException:
             self.stop()  # Or the next session here would take this cluster for the user's.
@@ -253,27 +253,29 @@ class RaySession:
 
     def stop(self) -> None:
         """Leave the cluster; one that was started here ends with the last session."""
-        lease, self.lease = self.lease, None
+        reservation, self.reservation = self.reservation, None
         steps: list[tuple[str, Callable[[], object]]] = [("Ray", lambda: _CONNECTION.leave(self))]
-        if lease is not None:
-            steps.insert(0, ("the trial's place on the cluster", lease.end))
+        if reservation is not None:
+            steps.insert(0, ("the trial's place on the cluster", reservation.end))
         stop_all(*steps)
 
-    def _leased(self, settings: Settings, cpus: float) -> Shares:
-        from rlhf_ray.tune.supervisor import trial_keeper
+    def _reserved(self, settings: Settings, cpus: float) -> Shares:
+        from rlhf_ray.tune.supervisor import trial_supervisor
 
         gpus = _gpus_of_models(settings, on_gpu=self.on_gpu)
         gpus += _gpus_needed(settings, colocated=self.colocated) if self.on_gpu else 0
-        offered: dict[Room, Shares] = {}
+        offered: dict[Resources, Shares] = {}
 
-        def room(cpus: float) -> Room:
+        def taken(cpus: float) -> Resources:
             shares = cpu_shares(settings, cpus)
-            taken = Room(cpus=shares.total(settings), gpus=gpus, in_pairs=self.colocated and self.on_gpu)
-            offered[taken] = shares
-            return taken
+            resources = Resources(cpus=shares.total(settings), gpus=gpus, in_pairs=self.colocated and self.on_gpu)
+            offered[resources] = shares
+            return resources
 
-        self.lease = TrialLease(trial_keeper, need=room(cpus), reduced=lambda free: room(min(cpus, free.cpus)))
-        return offered[self.lease.room]
+        self.reservation = Reservation(
+            trial_supervisor, need=taken(cpus), reduced=lambda free: taken(min(cpus, free.cpus))
+        )
+        return offered[self.reservation.resources]
 
     @staticmethod
     def _quieten(level: str) -> None:

@@ -19,7 +19,7 @@ __all__ = ["TRIAL_CPUS", "Trial", "same_parts"]
 TRIAL_CPUS = 0.1
 """CPUs that Tune reserves for a trial's own process.
 
-Little, because trials that wait for room hold it too: on a small machine more would leave nothing to wait for.
+Little, because trials that wait for resources hold it too: on a small machine more would leave nothing to wait for.
 """
 
 _Config = TypeVar("_Config", bound=AlgorithmConfig)
@@ -31,7 +31,7 @@ class Trial:
 
     name: str
     folder: Path
-    """The trial's own, beside its result.json where that is on a file system of this machine."""
+    """The trial's own, where its result.json is if that is on a file system of this machine."""
     cpus: float
     """What Tune reserved for the trial's own process."""
 

@@ -102,7 +102,11 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
         prompts=parts["prompts"], tokenizer_path="", advantage=SimpleNamespace(needs_greedy_rewards=False)
     )
     session: Any = SimpleNamespace(
-        lease=None, shares=SimpleNamespace(reward_worker=0.1), on_gpu=False, learners_on_gpu=False, colocated=False
+        reservation=None,
+        shares=SimpleNamespace(reward_worker=0.1),
+        on_gpu=False,
+        learners_on_gpu=False,
+        colocated=False,
     )
     directory: Any = SimpleNamespace(ray_name="run")
     reporters: Any = SimpleNamespace(phase=lambda text: None)

@@ -380,12 +380,12 @@ def test_a_session_that_ends_leaves_ray_to_the_others(ray_is_running: list[bool]
     assert ray_is_running == []
 
 
-def test_a_lease_that_cannot_be_given_back_keeps_no_cluster(ray_is_running: list[bool]) -> None:
-    class Lease:
+def test_a_reservation_that_does_not_end_keeps_no_cluster(ray_is_running: list[bool]) -> None:
+    class Reserved:
         def end(self) -> None:
-            raise TimeoutError("the keeper does not answer")
+            raise TimeoutError("the supervisor does not answer")
 
     session = RaySession(settings_of())
-    session.lease = Lease()  # type: ignore[assignment]
+    session.reservation = Reserved()  # type: ignore[assignment]
     session.stop()
     assert ray_is_running == []
