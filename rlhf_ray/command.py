@@ -89,7 +89,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         # Until the algorithm is built, ray.init's own SIGTERM handler is in place, which ends by SystemExit.
         return _TERMINATED
     except Exception:
-        # An error that the library does not know: the user gets its traceback and the shell a failure.
+        # An error of an unknown kind: the user gets its traceback and the shell a failure.
         traceback.print_exc()
         return _FAILED
 

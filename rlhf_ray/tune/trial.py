@@ -53,11 +53,11 @@ class Trial:
         """The settings with folders of this trial's own, and the console left to Tune's table.
 
         Raises:
-            ConfigError: ``checkpointing.resume`` is set: Tune itself decides what a trial goes on from.
+            ConfigError: ``checkpointing.resume`` is set: Tune itself decides what a trial resumes from.
         """
         reporting, checkpointing = config.settings.reporting, config.settings.checkpointing
         if checkpointing.resume != "never":
-            remedy = "use never in a trial; tune.Tuner.restore(path, trainable=...) goes on with a sweep"
+            remedy = "use never in a trial; tune.Tuner.restore(path, trainable=...) resumes a sweep"
             raise ConfigError("checkpointing.resume", checkpointing.resume, remedy)
         parent = self.folder if reporting.run_dir is None else Path(reporting.run_dir).expanduser().absolute()
         adapted = config.copy().reporting(

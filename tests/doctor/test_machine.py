@@ -117,7 +117,7 @@ def test_a_driver_that_is_too_old_is_named(
     assert ("driver 550.54.15 is older than 580" in check.detail) is (status != "ok")
 
 
-def test_a_gpu_that_somebody_else_uses_is_named(machine: MakeMachine) -> None:
+def test_a_gpu_in_use_is_named(machine: MakeMachine) -> None:
     here = machine(gpus=2)
     assert here.driver is not None
     first, second = here.driver.gpus

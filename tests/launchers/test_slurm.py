@@ -79,7 +79,7 @@ def test_a_dry_run_writes_nothing(sbatch: Path, folder: Path, capsys: pytest.Cap
     assert not Path(f"{sbatch}.args").exists()
 
 
-def test_a_requeued_job_goes_on_with_its_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_requeued_job_resumes_its_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # YAML would take the folder's name for the start of a quoted text otherwise.
     where = f'reporting.run_dir="{folder}/runs/my-conf"'
     assert dry_run(capsys, "my conf.yaml", "--requeue", CHECKPOINTS)[5:] == [
@@ -99,7 +99,7 @@ def test_the_words_of_a_requeued_job_are_settings(folder: Path, capsys: pytest.C
     assert settings.checkpointing.resume == "same"
 
 
-def test_a_script_is_given_where_and_how_it_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_is_given_where_and_how_it_resumes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = dry_run(capsys, "train.py", "--requeue", "--job-name", "first")
 
     assert command[1:] == ["./train.py", f'reporting.run_dir="{folder}/runs/first"', "checkpointing.resume=same"]

@@ -107,12 +107,12 @@ def test_alone_a_trial_makes_do_with_what_is_free(clock: Callable[[float], None]
     assert supervisor.asked == [NEED, LITTLE]
 
 
-def test_what_it_would_make_do_with_is_forgotten_when_another_trial_is_first(clock: Callable[[float], None]) -> None:
+def test_a_reduced_need_is_forgotten_when_another_trial_is_first(clock: Callable[[float], None]) -> None:
     supervisor = FakeSupervisor(waiting(others=0), waiting(others=1), GRANTED)
     assert reserve(supervisor, clock, reduced=lambda free: free).resources == NEED
 
 
-def test_alone_without_room_is_an_error_in_the_end_and_not_at_once(clock: Callable[[float], None]) -> None:
+def test_alone_without_resources_is_an_error_in_the_end_and_not_at_once(clock: Callable[[float], None]) -> None:
     supervisor = FakeSupervisor(*[waiting(others=0)] * 10)
     with pytest.raises(ConfigError, match=r"0\.5 CPUs are free.*max_concurrent_trials"):
         reserve(supervisor, clock)
