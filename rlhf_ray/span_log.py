@@ -1,4 +1,4 @@
-"""Around the loop: what somebody did, for the timeline, until the Algorithm takes it."""
+"""What a part of a run did and when, for the timeline, until the Algorithm takes it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SpanLog:
     """Spans in the order they ended; any thread may use it.
 
     Args:
-        most: How many are kept where nobody takes them; the oldest go first.
+        most: How many are kept at most; the oldest are dropped first.
     """
 
     def __init__(self, most: int = 10_000) -> None:

@@ -1,11 +1,6 @@
-"""Before a run: ``rlhf-ray doctor`` looks for what would go wrong, and says what to do about it.
+"""``rlhf-ray doctor`` checks, before a run, what it needs: packages, machine, Ray, models, data, memory and an engine.
 
-``examination.py`` runs the checks of the other modules; it is not imported here, because the processes that some checks
-start import this package too and have no use for the rest.
+``examination.py`` calls the checks of the other modules, in order.
 """
 
 from __future__ import annotations
-
-from rlhf_ray.doctor.check import Check
-
-__all__ = ["Check"]

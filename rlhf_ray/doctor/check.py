@@ -1,11 +1,13 @@
-"""Before a run: what a check of the doctor answers."""
+"""What a check of the doctor found."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
-__all__ = ["Check", "Status", "failed", "in_units", "passed", "warned"]
+from rlhf_ray.errors import ConfigError
+
+__all__ = ["Check", "Status", "in_units"]
 
 Status = Literal["ok", "warn", "fail"]
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -13,7 +15,7 @@ _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was looked at."""
+    """One thing that was checked."""
 
     name: str
     status: Status
@@ -23,20 +25,10 @@ class Check:
     remedy: str = ""
     """What to do about it; empty when there is nothing to do."""
 
-
-def passed(name: str, detail: str) -> Check:
-    """Make a check that found all well."""
-    return Check(name, "ok", detail)
-
-
-def warned(name: str, detail: str, remedy: str) -> Check:
-    """Make a check that found something doubtful."""
-    return Check(name, "warn", detail, remedy)
-
-
-def failed(name: str, detail: str, remedy: str) -> Check:
-    """Make a check that found what stops a run."""
-    return Check(name, "fail", detail, remedy)
+    @classmethod
+    def of(cls, error: ConfigError) -> Self:
+        """A setting that a run would refuse."""
+        return cls(error.field, "fail", repr(error.value), error.remedy)
 
 
 def in_units(size_bytes: float) -> str:

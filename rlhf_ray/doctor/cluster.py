@@ -1,4 +1,4 @@
-"""Before a run: whether Ray starts here or can be reached, and has what the settings ask for."""
+"""Whether Ray starts here or can be joined, and offers what the settings ask for."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.doctor.check import Check, failed, in_units, passed
-from rlhf_ray.doctor.child import ChildFailure, answer, run_child
+from rlhf_ray.doctor.check import Check, in_units
+from rlhf_ray.doctor.child import ChildFailure, call_in_child
 from rlhf_ray.errors import ConfigError
 
 __all__ = ["check_ray", "judge_resources"]
@@ -16,23 +16,24 @@ _TIMEOUT_S = 120.0
 
 
 def check_ray(settings: Settings) -> Check:
-    """Start or join Ray in a process of its own and look at its resources."""
+    """Start or join Ray in a process of its own and compare its resources with the settings."""
     from rlhf_ray.algorithm.ray_connection import cluster_to_join
 
     address = settings.resources.ray_address
     joined = cluster_to_join(address)
     try:
-        found = run_child("rlhf_ray.doctor.cluster", address, timeout_s=_TIMEOUT_S)
+        found = call_in_child(_resources, address, timeout_s=_TIMEOUT_S)
     except ChildFailure as failure:
-        if joined is None:
-            return failed("Ray", f"cannot start: {failure.reason}", f"read {failure.log}")
-        remedy = (
-            "start it there (ray start --head) or correct resources.ray_address (local: one of the run's own); "
-            f"read {failure.log}"
-        )
-        return failed("Ray", f"{joined} cannot be joined: {failure.reason}", remedy)
-    if "remedy" in found:
-        return failed("Ray", f"{found['field']} = {found['value']}", found["remedy"])
+        detail, remedy = f"cannot start: {failure.reason}", f"read {failure.log}"
+        if joined is not None:
+            detail = f"{joined} cannot be joined: {failure.reason}"
+            remedy = (
+                "start it there (ray start --head) or correct resources.ray_address (local: one of the run's own); "
+                f"{remedy}"
+            )
+        return Check("Ray", "fail", detail, remedy)
+    if isinstance(found, ConfigError):
+        return Check("Ray", "fail", f"{found.field} = {found.value}", found.remedy)
     return judge_resources(settings, found, address=joined)
 
 
@@ -42,7 +43,7 @@ def judge_resources(settings: Settings, found: Mapping[str, Any], *, address: st
     Args:
         settings: The run's settings.
         found: ``ray.cluster_resources()``, and those of each node as ``nodes``.
-        address: Where the cluster is; none: started here.
+        address: Where the cluster is; ``None``: started here.
     """
     from rlhf_ray.algorithm.run_plan import Cluster, Placement
 
@@ -53,13 +54,13 @@ def judge_resources(settings: Settings, found: Mapping[str, Any], *, address: st
     try:
         placement = Placement.of(settings, Cluster(cpus=cpus, gpus=gpus, nodes=tuple(found["nodes"])))
     except ConfigError as error:
-        return failed("Ray", f"{detail}; {error.field} = {error.value!r}", error.remedy)
+        return Check("Ray", "fail", f"{detail}; {error.field} = {error.value!r}", error.remedy)
     if placement.device.on_gpu and placement.device.colocated:
         detail += ", on which replicas and learners take turns (resources.colocate)"
-    return passed("Ray", f"{detail}; {placement}")
+    return Check("Ray", "ok", f"{detail}; {placement}")
 
 
-def _look(address: str | None) -> dict[str, Any]:
+def _resources(address: str | None) -> dict[str, Any] | ConfigError:
     import ray
 
     from rlhf_ray.algorithm.ray_connection import connect
@@ -68,12 +69,8 @@ def _look(address: str | None) -> dict[str, Any]:
     try:
         connect(address, log_to_driver=False)
     except ConfigError as error:
-        return {"field": error.field, "value": str(error.value), "remedy": error.remedy}
+        return error
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     resources = {**ray.cluster_resources(), "nodes": nodes}
     ray.shutdown()
     return resources
-
-
-if __name__ == "__main__":
-    answer(_look)

@@ -63,7 +63,7 @@ def device_to_install(asked: str | None = None) -> str:
     """The packages to install: ``gpu`` or ``cpu``; says on standard error what may surprise.
 
     Args:
-        asked: What the user wants; none: GPUs where the driver can run them.
+        asked: What the user wants; ``None``: GPUs where the driver can run them.
 
     Raises:
         SystemExit: The user wants GPUs, whose driver is too old.

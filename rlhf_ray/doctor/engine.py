@@ -1,4 +1,4 @@
-"""Before a run: start a replica's engine with the run's own arguments, and let it write a few tokens."""
+"""Whether a replica's engine starts with the run's own arguments and generates a few tokens."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import asyncio
 import dataclasses
 import math
 import time
-from typing import Any
 
-from rlhf_ray.doctor.check import Check, failed, passed
-from rlhf_ray.doctor.child import ChildFailure, answer, run_child
+import numpy as np
+
+from rlhf_ray.doctor.check import Check
+from rlhf_ray.doctor.child import ChildFailure, call_in_child
 from rlhf_ray.rollouts.engine import EngineSpec, RolloutEngine
+from rlhf_ray.types import Prompt, SamplingSettings, Trajectory
 
-__all__ = ["check_engine"]
+__all__ = ["check_engine", "judge_sample"]
 
+_NAME = "vLLM engine"
 _TOKENS = 8
 
 
@@ -25,26 +28,26 @@ def check_engine(spec: EngineSpec, *, timeout_s: float) -> Check:
         timeout_s: ``rollouts.startup_timeout_s``.
     """
     try:
-        found = run_child("rlhf_ray.doctor.engine", spec, timeout_s=timeout_s, env=spec.env)
+        return call_in_child(_started, spec, timeout_s=timeout_s, env=spec.env)
     except ChildFailure as failure:
         remedy = f"read {failure.log}; then correct model, rollouts or rollouts.engine_args"
-        return failed("vLLM engine", failure.reason, remedy)
-    if found["num_tokens"] != _TOKENS or not found["finite"]:
-        detail = f"wrote {found['num_tokens']} of {_TOKENS} tokens, log-probabilities finite: {found['finite']}"
-        return failed("vLLM engine", detail, "check the model's weights and model.dtype")
-    detail = f"started in {found['startup_s']:.0f} s, wrote {_TOKENS} tokens in {found['generate_s']:.1f} s"
-    return passed("vLLM engine", detail)
+        return Check(_NAME, "fail", failure.reason, remedy)
 
 
-def _work(spec: EngineSpec) -> dict[str, Any]:
-    return asyncio.run(_sample(spec))
+def judge_sample(trajectory: Trajectory, *, startup_s: float, generate_s: float) -> Check:
+    """Check what an engine generated."""
+    num_tokens, finite = len(trajectory.token_ids), all(map(math.isfinite, trajectory.sampling_logprobs))
+    if num_tokens != _TOKENS or not finite:
+        detail = f"wrote {num_tokens} of {_TOKENS} tokens, log-probabilities finite: {finite}"
+        return Check(_NAME, "fail", detail, "check the model's weights and model.dtype")
+    return Check(_NAME, "ok", f"started in {startup_s:.0f} s, wrote {_TOKENS} tokens in {generate_s:.1f} s")
 
 
-async def _sample(spec: EngineSpec) -> dict[str, Any]:
-    import numpy as np
+def _started(spec: EngineSpec) -> Check:
+    return asyncio.run(_sampled(spec))
 
-    from rlhf_ray.types import Prompt, SamplingSettings
 
+async def _sampled(spec: EngineSpec) -> Check:
     started = time.perf_counter()
     # Without EOS the engine cannot stop early, whatever the model says.
     engine = RolloutEngine(dataclasses.replace(spec, eos_token_ids=()))
@@ -52,16 +55,7 @@ async def _sample(spec: EngineSpec) -> dict[str, Any]:
     ready = time.perf_counter()
     prompt = Prompt(prompt_id=0, token_ids=np.arange(1, 5, dtype=np.int32), text="")
     sampling = SamplingSettings(group_size=1, max_new_tokens=_TOKENS, temperature=1.0)
-    completion = (await engine.generate(prompt, sampling, seed=0))[0]
-    written = time.perf_counter()
+    (trajectory,) = await engine.generate(prompt, sampling, seed=0)
+    generate_s = time.perf_counter() - ready
     engine.shutdown()
-    return {
-        "startup_s": ready - started,
-        "generate_s": written - ready,
-        "num_tokens": len(completion.token_ids),
-        "finite": all(math.isfinite(logprob) for logprob in completion.sampling_logprobs),
-    }
-
-
-if __name__ == "__main__":
-    answer(_work)
+    return judge_sample(trajectory, startup_s=ready - started, generate_s=generate_s)

@@ -1,4 +1,4 @@
-"""Before a run: the doctor's checks in order, each as far as what the ones before found allows."""
+"""All checks of the doctor in order, each as far as the results of those before allow."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_ray.algorithm.inputs import check_inputs
 from rlhf_ray.algorithm.run_plan import choose_device
 from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.config.plugins import advantage_plugin
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.doctor.check import Check, Status, failed, passed, warned
+from rlhf_ray.doctor.check import Check, Status
 from rlhf_ray.doctor.cluster import check_ray
-from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
+from rlhf_ray.doctor.engine import check_engine
+from rlhf_ray.doctor.machine import Machine, check_gpus, check_installation, check_machine, check_shared_memory
 from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
 from rlhf_ray.doctor.model import ModelFacts, check_model
-from rlhf_ray.doctor.packages import check_packages, check_python, check_torchvision
 from rlhf_ray.errors import ConfigError, DataError
+from rlhf_ray.quickstart import model_path
 from rlhf_ray.rollouts.engine import EngineSpec
+from rlhf_ray.rollouts.engine_spec import engine_spec, longest_completion, max_prompt_tokens
 from rlhf_ray.types import Device
 
 __all__ = ["checks", "examine", "table"]
@@ -38,10 +41,8 @@ def examine(settings: Settings, *, console: Console, skip_engine: bool = False) 
     Returns:
         0 if nothing failed, else 1.
     """
-    found = []
-    with console.status("looking around") as status:
-        for check in checks(settings, skip_engine=skip_engine, say=status.update):
-            found.append(check)
+    with console.status("checking") as status:
+        found = list(checks(settings, skip_engine=skip_engine, say=status.update))
     console.print(table(found))
     failures = sum(check.status == "fail" for check in found)
     warnings = sum(check.status == "warn" for check in found)
@@ -58,36 +59,55 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
         skip_engine: Whether to leave out the start of a vLLM engine.
         say: Told before each slow check what it is.
     """
-    say("looking at packages and machine")
-    yield check_python()
-    yield from check_packages()
-    yield check_torchvision()
+    import torch
+
+    say("checking packages and machine")
+    yield from check_installation()
     machine = Machine.here()
-    yield check_cores(machine)
-    yield check_open_files(machine)
-    yield check_gpus(settings, machine, torch_sees=_torch_gpus())
+    yield from check_machine(machine)
+    yield check_gpus(settings, machine, torch_sees=torch.cuda.device_count())
     device = choose_device(settings, len(machine.gpus))
     say("starting Ray")
     yield check_ray(settings)
     say("reading the model")
-    policy_check, policy = _policy(settings)
-    yield policy_check
-    training = settings.training
+    model, training = settings.model, settings.training
+    path = model.path or model_path()
+    tokenizer_path = model.tokenizer_path or path
+    trust = model.trust_remote_code
+    check, policy = check_model("model.path", path, tokenizer_path=tokenizer_path, trust_remote_code=trust)
+    yield check
     has_critic = advantage_plugin(training.advantage, training.advantage_args).needs_critic
     critic = policy if has_critic else None
-    if settings.model.critic_path is not None:
-        critic_check, critic = check_model(
-            "model.critic_path", settings.model.critic_path, trust_remote_code=settings.model.trust_remote_code
-        )
-        yield critic_check
+    if model.critic_path is not None:
+        check, critic = check_model("model.critic_path", model.critic_path, trust_remote_code=trust)
+        yield check
     if policy is None or (has_critic and critic is None):
-        yield warned("memory, engine", "not looked at without the model", "correct the model first")
+        yield Check("memory, engine", "warn", "not checked without the model", "correct the model first")
         return
-    yield from _with_models(settings, machine, policy, critic, device=device, skip_engine=skip_engine, say=say)
+    yield _inputs(settings)
+    yield check_disk(settings, policy, critic)
+    yield check_shared_memory(machine, 4 * policy.num_parameters)
+    try:
+        spec, max_tokens = _engine_spec(settings, policy, device)
+    except ConfigError as error:
+        yield Check.of(error)
+        return
+    need = MemoryNeed.of(
+        settings,
+        policy,
+        critic,
+        dtype_bytes=2 if spec.engine_args["dtype"] == "bfloat16" else 4,
+        max_tokens=max_tokens,
+        cpu_cache=spec.engine_args.get("kv_cache_memory_bytes") or 0,
+    )
+    yield from check_memory(settings, machine, need, on_gpu=device.on_gpu, colocated=device.colocated)
+    if not skip_engine:
+        say("starting a vLLM engine, which takes half a minute or more")
+        yield check_engine(spec, timeout_s=settings.rollouts.startup_timeout_s)
 
 
 def table(found: list[Check]) -> Table:
-    """Lay the checks out; a remedy stands below its finding."""
+    """Lay the checks out; a remedy is below its finding."""
     grid = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
     grid.add_column(no_wrap=True, style="cyan")
     grid.add_column(no_wrap=True)
@@ -100,70 +120,19 @@ def table(found: list[Check]) -> Table:
     return grid
 
 
-def _with_models(
-    settings: Settings,
-    machine: Machine,
-    policy: ModelFacts,
-    critic: ModelFacts | None,
-    *,
-    device: Device,
-    skip_engine: bool,
-    say: Callable[[str], None],
-) -> Iterator[Check]:
-    yield _inputs(settings)
-    yield check_disk(settings, policy, critic)
-    yield check_shared_memory(machine, 4 * policy.num_parameters)
-    try:
-        spec, max_tokens = _engine_spec(settings, policy, device)
-    except ConfigError as error:
-        yield failed(error.field, repr(error.value), error.remedy)
-        return
-    need = MemoryNeed.of(
-        settings,
-        policy,
-        critic,
-        dtype_bytes=2 if spec.engine_args["dtype"] == "bfloat16" else 4,
-        max_tokens=max_tokens,
-        cpu_cache=spec.engine_args.get("kv_cache_memory_bytes") or 0,
-    )
-    yield from check_memory(settings, machine, need, on_gpu=device.on_gpu, colocated=device.colocated)
-    if not skip_engine:
-        from rlhf_ray.doctor.engine import check_engine
-
-        say("starting a vLLM engine, which takes half a minute or more")
-        yield check_engine(spec, timeout_s=settings.rollouts.startup_timeout_s)
-
-
-def _policy(settings: Settings) -> tuple[Check, ModelFacts | None]:
-    from rlhf_ray.quickstart import model_path
-
-    model = settings.model
-    path = model.path or model_path()
-    return check_model(
-        "model.path",
-        path,
-        tokenizer_path=model.tokenizer_path or path,
-        trust_remote_code=model.trust_remote_code,
-    )
-
-
 def _inputs(settings: Settings) -> Check:
-    """Look at what the run itself looks at before it starts anything: rewards, lengths and datasets."""
-    from rlhf_ray.algorithm.inputs import check_inputs
-
+    """Check what the run itself checks before it starts anything: rewards, lengths and datasets."""
     try:
         check_inputs(settings)
     except ConfigError as error:
-        return failed(error.field, repr(error.value), error.remedy)
+        return Check.of(error)
     except DataError as error:
-        return failed("data", str(error), "correct the data, or the section that names it")
-    return passed("data, rewards", "can be read")
+        return Check("data", "fail", str(error), "correct the data, or the section that names it")
+    return Check("data, rewards", "ok", "can be read")
 
 
 def _engine_spec(settings: Settings, policy: ModelFacts, device: Device) -> tuple[EngineSpec, int]:
     """Make what a replica of this run would be given, and its longest sequence in tokens."""
-    from rlhf_ray.rollouts.engine_spec import engine_spec, longest_completion, max_prompt_tokens
-
     rollouts, evaluation = settings.rollouts, settings.evaluation
     prompt_tokens = max_prompt_tokens(rollouts, evaluation, policy.config)
     spec = engine_spec(
@@ -176,9 +145,3 @@ def _engine_spec(settings: Settings, policy: ModelFacts, device: Device) -> tupl
         prompt_tokens=prompt_tokens,
     )
     return spec, prompt_tokens + longest_completion(rollouts, evaluation)[1]
-
-
-def _torch_gpus() -> int:
-    import torch
-
-    return int(torch.cuda.device_count())

@@ -1,6 +1,6 @@
-"""Before a run: the memory and disk space that models, optimizers and caches will take, beside what there is.
+"""The memory and disk space that models, optimizers and caches will take, compared with what is available.
 
-Training keeps float32 weights (4 bytes a parameter), gradients (4) and Adam's two moments (8), for the policy and for
+Training keeps float32 weights (4 bytes per parameter), gradients (4) and Adam's two moments (8), for the policy and for
 the critic, sharded over the learners; a reference is weights alone. Host memory has two copies of weights and moments
 (``fault_tolerance.state_interval``). Where replicas and learners share GPUs (``resources.colocate``), weights and
 moments are there once more while engines sample, and an engine's weights while learners update. What a pass holds
@@ -10,11 +10,12 @@ besides, gathered layers and activations, is an estimate.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.doctor.check import Check, failed, in_units, passed, warned
+from rlhf_ray.doctor.check import Check, in_units
 from rlhf_ray.doctor.machine import Machine
 from rlhf_ray.doctor.model import ModelFacts
 from rlhf_ray.models.config import kv_token_bytes
@@ -43,19 +44,19 @@ class MemoryNeed:
     """Bytes that a run's models take, without activations and processes."""
 
     learner: int
-    """Policy, critic, optimizers and reference, a learner."""
+    """Policy, critic, optimizers and reference, per learner."""
     offloaded: int
     """What of it a learner on a GPU keeps in CPU memory."""
     working: int
-    """An estimate of gathered layers and activations of a microbatch, a learner."""
+    """An estimate of gathered layers and activations of a microbatch, per learner."""
     away: int
-    """What of it is in CPU memory in the turn of an engine on the same GPU."""
+    """What of it is in CPU memory while an engine on the same GPU has its turn."""
     copies: int
     """Kept copies of a learner's state, in CPU memory."""
     engine_weights: int
-    """An engine's weights, a GPU of it."""
+    """An engine's weights, per GPU of it."""
     sequence: int
-    """Key-value cache of one longest sequence, a GPU of the engine; 0 where it does not grow with the sequence."""
+    """Key-value cache of one longest sequence, per GPU of the engine; 0 where it does not grow with the sequence."""
     cpu_cache: int
     """Key-value cache that a CPU engine reserves."""
 
@@ -81,20 +82,23 @@ class MemoryNeed:
             cpu_cache: Key-value cache that a CPU engine will reserve.
         """
         # The frozen weights serve as the reference too.
-        lora = settings.model.lora_rank > 0
-        trained = _TRAINED_BYTES * _num_trained(settings, policy, critic)
+        lora, learners = settings.model.lora_rank > 0, settings.learners
+        # Adapters are small compared with the weights, which are then frozen.
+        num_trained = _parameters(critic) + (0 if lora else policy.num_parameters)
+        trained = _TRAINED_BYTES * num_trained
+        copies = _COPIES * _SAVED_BYTES * num_trained if settings.fault_tolerance.keeps_state else 0
         reference = dtype_bytes * policy.num_parameters if settings.training.kl_coef > 0 and not lora else 0
         base = _WEIGHT_BYTES * policy.num_parameters if lora else 0
-        shards, learners = settings.rollouts.tensor_parallel_size, settings.learners
         # Gradients are kept by an optimizer that is there anyway.
-        asleep = trained if learners.offload_optimizer else trained * _SAVED_BYTES // _TRAINED_BYTES
+        asleep = trained if learners.offload_optimizer else _SAVED_BYTES * num_trained
         offloaded = (trained + base) * learners.offload_optimizer + reference * learners.offload_reference
+        shards = settings.rollouts.tensor_parallel_size
         return cls(
             learner=(trained + base + reference) // learners.num_learners,
             offloaded=offloaded // learners.num_learners,
             working=_working(policy, learners.max_tokens_per_microbatch, dtype_bytes, learners.gradient_checkpointing),
             away=(asleep + base + reference) // learners.num_learners,
-            copies=_state_copies(settings, policy, critic) // learners.num_learners,
+            copies=copies // learners.num_learners,
             engine_weights=dtype_bytes * policy.num_parameters // shards,
             sequence=max_tokens * (kv_token_bytes(policy.config, dtype_bytes) or 0) // shards,
             cpu_cache=cpu_cache,
@@ -102,7 +106,7 @@ class MemoryNeed:
 
 
 def _working(model: ModelFacts, tokens: int, dtype_bytes: int, recomputed: bool) -> int:
-    """Estimate what a forward and backward pass over ``tokens`` holds beside weights, gradients and moments.
+    """Estimate what a forward and backward pass over ``tokens`` holds besides weights, gradients and moments.
 
     Two layers are gathered, and the gradient of one. With activations recomputed, each layer leaves its input, and one
     has all of its own: about ten times the width and three times that of its feed-forward part per token.
@@ -119,14 +123,9 @@ def _working(model: ModelFacts, tokens: int, dtype_bytes: int, recomputed: bool)
     return activations + gathered + _CHUNK_BYTES
 
 
-def _state_copies(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> int:
-    """Bytes of all learners' kept states."""
-    return _COPIES * _SAVED_BYTES * _num_trained(settings, policy, critic) * settings.fault_tolerance.keeps_state
-
-
 def check_memory(
-    settings: Settings, machine: Machine, need: MemoryNeed, *, on_gpu: bool, colocated: bool = False
-) -> list[Check]:
+    settings: Settings, machine: Machine, need: MemoryNeed, *, on_gpu: bool, colocated: bool
+) -> Iterator[Check]:
     """Compare the need with this machine; a cluster's nodes are taken to be like it.
 
     Args:
@@ -136,26 +135,14 @@ def check_memory(
         on_gpu: Whether engines run on GPUs.
         colocated: Whether each learner takes turns with an engine, on one GPU.
     """
-    if not on_gpu:
-        engine = need.engine_weights + need.cpu_cache
-        return [_cpu_memory(settings, machine, need, learner=need.learner, engine=engine)]
-    if settings.learners.num_gpus_per_learner == 0:
-        return [_cpu_memory(settings, machine, need, learner=need.learner), _engine_gpu(settings, machine, need)]
-    learner, engine = (need.away, need.engine_weights) if colocated else (need.offloaded, 0)
-    return [
-        _learner_gpu(machine, need, colocated=colocated),
-        _engine_gpu(settings, machine, need, colocated=colocated),
-        _cpu_memory(settings, machine, need, learner=learner, engine=engine),
-    ]
-
-
-def _kept_checkpoints(settings: Settings) -> int:
-    checkpointing = settings.checkpointing
-    if not checkpointing.interval or checkpointing.path is not None:
-        return 0
-    best = 0 if checkpointing.best_metric is None else checkpointing.keep_best
-    # The newest is written before the oldest is deleted.
-    return checkpointing.keep + best + 1
+    learners_on_gpu = on_gpu and settings.learners.num_gpus_per_learner != 0
+    if learners_on_gpu:
+        yield _learner_gpu(machine, need, colocated=colocated)
+    if on_gpu:
+        yield _engine_gpu(settings, machine, need, colocated=colocated)
+    learner = need.away if colocated else need.offloaded if learners_on_gpu else need.learner
+    engine = need.engine_weights + need.cpu_cache if not on_gpu else need.engine_weights if colocated else 0
+    yield _cpu_memory(settings, machine, need, learner=learner, engine=engine)
 
 
 def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> Check:
@@ -163,19 +150,17 @@ def check_disk(settings: Settings, policy: ModelFacts, critic: ModelFacts | None
     wanted = Path(settings.reporting.run_dir or "runs").expanduser().absolute()
     existing = next(folder for folder in (wanted, *wanted.parents) if folder.is_dir())
     free = shutil.disk_usage(existing).free
+    checkpointing, kept = settings.checkpointing, 0
+    if checkpointing.interval and checkpointing.path is None:
+        # The newest is written before the oldest is deleted.
+        kept = checkpointing.keep + 1 + (0 if checkpointing.best_metric is None else checkpointing.keep_best)
     checkpoint = _SAVED_BYTES * (policy.num_parameters + _parameters(critic))
-    kept = _kept_checkpoints(settings)
     needed = _LOGS_BYTES + kept * checkpoint + _WEIGHT_BYTES * policy.num_parameters
     detail = f"{in_units(free)} free at {existing}"
     if free < needed:
         text = f"{detail}, wants {in_units(needed)} for {kept} checkpoints, the model and logs"
-        return failed("disk", text, "choose another reporting.run_dir, or a smaller checkpointing.keep")
-    return passed("disk", f"{detail}, the run takes about {in_units(needed)}")
-
-
-def _num_trained(settings: Settings, policy: ModelFacts, critic: ModelFacts | None) -> int:
-    # Adapters are small beside the weights, which are then frozen.
-    return _parameters(critic) + (0 if settings.model.lora_rank > 0 else policy.num_parameters)
+        return Check("disk", "fail", text, "choose another reporting.run_dir, or a smaller checkpointing.keep")
+    return Check("disk", "ok", f"{detail}, the run takes about {in_units(needed)}")
 
 
 def _parameters(model: ModelFacts | None) -> int:
@@ -183,7 +168,7 @@ def _parameters(model: ModelFacts | None) -> int:
 
 
 def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, learner: int, engine: int = 0) -> Check:
-    """Compare what a learner and an engine have in CPU memory."""
+    """Compare what learners and engines have in CPU memory with what is free."""
     learners, replicas = settings.learners.num_learners, settings.rollouts.num_replicas
     processes = learners * _LEARNER_PROCESS_BYTES + replicas * _ENGINE_PROCESSES_BYTES + _DRIVER_AND_RAY_BYTES
     total = learners * (learner + need.copies) + replicas * engine + processes
@@ -196,54 +181,52 @@ def _cpu_memory(settings: Settings, machine: Machine, need: MemoryNeed, *, learn
     parts.append(f"programs {in_units(processes)}")
     detail = f"{in_units(total)} ({', '.join(parts)}), {in_units(machine.available_bytes)} free"
     if settings.resources.ray_address is not None:
-        return passed("memory", f"{detail} here; the cluster's nodes share it")
+        return Check("memory", "ok", f"{detail} here; the cluster's nodes share it")
     if total > machine.available_bytes:
         remedy = "use a smaller model, fewer replicas" + ", less rollouts.kv_cache_bytes" * (need.cpu_cache > 0)
         if need.copies:
             remedy += ", or turn copies off: fault_tolerance.state_interval=0"
-        return failed("memory", detail, remedy)
+        return Check("memory", "fail", detail, remedy)
     if total > 0.8 * machine.available_bytes:
-        return warned("memory", detail, "activations may not fit: lower learners.max_tokens_per_microbatch")
-    return passed("memory", detail)
+        return Check("memory", "warn", detail, "activations may not fit: lower learners.max_tokens_per_microbatch")
+    return Check("memory", "ok", detail)
 
 
 def _learner_gpu(machine: Machine, need: MemoryNeed, *, colocated: bool) -> Check:
     name = "learner memory"
     on_gpu = need.learner - need.offloaded
-    detail = f"{in_units(on_gpu)} a GPU for weights, gradients and Adam, about {in_units(need.working)} to compute"
-    sizes = [gpu.memory_bytes for gpu in machine.gpus if gpu.memory_bytes]
-    if not sizes:
-        return passed(name, f"{detail}; no GPU here to compare with")
-    size = min(sizes) - RESIDUE_BYTES * colocated
+    detail = f"{in_units(on_gpu)} per GPU for weights, gradients and Adam, about {in_units(need.working)} to compute"
+    if not machine.gpu_bytes:
+        return Check(name, "ok", f"{detail}; no GPU here to compare with")
+    size = machine.gpu_bytes - RESIDUE_BYTES * colocated
     detail = f"{detail}, of {in_units(size)}"
     if on_gpu > size:
         enough = -(-on_gpu // max(1, size - need.working)) if size > need.working else -(-2 * on_gpu // size)
         remedy = f"shard over more GPUs (learners.num_learners times {enough}) or set learners.offload_optimizer"
-        return failed(name, detail, remedy)
+        return Check(name, "fail", detail, remedy)
     if on_gpu + need.working > size:
         remedy = "may not fit: more num_learners, gradient_checkpointing, or a smaller max_tokens_per_microbatch"
-        return warned(name, detail, remedy)
-    return passed(name, detail)
+        return Check(name, "warn", detail, remedy)
+    return Check(name, "ok", detail)
 
 
-def _engine_gpu(settings: Settings, machine: Machine, need: MemoryNeed, *, colocated: bool = False) -> Check:
+def _engine_gpu(settings: Settings, machine: Machine, need: MemoryNeed, *, colocated: bool) -> Check:
     name = "engine memory"
-    weights = f"{in_units(need.engine_weights)} of weights a GPU"
-    sizes = [gpu.memory_bytes for gpu in machine.gpus if gpu.memory_bytes]
-    if not sizes:
-        return passed(name, f"{weights}; no GPU here to compare with")
-    share = int(settings.rollouts.gpu_memory_utilization * min(sizes))
+    weights = f"{in_units(need.engine_weights)} of weights per GPU"
+    if not machine.gpu_bytes:
+        return Check(name, "ok", f"{weights}; no GPU here to compare with")
+    share = int(settings.rollouts.gpu_memory_utilization * machine.gpu_bytes)
     detail = f"{weights}, of {in_units(share)}"
-    if colocated and share + RESIDUE_BYTES > min(sizes):
+    if colocated and share + RESIDUE_BYTES > machine.gpu_bytes:
         remedy = f"lower rollouts.gpu_memory_utilization: a sleeping learner leaves about {in_units(RESIDUE_BYTES)}"
-        return failed(name, detail, remedy)
+        return Check(name, "fail", detail, remedy)
     if need.sequence == 0 and need.engine_weights < share:
-        return passed(name, detail)
+        return Check(name, "ok", detail)
     sequences = (share - need.engine_weights) // max(1, need.sequence)
     detail = f"{detail}; cache for {max(0, sequences)} longest sequences"
     if sequences < 1:
         remedy = "raise rollouts.tensor_parallel_size, or lower max_prompt_tokens and max_new_tokens"
-        return failed(name, detail, remedy)
+        return Check(name, "fail", detail, remedy)
     if sequences < settings.rollouts.group_size:
-        return warned(name, detail, "not one group fits at its longest: sampling will be slow; shorten or shard")
-    return passed(name, detail)
+        return Check(name, "warn", detail, "not one group fits at its longest: sampling will be slow; shorten or shard")
+    return Check(name, "ok", detail)

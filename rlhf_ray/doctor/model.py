@@ -1,4 +1,4 @@
-"""Before a run: whether a model can be read, and how big it is, without loading its weights."""
+"""Whether a model can be read, and how big it is, without loading its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlhf_ray.config.local_path import absolute_if_local, looks_local
-from rlhf_ray.doctor.check import Check, failed, passed
+from rlhf_ray.doctor.check import Check
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.config import load_model_config
 
@@ -36,14 +36,15 @@ def check_model(
     Args:
         field: The setting that names it, for the report.
         path: Local folder or hub id.
-        tokenizer_path: Where its tokenizer is; none: no tokenizer is needed.
+        tokenizer_path: Where its tokenizer is; ``None``: no tokenizer is needed.
         trust_remote_code: Whether to run code that ships with the model.
 
     Returns:
         The check, and what was read where that worked.
     """
+    remedy = f"give {field} a Hugging Face model folder or a hub id"
     if looks_local(path) and not Path(path).expanduser().is_dir():
-        return failed(field, f"{path}: no such folder", f"give {field} a Hugging Face model folder or a hub id"), None
+        return Check(field, "fail", f"{path}: no such folder", remedy), None
     from rlhf_ray.prompts.tokenizer import load_tokenizer
 
     try:
@@ -54,14 +55,15 @@ def check_model(
         if tokenizer_path is not None:
             load_tokenizer(tokenizer_path, trust_remote_code=trust_remote_code)
     except ConfigError as error:
-        return failed(field, f"{path}: {error.remedy}", f"correct {error.field}"), None
+        return Check(field, "fail", f"{path}: {error.remedy}", f"correct {error.field}"), None
     except Exception as error:
         # transformers has no common error for "this is not a model": each kind of damage raises its own.
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        return failed(field, f"{path}: {reason}", f"give {field} a Hugging Face model folder or a hub id"), None
+        return Check(field, "fail", f"{path}: {reason}", remedy), None
     kind = (config.architectures or [config.model_type])[0]
     size = f"{num_parameters / 1e9:.2f}B" if num_parameters >= 1e9 else f"{num_parameters / 1e6:.2f}M"
-    return passed(field, f"{path}: {kind}, {size} parameters"), ModelFacts(read_from, num_parameters, config)
+    facts = ModelFacts(read_from, num_parameters, config)
+    return Check(field, "ok", f"{path}: {kind}, {size} parameters"), facts
 
 
 def count_parameters(path: str, config: PretrainedConfig, *, trust_remote_code: bool = False) -> int:
@@ -71,9 +73,8 @@ def count_parameters(path: str, config: PretrainedConfig, *, trust_remote_code: 
         ValueError: A weights file is missing, cut short, or not what its name says.
     """
     folder = Path(path).expanduser()
-    files = _weight_files(folder) if folder.is_dir() else []
-    if files:
-        return sum(_header_parameters(file) for file in files)
+    if files := _weight_files(folder):
+        return sum(_parameters_in(file) for file in files)
     if folder.is_dir() and not any(folder.glob("pytorch_model*.bin")):
         raise ValueError("the folder holds no weights (*.safetensors)")
     import torch
@@ -94,16 +95,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _header_parameters(file: Path) -> int:
-    """Read a safetensors header: its length (8 bytes), then JSON of name -> dtype, shape, data_offsets."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if length > size - 8:
-            raise ValueError(f"{file.name} is not a safetensors file (a Git LFS pointer?)")
-        tensors = json.loads(stream.read(length))
-    tensors.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
-    if size < 8 + length + end:
-        raise ValueError(f"{file.name} is cut short: {size} of {8 + length + end} bytes")
-    return sum(math.prod(entry["shape"]) for entry in tensors.values())
+def _parameters_in(file: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file.name} is cut short, or no safetensors file (a Git LFS pointer?): {error}") from None

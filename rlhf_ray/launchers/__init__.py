@@ -1,4 +1,4 @@
-"""Around the loop: the same run on this machine, on a running Ray cluster, or as a Slurm job.
+"""The same run on this machine, on a running Ray cluster, or as a Slurm job.
 
 ::
 

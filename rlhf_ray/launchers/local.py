@@ -8,45 +8,37 @@ import socket
 import sys
 from pathlib import Path
 
+from rlhf_ray.command import Commands, say
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.launchers.program import Program, environment
+from rlhf_ray.launchers.program import Program, add_backend, main
 
-__all__ = ["SUMMARY", "add_options", "run"]
-
-SUMMARY = "run on this machine, in a Ray that `ray start` left running or in one that ends with the run"
+__all__ = ["add_local"]
 
 _PROBE_TIMEOUT_S = 5.0
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this backend knows."""
-    parser.add_argument(
+def add_local(backends: Commands) -> None:
+    """Add ``rlhf-ray launch local``."""
+    summary = "run on this machine, in a Ray that `ray start` left running or in one that ends with the run"
+    add_backend(backends, "local", _run, summary).add_argument(
         "--address",
         metavar="HOST:PORT",
         help="Ray to join; `local` starts a new one (default: RAY_ADDRESS, else the last `ray start` here, else new)",
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Replace this process by the run.
-
-    Signals and the exit code are then the run's own, with nothing in between.
-
-    Raises:
-        ConfigError: The command line or a setting is wrong, or the Ray on record does not answer.
-    """
+def _run(args: argparse.Namespace) -> int:
+    """Replace this process by the run: signals and the exit code are then the run's own, with nothing in between."""
     program = Program.of(args)
-    working_dir = Path.cwd()
-    variables = {**os.environ, **environment(args.env)}
-    program.configured(working_dir)
+    variables = {**os.environ, **program.variables}
     address = args.address or variables.get("RAY_ADDRESS")
     if address is None and (found := _running_ray(variables)) is not None:
-        sys.stderr.write(f"joining the Ray at {found}\n")
+        say(f"joining the Ray at {found}")
         # Not its address: Ray shows the token of the home folder only to a Ray that it found by itself.
         address = "auto"
     if address is not None:
         variables["RAY_ADDRESS"] = address
-    command = program.command(sys.executable, working_dir=working_dir)
+    command = program.command(sys.executable)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(command[0], command, variables)
@@ -74,6 +66,4 @@ def _running_ray(variables: dict[str, str]) -> str | None:
 
 
 if __name__ == "__main__":
-    from rlhf_ray.cli import main
-
-    sys.exit(main(["launch", "local", *sys.argv[1:]]))
+    sys.exit(main("local", add_local))

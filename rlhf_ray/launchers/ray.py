@@ -9,15 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.errors import ConfigError
-from rlhf_ray.launchers.program import Program, environment
+from rlhf_ray.command import Commands, say
+from rlhf_ray.launchers.program import REPEATED, Program, add_backend, main
 
-__all__ = ["SUMMARY", "add_options", "run"]
-
-SUMMARY = "run as a job of a running Ray cluster and follow its log; Ctrl-C stops the job"
+__all__ = ["add_ray"]
 
 _DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-# Patterns as in .gitignore, which Ray respects too. A run's config.yaml travels: it can be what is launched.
+# Patterns as in .gitignore, which Ray respects too. A run's config.yaml is uploaded: it can be what is launched.
 _NEVER_UPLOADED = (
     ".git",
     ".venv",
@@ -26,40 +24,33 @@ _NEVER_UPLOADED = (
 )
 # Ray kills what has not ended 3 s after SIGTERM; a run stops engines and learners first, and a checkpoint is finished.
 _STOP_WAIT_S = 90
-# How long after that the job is looked at before it is left to itself.
+# How long after that the job is watched before it is left to itself.
 _LAST_LOOK_S = 15
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add what only this backend knows."""
-    parser.add_argument(
+def add_ray(backends: Commands) -> None:
+    """Add ``rlhf-ray launch ray``."""
+    summary = "run as a job of a running Ray cluster and follow its log; Ctrl-C stops the job"
+    add = add_backend(backends, "ray", _run, summary).add_argument
+    add(
         "--address",
         metavar="URL",
         help=f"job server of the cluster, its dashboard (default: RAY_ADDRESS, else {_DEFAULT_ADDRESS})",
     )
-    parser.add_argument(
-        "--working-dir", metavar="DIR", default=".", help="folder that is uploaded and run in (default: this one)"
-    )
-    parser.add_argument(
-        "--no-upload", action="store_true", help="upload nothing: the cluster sees the same folders as this machine"
-    )
-    parser.add_argument(
+    add("--working-dir", metavar="DIR", help="folder that is uploaded and run in (default: this one)")
+    add("--no-upload", action="store_true", help="upload nothing: the cluster sees the same folders as this machine")
+    add(
         "--exclude",
-        action="append",
-        default=[],
         metavar="PATTERN",
         help="files that are not uploaded, as in .gitignore, which is respected too; as often as needed",
+        **REPEATED,
     )
-    parser.add_argument(
-        "--python", metavar="PATH", default="python", help="interpreter on the cluster (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--no-check", action="store_true", help="skip the check of the settings here: their files are on the cluster"
-    )
-    parser.add_argument("--no-wait", action="store_true", help="submit, say how to look at the job, and return")
+    add("--python", metavar="PATH", default="python", help="interpreter on the cluster (default: %(default)s)")
+    add("--no-check", action="store_true", help="skip the check of the settings here: their files are on the cluster")
+    add("--no-wait", action="store_true", help="submit, say how to look at the job, and return")
 
 
-def run(args: argparse.Namespace) -> int:
+def _run(args: argparse.Namespace) -> int:
     """Submit the job, and unless told otherwise follow it to its end.
 
     Returns:
@@ -69,49 +60,27 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: The command line or a setting is wrong, the cluster does not answer, or refuses the job.
     """
     program = Program.of(args)
-    working_dir = Path(os.path.abspath(args.working_dir))
-    if not working_dir.is_dir():
-        raise ConfigError("--working-dir", args.working_dir, "no such folder")
-    runtime_env = _runtime_env(args, working_dir)
-    entrypoint = _entrypoint(program, args, working_dir)
-    run_dir = program.configured(working_dir, validate=not args.no_check).settings.reporting.run_dir
-    if not (args.no_upload or program.is_script or (run_dir and Path(run_dir).is_absolute())):
-        sys.stderr.write(
-            "warning: reporting.run_dir is not an absolute path; what the run writes stays in a temporary folder "
-            "of the cluster\n"
-        )
+    # Without exec a shell would be what Ray watches, and pass no signal's exit code on.
+    entrypoint = f"exec {shlex.join(program.command(args.python, only_inside=not args.no_upload))}"
+    runtime_env: dict[str, Any] = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S), **program.variables}}
+    if args.no_upload:
+        entrypoint = f"cd {shlex.quote(str(program.working_dir))} && {entrypoint}"
+    else:
+        runtime_env |= {"working_dir": str(program.working_dir), "excludes": [*_NEVER_UPLOADED, *args.exclude]}
+        run_dir = program.config.settings.reporting.run_dir
+        if not (program.is_script or (run_dir and Path(run_dir).is_absolute())):
+            say(
+                "warning: reporting.run_dir is not an absolute path; what the run writes stays in a temporary folder "
+                "of the cluster"
+            )
     # Ray is imported only now: mistakes answer at once.
     from rlhf_ray.launchers.ray_job import RayJob
 
-    job = RayJob.submit(
-        args.address or os.environ.get("RAY_ADDRESS") or _DEFAULT_ADDRESS,
-        entrypoint=entrypoint,
-        runtime_env=runtime_env,
-    )
-    sys.stderr.write(f"submitted {job.job_id}\n{job.how_to_look()}\n")
+    address = args.address or os.environ.get("RAY_ADDRESS") or _DEFAULT_ADDRESS
+    job = RayJob.submit(address, entrypoint=entrypoint, runtime_env=runtime_env)
+    say(f"submitted {job.job_id}\n{job.how_to_look()}")
     return 0 if args.no_wait else job.follow(sys.stdout, stop_timeout_s=_STOP_WAIT_S + _LAST_LOOK_S)
 
 
-def _entrypoint(program: Program, args: argparse.Namespace, working_dir: Path) -> str:
-    command = shlex.join(program.command(args.python, working_dir=working_dir, only_inside=not args.no_upload))
-    if args.no_upload:
-        return f"cd {shlex.quote(str(working_dir))} && exec {command}"
-    # Without exec a shell would be what Ray watches, and pass no signal's exit code on.
-    return f"exec {command}"
-
-
-def _runtime_env(args: argparse.Namespace, working_dir: Path) -> dict[str, Any]:
-    variables = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_WAIT_S), **environment(args.env)}
-    if args.no_upload:
-        return {"env_vars": variables}
-    return {
-        "env_vars": variables,
-        "working_dir": str(working_dir),
-        "excludes": [*_NEVER_UPLOADED, *args.exclude],
-    }
-
-
 if __name__ == "__main__":
-    from rlhf_ray.cli import main
-
-    sys.exit(main(["launch", "ray", *sys.argv[1:]]))
+    sys.exit(main("ray", add_ray))

@@ -6,27 +6,23 @@ import asyncio
 import os
 import shlex
 import socket
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self, TextIO
 from urllib.parse import urlsplit
 
 import aiohttp
 from ray.exceptions import AuthenticationError
-from ray.job_submission import JobStatus, JobSubmissionClient
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from rlhf_ray.command import say
 from rlhf_ray.errors import ConfigError, RLHFRayError
 
 __all__ = ["RayJob"]
 
 _PROBE_TIMEOUT_S = 10.0
 _POLL_INTERVAL_S = 0.5
-_STATUS_ATTEMPTS = 60
-# Overrides whatever address JobSubmissionClient is given.
-_OVERRIDING_VARIABLE = "RAY_API_SERVER_ADDRESS"
+_ATTEMPTS = 60
 _SIGTERM_EXIT_CODE = 143
 
 
@@ -52,9 +48,10 @@ class RayJob:
             RLHFRayError: The connection is lost on the way.
         """
         _probe(address)
+        # It would override whatever address the client is given.
+        os.environ.pop("RAY_API_SERVER_ADDRESS", None)
         try:
-            with _variable(_OVERRIDING_VARIABLE, address):
-                client = JobSubmissionClient(address)
+            client = JobSubmissionClient(address)
         except AuthenticationError as error:
             remedy = (
                 "it asks for a token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless the cluster's token is the "
@@ -91,16 +88,22 @@ class RayJob:
             RLHFRayError: The job server does not answer any more.
         """
         try:
-            asyncio.run(self._copy_log(out))
-            return self._exit_code()
+            job = asyncio.run(self._copied_log(out))
         except KeyboardInterrupt:
             self._stop(stop_timeout_s)
             raise
+        if job.status == JobStatus.SUCCEEDED:
+            return 0
+        say(f"{self.job_id} {job.status.value.lower()}: {(job.message or '').strip()}")
+        if job.status == JobStatus.STOPPED:
+            return _SIGTERM_EXIT_CODE
+        code = job.driver_exit_code
+        return code if code is not None and 0 < code < 256 else 1
 
-    async def _copy_log(self, out: TextIO) -> None:
+    async def _copied_log(self, out: TextIO) -> JobDetails:
+        """Copy the log to its end. A connection that was lost starts again at the first line, as ``ray job logs``."""
         shown = 0
         while True:
-            # A connection that was lost starts again at the first line.
             skip = shown
             try:
                 async for text in self.client.tail_job_logs(self.job_id):
@@ -110,56 +113,47 @@ class RayJob:
                     out.write(new)
                     out.flush()
             except (OSError, RuntimeError, aiohttp.ClientError) as error:
-                sys.stderr.write(f"the log broke off ({_first_line(error)}); trying again\n")
-            if self._status().is_terminal():
-                return
+                say(f"the log broke off ({_first_line(error)}); trying again")
+            if (job := self._details()).status.is_terminal():
+                return job
             await asyncio.sleep(_POLL_INTERVAL_S)
 
-    def _status(self) -> JobStatus:
-        """Ask for the status; a busy or briefly unreachable head is asked again.
+    def _details(self) -> JobDetails:
+        """Ask for status and exit code; a busy or briefly unreachable head is asked again.
 
         Raises:
             RLHFRayError: It stays away.
         """
-        for _ in range(_STATUS_ATTEMPTS):
+        for _ in range(_ATTEMPTS):
             try:
-                return self.client.get_job_status(self.job_id)
+                return self.client.get_job_info(self.job_id)
             except (OSError, RuntimeError) as error:
                 last = error
             time.sleep(_POLL_INTERVAL_S)
-        raise RLHFRayError(f"the Ray job server {self.address} does not answer any more: {_first_line(last)}") from last
-
-    def _exit_code(self) -> int:
-        details = self.client.get_job_info(self.job_id)
-        if details.status == JobStatus.SUCCEEDED:
-            return 0
-        sys.stderr.write(f"{self.job_id} {details.status.value.lower()}: {(details.message or '').strip()}\n")
-        if details.status == JobStatus.STOPPED:
-            return _SIGTERM_EXIT_CODE
-        code = details.driver_exit_code
-        return code if code is not None and 0 < code < 256 else 1
+        remedy = f"the Ray job server {self.address} does not answer any more: {_first_line(last)}"
+        raise RLHFRayError(remedy) from last
 
     def _stop(self, timeout_s: float) -> None:
-        sys.stderr.write(f"stopping {self.job_id}; Ctrl-C again leaves it to itself\n{self.how_to_look()}\n")
+        say(f"stopping {self.job_id}; Ctrl-C again leaves it to itself\n{self.how_to_look()}")
         try:
             self.client.stop_job(self.job_id)
-            deadline = time.monotonic() + timeout_s
-            while not (status := self._status()).is_terminal():
-                if time.monotonic() > deadline:
-                    sys.stderr.write(f"{self.job_id} has not ended after {timeout_s:g} s\n")
-                    return
-                time.sleep(_POLL_INTERVAL_S)
         except (OSError, RuntimeError) as error:
-            sys.stderr.write(f"the cluster could not be asked to stop it: {_first_line(error)}\n")
+            say(f"the cluster could not be asked to stop it: {_first_line(error)}")
             return
-        sys.stderr.write(f"{self.job_id} {status.value.lower()}\n")
+        deadline = time.monotonic() + timeout_s
+        while not (status := self._details().status).is_terminal():
+            if time.monotonic() > deadline:
+                say(f"{self.job_id} has not ended after {timeout_s:g} s")
+                return
+            time.sleep(_POLL_INTERVAL_S)
+        say(f"{self.job_id} {status.value.lower()}")
 
 
 def _probe(address: str) -> None:
-    """Knock, with a time limit: Ray's own requests have none.
+    """Connect once, with a time limit: Ray's own requests have none.
 
     Raises:
-        ConfigError: Nobody is there.
+        ConfigError: Nothing answers there.
     """
     url = urlsplit(address)
     if url.scheme not in ("http", "https"):
@@ -170,19 +164,6 @@ def _probe(address: str) -> None:
     except (OSError, ValueError) as error:
         remedy = f"no Ray job server answers there ({_first_line(error)}); give the address of the cluster's dashboard"
         raise ConfigError("--address", address, remedy) from error
-
-
-@contextmanager
-def _variable(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,7 @@
-"""Before a Ray Tune trial starts its parts: whether the cluster has room for all of them beside those of the others.
+"""Which Ray Tune trial may start its parts: the cluster must have resources for all of them at once.
 
-Plain bookkeeping without Ray: the trial keeper (trial_keeper.py) asks it. Two trials that each get half of what they
-need would wait for each other for ever, so a trial gets all or waits, first come, first served.
+Plain bookkeeping without Ray: the supervisor (supervisor.py) asks it. Two trials that each get half of what they need
+would wait for each other forever, so a trial gets all or waits, first come, first served.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["Answer", "Room", "TrialRoom"]
+__all__ = ["Answer", "Resources", "TrialQueue"]
 
 # A trial that waits asks every second; one that has not asked for so long is gone.
 _FORGOTTEN_S = 30.0
@@ -19,7 +20,7 @@ _ROUNDING = 1e-4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class Resources:
     """CPUs and GPUs, needed or free."""
 
     cpus: float
@@ -27,10 +28,10 @@ class Room:
     in_pairs: bool = False
     """Whether replica and learner share each GPU: Ray pairs them as long as nothing else takes parts of GPUs."""
 
-    def __sub__(self, other: Room) -> Room:
-        return Room(cpus=self.cpus - other.cpus, gpus=self.gpus - other.gpus)
+    def __sub__(self, other: Resources) -> Resources:
+        return Resources(cpus=self.cpus - other.cpus, gpus=self.gpus - other.gpus)
 
-    def fits_in(self, free: Room) -> bool:
+    def fit_in(self, free: Resources) -> bool:
         """Whether there is at least so much."""
         return self.cpus <= free.cpus + _ROUNDING and self.gpus <= free.gpus + _ROUNDING
 
@@ -43,62 +44,85 @@ class Answer:
     """What a trial is told."""
 
     granted: bool
-    free: Room
+    free: Resources
     """What the cluster has free, less what trials that are starting will take."""
     others: int
-    """Trials that have their room."""
+    """Trials that have their resources."""
     is_next: bool
     """Whether no other trial asked earlier."""
 
 
-class TrialRoom:
-    """Who has room and who waits.
+@dataclass(slots=True, kw_only=True)
+class _Trial:
+    need: Resources
+    asked_at: float
+    granted_at: float | None = None
+    has_started: bool = False
+    parts: Any = None
+
+
+class TrialQueue:
+    """Trials that wait, start or run, in the order in which they asked first.
 
     Args:
         free: What the cluster has free now.
         clock: Seconds.
     """
 
-    def __init__(self, free: Callable[[], Room], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, free: Callable[[], Resources], clock: Callable[[], float] = time.monotonic) -> None:
         self._free = free
         self._clock = clock
-        self._waiting: dict[str, float] = {}
-        self._starting: dict[str, Room] = {}
-        self._running: set[str] = set()
+        self._trials: dict[str, _Trial] = {}
 
-    def ask(self, trial: str, need: Room) -> Answer:
-        """Give a trial its room, or put it into the line; one that waits asks again and again."""
+    def ask(self, name: str, need: Resources) -> Answer:
+        """Give a trial its resources, or put it into the queue; one that waits asks again and again."""
         now = self._clock()
-        self._waiting[trial] = now
-        self._forget(now)
+        trial = self._trials.setdefault(name, _Trial(need=need, asked_at=now))
+        trial.need, trial.asked_at = need, now
+        self._forget()
+        others = [other for other in self._trials.values() if other.granted_at is not None]
+        starting = [other.need for other in others if not other.has_started]
         free = self._free()
-        for taken in self._starting.values():
+        for taken in starting:
             free -= taken
-        others = len(self._starting) + len(self._running)
-        is_next = next(iter(self._waiting)) == trial
-        is_in_the_way = bool(self._starting) and any(room.in_pairs for room in (need, *self._starting.values()))
-        granted = is_next and need.fits_in(free) and not is_in_the_way
+        is_next = next((other for other in self._trials.values() if other.granted_at is None), None) is trial
+        is_in_the_way = bool(starting) and any(each.in_pairs for each in (need, *starting))
+        granted = is_next and need.fit_in(free) and not is_in_the_way
         if granted:
-            del self._waiting[trial]
-            self._starting[trial] = need
-        return Answer(granted=granted, free=free, others=others, is_next=is_next)
+            trial.granted_at = now
+        return Answer(granted=granted, free=free, others=len(others), is_next=is_next)
 
-    def started(self, trial: str) -> None:
+    def watch(self, name: str, parts: Any) -> None:
+        """Remember what a trial has started, even if it was given up meanwhile."""
+        now = self._clock()
+        late = _Trial(need=Resources(cpus=0.0, gpus=0.0), asked_at=now, granted_at=now)
+        self._trials.setdefault(name, late).parts = parts
+
+    def started(self, name: str) -> None:
         """All its parts run: from now on the cluster itself counts what they take."""
-        if self._starting.pop(trial, None) is not None:
-            self._running.add(trial)
+        if name in self._trials:
+            self._trials[name].has_started = True
 
-    def leave(self, trial: str) -> None:
-        """Take a trial out, whatever it was doing."""
-        self._waiting.pop(trial, None)
-        self._starting.pop(trial, None)
-        self._running.discard(trial)
+    def leave(self, name: str) -> None:
+        """Remove a trial, whatever its state."""
+        self._trials.pop(name, None)
+
+    def watched(self) -> dict[str, Any]:
+        """The parts of each trial that has some."""
+        return {name: trial.parts for name, trial in self._trials.items() if trial.parts is not None}
+
+    def unwatched(self, for_s: float) -> list[str]:
+        """Trials that got their resources so long ago and have started nothing."""
+        since = self._clock() - for_s
+        without = ((name, trial.granted_at) for name, trial in self._trials.items() if trial.parts is None)
+        return [name for name, granted_at in without if granted_at is not None and granted_at < since]
 
     def is_empty(self) -> bool:
-        """Whether no trial has room or waits for it."""
-        self._forget(self._clock())
-        return not (self._waiting or self._starting or self._running)
+        """Whether no trial has resources or waits for them."""
+        self._forget()
+        return not self._trials
 
-    def _forget(self, now: float) -> None:
-        for trial in [trial for trial, asked in self._waiting.items() if now - asked > _FORGOTTEN_S]:
-            del self._waiting[trial]
+    def _forget(self) -> None:
+        since = self._clock() - _FORGOTTEN_S
+        for name in [name for name, each in self._trials.items() if each.granted_at is None and each.asked_at < since]:
+            del self._trials[name]

@@ -1,7 +1,7 @@
 """How a checkpoint gets from learners on several nodes into the folder that Ray Tune hands to a trial, and back.
 
 Tune makes a folder on the trial's own node and copies it to its storage itself; learners on other nodes cannot see it.
-There a folder in the storage, which all nodes reach, stands between the two.
+There the checkpoint goes through a folder in the storage, which all nodes reach.
 """
 
 from __future__ import annotations
@@ -31,27 +31,28 @@ def folder_to_write(given: str, storage: Any) -> Iterator[Folder]:
         given: Tune's folder.
         storage: Tune's storage; ``None`` outside of Tune.
     """
-    if storage is None or _is_one_node():
-        yield Folder.at(given)
-        return
-    with _shared(storage) as folder:
+    own = Folder.at(given)
+    with _reached_by_all(own, storage) as folder:
         yield folder
-        folder.copy_to(Folder.at(given))
+        if folder is not own:
+            folder.copy_to(own)
 
 
 @contextmanager
 def folder_to_read(given: str, storage: Any) -> Iterator[Folder]:
     """A folder that all learners can read, with what is in ``given``."""
-    if storage is None or _is_one_node():
-        yield Folder.at(given)
-        return
-    with _shared(storage) as folder:
-        Folder.at(given).copy_to(folder)
+    own = Folder.at(given)
+    with _reached_by_all(own, storage) as folder:
+        if folder is not own:
+            own.copy_to(folder)
         yield folder
 
 
 @contextmanager
-def _shared(storage: Any) -> Iterator[Folder]:
+def _reached_by_all(own: Folder, storage: Any) -> Iterator[Folder]:
+    if storage is None or len([node for node in ray.nodes() if node["Alive"]]) == 1:
+        yield own
+        return
     folder = Folder.at(_location(storage)) / f".between-nodes-{uuid.uuid4().hex[:8]}"
     try:
         yield folder
@@ -67,7 +68,3 @@ def _location(storage: Any) -> str:
         remedy = "learners on several nodes need a storage_path of S3, GCS, HDFS, Azure or a shared folder"
         raise ConfigError("RunConfig.storage_filesystem", kind, remedy)
     return f"{_SCHEMES[kind]}://{storage.trial_fs_path}"
-
-
-def _is_one_node() -> bool:
-    return len([node for node in ray.nodes() if node["Alive"]]) == 1

@@ -19,7 +19,7 @@ __all__ = ["TRIAL_CPUS", "Trial", "same_parts"]
 TRIAL_CPUS = 0.1
 """CPUs that Tune reserves for a trial's own process.
 
-Little, because trials that wait for room hold it too: on a small machine more would leave nothing to wait for.
+Little, because trials that wait for resources hold it too: on a small machine more would leave nothing to wait for.
 """
 
 _Config = TypeVar("_Config", bound=AlgorithmConfig)
@@ -31,7 +31,7 @@ class Trial:
 
     name: str
     folder: Path
-    """The trial's own, beside its result.json where that is on a file system of this machine."""
+    """The trial's own, where its result.json is if that is on a file system of this machine."""
     cpus: float
     """What Tune reserved for the trial's own process."""
 
@@ -53,11 +53,11 @@ class Trial:
         """The settings with folders of this trial's own, and the console left to Tune's table.
 
         Raises:
-            ConfigError: ``checkpointing.resume`` is set: Tune itself decides what a trial goes on from.
+            ConfigError: ``checkpointing.resume`` is set: Tune itself decides what a trial resumes from.
         """
         reporting, checkpointing = config.settings.reporting, config.settings.checkpointing
         if checkpointing.resume != "never":
-            remedy = "use never in a trial; tune.Tuner.restore(path, trainable=...) goes on with a sweep"
+            remedy = "use never in a trial; tune.Tuner.restore(path, trainable=...) resumes a sweep"
             raise ConfigError("checkpointing.resume", checkpointing.resume, remedy)
         parent = self.folder if reporting.run_dir is None else Path(reporting.run_dir).expanduser().absolute()
         adapted = config.copy().reporting(

@@ -20,8 +20,8 @@ from rlhf_ray.config.builder import AlgorithmConfig
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.evaluation.evaluator import Evaluator
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.tune.queue import Room
-from rlhf_ray.tune.reservation import TrialLease
+from rlhf_ray.tune.queue import Resources
+from rlhf_ray.tune.reservation import Reservation
 from rlhf_ray.tune.storage import folder_to_read, folder_to_write
 from rlhf_ray.tune.trial import TRIAL_CPUS, Trial, same_parts
 
@@ -38,42 +38,44 @@ class TrialSession(RaySession):
 
     def __init__(self, settings: Settings, trial: Trial) -> None:
         self._trial = trial
-        self._lease: TrialLease | None = None
+        self._reservation: Reservation | None = None
         super().__init__(settings)
 
     def begun(self, app_name: str, bridge: Any) -> None:
         """Have the parts removed should this process be killed."""
-        if self._lease is not None:
-            self._lease.watch(app_name, bridge)
+        if self._reservation is not None:
+            self._reservation.watch(app_name, bridge)
 
     def started(self) -> None:
         """Let the next trial start."""
-        if self._lease is not None:
-            self._lease.started()
+        if self._reservation is not None:
+            self._reservation.started()
 
     def stop(self) -> None:
         """Give the place back, and leave the cluster."""
-        lease, self._lease = self._lease, None
+        reservation, self._reservation = self._reservation, None
         steps: list[tuple[str, Callable[[], object]]] = [("Ray", super().stop)]
-        if lease is not None:
-            steps.insert(0, ("the trial's place on the cluster", lease.end))
+        if reservation is not None:
+            steps.insert(0, ("the trial's place on the cluster", reservation.end))
         stop_all(*steps)
 
     def _placed(self, settings: Settings, cluster: Cluster) -> Placement:
-        from rlhf_ray.tune.supervisor import trial_keeper
+        from rlhf_ray.tune.supervisor import trial_supervisor
 
-        offered: dict[Room, Placement] = {}
+        offered: dict[Resources, Placement] = {}
 
-        def room(cpus: float) -> Room:
+        def taken(cpus: float) -> Resources:
             placement = super(TrialSession, self)._placed(settings, replace(cluster, cpus=cpus))
             device = placement.device
-            taken = Room(cpus=placement.cpus, gpus=placement.gpus, in_pairs=device.colocated and device.on_gpu)
-            offered[taken] = placement
-            return taken
+            resources = Resources(cpus=placement.cpus, gpus=placement.gpus, in_pairs=device.colocated and device.on_gpu)
+            offered[resources] = placement
+            return resources
 
         cpus = cluster.cpus - self._trial.cpus
-        self._lease = TrialLease(trial_keeper, need=room(cpus), reduced=lambda free: room(min(cpus, free.cpus)))
-        return offered[self._lease.room]
+        self._reservation = Reservation(
+            trial_supervisor, need=room(cpus), reduced=lambda free: room(min(cpus, free.cpus))
+        )
+        return offered[self._reservation.resources]
 
 
 class TrialAlgorithm(Algorithm):

@@ -109,15 +109,15 @@ def test_a_session_that_ends_leaves_ray_to_the_others(ray_is_running: list[bool]
     assert ray_is_running == []
 
 
-def test_a_lease_that_cannot_be_given_back_keeps_no_cluster(
+def test_a_reservation_that_does_not_end_keeps_no_cluster(
     ray_is_running: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Lease:
+    class Reserved:
         def end(self) -> None:
-            raise TimeoutError("the keeper does not answer")
+            raise TimeoutError("the supervisor does not answer")
 
     monkeypatch.setattr(TrialSession, "_placed", RaySession._placed)
     session = TrialSession(Settings(), Trial(name="t", folder=Path(), cpus=0.1))
-    session._lease = Lease()  # type: ignore[assignment]
+    session._reservation = Reserved()  # type: ignore[assignment]
     session.stop()
     assert ray_is_running == []

@@ -96,7 +96,7 @@ def test_no_ray_is_a_failure_with_its_log(
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(cluster, "run_child", no_ray)
+    monkeypatch.setattr(cluster, "call_in_child", no_ray)
     check = cluster.check_ray(Settings(resources=ResourceSettings(ray_address=address)))
     assert check.status == "fail"
     assert told in check.detail
@@ -107,12 +107,12 @@ def test_no_ray_is_a_failure_with_its_log(
 def test_ray_address_of_the_environment_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str | None] = []
 
-    def join(module: str, address: str | None, **_: Any) -> dict[str, Any]:
+    def join(function: Any, address: str | None, **_: Any) -> dict[str, Any]:
         asked.append(address)
         return {"CPU": 8.0, "nodes": [{"CPU": 8.0}]}
 
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    monkeypatch.setattr(cluster, "run_child", join)
+    monkeypatch.setattr(cluster, "call_in_child", join)
     assert "joined 10.0.0.1:6379" in cluster.check_ray(Settings()).detail
     # The child has the variable too, and names it where nothing answers there.
     assert asked == [None]
@@ -121,13 +121,13 @@ def test_ray_address_of_the_environment_is_joined(monkeypatch: pytest.MonkeyPatc
 def test_the_ray_on_record_is_looked_at_as_a_run_would_join_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[str | None] = []
 
-    def join(module: str, address: str | None, **_: Any) -> dict[str, Any]:
+    def join(function: Any, address: str | None, **_: Any) -> dict[str, Any]:
         asked.append(address)
         return {"CPU": 8.0, "nodes": [{"CPU": 8.0}]}
 
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
-    monkeypatch.setattr(cluster, "run_child", join)
+    monkeypatch.setattr(cluster, "call_in_child", join)
     assert "starts here" in cluster.check_ray(Settings()).detail
     (tmp_path / "ray").mkdir()
     (tmp_path / "ray" / "ray_current_cluster").write_text("10.0.0.1:6379")
@@ -156,7 +156,7 @@ def test_the_child_leaves_it_to_ray_what_to_join(
     dead, living = ({"Alive": alive, "Resources": {"CPU": 2.0}} for alive in (False, True))
     monkeypatch.setattr("ray.nodes", lambda: [dead, living])
     monkeypatch.setattr("ray.shutdown", lambda: None)
-    assert cluster._look(address) == {"CPU": 2.0, "nodes": [{"CPU": 2.0}]}
+    assert cluster._resources(address) == {"CPU": 2.0, "nodes": [{"CPU": 2.0}]}
     assert asked == [{"address": address, "log_to_driver": False, **options}]
 
 
@@ -164,7 +164,7 @@ def test_what_keeps_ray_from_starting_is_told_with_its_remedy(monkeypatch: pytes
     (long := tmp_path / ("x" * 90)).mkdir()
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setenv("RAY_TMPDIR", str(long))
-    monkeypatch.setattr(cluster, "run_child", lambda module, address, **_: cluster._look(address))
+    monkeypatch.setattr(cluster, "call_in_child", lambda function, address, **_: function(address))
     check = cluster.check_ray(Settings())
     assert (check.status, check.name) == ("fail", "Ray")
     assert check.detail == f"RAY_TMPDIR = {long}"

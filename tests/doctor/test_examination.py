@@ -12,7 +12,8 @@ import pytest
 from rich.console import Console
 
 from rlhf_ray.config.settings import DataSettings, ModelSettings, RewardSettings, RolloutSettings, Settings
-from rlhf_ray.doctor import Check, examination
+from rlhf_ray.doctor import examination
+from rlhf_ray.doctor.check import Check
 from rlhf_ray.doctor.examination import checks, examine, table
 from rlhf_ray.doctor.machine import Machine
 
@@ -117,15 +118,13 @@ def test_lengths_that_do_not_fit_the_context_are_found(tmp_path: Path, model_fol
 def test_the_engine_is_started_with_a_replica_s_arguments(
     tmp_path: Path, model_folder: Path, surroundings: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_ray.doctor import engine
-
     asked: list[Any] = []
 
     def start(spec: Any, *, timeout_s: float) -> Check:
         asked.append((spec.engine_args["model"], spec.engine_args["max_model_len"], timeout_s))
         return Check("vLLM engine", "ok", "pretended")
 
-    monkeypatch.setattr(engine, "check_engine", start)
+    monkeypatch.setattr(examination, "check_engine", start)
     run = settings(tmp_path, model_folder, max_prompt_tokens=40, max_new_tokens=8, startup_timeout_s=77.0)
     assert by_name(checks(run, skip_engine=False))["vLLM engine"].status == "ok"
     assert asked == [(str(model_folder), 48, 77.0)]
@@ -140,15 +139,13 @@ def test_the_engine_of_a_gpu_that_a_learner_shares_is_started_as_it_will_be(
     machine: Callable[..., Machine],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from rlhf_ray.doctor import engine
-
     asked: list[Any] = []
 
     def start(spec: Any, *, timeout_s: float) -> Check:
         asked.append((spec.colocated, spec.engine_args["enable_sleep_mode"], spec.weight_transfer))
         return Check("vLLM engine", "ok", "pretended")
 
-    monkeypatch.setattr(engine, "check_engine", start)
+    monkeypatch.setattr(examination, "check_engine", start)
     monkeypatch.setattr(examination.Machine, "here", functools.partial(machine, gpus=1))
     run = settings(tmp_path, model_folder, max_prompt_tokens=40, weight_transfer=transfer)
     run = replace(run, resources=replace(run.resources, device="cuda"))
@@ -161,15 +158,13 @@ def test_the_engine_of_a_gpu_that_a_learner_shares_is_started_as_it_will_be(
 def test_what_is_in_the_home_folder_reaches_the_engine_by_its_whole_name(
     tmp_path: Path, model_folder: Path, surroundings: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rlhf_ray.doctor import engine
-
     asked: list[Any] = []
 
     def start(spec: Any, *, timeout_s: float) -> Check:
         asked.append((spec.engine_args["model"], spec.engine_args["tokenizer"]))
         return Check("vLLM engine", "ok", "pretended")
 
-    monkeypatch.setattr(engine, "check_engine", start)
+    monkeypatch.setattr(examination, "check_engine", start)
     monkeypatch.setenv("HOME", str(model_folder.parent))
     run = settings(tmp_path, model_folder)
     path = f"~/{model_folder.name}"

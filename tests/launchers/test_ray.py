@@ -140,7 +140,7 @@ def test_files_of_the_cluster_need_not_be_here(job: type[FakeJob]) -> None:
     assert cli.main([*words, "--no-check"]) == 5
 
 
-def test_an_address_where_nobody_answers_is_an_error(launch: Launch, tmp_path: Path) -> None:
+def test_an_address_that_does_not_answer_is_an_error(launch: Launch, tmp_path: Path) -> None:
     (tmp_path / "conf.yaml").write_text("")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"http://127.0.0.1:{taken.getsockname()[1]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.launchers.sbatch import SlurmJob
+from rlhf_ray.launchers.slurm import add_slurm
 
 FOLDER = Path("/shared/it's #1")
 
@@ -21,11 +23,16 @@ def job(**more: Any) -> SlurmJob:
         "command": ("python", "-m", "rlhf_ray.cli", "train", "./conf.yaml"),
         "working_dir": FOLDER,
         "log_dir": FOLDER / "logs",
-        "nodes": 2,
-        "grace_s": 120,
         "env": {},
+        "path": None,
     }
-    return SlurmJob(**(usual | more))
+    parser = argparse.ArgumentParser()
+    add_slurm(parser.add_subparsers())
+    options = parser.parse_args(["slurm", "--nodes", "2"])
+    for name in more.keys() - usual.keys():
+        assert hasattr(options, name)
+        setattr(options, name, more[name])
+    return SlurmJob(**{name: more.get(name, value) for name, value in usual.items()}, options=options)
 
 
 def directives(script: str) -> list[str]:
@@ -63,10 +70,10 @@ def test_every_option_that_is_asked_for_is_there() -> None:
         cpus_per_task=32,
         partition="gpu",
         account="team",
-        time_limit="2-00:30",
+        time="2-00:30",
         share_nodes=True,
         requeue=True,
-        extra=("mem=0", "--constraint=a100", "#SBATCH -q high"),
+        sbatch=("mem=0", "--constraint=a100", "#SBATCH -q high"),
     ).script()
 
     wanted = ["--gpus-per-node=8", "--cpus-per-task=32", "--partition=gpu", "--account=team", "--time=2-00:30"]
@@ -83,7 +90,7 @@ def test_bash_understands_the_script(requeue: bool, tmp_path: Path) -> None:
     script = job(requeue=requeue, container_image="a:b", env={"A": "b"}, setup=("module load cuda",)).script()
 
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    assert ("scontrol requeue" in script) == requeue
+    assert ("requeue=yes" in script.splitlines()) == requeue
 
 
 def test_ray_runs_on_every_node_and_the_program_within_it() -> None:
@@ -119,7 +126,7 @@ def test_the_environment_is_set_after_the_user_s_own_commands_in_the_folder_of_t
 def preparation(script: str) -> str:
     """What comes between the options and the start of Ray, as a script."""
     start = script.index("set -o errexit")
-    return script[start : script.index("# The batch script runs on the first node")]
+    return script[start : script.index("# What every job of")]
 
 
 def test_a_set_up_command_may_read_what_is_not_set_and_the_rest_may_not(tmp_path: Path) -> None:
@@ -205,8 +212,8 @@ def test_a_container_sees_the_folders_of_the_run() -> None:
     [
         ({"partition": "a\\b"}, "--partition"),
         ({"log_dir": Path("/a\nb")}, "--output"),
-        ({"extra": ("",)}, "--sbatch"),
-        ({"extra": ("mem=0\n#SBATCH --time=1",)}, "--sbatch"),
+        ({"sbatch": ("",)}, "--sbatch"),
+        ({"sbatch": ("mem=0\n#SBATCH --time=1",)}, "--sbatch"),
     ],
 )
 def test_what_slurm_cannot_read_is_an_error(more: dict[str, Any], told: str) -> None:

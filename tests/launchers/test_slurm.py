@@ -79,7 +79,7 @@ def test_a_dry_run_writes_nothing(sbatch: Path, folder: Path, capsys: pytest.Cap
     assert not Path(f"{sbatch}.args").exists()
 
 
-def test_a_requeued_job_goes_on_with_its_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_requeued_job_resumes_its_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # YAML would take the folder's name for the start of a quoted text otherwise.
     where = f'reporting.run_dir="{folder}/runs/my-conf"'
     assert dry_run(capsys, "my conf.yaml", "--requeue", CHECKPOINTS)[5:] == [
@@ -99,7 +99,7 @@ def test_the_words_of_a_requeued_job_are_settings(folder: Path, capsys: pytest.C
     assert settings.checkpointing.resume == "same"
 
 
-def test_a_script_is_given_where_and_how_it_goes_on(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_script_is_given_where_and_how_it_resumes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = dry_run(capsys, "train.py", "--requeue", "--job-name", "first")
 
     assert command[1:] == ["./train.py", f'reporting.run_dir="{folder}/runs/first"', "checkpointing.resume=same"]
@@ -149,7 +149,7 @@ def test_a_container_has_its_own_python(folder: Path, capsys: pytest.CaptureFixt
         (["--job-name", "a b"], "--job-name = 'a b'"),
         (["--working-dir", "nowhere"], "no such folder"),
         (["resources.ray_address=10.0.0.1:6379"], "a job has its own Ray"),
-        (["--requeue"], "checkpointing.interval = 0: a requeued job goes on from its newest checkpoint"),
+        (["--requeue"], "checkpointing.interval = 0: a requeued job resumes from its newest checkpoint"),
         (["--partition", "a\\b"], "--partition"),
     ],
 )
@@ -169,7 +169,7 @@ def test_numbers_are_numbers(option: str, value: str, folder: Path, capsys: pyte
         cli.main(["launch", "slurm", "my conf.yaml", option, value])
 
     assert end.value.code == 2
-    assert f"argument {option}: '{value}' is no whole number" in capsys.readouterr().err
+    assert f"argument {option}: '{value}' must be an integer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("limit", ["90", "90:30", "12:00:00", "2-00", "2-12:30:00", "infinite"])

@@ -91,7 +91,7 @@ def base() -> PPOConfig:
         ({"checkpointing.keep": 9}, False),
     ],
 )
-def test_processes_go_on_where_only_what_is_not_theirs_differs(changed: dict[str, Any], same: bool) -> None:
+def test_processes_are_kept_where_only_what_is_not_theirs_differs(changed: dict[str, Any], same: bool) -> None:
     new = PPOConfig.from_dict({**base().to_dict(), **changed}).settings
     assert same_parts(base().settings, new) is same
     assert same_parts(base().settings, base().settings)

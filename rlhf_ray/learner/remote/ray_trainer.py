@@ -23,7 +23,7 @@ class LearnerTrainer(TorchTrainer):  # type: ignore[misc]
     Ray 2.60 starts an actor that asks the state API every second whether the controller lives, and removes the
     workers' placement group where it does not. It asks whichever cluster of the machine was started last: a second
     one, somebody else's, and a healthy run ends with "worker health check failed". Ray itself removes the group when
-    both the controller and the job that it belongs to have ended; for a job of many trials see trial_keeper.py.
+    both the controller and the job that it belongs to have ended; for a job of many trials see tune/supervisor.py.
 
     A worker that dies while the group starts costs a start of the group, as later on. Ray 2.60 ends the run where that
     is not noticed by itself, but in a collective or in the call that begins to train; and what it had started until
