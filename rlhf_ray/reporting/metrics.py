@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
+
+from rlhf_ray.config import nested
 
 __all__ = ["METRICS", "Metric", "Scalar", "flatten", "metric_for"]
 
@@ -249,23 +251,16 @@ def flatten(result: Mapping[str, Any]) -> dict[str, Scalar]:
         Keys joined by ``/`` -> bool, int, float or str, in the result's order. One-element numpy and torch values
         become Python numbers; Tune's bookkeeping and everything that is not a scalar are left out.
     """
-    return dict(_leaves({key: value for key, value in result.items() if key not in _BOOKKEEPING}, prefix=""))
+    flat = nested.flatten(
+        {key: value for key, value in result.items() if key not in _BOOKKEEPING}, separator="/", levels=None
+    )
+    plain = {key: value.item() if getattr(value, "shape", None) == () else value for key, value in flat.items()}
+    return {key: value for key, value in plain.items() if isinstance(value, (bool, int, float, str))}
 
 
 def metric_for(key: str) -> Metric | None:
     """Find the declaration of a flat key, ``None`` for a key that the library does not declare."""
     return next((metric for metric, pattern in _patterns() if pattern.fullmatch(key)), None)
-
-
-def _leaves(nested: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Scalar]]:
-    for key, value in nested.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}/")
-            continue
-        if getattr(value, "shape", None) == ():
-            value = value.item()
-        if isinstance(value, (bool, int, float, str)):
-            yield f"{prefix}{key}", value
 
 
 @functools.cache

@@ -1,12 +1,11 @@
-"""After each iteration: what the console shows of a run, gathered from its results."""
+"""What the console shows of a run, gathered from its results."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from rlhf_ray.reporting.metrics import Scalar, flatten
+from rlhf_ray.reporting.metrics import Scalar
 
 __all__ = ["Progress"]
 
@@ -24,7 +23,7 @@ class Progress:
         self.name = name
         self.iterations = iterations
         self.phase = "starting"
-        self.row: dict[str, Scalar] = {}
+        self.row: Mapping[str, Scalar] = {}
         self.rewards: list[float] = []
         self.evaluations: dict[str, list[float]] = {}
         """Name of a held-out set -> its mean rewards, oldest first."""
@@ -69,9 +68,9 @@ class Progress:
         self.phase = phase
         self._phase_started = self._clock()
 
-    def record(self, result: Mapping[str, Any]) -> None:
-        """Take in the nested result of an iteration."""
-        self.row = flatten(result)
+    def record(self, row: Mapping[str, Scalar]) -> None:
+        """Add the flat result of an iteration."""
+        self.row = row
         self._remember("rollouts/reward_mean", self.rewards)
         self._remember("timers/iteration_s", self._times)
         for key in self.row:
