@@ -1,4 +1,4 @@
-"""After each iteration: what every number in a result means, and results as flat rows.
+"""What every number in a result means, and results as flat rows.
 
 A result is a nested dictionary; reporters write it flat, keys joined by ``/``. Every key that the library puts there
 is declared here once. ``<name>`` in a key stands for any text.
@@ -28,6 +28,10 @@ class Metric:
     unit: str
     formula: str
     """How the number comes about, in one line."""
+
+    def match(self, key: str) -> re.Match[str] | None:
+        """Whether a flat key is this one; the texts for the names in it are the groups of the match."""
+        return _pattern(self.key).fullmatch(key)
 
 
 METRICS: tuple[Metric, ...] = (
@@ -260,11 +264,10 @@ def flatten(result: Mapping[str, Any]) -> dict[str, Scalar]:
 
 def metric_for(key: str) -> Metric | None:
     """Find the declaration of a flat key, ``None`` for a key that the library does not declare."""
-    return next((metric for metric, pattern in _patterns() if pattern.fullmatch(key)), None)
+    # The exact keys first: a reward function may be called "failures".
+    return min((metric for metric in METRICS if metric.match(key)), key=lambda metric: "<" in metric.key, default=None)
 
 
 @functools.cache
-def _patterns() -> tuple[tuple[Metric, re.Pattern[str]], ...]:
-    # The exact keys first: a reward function may be called "failures".
-    ordered = sorted(METRICS, key=lambda metric: "<" in metric.key)
-    return tuple((metric, re.compile(re.sub(r"<\w+>", ".+", metric.key))) for metric in ordered)
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"<\w+>", "(.+)", key))
