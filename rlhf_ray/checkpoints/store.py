@@ -32,7 +32,7 @@ class CheckpointStore:
     """Whether no other run writes here: only then it is known whose the folders without a manifest are."""
 
     def of_iteration(self, iteration: int) -> Checkpoint:
-        """Where the checkpoint of an iteration lies."""
+        """The place of the checkpoint of an iteration."""
         return Checkpoint(self.folder / f"iteration_{iteration:06d}")
 
     def is_taken(self) -> bool:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.reporting.metrics import Scalar
+from rlhf_ray.reporting.metrics import Scalar, finite
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 
@@ -17,7 +16,7 @@ __all__ = ["JsonlReporter"]
 class JsonlReporter(Reporter):
     """Appends one flat JSON object per iteration and flushes it, so that the file can be followed with ``tail -f``.
 
-    NaN and infinities become ``null``: JSON has no name for them and strict readers refuse Python's.
+    NaN and infinities become ``null``.
     """
 
     def __init__(self, settings: Settings, run_dir: RunDirectory) -> None:
@@ -25,14 +24,10 @@ class JsonlReporter(Reporter):
 
     def report(self, row: Mapping[str, Scalar]) -> None:
         """Write the iteration's line."""
-        line = {key: None if _is_nameless(value) else value for key, value in row.items()}
+        line = {key: finite(value) for key, value in row.items()}
         self._file.write(json.dumps(line, allow_nan=False, ensure_ascii=False) + "\n")
         self._file.flush()
 
     def stop(self) -> None:
         """Close the file."""
         self._file.close()
-
-
-def _is_nameless(value: Scalar) -> bool:
-    return isinstance(value, float) and not math.isfinite(value)

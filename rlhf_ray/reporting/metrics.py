@@ -7,6 +7,7 @@ is declared here once. ``<name>`` in a key stands for any text.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 from rlhf_ray.config import nested
 
-__all__ = ["METRICS", "Metric", "Scalar", "flatten", "metric_for"]
+__all__ = ["METRICS", "Metric", "Scalar", "finite", "flatten", "metric_for"]
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -186,7 +187,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("weight_sync/size_bytes", "bytes", "weights published to each replica"),
     Metric("weight_sync/num_replicas", "replicas", "replicas that acknowledged the new version"),
     Metric("weight_sync/publication_s", "s", "from the end of an update until every replica serves its policy"),
-    Metric("weight_sync/pause_s", "s", "longest time for which a replica stood still to load them"),
+    Metric("weight_sync/pause_s", "s", "longest time for which a replica was paused to load them"),
     # What was measured on held-out prompts.
     Metric(
         "evaluation/<dataset>/reward_mean",
@@ -260,6 +261,11 @@ def flatten(result: Mapping[str, Any]) -> dict[str, Scalar]:
     )
     plain = {key: value.item() if getattr(value, "shape", None) == () else value for key, value in flat.items()}
     return {key: value for key, value in plain.items() if isinstance(value, (bool, int, float, str))}
+
+
+def finite(value: Any) -> Any:
+    """The value, ``None`` for NaN and infinities: JSON has no name for them and strict readers refuse Python's."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def metric_for(key: str) -> Metric | None:

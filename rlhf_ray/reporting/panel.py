@@ -54,7 +54,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """Write a number with about three figures: ``0.0512``, ``97.3``, ``512``, ``12.3k``, ``1.2e-05``."""
+    """Write a number with about three digits: ``0.0512``, ``97.3``, ``512``, ``12.3k``, ``1.2e-05``."""
     size = abs(number)
     if not math.isfinite(number):
         return str(number)
@@ -142,24 +142,20 @@ def _curves(progress: Progress) -> Iterator[tuple[str, Sequence[float]]]:
         yield (name[-16:] if several else "held-out"), curve
 
 
-def _percent(fraction: float) -> str:
-    return f"{fraction:.1%}"
-
-
 def _seconds(number: float) -> str:
     return f"{number:.2f}" if number < 10 else f"{number:.0f}"
 
 
 _NUMBERS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
     ("policy", "KL", "learner/approx_kl", short),
-    ("policy", "clipped", "learner/clip_fraction", _percent),
+    ("policy", "clipped", "learner/clip_fraction", "{:.1%}".format),
     ("policy", "entropy", "learner/entropy", short),
     ("policy", "grad norm", "learner/grad_norm", short),
     ("critic", "loss", "learner/value_loss", short),
     ("critic", "explained variance", "learner/explained_variance", short),
     ("length", "mean", "rollouts/completion_tokens_mean", short),
     ("length", "max", "rollouts/completion_tokens_max", short),
-    ("length", "truncated", "rollouts/truncated_fraction", _percent),
+    ("length", "truncated", "rollouts/truncated_fraction", "{:.1%}".format),
     ("tokens/s", "sampled", "rollouts/tokens_per_s", short),
     ("tokens/s", "trained", "learner/tokens_per_s", short),
     ("seconds", "rollout", "timers/rollout_s", _seconds),

@@ -10,7 +10,7 @@ import re
 import unicodedata
 import uuid
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -91,7 +91,7 @@ class RunDirectory:
         directory = cls.at(run_dir)
         if cls.holds_a_run(run_dir):
             remedy = (
-                "this folder already holds a run; choose another one, or null for a new one under runs/, or go on with "
+                "this folder already holds a run; choose another one, or null for a new one under runs/, or resume "
                 "that run: rlhf-ray train --resume, or checkpointing.resume: same"
             )
             raise ConfigError("reporting.run_dir", run_dir, remedy)
@@ -178,9 +178,11 @@ class RunDirectory:
     def _lines(self) -> Iterator[tuple[int, str]]:
         """Iteration and text of each whole line of the metrics."""
         for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
-            # A line may have been cut short.
-            with suppress(ValueError, TypeError, KeyError):
-                yield int(json.loads(line)["training_iteration"]), line
+            try:
+                iteration = int(json.loads(line)["training_iteration"])
+            except (ValueError, TypeError, KeyError):  # A line that was cut short.
+                continue
+            yield iteration, line
 
 
 def ray_name(text: str) -> str:

@@ -30,7 +30,7 @@ class TimelineReporter(Reporter):
 def trace_events(spans: Sequence[TraceSpan]) -> list[dict[str, Any]]:
     """Spans as complete events of the Trace Event Format, times in microseconds since the first one.
 
-    A lane is a process. What overlaps in it without one being within the other lies in rows below each other.
+    A lane is a process. Spans that overlap without one being within the other are in different rows.
     """
     if not spans:
         return []

@@ -11,7 +11,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.report.run import read_run
 
 
-def test_settings_by_name_and_a_row_an_iteration(tmp_path: Path) -> None:
+def test_settings_by_name_and_a_row_per_iteration(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     assert run.settings["training.lr"] == 2e-4
     assert run.settings["algorithm"] == "PPO"
@@ -101,7 +101,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder; name the folder of a run"):
         read_run(tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="it is a file; name the folder it lies in"):
+    with pytest.raises(ConfigError, match="it is a file; name the folder that it is in"):
         read_run(tmp_path / "file")
 
 

@@ -36,7 +36,7 @@ def test_the_page_of_several_runs_lies_in_the_working_directory(
     assert "<title>a, b - rlhf_ray</title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_of_a_run_that_goes_on_is_written_again(tmp_path: Path) -> None:
+def test_the_page_of_a_run_under_way_is_written_again(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
     before = write_report([path]).read_text(encoding="utf-8")
     metrics = JsonlReporter(Settings(), RunDirectory.reopen(str(path)))

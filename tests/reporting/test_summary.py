@@ -46,7 +46,7 @@ def test_an_evaluation_is_listed_by_key() -> None:
     assert text.split() == ["gsm8k/reward_mean", "0.500"]
 
 
-def test_samples_are_one_a_prompt_from_the_newest_table(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+def test_samples_are_one_per_prompt_from_the_newest_table(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
     reporter = CompletionsReporter(Settings(), run_dir)
     reporter.report_completions(1, groups[1:])
     reporter.report_completions(2, groups)

@@ -171,7 +171,7 @@ def _column(rows: Sequence[Mapping[str, Scalar | None]], key: str) -> list[float
 
 
 def _increasing(axis: list[float]) -> list[float] | None:
-    """An axis that goes one way; a clock that began again, in a run that was resumed elsewhere, is none."""
+    """An axis that increases; ``None`` where a clock began again, in a run that was resumed elsewhere."""
     return axis if axis and all(here < there for here, there in itertools.pairwise(axis)) else None
 
 

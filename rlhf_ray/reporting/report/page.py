@@ -56,14 +56,14 @@ def page(contents: Mapping[str, Any], *, title: str) -> str:
         "script": script,
         "data": embedded_json(contents),
     }
-    # In one pass: a placeholder that stands in a completion is text.
+    # In one pass: a placeholder in a completion is text.
     text = _PLACEHOLDER.sub(lambda match: parts[match[1]], _asset("page.html"))
     # A folder's name may hold bytes that are no text in any encoding.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def embedded_json(value: object) -> str:
-    """JSON that may stand between ``<script>`` tags, whatever the strings in it hold."""
+    """JSON that is safe between ``<script>`` tags, whatever the strings in it hold."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
 
 

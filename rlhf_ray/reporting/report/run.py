@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import yaml
 
 from rlhf_ray.config.nested import flatten
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.reporting.metrics import Scalar
+from rlhf_ray.reporting.metrics import Scalar, finite
 from rlhf_ray.reporting.run_directory import RunDirectory
 
 __all__ = ["Run", "differences", "flat_settings", "key_settings", "read_run", "shown"]
@@ -104,7 +103,7 @@ def _run_directory(path: str | Path) -> RunDirectory:
     # Resolved, so that "." and a link have a name to show.
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
-        remedy = "it is a file; name the folder it lies in" if folder.exists() else "no such folder"
+        remedy = "it is a file; name the folder that it is in" if folder.exists() else "no such folder"
         raise ConfigError(_FIELD, str(path), f"{remedy}; name the folder of a run")
     directory = RunDirectory(folder)
     if not directory.config.is_file() and not directory.metrics.is_file():
@@ -135,7 +134,7 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Scalar | None]], list[str]
 
 
 def _without_abandoned(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Where a run went back to a checkpoint, what it had reported after that is no part of it."""
+    """Where a run went back to a checkpoint, what it had reported after that is not part of it."""
     kept: list[dict[str, Any]] = []
     for row in rows:
         while kept and kept[-1]["training_iteration"] >= row["training_iteration"]:
@@ -162,8 +161,4 @@ def _row(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(row, dict) or not isinstance(row.get("training_iteration"), int):
         return None
-    return {key: _finite(value) for key, value in row.items()}
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return {key: finite(value) for key, value in row.items()}

@@ -44,7 +44,13 @@ def write_report(
     path = _output_path(output, runs)
     contents = report_contents(runs, tables=completions)
     names = [run["name"] for run in contents["runs"]]
-    _write(path, page(contents, title=f"{', '.join(names)} - rlhf_ray"))
+    try:
+        # A browser that reloads the page of a run under way must never get half of it.
+        write_whole(path, page(contents, title=f"{', '.join(names)} - rlhf_ray"))
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        remedy = f"the file cannot be written ({reason}); choose another place with --output"
+        raise ConfigError("--output", str(path), remedy) from error
     return path
 
 
@@ -95,7 +101,7 @@ def _run_content(name: str, run: Run, curves: Curves, *, tables: int, max_tokens
 
 
 def _results(run: Run) -> dict[str, Any]:
-    """The few numbers that a run comes to."""
+    """The few numbers that summarize a run."""
     last = run.rows[-1] if run.rows else {}
     held_out = dict.fromkeys(
         key for row in run.rows for key in row if key.startswith("evaluation/") and key.endswith("/reward_mean")
@@ -126,7 +132,7 @@ def _course(run: Run, key: str) -> dict[str, Scalar | None]:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """The folders' names, with those above them as far as it takes to tell the runs apart."""
+    """The folders' names, with as many parent folders as distinguish the runs."""
     paths = [run.directory.path for run in runs]
     depth = 1
     while len({path.parts[-depth:] for path in paths}) < len(paths):
@@ -152,13 +158,3 @@ def _output_path(output: str | Path | None, runs: Sequence[Run]) -> Path:
     if path.is_dir():
         raise ConfigError("--output", str(output), f"it is a folder; name a file, for example {path / _FILE_NAME}")
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        # A browser that reloads the page of a run under way must never get half of it.
-        write_whole(path, text)
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        remedy = f"the file cannot be written ({reason}); choose another place with --output"
-        raise ConfigError("--output", str(path), remedy) from error
