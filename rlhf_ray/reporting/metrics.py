@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 from rlhf_ray.config import nested
 
-__all__ = ["METRICS", "Metric", "Scalar", "finite", "flatten", "metric_for"]
+__all__ = ["METRICS", "Metric", "Scalar", "finite", "flatten", "held_out_set", "metric_for", "number"]
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -261,6 +261,17 @@ def flatten(result: Mapping[str, Any]) -> dict[str, Scalar]:
     )
     plain = {key: value.item() if getattr(value, "shape", None) == () else value for key, value in flat.items()}
     return {key: value for key, value in plain.items() if isinstance(value, (bool, int, float, str))}
+
+
+def held_out_set(key: str) -> str | None:
+    """Name of the held-out set whose mean reward a flat key is, ``None`` for other keys."""
+    match = _pattern("evaluation/<dataset>/reward_mean").fullmatch(key)
+    return match[1] if match else None
+
+
+def number(value: Scalar | None) -> float | None:
+    """A value of a row as a number, ``None`` for texts and missing ones."""
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def finite(value: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 
-from rlhf_ray.reporting.metrics import Scalar
+from rlhf_ray.reporting.metrics import Scalar, held_out_set, number
 
 __all__ = ["Progress"]
 
@@ -56,8 +56,7 @@ class Progress:
 
     def number(self, key: str) -> float | None:
         """Read a number of the newest result, ``None`` where it has none."""
-        value = self.row.get(key)
-        return None if value is None or isinstance(value, str) else float(value)
+        return number(self.row.get(key))
 
     def total(self, prefix: str) -> float:
         """Sum the numbers of the newest result whose keys start with ``prefix``."""
@@ -74,8 +73,7 @@ class Progress:
         self._remember("rollouts/reward_mean", self.rewards)
         self._remember("timers/iteration_s", self._times)
         for key in self.row:
-            if key.startswith("evaluation/") and key.endswith("/reward_mean"):
-                name = key.removeprefix("evaluation/").removesuffix("/reward_mean")
+            if name := held_out_set(key):
                 self._remember(key, self.evaluations.setdefault(name, []))
         self.enter("training")
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from rlhf_ray.reporting.metrics import METRICS, Scalar
+from rlhf_ray.reporting.metrics import METRICS, Scalar, number
 from rlhf_ray.reporting.report.page import rounded
 
 __all__ = ["CHARTS", "MAX_POINTS", "Chart", "Curves", "chart_contents", "curve_keys", "read_curves"]
@@ -156,7 +156,7 @@ def read_curves(rows: Sequence[Mapping[str, Scalar | None]]) -> Curves:
 
 
 def _point(bucket: Sequence[Mapping[str, Scalar | None]], key: str) -> float | None:
-    numbers = [number for row in bucket if (number := _number(row.get(key))) is not None]
+    numbers = [found for row in bucket if (found := number(row.get(key))) is not None]
     if not numbers:
         return None
     return rounded(max(numbers) if key.endswith("_max") else sum(numbers) / len(numbers))
@@ -164,8 +164,8 @@ def _point(bucket: Sequence[Mapping[str, Scalar | None]], key: str) -> float | N
 
 def _column(rows: Sequence[Mapping[str, Scalar | None]], key: str) -> list[float]:
     # What is measured before the first iteration (evaluation.at_start) has taken no iteration's time or completions.
-    numbers = [0.0 if row["training_iteration"] == 0 else _number(row.get(key)) for row in rows]
-    complete = [number for number in numbers if number is not None]
+    numbers = [0.0 if row["training_iteration"] == 0 else number(row.get(key)) for row in rows]
+    complete = [found for found in numbers if found is not None]
     # An axis with holes has no place for some of the points.
     return complete if len(complete) == len(rows) else []
 
@@ -173,7 +173,3 @@ def _column(rows: Sequence[Mapping[str, Scalar | None]], key: str) -> list[float
 def _increasing(axis: list[float]) -> list[float] | None:
     """An axis that increases; ``None`` where a clock began again, in a run that was resumed elsewhere."""
     return axis if axis and all(here < there for here, there in itertools.pairwise(axis)) else None
-
-
-def _number(value: Scalar | None) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.reporting.metrics import Scalar
+from rlhf_ray.reporting.metrics import Scalar, held_out_set
 from rlhf_ray.reporting.report.charts import Curves, chart_contents, read_curves
 from rlhf_ray.reporting.report.page import page
 from rlhf_ray.reporting.report.run import Run, differences, key_settings, read_run, shown
@@ -103,18 +103,13 @@ def _run_content(name: str, run: Run, curves: Curves, *, tables: int, max_tokens
 def _results(run: Run) -> dict[str, Any]:
     """The few numbers that summarize a run."""
     last = run.rows[-1] if run.rows else {}
-    held_out = dict.fromkeys(
-        key for row in run.rows for key in row if key.startswith("evaluation/") and key.endswith("/reward_mean")
-    )
+    held_out = {key: name for row in run.rows for key in row if (name := held_out_set(key))}
     return {
         "iterations": last.get("training_iteration", 0),
         "planned": run.settings.get("training.iterations"),
         "seconds": last.get("time_total_s"),
         "reward": _course(run, "rollouts/reward_mean"),
-        "evaluation": [
-            {"name": key.removeprefix("evaluation/").removesuffix("/reward_mean"), **_course(run, key)}
-            for key in held_out
-        ],
+        "evaluation": [{"name": name, **_course(run, key)} for key, name in held_out.items()],
     }
 
 
