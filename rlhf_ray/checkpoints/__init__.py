@@ -1,1 +1,1 @@
-"""Around the loop: what is written so that a run can go on where it stopped."""
+"""What is written so that a run can be resumed where it stopped."""

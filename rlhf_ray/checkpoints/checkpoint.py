@@ -3,7 +3,7 @@
 ::
 
     <folder>/config.yaml        settings of the run
-    <folder>/learner/           policy, critic and optimizers: tensors in safetensors files, one or more a rank
+    <folder>/learner/           policy, critic and optimizers: tensors in safetensors files, one or more per rank
     <folder>/manifest.json      counters, prompt position, and size and checksum of every other file; written last
 
 Nothing in it is executed when it is read: text, JSON and safetensors.
@@ -35,11 +35,11 @@ class CheckpointState:
     """Seconds of all iterations so far."""
     prompt_position: PromptPosition
     run_id: str | None = None
-    """The run that wrote it; none: it is from before runs had ids."""
+    """The run that wrote it; unset: it is from before runs had ids."""
     metric: str | None = None
-    """Which figure the score is: ``checkpointing.best_metric``; none: no score, or one from before this was kept."""
+    """Which metric the score is: ``checkpointing.best_metric``; unset: no score, or one from before this was kept."""
     score: float | None = None
-    """That figure when it was written; none: there was no such figure, or it was not a finite number."""
+    """That metric when it was written; unset: there was no such metric, or it was not a finite number."""
     counts: Mapping[str, int] = field(default_factory=dict)
     """What was counted since the run began: dropped prompts, and faults that it survived."""
 

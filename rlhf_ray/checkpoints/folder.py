@@ -1,13 +1,15 @@
-"""checkpoints/: a folder on any file system that pyarrow knows: this machine's, S3, GCS, HDFS."""
+"""A folder on any file system that pyarrow knows: this machine's, S3, GCS, HDFS."""
 
 from __future__ import annotations
 
+import io
 import os
 import uuid
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from rlhf_ray.errors import ConfigError
 
@@ -26,16 +28,21 @@ class StoredFile:
     @classmethod
     def of(cls, path: Path) -> StoredFile:
         """Measure a file of this machine."""
-        size = crc = 0
         with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                size, crc = size + len(chunk), zlib.crc32(chunk, crc)
-        return cls(size_bytes=size, crc32=crc)
+            return cls.read_from(file)
 
     @classmethod
     def of_bytes(cls, content: bytes) -> StoredFile:
         """Measure what is to be written."""
-        return cls(size_bytes=len(content), crc32=zlib.crc32(content))
+        return cls.read_from(io.BytesIO(content))
+
+    @classmethod
+    def read_from(cls, file: Any) -> StoredFile:
+        """Measure an open file, in chunks."""
+        size = crc = 0
+        while chunk := file.read(_CHUNK_BYTES):
+            size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+        return cls(size_bytes=size, crc32=crc)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,19 +57,15 @@ class Folder:
     @classmethod
     def at(cls, location: str | os.PathLike[str]) -> Folder:
         """Name a folder; it need not exist."""
-        text = os.fspath(location)
-        if text.startswith("file://"):
-            text = text.removeprefix("file://")
-        if "://" in text:
-            path, options = _split(text)
-            return cls(path.rstrip("/") + options)
-        return cls(str(Path(text).expanduser().absolute()))
+        text = os.fspath(location).removeprefix("file://")
+        if "://" not in text:
+            return cls(str(Path(text).expanduser().absolute()))
+        path, options = cls(text)._path_and_options()
+        return cls(path.rstrip("/") + options)
 
     def __truediv__(self, name: str) -> Folder:
         """A folder in this one."""
-        if self.local is not None:
-            return Folder(f"{self.location}/{name}")
-        path, options = _split(self.location)
+        path, options = self._path_and_options()
         return Folder(f"{path}/{name}{options}")
 
     def __str__(self) -> str:
@@ -71,8 +74,7 @@ class Folder:
     @property
     def name(self) -> str:
         """The last part of the path."""
-        path = self.location if self.local is not None else _split(self.location)[0]
-        return path.rsplit("/", 1)[-1]
+        return self._path_and_options()[0].rsplit("/", 1)[-1]
 
     @property
     def local(self) -> Path | None:
@@ -108,33 +110,22 @@ class Folder:
     def delete(self) -> None:
         """Delete the folder and all in it, if it is there."""
         fs, path = self._opened()
-        try:
+        with suppress(FileNotFoundError):
             fs.delete_dir(path)
-        except FileNotFoundError:
-            return
 
     def delete_file(self, name: str) -> None:
         """Delete a file, if it is there."""
-        fs, path = self._opened()
-        try:
-            fs.delete_file(f"{path}/{name}")
-        except FileNotFoundError:
-            return
+        fs, path = self._file(name)
+        with suppress(FileNotFoundError):
+            fs.delete_file(path)
 
     def folders(self) -> list[Folder]:
         """Folders in this one, by name; none where it does not exist."""
-        from pyarrow.fs import FileSelector, FileType
-
-        fs, path = self._opened()
-        entries = fs.get_file_info(FileSelector(path, allow_not_found=True))
-        return [self / name for name in sorted(e.base_name for e in entries if e.type == FileType.Directory)]
+        return [self / name for name in self._names("Directory", allow_not_found=True)]
 
     def files(self) -> list[str]:
         """Names of the files in the folder."""
-        from pyarrow.fs import FileSelector, FileType
-
-        fs, path = self._opened()
-        return sorted(e.base_name for e in fs.get_file_info(FileSelector(path)) if e.type == FileType.File)
+        return self._names("File", allow_not_found=False)
 
     def read(self, name: str) -> bytes:
         """The bytes of a file.
@@ -142,61 +133,62 @@ class Folder:
         Raises:
             OSError: There is none.
         """
-        fs, path = self._opened()
-        with fs.open_input_stream(f"{path}/{name}", compression=None) as file:
+        fs, path = self._file(name)
+        with fs.open_input_stream(path, compression=None) as file:
             content: bytes = file.read()
         return content
 
     def write(self, name: str, content: bytes) -> None:
         """Write a file whole: a reader finds all of it or what was there before."""
-        fs, path = self._opened()
+        fs, path = self._file(name)
         # Object stores show a file when it is closed; a file system shows it while it grows.
-        target = f"{path}/{name}" if self.local is None else f"{path}/{name}.partial"
+        target = path if self.local is None else f"{path}.partial"
         with fs.open_output_stream(target, compression=None) as file:
             file.write(content)
         if self.local is not None:
-            os.replace(target, f"{path}/{name}")
+            os.replace(target, path)
 
     def holds(self, name: str, wanted: StoredFile) -> bool:
         """Whether a file is there and is what it must be."""
-        fs, path = self._opened()
-        size = crc = 0
+        fs, path = self._file(name)
         try:
-            with fs.open_input_stream(f"{path}/{name}", compression=None) as file:
-                while chunk := file.read(_CHUNK_BYTES):
-                    size, crc = size + len(chunk), zlib.crc32(chunk, crc)
+            with fs.open_input_stream(path, compression=None) as file:
+                return StoredFile.read_from(file) == wanted
         except FileNotFoundError:
             return False
-        return (size, crc) == (wanted.size_bytes, wanted.crc32)
 
     def upload(self, file: Path) -> None:
         """Copy a file of this machine into the folder."""
-        self._copy(str(file), f"{self._opened()[1]}/{file.name}", upload=True)
+        _copy(_on_this_machine(file), self._file(file.name))
 
     def download(self, name: str, target: Path) -> None:
         """Copy a file of the folder to this machine."""
-        self._copy(f"{self._opened()[1]}/{name}", str(target), upload=False)
+        _copy(self._file(name), _on_this_machine(target))
 
     def copy_to(self, other: Folder) -> None:
         """Copy all that is in the folder, folders in it too."""
-        from pyarrow.fs import copy_files
-
         other.make()
-        (source, source_path), (target, target_path) = self._opened(), other._opened()
-        copy_files(source_path, target_path, source_filesystem=source, destination_filesystem=target)
+        _copy(self._opened(), other._opened())
 
-    def _copy(self, source: str, target: str, *, upload: bool) -> None:
-        from pyarrow.fs import LocalFileSystem, copy_files
+    def _names(self, kind: str, *, allow_not_found: bool) -> list[str]:
+        from pyarrow.fs import FileSelector, FileType
 
-        there, here = self._opened()[0], LocalFileSystem()
-        systems = (here, there) if upload else (there, here)
-        copy_files(source, target, source_filesystem=systems[0], destination_filesystem=systems[1])
+        fs, path = self._opened()
+        entries = fs.get_file_info(FileSelector(path, allow_not_found=allow_not_found))
+        return sorted(entry.base_name for entry in entries if entry.type == FileType[kind])
 
-    def _opened(self) -> tuple[Any, str]:
-        from pyarrow.fs import FileSystem, LocalFileSystem
+    def _path_and_options(self) -> tuple[str, str]:
+        """The path, and the options of a URI with their question mark."""
+        if self.local is not None:
+            return self.location, ""
+        path, mark, options = self.location.partition("?")
+        return path, mark + options
+
+    def _opened(self) -> _Place:
+        from pyarrow.fs import FileSystem
 
         if self.local is not None:
-            return LocalFileSystem(), self.location
+            return _on_this_machine(self.local)
         try:
             fs, path = FileSystem.from_uri(self.location)
         # pyarrow's own words for an unknown scheme, an unreachable host, or a file system that it was built without.
@@ -204,8 +196,22 @@ class Folder:
             raise ConfigError("checkpointing.path", self.location, f"pyarrow cannot open it: {error}") from error
         return fs, path
 
+    def _file(self, name: str) -> _Place:
+        fs, path = self._opened()
+        return fs, f"{path}/{name}"
 
-def _split(uri: str) -> tuple[str, str]:
-    """The path of a URI, and its options with their question mark."""
-    path, mark, options = uri.partition("?")
-    return path, mark + options
+
+_Place: TypeAlias = tuple[Any, str]
+"""A file system of pyarrow and a path in it."""
+
+
+def _on_this_machine(path: Path) -> _Place:
+    from pyarrow.fs import LocalFileSystem
+
+    return LocalFileSystem(), str(path)
+
+
+def _copy(source: _Place, target: _Place) -> None:
+    from pyarrow.fs import copy_files
+
+    copy_files(source[1], target[1], source_filesystem=source[0], destination_filesystem=target[0])

@@ -1,4 +1,4 @@
-"""checkpoints/: those of one run, newest and best."""
+"""The checkpoints of one run, newest and best."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class CheckpointStore:
 
     folder: Folder
     run_id: str | None = None
-    """Checkpoints of this run count, and those from before runs had ids; none: all of them."""
+    """Checkpoints of this run count, and those from before runs had ids; unset: all of them."""
     is_own: bool = True
     """Whether no other run writes here: only then it is known whose the folders without a manifest are."""
 
     def of_iteration(self, iteration: int) -> Checkpoint:
-        """Where the checkpoint of an iteration lies."""
+        """The place of the checkpoint of an iteration."""
         return Checkpoint(self.folder / f"iteration_{iteration:06d}")
 
     def is_taken(self) -> bool:
@@ -63,15 +63,16 @@ class CheckpointStore:
         """
         found = self._committed(level=logging.DEBUG)
         kept = [checkpoint for checkpoint, _ in found[-keep:]]
-        # Where the name of the figure was not kept it may be this one or another: those compete among themselves.
+        # Where the name of the metric was not kept it may be this one or another: those compete among themselves.
         for name in {metric, None}:
             of_metric = [(one, state) for one, state in found if state.metric == name]
             kept += _best(of_metric, keep_best, highest_is_best=highest_is_best)
-        for checkpoint, _ in found:
-            if checkpoint not in kept:
-                checkpoint.delete()
+        removed = [checkpoint for checkpoint, _ in found if checkpoint not in kept]
         if self.is_own:
-            self._delete_unfinished()
+            # A manifest that cannot be read may be one of a later version of this library.
+            removed += [checkpoint for checkpoint in self._all() if not checkpoint.is_committed()]
+        for checkpoint in removed:
+            checkpoint.delete()
 
     def _committed(self, *, level: int) -> list[_Found]:
         """This run's, by iteration; those without a whole manifest are logged."""
@@ -80,17 +81,11 @@ class CheckpointStore:
             try:
                 state = checkpoint.state()
             except DataError as error:
-                _LOG.log(level, "%s; it is passed over", error)
+                _LOG.log(level, "%s; it is skipped", error)
                 continue
             if self.run_id is None or state.run_id in (self.run_id, None):
                 found.append((checkpoint, state))
         return sorted(found, key=lambda one: one[1].iteration)
-
-    def _delete_unfinished(self) -> None:
-        for checkpoint in self._all():
-            # A manifest that cannot be read may be one of a later version of this library.
-            if not checkpoint.is_committed():
-                checkpoint.delete()
 
     def _all(self) -> list[Checkpoint]:
         return [Checkpoint(folder) for folder in self.folder.folders() if _NAME.fullmatch(folder.name)]

@@ -1,4 +1,4 @@
-"""Around the loop: finishes checkpoints beside training, one at a time."""
+"""Finishes checkpoints in the background of training, one at a time."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class CheckpointWriter:
         self._start(checkpoint, config, state, lambda: None).result()
 
     def begin(self, checkpoint: Checkpoint, *, config: str, state: CheckpointState, then: Callable[[], None]) -> None:
-        """Write a checkpoint beside what comes next, and do ``then`` after it.
+        """Write a checkpoint in the background, and do ``then`` after it.
 
         What goes wrong is logged and counted: a full disk must not cost the training that it was to keep.
         """
@@ -92,4 +92,4 @@ class CheckpointWriter:
 
     def _count(self, checkpoint: Checkpoint, error: Exception) -> None:
         self.failed += 1
-        _LOG.error("the checkpoint %s could not be written, training goes on: %s", checkpoint.folder, error)
+        _LOG.error("the checkpoint %s could not be written, training continues: %s", checkpoint.folder, error)

@@ -1,4 +1,4 @@
-"""After each iteration: where a run is seen and stored."""
+"""Where the results of a run are shown and stored."""
 
 from __future__ import annotations
 

@@ -1,16 +1,17 @@
-"""After each iteration: the run on the console, as a live panel or as plain lines."""
+"""The run on the console, as a live panel or as plain lines."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Literal
 
 import rich
 from rich.console import Console
 from rich.live import Live
 
 from rlhf_ray.config.settings import Settings
+from rlhf_ray.reporting.metrics import Scalar
 from rlhf_ray.reporting.panel import ProgressPanel, duration, plain_line
 from rlhf_ray.reporting.progress import Progress
 from rlhf_ray.reporting.reporter import Reporter
@@ -45,53 +46,39 @@ class ConsoleReporter(Reporter):
     """Shows the phase of the start-up with its seconds, then the newest numbers of the run.
 
     Args:
-        console: Where to draw; none: rich's global console, so that whoever prints through it while the panel is up
-            (``rich.print`` too) writes above the panel.
+        settings: Of the run.
+        run_dir: Of the run.
+        console: Where to draw; unset: rich's global console, so that what is printed through it while the panel is up
+            (``rich.print`` too) appears above the panel.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, settings: Settings, run_dir: RunDirectory, console: Console | None = None) -> None:
         self._console = console or rich.get_console()
-        self._mode: Mode = "off"
-        self._progress: Progress | None = None
-        self._live: Live | None = None
-
-    def start(self, settings: Settings, run_dir: RunDirectory) -> None:
-        """Begin to show."""
         self._mode = resolve_mode(
             settings.reporting.progress,
             terminal=self._console.is_terminal and not self._console.is_dumb_terminal,
             prompt=hasattr(sys, "ps1") or bool(sys.flags.interactive),
         )
         self._progress = Progress(name=run_dir.name, iterations=settings.training.iterations)
+        self._live = Live(ProgressPanel(self._progress), console=self._console, refresh_per_second=4)
         if self._mode == "live":
-            self._live = Live(ProgressPanel(self._progress), console=self._console, refresh_per_second=4)
             self._live.start()
 
     def phase(self, text: str) -> None:
         """Show what the run is busy with."""
-        progress = self._shown()
-        progress.enter(text)
-        if self._mode == "plain":
-            self._line(f"[{duration(progress.elapsed_s):>5}] {text}")
+        self._progress.enter(text)
+        self._print(f"[{duration(self._progress.elapsed_s):>5}] {text}")
 
-    def report(self, result: Mapping[str, Any]) -> None:
+    def report(self, row: Mapping[str, Scalar]) -> None:
         """Show the iteration's numbers."""
-        progress = self._shown()
-        progress.record(result)
-        if self._mode == "plain":
-            self._line(plain_line(progress))
+        self._progress.record(row)
+        self._print(plain_line(self._progress))
 
     def stop(self) -> None:
-        """Leave the last panel standing and give the console back."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        """Leave the last panel on the console and give the console back."""
+        self._live.stop()
 
-    def _shown(self) -> Progress:
-        if self._progress is None:
-            raise RuntimeError("the console reporter is used before start()")
-        return self._progress
-
-    def _line(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         # Logs are read by other programs too: no colors, and no line breaks at a width that a file does not have.
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self._mode == "plain":
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""After each iteration: what every number in a result means, and results as flat rows.
+"""What every number in a result means, and results as flat rows.
 
 A result is a nested dictionary; reporters write it flat, keys joined by ``/``. Every key that the library puts there
 is declared here once. ``<name>`` in a key stands for any text.
@@ -7,6 +7,7 @@ is declared here once. ``<name>`` in a key stands for any text.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any, TypeAlias
 
 from rlhf_ray.config import nested
 
-__all__ = ["METRICS", "Metric", "Scalar", "flatten", "metric_for"]
+__all__ = ["METRICS", "Metric", "Scalar", "finite", "flatten", "held_out_set", "metric_for", "number"]
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -28,6 +29,10 @@ class Metric:
     unit: str
     formula: str
     """How the number comes about, in one line."""
+
+    def match(self, key: str) -> re.Match[str] | None:
+        """Whether a flat key is this one; the texts for the names in it are the groups of the match."""
+        return _pattern(self.key).fullmatch(key)
 
 
 METRICS: tuple[Metric, ...] = (
@@ -182,7 +187,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("weight_sync/size_bytes", "bytes", "weights published to each replica"),
     Metric("weight_sync/num_replicas", "replicas", "replicas that acknowledged the new version"),
     Metric("weight_sync/publication_s", "s", "from the end of an update until every replica serves its policy"),
-    Metric("weight_sync/pause_s", "s", "longest time for which a replica stood still to load them"),
+    Metric("weight_sync/pause_s", "s", "longest time for which a replica was paused to load them"),
     # What was measured on held-out prompts.
     Metric(
         "evaluation/<dataset>/reward_mean",
@@ -258,13 +263,28 @@ def flatten(result: Mapping[str, Any]) -> dict[str, Scalar]:
     return {key: value for key, value in plain.items() if isinstance(value, (bool, int, float, str))}
 
 
+def held_out_set(key: str) -> str | None:
+    """Name of the held-out set whose mean reward a flat key is, ``None`` for other keys."""
+    match = _pattern("evaluation/<dataset>/reward_mean").fullmatch(key)
+    return match[1] if match else None
+
+
+def number(value: Scalar | None) -> float | None:
+    """A value of a row as a number, ``None`` for texts and missing ones."""
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def finite(value: Any) -> Any:
+    """The value, ``None`` for NaN and infinities: JSON has no name for them and strict readers refuse Python's."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def metric_for(key: str) -> Metric | None:
     """Find the declaration of a flat key, ``None`` for a key that the library does not declare."""
-    return next((metric for metric, pattern in _patterns() if pattern.fullmatch(key)), None)
+    # The exact keys first: a reward function may be called "failures".
+    return min((metric for metric in METRICS if metric.match(key)), key=lambda metric: "<" in metric.key, default=None)
 
 
 @functools.cache
-def _patterns() -> tuple[tuple[Metric, re.Pattern[str]], ...]:
-    # The exact keys first: a reward function may be called "failures".
-    ordered = sorted(METRICS, key=lambda metric: "<" in metric.key)
-    return tuple((metric, re.compile(re.sub(r"<\w+>", ".+", metric.key))) for metric in ordered)
+def _pattern(key: str) -> re.Pattern[str]:
+    return re.compile(re.sub(r"<\w+>", "(.+)", key))

@@ -1,9 +1,10 @@
-"""After each iteration: a run's progress as a live panel or as one plain line."""
+"""A run's progress as a live panel or as one plain line."""
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -53,7 +54,7 @@ def duration(seconds: float) -> str:
 
 
 def short(number: float) -> str:
-    """Write a number with about three figures: ``0.0512``, ``97.3``, ``512``, ``12.3k``, ``1.2e-05``."""
+    """Write a number with about three digits: ``0.0512``, ``97.3``, ``512``, ``12.3k``, ``1.2e-05``."""
     size = abs(number)
     if not math.isfinite(number):
         return str(number)
@@ -67,14 +68,9 @@ def short(number: float) -> str:
 
 def plain_line(progress: Progress) -> str:
     """Write the newest result as one line of ASCII for logs."""
-    held_out = [
-        ("held-out {}", f"evaluation/{name}/reward_mean")
-        for name in progress.evaluations
-        if f"evaluation/{name}/reward_mean" in progress.row
-    ]
     fields = [
         ("reward {}", "rollouts/reward_mean"),
-        *held_out,
+        *(("held-out {}", f"evaluation/{name}/reward_mean") for name in progress.evaluations),
         ("KL {}", "learner/approx_kl"),
         ("length {}", "rollouts/completion_tokens_mean"),
         ("{} tok/s", "rollouts/tokens_per_s"),
@@ -127,11 +123,12 @@ def _numbers(progress: Progress, blocks: str) -> RenderableType:
     for name, curve in _curves(progress):
         drawn = f"{short(curve[-1]):<7} {sparkline(curve, _CURVE_WIDTH, blocks=blocks)}  from {short(curve[0])}"
         grid.add_row(Text(name), Text(drawn, no_wrap=True))
-    for name, fields in _ROWS:
-        numbers = ((label, progress.number(key), write) for label, key, write in fields)
-        shown = "  ".join(f"{label} {write(number)}" for label, number, write in numbers if number is not None)
-        if shown:
-            grid.add_row(name, Text(shown, no_wrap=True))
+    rows: defaultdict[str, list[str]] = defaultdict(list)
+    for name, label, key, write in _NUMBERS:
+        if (number := progress.number(key)) is not None:
+            rows[name].append(f"{label} {write(number)}")
+    for name, shown in rows.items():
+        grid.add_row(name, Text("  ".join(shown), no_wrap=True))
     if troubles := _troubles(progress):
         grid.add_row(Text("faults", style="yellow"), Text(troubles, style="yellow"))
     return grid
@@ -145,58 +142,30 @@ def _curves(progress: Progress) -> Iterator[tuple[str, Sequence[float]]]:
         yield (name[-16:] if several else "held-out"), curve
 
 
-def _percent(fraction: float) -> str:
-    return f"{fraction:.1%}"
-
-
 def _seconds(number: float) -> str:
     return f"{number:.2f}" if number < 10 else f"{number:.0f}"
 
 
-_ROWS: tuple[tuple[str, tuple[tuple[str, str, Callable[[float], str]], ...]], ...] = (
-    (
-        "policy",
-        (
-            ("KL", "learner/approx_kl", short),
-            ("clipped", "learner/clip_fraction", _percent),
-            ("entropy", "learner/entropy", short),
-            ("grad norm", "learner/grad_norm", short),
-        ),
-    ),
-    (
-        "critic",
-        (
-            ("loss", "learner/value_loss", short),
-            ("explained variance", "learner/explained_variance", short),
-        ),
-    ),
-    (
-        "length",
-        (
-            ("mean", "rollouts/completion_tokens_mean", short),
-            ("max", "rollouts/completion_tokens_max", short),
-            ("truncated", "rollouts/truncated_fraction", _percent),
-        ),
-    ),
-    (
-        "tokens/s",
-        (
-            ("sampled", "rollouts/tokens_per_s", short),
-            ("trained", "learner/tokens_per_s", short),
-        ),
-    ),
-    (
-        "seconds",
-        (
-            ("rollout", "timers/rollout_s", _seconds),
-            ("reward", "timers/reward_s", _seconds),
-            ("advantage", "timers/advantage_s", _seconds),
-            ("update", "timers/update_s", _seconds),
-            ("sync", "timers/weight_sync_s", _seconds),
-            ("all", "timers/iteration_s", _seconds),
-        ),
-    ),
+_NUMBERS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
+    ("policy", "KL", "learner/approx_kl", short),
+    ("policy", "clipped", "learner/clip_fraction", "{:.1%}".format),
+    ("policy", "entropy", "learner/entropy", short),
+    ("policy", "grad norm", "learner/grad_norm", short),
+    ("critic", "loss", "learner/value_loss", short),
+    ("critic", "explained variance", "learner/explained_variance", short),
+    ("length", "mean", "rollouts/completion_tokens_mean", short),
+    ("length", "max", "rollouts/completion_tokens_max", short),
+    ("length", "truncated", "rollouts/truncated_fraction", "{:.1%}".format),
+    ("tokens/s", "sampled", "rollouts/tokens_per_s", short),
+    ("tokens/s", "trained", "learner/tokens_per_s", short),
+    ("seconds", "rollout", "timers/rollout_s", _seconds),
+    ("seconds", "reward", "timers/reward_s", _seconds),
+    ("seconds", "advantage", "timers/advantage_s", _seconds),
+    ("seconds", "update", "timers/update_s", _seconds),
+    ("seconds", "sync", "timers/weight_sync_s", _seconds),
+    ("seconds", "all", "timers/iteration_s", _seconds),
 )
+"""Row of the panel, label, key, and how its number is written."""
 
 
 def _troubles(progress: Progress) -> str:

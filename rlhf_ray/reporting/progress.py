@@ -1,12 +1,11 @@
-"""After each iteration: what the console shows of a run, gathered from its results."""
+"""What the console shows of a run, gathered from its results."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
 
-from rlhf_ray.reporting.metrics import Scalar, flatten
+from rlhf_ray.reporting.metrics import Scalar, held_out_set, number
 
 __all__ = ["Progress"]
 
@@ -24,7 +23,7 @@ class Progress:
         self.name = name
         self.iterations = iterations
         self.phase = "starting"
-        self.row: dict[str, Scalar] = {}
+        self.row: Mapping[str, Scalar] = {}
         self.rewards: list[float] = []
         self.evaluations: dict[str, list[float]] = {}
         """Name of a held-out set -> its mean rewards, oldest first."""
@@ -57,8 +56,7 @@ class Progress:
 
     def number(self, key: str) -> float | None:
         """Read a number of the newest result, ``None`` where it has none."""
-        value = self.row.get(key)
-        return None if value is None or isinstance(value, str) else float(value)
+        return number(self.row.get(key))
 
     def total(self, prefix: str) -> float:
         """Sum the numbers of the newest result whose keys start with ``prefix``."""
@@ -69,14 +67,13 @@ class Progress:
         self.phase = phase
         self._phase_started = self._clock()
 
-    def record(self, result: Mapping[str, Any]) -> None:
-        """Take in the nested result of an iteration."""
-        self.row = flatten(result)
+    def record(self, row: Mapping[str, Scalar]) -> None:
+        """Add the flat result of an iteration."""
+        self.row = row
         self._remember("rollouts/reward_mean", self.rewards)
         self._remember("timers/iteration_s", self._times)
         for key in self.row:
-            if key.startswith("evaluation/") and key.endswith("/reward_mean"):
-                name = key.removeprefix("evaluation/").removesuffix("/reward_mean")
+            if name := held_out_set(key):
                 self._remember(key, self.evaluations.setdefault(name, []))
         self.enter("training")
 

@@ -1,15 +1,16 @@
-"""After each iteration: every reporter of a run, none of which can end the training."""
+"""Every reporter of a run, none of which can end the training."""
 
 from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError
+from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.stopping import stop_all
@@ -21,17 +22,21 @@ __all__ = ["ReporterSet"]
 _logger = logging.getLogger(__name__)
 
 
-class ReporterSet(Reporter):
-    """Calls each reporter; tolerates and counts what they raise.
+class ReporterSet:
+    """Makes and calls each reporter; tolerates and counts what they raise.
 
     A full disk or a lost connection must not cost a training run, so an exception of a reporter is logged (the first
     one of each reporter at WARNING with its traceback, later ones at DEBUG) and counted. Two things are not
-    tolerated: a ``ConfigError`` at the start, which nobody should learn of after the run, and an interrupt.
+    tolerated: a ``ConfigError`` at the start, which should be known before the run, and an interrupt.
+
+    Args:
+        kinds: What makes a reporter of the settings and the run directory: its class.
     """
 
-    def __init__(self, reporters: Sequence[Reporter]) -> None:
-        self._reporters = list(reporters)
-        self._failed: set[int] = set()
+    def __init__(self, kinds: Sequence[Callable[[Settings, RunDirectory], Reporter]]) -> None:
+        self._kinds = kinds
+        self._reporters: list[Reporter] = []
+        self._failed: set[Reporter] = set()
         self._failures = 0
 
     @classmethod
@@ -46,20 +51,16 @@ class ReporterSet(Reporter):
         from rlhf_ray.reporting.wandb import WandbReporter
 
         reporting = settings.reporting
-        reporters: list[Reporter] = [JsonlReporter()]
-        if reporting.completions_interval:
-            reporters.append(CompletionsReporter())
-        if reporting.timeline_interval:
-            reporters.append(TimelineReporter())
-        if reporting.tensorboard:
-            reporters.append(TensorBoardReporter())
-        if reporting.wandb_project is not None:
-            reporters.append(WandbReporter())
-        if reporting.mlflow_experiment is not None:
-            reporters.append(MlflowReporter())
-        if reporting.progress != "off":
-            reporters.append(ConsoleReporter())
-        return cls(reporters)
+        choices: tuple[tuple[type[Reporter], bool], ...] = (
+            (JsonlReporter, True),
+            (CompletionsReporter, reporting.completions_interval > 0),
+            (TimelineReporter, reporting.timeline_interval > 0),
+            (TensorBoardReporter, reporting.tensorboard),
+            (WandbReporter, reporting.wandb_project is not None),
+            (MlflowReporter, reporting.mlflow_experiment is not None),
+            (ConsoleReporter, reporting.progress != "off"),
+        )
+        return cls([kind for kind, is_chosen in choices if is_chosen])
 
     @property
     def failures(self) -> int:
@@ -67,29 +68,27 @@ class ReporterSet(Reporter):
         return self._failures
 
     def start(self, settings: Settings, run_dir: RunDirectory) -> None:
-        """Start every reporter; one that fails is left out of the run.
+        """Make every reporter; one that fails is left out of the run.
 
         Raises:
-            ConfigError: A reporter's setting cannot work here; those already started are stopped.
+            ConfigError: A reporter's setting cannot work here; those already made are stopped.
         """
-        started = []
-        for reporter in self._reporters:
+        for kind in self._kinds:
             try:
-                if self._tolerate(reporter, "start", settings, run_dir):
-                    started.append(reporter)
+                self._reporters.append(kind(settings, run_dir))
             except ConfigError:
-                self._reporters = started
                 self.stop()
                 raise
-        self._reporters = started
+            except Exception as error:
+                self._count(f"{getattr(kind, '__name__', kind)}()", error)
 
     def phase(self, text: str) -> None:
         """Tell every reporter what the run is busy with."""
         self._each("phase", text)
 
     def report(self, result: Mapping[str, Any]) -> None:
-        """Hand the result to every reporter, with the failures before it as ``reporting/failures``."""
-        self._each("report", {**result, "reporting": {"failures": self._failures}})
+        """Hand a result to every reporter as a flat row, with the failures before it as ``reporting/failures``."""
+        self._each("report", flatten(result) | {"reporting/failures": self._failures})
 
     def report_completions(
         self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
@@ -111,25 +110,17 @@ class ReporterSet(Reporter):
         for reporter in self._reporters:
             self._tolerate(reporter, method, *arguments)
 
-    def _tolerate(self, reporter: Reporter, method: str, *arguments: object) -> bool:
+    def _tolerate(self, reporter: Reporter, method: str, *arguments: object) -> None:
         try:
             getattr(reporter, method)(*arguments)
         except Exception as error:
-            if method == "start" and isinstance(error, ConfigError):
-                raise
-            self._failures += 1
-            level = logging.DEBUG if id(reporter) in self._failed else logging.WARNING
-            self._failed.add(id(reporter))
-            # Not exc_info: the error of a reporter may quote the completions that it was given.
-            frames = "".join(traceback.format_tb(error.__traceback__))
-            failed = f"{type(reporter).__name__}.{method}() failed; the run goes on"
-            _logger.log(
-                level,
-                "%s\nTraceback (most recent call last):\n%s%s: %s",
-                failed,
-                frames,
-                type(error).__name__,
-                shortened(error),
-            )
-            return False
-        return True
+            level = logging.DEBUG if reporter in self._failed else logging.WARNING
+            self._failed.add(reporter)
+            self._count(f"{type(reporter).__name__}.{method}()", error, level=level)
+
+    def _count(self, call: str, error: Exception, *, level: int = logging.WARNING) -> None:
+        self._failures += 1
+        # Not exc_info: the error of a reporter may quote the completions that it was given.
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        failed = f"{call} failed; training continues\nTraceback (most recent call last):\n{frames}"
+        _logger.log(level, "%s%s: %s", failed, type(error).__name__, shortened(error))

@@ -1,4 +1,4 @@
-"""Before the first iteration: the folder of a run and where everything in it lies."""
+"""The folder of a run and the place of everything in it."""
 
 from __future__ import annotations
 
@@ -9,23 +9,60 @@ import os
 import re
 import unicodedata
 import uuid
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from rlhf_ray.errors import ConfigError
 
-__all__ = ["RunDirectory", "ray_name"]
+__all__ = ["RunDirectory", "kept_id", "ray_name", "write_whole"]
 
 _RAY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
+class _Place:
+    """A path in the folder of a run, which need not exist yet."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __get__(self, run: RunDirectory, owner: type[RunDirectory]) -> Path:
+        return run.path / self._name
+
+
 @dataclass(frozen=True, slots=True)
 class RunDirectory:
-    """Paths of one run; made with :meth:`create` or, to go on with a run, :meth:`reopen`."""
+    """Paths of one run; made with :meth:`create` or, to resume a run, :meth:`reopen`."""
 
     path: Path
     """Absolute, because Tune trials change the working directory."""
+
+    config = _Place("config.yaml")
+    """The resolved configuration, as YAML."""
+    metrics = _Place("metrics.jsonl")
+    """One flat JSON object per iteration."""
+    completions = _Place("completions")
+    """Folder of completion tables."""
+    timeline = _Place("timeline")
+    """Folder of timelines."""
+    checkpoints = _Place("checkpoints")
+    """Folder of checkpoints."""
+    tensorboard = _Place("tensorboard")
+    """Folder of TensorBoard events."""
+    wandb = _Place("wandb")
+    """Folder that Weights & Biases writes; it adds this name to the ``dir`` it is given."""
+    mlflow = _Place("mlflow.db")
+    """MLflow's database, where no tracking server is named."""
+    mlflow_run_id = _Place("mlflow_run_id")
+    """Which MLflow run this is."""
+    model = _Place("model")
+    """Folder of the trained model in Hugging Face form."""
+    _id = _Place("run_id")
 
     @classmethod
     def at(cls, path: str | Path) -> RunDirectory:
@@ -37,7 +74,7 @@ class RunDirectory:
         """Make the folder of a new run.
 
         Args:
-            run_dir: Where the user wants it (``reporting.run_dir``); none: ``<parent>/<algorithm>-<date>-<time>``,
+            run_dir: Where the user wants it (``reporting.run_dir``); unset: ``<parent>/<algorithm>-<date>-<time>``,
                 with ``-2``, ``-3``, ... appended while that exists.
             algorithm: First part of the default name.
             parent: Folder of runs without a ``run_dir``.
@@ -46,17 +83,20 @@ class RunDirectory:
             ConfigError: ``run_dir`` already holds a run, or the folder cannot be made.
         """
         if run_dir is None:
-            return cls(_make_fresh(parent.absolute(), f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"))
+            name = f"{algorithm}-{datetime.now():%Y%m%d-%H%M%S}"
+            numbered = (f"{name}-{number}" for number in itertools.count(2))
+            return cls(_make_first_free(parent.absolute(), itertools.chain([name], numbered)))
         if "://" in run_dir:
             raise ConfigError("reporting.run_dir", run_dir, "name a folder of this machine; copy it out after the run")
         directory = cls.at(run_dir)
         if cls.holds_a_run(run_dir):
             remedy = (
-                "this folder already holds a run; choose another one, or null for a new one under runs/, or go on with "
+                "this folder already holds a run; choose another one, or null for a new one under runs/, or resume "
                 "that run: rlhf-ray train --resume, or checkpointing.resume: same"
             )
             raise ConfigError("reporting.run_dir", run_dir, remedy)
-        _make(directory.path)
+        with _refused_if_unwritable(directory.path):
+            directory.path.mkdir(parents=True, exist_ok=True)
         return directory
 
     @classmethod
@@ -73,7 +113,7 @@ class RunDirectory:
 
     @classmethod
     def reopen(cls, path: str | Path) -> RunDirectory:
-        """Name the folder of a run that goes on, for example from a checkpoint; reporters append to it.
+        """Name the folder of a run that is resumed, for example from a checkpoint; reporters append to it.
 
         Raises:
             ConfigError: There is no such folder.
@@ -93,82 +133,22 @@ class RunDirectory:
         """The folder's name as a part of names in Ray, the same each time: see :func:`ray_name`."""
         return ray_name(self.name)
 
-    @property
-    def config(self) -> Path:
-        """The resolved configuration, as YAML."""
-        return self.path / "config.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One flat JSON object an iteration."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def completions(self) -> Path:
-        """Folder of completion tables."""
-        return self.path / "completions"
-
-    @property
-    def timeline(self) -> Path:
-        """Folder of timelines."""
-        return self.path / "timeline"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Folder of TensorBoard events."""
-        return self.path / "tensorboard"
-
-    @property
-    def wandb(self) -> Path:
-        """Folder that Weights & Biases writes; it adds this name to the ``dir`` it is given."""
-        return self.path / "wandb"
-
-    @property
-    def mlflow(self) -> Path:
-        """MLflow's database, where no tracking server is named."""
-        return self.path / "mlflow.db"
-
-    @property
-    def mlflow_run_id(self) -> Path:
-        """Which MLflow run this is."""
-        return self.path / "mlflow_run_id"
-
-    @property
-    def model(self) -> Path:
-        """Folder of the trained model in Hugging Face form."""
-        return self.path / "model"
-
     def run_id(self) -> str:
         """What tells this run from every other, made when it is first asked for.
 
         Names of folders repeat and change; what a run writes elsewhere is marked by this.
         """
-        if not self._id.exists():
-            _write_whole(self._id, uuid.uuid4().hex)
-        return self._id.read_text(encoding="utf-8")
-
-    @property
-    def _id(self) -> Path:
-        return self.path / "run_id"
+        return kept_id(self._id, lambda: uuid.uuid4().hex)
 
     def last_iteration(self) -> int:
-        """The last one that was reported; 0: none."""
-        if not self.metrics.exists():
-            return 0
-        lines = self.metrics.read_text(encoding="utf-8").splitlines()
-        return max((row for line in lines if (row := _iteration(line)) is not None), default=0)
+        """The last iteration that was reported; 0 where none was."""
+        return max((number for number, _ in self._lines()), default=0)
 
     def forget_after(self, iteration: int) -> None:
         """Drop what later iterations reported: they are about to run again. A line that was cut short goes too."""
         if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines()
-            kept = [line for line in lines if (row := _iteration(line)) is not None and row <= iteration]
-            _write_whole(self.metrics, "".join(f"{line}\n" for line in kept))
+            kept = [f"{line}\n" for number, line in self._lines() if number <= iteration]
+            write_whole(self.metrics, "".join(kept))
         for file in (*self.completions.glob("step_*.parquet"), *self.timeline.glob("step_*.json")):
             if int(file.stem.removeprefix("step_")) > iteration:
                 file.unlink()
@@ -177,11 +157,11 @@ class RunDirectory:
         """Move what was reported into a new folder ``before-<n>``: the run is about to begin again.
 
         Returns:
-            That folder; none: no iteration was reported.
+            That folder; ``None`` where no iteration was reported.
         """
         if not self.metrics.exists() or self.metrics.stat().st_size == 0:
             return None
-        aside = _make_numbered(self.path, "before")
+        aside = _make_first_free(self.path, (f"before-{number}" for number in itertools.count(1)))
         for path in (self.metrics, self.completions, self.timeline, self.tensorboard):
             if path.exists():
                 path.rename(aside / path.name)
@@ -189,7 +169,20 @@ class RunDirectory:
 
     def write_config(self, text: str) -> None:
         """Write the resolved configuration; a reader finds all of it or what was there before."""
-        _write_whole(self.config, text)
+        write_whole(self.config, text)
+
+    def read_config(self) -> dict[str, Any]:
+        """The resolved configuration, empty where there is none: callables and datasets are plain text there."""
+        return dict(yaml.safe_load(self.config.read_text(encoding="utf-8"))) if self.config.exists() else {}
+
+    def _lines(self) -> Iterator[tuple[int, str]]:
+        """Iteration and text of each whole line of the metrics."""
+        for line in self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.exists() else ():
+            try:
+                iteration = int(json.loads(line)["training_iteration"])
+            except (ValueError, TypeError, KeyError):  # A line that was cut short.
+                continue
+            yield iteration, line
 
 
 def ray_name(text: str) -> str:
@@ -208,50 +201,37 @@ def ray_name(text: str) -> str:
     return f"{kept or 'run'}-{digest}"
 
 
-def _iteration(line: str) -> int | None:
-    try:
-        return int(json.loads(line)["training_iteration"])
-    except (ValueError, TypeError, KeyError):  # A line that was cut short.
-        return None
+def kept_id(file: Path, make: Callable[[], str]) -> str:
+    """The id in a file, made and written there when it is first asked for."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, make())
+    return file.read_text(encoding="utf-8")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    partial = path.with_suffix(".partial")
+def write_whole(path: Path, text: str) -> None:
+    """Write a file; a reader finds all of it or what was there before."""
+    partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
-def _make_fresh(parent: Path, name: str) -> Path:
-    _make(parent)
+def _make_first_free(parent: Path, names: Iterable[str]) -> Path:
+    with _refused_if_unwritable(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        for name in names:
+            try:
+                (parent / name).mkdir()
+            except FileExistsError:
+                continue
+            return parent / name
+    raise AssertionError("unreachable: the names do not end")
+
+
+@contextmanager
+def _refused_if_unwritable(path: Path) -> Iterator[None]:
     try:
-        (parent / name).mkdir()
-    except FileExistsError:
-        return _make_numbered(parent, name, first=2)
+        yield
     except OSError as error:
-        raise _unwritable(parent / name, error) from error
-    return parent / name
-
-
-def _make_numbered(parent: Path, name: str, *, first: int = 1) -> Path:
-    for number in itertools.count(first):
-        path = parent / f"{name}-{number}"
-        try:
-            path.mkdir()
-        except FileExistsError:
-            continue
-        except OSError as error:
-            raise _unwritable(path, error) from error
-        return path
-    raise AssertionError("unreachable: itertools.count does not end")
-
-
-def _make(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ConfigError:
-    reason = error.strerror or type(error).__name__
-    return ConfigError("reporting.run_dir", str(path), f"the folder cannot be made ({reason}); choose a writable place")
+        remedy = f"the folder cannot be made ({error.strerror or type(error).__name__}); choose a writable place"
+        raise ConfigError("reporting.run_dir", str(error.filename or path), remedy) from error

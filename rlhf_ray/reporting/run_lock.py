@@ -1,4 +1,4 @@
-"""Before the first iteration: keeps a second driver out of a run directory."""
+"""Keeps a second driver out of a run directory."""
 
 from __future__ import annotations
 

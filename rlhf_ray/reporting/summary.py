@@ -1,4 +1,4 @@
-"""After the last iteration: what a finished run came to, on the console."""
+"""The results of a finished run, on the console."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _CELL_CHARACTERS = 200
 
 @dataclass(slots=True, kw_only=True)
 class RunSummary:
-    """Gathers a run while it goes."""
+    """Gathers a run while it trains."""
 
     run_dir: RunDirectory
     iterations: int = 0
@@ -34,7 +34,7 @@ class RunSummary:
     """Newest metrics of each held-out set."""
 
     def record(self, result: Mapping[str, Any]) -> None:
-        """Take in the nested result of an iteration."""
+        """Add the nested result of an iteration."""
         self.iterations += 1
         self.rewards.append(float(result["rollouts"]["reward_mean"]))
         self.evaluation.update(result.get("evaluation", {}))
@@ -45,14 +45,14 @@ def show_summary(console: Console, run: RunSummary) -> None:
     rows = [("iterations", str(run.iterations)), ("time", duration(run.elapsed_s))]
     if run.rewards:
         rows.append(("reward", f"{short(run.rewards[0])} -> {short(run.rewards[-1])}"))
-    held_out = {name: {"reward_mean": metrics["reward_mean"]} for name, metrics in run.evaluation.items()}
-    rows += [(f"evaluation/{key}", value) for key, value in _numbers(held_out)]
+    rows += [(f"evaluation/{name}/reward_mean", short(of["reward_mean"])) for name, of in run.evaluation.items()]
     _show_pairs(console, [*rows, ("run directory", str(run.run_dir.path)), ("trained model", str(run.run_dir.model))])
 
 
 def show_evaluation(console: Console, metrics: Mapping[str, Any]) -> None:
     """Show the metrics of each held-out set."""
-    _show_pairs(console, _numbers(metrics))
+    numbers = {key: value for key, value in flatten(metrics).items() if not isinstance(value, str)}
+    _show_pairs(console, [(key, short(float(value))) for key, value in numbers.items()])
 
 
 def show_accuracy(console: Console, when: str, metrics: Mapping[str, Any]) -> None:
@@ -92,7 +92,7 @@ def show_quickstart(console: Console, before: Mapping[str, Any], after: Mapping[
 
 
 def show_samples(console: Console, run_dir: RunDirectory) -> None:
-    """Show a completion of each of some prompts of the newest completion table, if the run wrote any."""
+    """Show one completion per prompt for some prompts of the newest completion table, if the run wrote any."""
     import pyarrow.parquet as pq
 
     tables = sorted(run_dir.completions.glob("step_*.parquet"))
@@ -114,10 +114,6 @@ def _cell(text: str) -> Text:
     # Byte-level models write control characters; a raw one would move the cursor.
     visible = "".join(char if char.isprintable() else "?" for char in text[:_CELL_CHARACTERS])
     return Text(visible)
-
-
-def _numbers(metrics: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(key, short(float(value))) for key, value in flatten(metrics).items() if not isinstance(value, str)]
 
 
 def _show_pairs(console: Console, rows: Sequence[tuple[str, str]]) -> None:

@@ -1,4 +1,4 @@
-"""After each iteration: TensorBoard events.
+"""TensorBoard events.
 
 Written with TensorBoard's own event writer: ``torch.utils.tensorboard`` and ``tensorboardX`` wrap the same format and
 import torch, which the driver has no other use for.
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.reporting.metrics import flatten
+from rlhf_ray.reporting.metrics import Scalar
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 
@@ -21,56 +21,40 @@ __all__ = ["TensorBoardReporter"]
 class TensorBoardReporter(Reporter):
     """Writes every number of a result as a scalar at its iteration, and the configuration as text."""
 
-    def __init__(self) -> None:
-        self._writer: Any = None
-
-    def start(self, settings: Settings, run_dir: RunDirectory) -> None:
-        """Open the event file and show the configuration."""
+    def __init__(self, settings: Settings, run_dir: RunDirectory) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         run_dir.tensorboard.mkdir(exist_ok=True)
         self._writer = EventFileWriter(str(run_dir.tensorboard))
         if last := run_dir.last_iteration():
-            self._forget_after(last)
+            # TensorBoard leaves out what an earlier process of this run wrote of later iterations.
+            self._add(last + 1, session_log=SessionLog(status=SessionLog.START))
         if run_dir.config.exists():
-            self._add(0, [_text("config", f"```yaml\n{run_dir.config.read_text(encoding='utf-8')}\n```")])
-            self._writer.flush()
+            text = f"```yaml\n{run_dir.config.read_text(encoding='utf-8')}\n```"
+            self._add(0, summary=Summary(value=[_text("config", text)]))
 
-    def report(self, result: Mapping[str, Any]) -> None:
+    def report(self, row: Mapping[str, Scalar]) -> None:
         """Write the iteration's scalars."""
         from tensorboard.compat.proto.summary_pb2 import Summary
 
-        row = flatten(result)
-        self._add(
-            int(row["training_iteration"]),
-            [
-                Summary.Value(tag=key, simple_value=float(value))
-                for key, value in row.items()
-                if key != "training_iteration" and not isinstance(value, str)
-            ],
-        )
-        self._writer.flush()
+        scalars = [
+            Summary.Value(tag=key, simple_value=float(value))
+            for key, value in row.items()
+            if key != "training_iteration" and not isinstance(value, str)
+        ]
+        self._add(int(row["training_iteration"]), summary=Summary(value=scalars))
 
     def stop(self) -> None:
         """Close the event file."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        self._writer.close()
 
-    def _forget_after(self, step: int) -> None:
-        """Have TensorBoard leave out what an earlier process of this run wrote of later iterations."""
-        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-
-        start = SessionLog(status=SessionLog.START)
-        self._writer.add_event(Event(wall_time=time.time(), step=step + 1, session_log=start))
-
-    def _add(self, step: int, values: list[Any]) -> None:
+    def _add(self, step: int, **content: Any) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
 
-        if self._writer is None:
-            raise RuntimeError("report() before start()")
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._writer.add_event(Event(wall_time=time.time(), step=step, **content))
+        self._writer.flush()
 
 
 def _text(tag: str, text: str) -> Any:

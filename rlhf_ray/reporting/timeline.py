@@ -1,17 +1,15 @@
-"""After an iteration, on request: who did what when, as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
+"""Who did what when in an iteration, as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.reporter import Reporter
-from rlhf_ray.reporting.run_directory import RunDirectory
+from rlhf_ray.reporting.run_directory import RunDirectory, write_whole
 from rlhf_ray.types import TraceSpan
 
 __all__ = ["TimelineReporter", "trace_events"]
@@ -20,26 +18,19 @@ __all__ = ["TimelineReporter", "trace_events"]
 class TimelineReporter(Reporter):
     """Writes ``timeline/step_000001.json`` every ``reporting.timeline_interval`` iterations."""
 
-    def __init__(self) -> None:
-        self._folder = Path()
-
-    def start(self, settings: Settings, run_dir: RunDirectory) -> None:
-        """Make the folder."""
+    def __init__(self, settings: Settings, run_dir: RunDirectory) -> None:
         self._folder = run_dir.timeline
         self._folder.mkdir(exist_ok=True)
 
     def report_spans(self, step: int, spans: Sequence[TraceSpan]) -> None:
         """Write the iteration's trace."""
-        path = self._folder / f"step_{step:06d}.json"
-        unfinished = path.with_suffix(".tmp")
-        unfinished.write_text(json.dumps({"traceEvents": trace_events(spans)}), encoding="utf-8")
-        os.replace(unfinished, path)
+        write_whole(self._folder / f"step_{step:06d}.json", json.dumps({"traceEvents": trace_events(spans)}))
 
 
 def trace_events(spans: Sequence[TraceSpan]) -> list[dict[str, Any]]:
     """Spans as complete events of the Trace Event Format, times in microseconds since the first one.
 
-    A lane is a process. What overlaps in it without one being within the other lies in rows below each other.
+    A lane is a process. Spans that overlap without one being within the other are in different rows.
     """
     if not spans:
         return []

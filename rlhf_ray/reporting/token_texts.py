@@ -1,4 +1,4 @@
-"""After each iteration: which token wrote which part of a completion.
+"""Which token wrote which part of a completion.
 
 The texts of a completion's tokens, joined, are the completion's text. A token whose last byte ends no character has
 the text ``""``; the token that completes the character has all of it. Special tokens, EOS among them, have ``""``.
@@ -49,7 +49,7 @@ class TokenTexts:
             text: The decoded completion, special tokens left out.
 
         Returns:
-            Nothing where the tokenizer changes a text after it put the tokens together (it tidies spaces, say), so
+            ``None`` where the tokenizer changes a text after it put the tokens together (it tidies spaces, say), so
             that no split is the right one.
         """
         ids = [int(token) for token in token_ids]
@@ -110,7 +110,7 @@ class TokenTexts:
             return str(piece).encode()  # An added token, which is written as it reads.
 
     def _read_whole(self, token: int) -> str | None:
-        """Text of a token that is whole characters; none for others."""
+        """Text of a token that is whole characters; ``None`` for others."""
         try:
             return self._piece(token).decode()
         except UnicodeDecodeError:

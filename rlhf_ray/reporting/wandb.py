@@ -1,9 +1,8 @@
-"""After each iteration: Weights & Biases, offline in the run directory unless asked otherwise."""
+"""Weights & Biases, offline in the run directory unless asked otherwise."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import netrc
 import os
 import uuid
@@ -11,14 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-import yaml
-
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.reporting.metrics import flatten
+from rlhf_ray.reporting.completions import prompt_text
+from rlhf_ray.reporting.metrics import Scalar
 from rlhf_ray.reporting.reporter import Reporter
-from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.types import Float32Array, PromptText, ScoredGroup
+from rlhf_ray.reporting.run_directory import RunDirectory, kept_id
+from rlhf_ray.types import Float32Array, ScoredGroup
 
 __all__ = ["WandbReporter"]
 
@@ -27,17 +25,13 @@ _MOST_ROWS = 64
 
 
 class WandbReporter(Reporter):
-    """Logs metrics and configuration to a W&B run named like the run directory; never asks for a login."""
+    """Logs metrics and configuration to a W&B run named like the run directory; never asks for a login.
 
-    def __init__(self) -> None:
-        self._run: Any = None
+    Raises:
+        ConfigError: ``wandb_mode`` is ``online`` and there is no API key.
+    """
 
-    def start(self, settings: Settings, run_dir: RunDirectory) -> None:
-        """Start the W&B run.
-
-        Raises:
-            ConfigError: ``wandb_mode`` is ``online`` and there is no API key.
-        """
+    def __init__(self, settings: Settings, run_dir: RunDirectory) -> None:
         import wandb
 
         mode = settings.reporting.wandb_mode
@@ -45,12 +39,12 @@ class WandbReporter(Reporter):
             _require_api_key(wandb.setup().settings)
         self._run = wandb.init(
             project=settings.reporting.wandb_project,
-            # One run, also where several processes carry it on.
-            id=_run_id(run_dir),
+            # One run, also where several processes continue it.
+            id=kept_id(run_dir.wandb / "run_id", lambda: uuid.uuid4().hex[:8]),
             resume="allow",
             name=run_dir.name,
             dir=str(run_dir.path),
-            config=_config(run_dir),
+            config=run_dir.read_config(),
             mode=mode,
             # Two algorithms in one process are two W&B runs.
             reinit="create_new",
@@ -58,12 +52,9 @@ class WandbReporter(Reporter):
             settings=wandb.Settings(console="off", silent=True),
         )
 
-    def report(self, result: Mapping[str, Any]) -> None:
+    def report(self, row: Mapping[str, Scalar]) -> None:
         """Log the iteration's numbers."""
-        if self._run is None:
-            raise RuntimeError("report() before start()")
-        row = flatten(result)
-        self._run.log(row, step=int(row["training_iteration"]))
+        self._run.log(dict(row), step=int(row["training_iteration"]))
 
     def report_completions(
         self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
@@ -71,8 +62,6 @@ class WandbReporter(Reporter):
         """Log the first of the iteration's completions as a table, with the step's other numbers."""
         import wandb
 
-        if self._run is None:
-            raise RuntimeError("report_completions() before start()")
         extras = list(dict.fromkeys(name for scored in groups for name in scored.extras))
         columns = ["prompt", "completion", "reward", "finish_reason", *(f"extra/{name}" for name in extras)]
         table = wandb.Table(columns=columns, allow_mixed_types=True)
@@ -83,35 +72,14 @@ class WandbReporter(Reporter):
 
     def stop(self) -> None:
         """Finish the W&B run."""
-        if self._run is not None:
-            self._run.finish()
-            self._run = None
+        self._run.finish()
 
 
 def _rows(scored: ScoredGroup, extras: Sequence[str]) -> Iterator[tuple[Any, ...]]:
-    prompt = _text(scored.group.prompt.text)
+    prompt = prompt_text(scored.group.prompt.text)
     for index, completion in enumerate(scored.group.trajectories):
         logged = (scored.extras[name][index] if name in scored.extras else None for name in extras)
         yield prompt, scored.texts[index], float(scored.rewards[index]), completion.finish_reason, *logged
-
-
-def _text(prompt: PromptText) -> str:
-    return prompt if isinstance(prompt, str) else json.dumps(prompt, ensure_ascii=False)
-
-
-def _run_id(run_dir: RunDirectory) -> str:
-    file = run_dir.wandb / "run_id"
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(uuid.uuid4().hex[:8], encoding="utf-8")
-    return file.read_text(encoding="utf-8")
-
-
-def _config(run_dir: RunDirectory) -> dict[str, Any]:
-    """Read back the resolved configuration: callables and datasets are plain text there."""
-    if not run_dir.config.exists():
-        return {}
-    return dict(yaml.safe_load(run_dir.config.read_text(encoding="utf-8")))
 
 
 def _require_api_key(settings: Any) -> None:

@@ -73,7 +73,7 @@ class TrialSession(RaySession):
 
         cpus = cluster.cpus - self._trial.cpus
         self._reservation = Reservation(
-            trial_supervisor, need=room(cpus), reduced=lambda free: room(min(cpus, free.cpus))
+            trial_supervisor, need=taken(cpus), reduced=lambda free: taken(min(cpus, free.cpus))
         )
         return offered[self._reservation.resources]
 

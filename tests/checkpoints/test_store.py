@@ -119,7 +119,7 @@ def test_a_run_sees_its_own_checkpoints_and_those_from_before_ids(tmp_path: Path
     assert names(tmp_path) == [4, 5, 6]
 
 
-def test_a_place_is_taken_by_whoever_has_a_checkpoint_there(tmp_path: Path) -> None:
+def test_a_place_with_any_checkpoint_is_taken(tmp_path: Path) -> None:
     own = CheckpointStore(Folder.at(tmp_path), run_id="own")
     own.of_iteration(1).begin()
     assert not own.is_taken()

@@ -41,7 +41,7 @@ def learners() -> Learners:
     return Learners()
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(learners: Learners, tmp_path: Path) -> None:
+def test_training_continues_while_a_checkpoint_is_written(learners: Learners, tmp_path: Path) -> None:
     writer, checkpoint, after = CheckpointWriter(learners), Checkpoint(Folder.at(tmp_path / "c")), []
 
     writer.begin(checkpoint, config="a: 1\n", state=STATE, then=lambda: after.append(checkpoint.read()))

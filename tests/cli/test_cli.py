@@ -406,8 +406,7 @@ def test_report_writes_a_page_and_says_where_it_is(
 
 
 def test_report_shows_the_completions_that_are_asked_for(two_runs: None) -> None:
-    reporter = CompletionsReporter()
-    reporter.start(Settings(), RunDirectory.reopen("runs/a"))
+    reporter = CompletionsReporter(Settings(), RunDirectory.reopen("runs/a"))
     for step in range(1, 21):
         reporter.report_completions(step, [addition(step, f"{step}+0=", "1", 0.0)])
     shown = []
@@ -441,8 +440,7 @@ def test_quickstart_shows_what_the_model_wrote(
     train = FakeAlgorithm.train
 
     def train_and_write(self: FakeAlgorithm) -> dict[str, Any]:
-        reporter = CompletionsReporter()
-        reporter.start(self.settings, self.directory)
+        reporter = CompletionsReporter(self.settings, self.directory)
         reporter.report_completions(self.iteration + 1, [addition(1, "47+85=", "132", 1.0)])
         return train(self)
 

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from rlhf_ray.config.settings import ReportingSettings, Settings
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
-from rlhf_ray.reporting import RunDirectory
+from rlhf_ray.reporting import RunDirectory, flatten
 from rlhf_ray.reporting.completions import CompletionsReporter
 from rlhf_ray.reporting.jsonl import JsonlReporter
 from rlhf_ray.types import Float32Array, Prompt, PromptText, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
@@ -71,13 +71,11 @@ def write_run(
     """Write a run: by default five iterations and a table after the last; all tables have the same advantages."""
     directory = RunDirectory.create(str(folder), algorithm="PPO")
     directory.write_config(yaml.safe_dump(dict(settings)))
-    metrics = JsonlReporter()
-    metrics.start(Settings(), directory)
+    metrics = JsonlReporter(Settings(), directory)
     for result in iterations(5) if results is None else results:
-        metrics.report(result)
+        metrics.report(flatten(result))
     metrics.stop()
-    completions = CompletionsReporter()
-    completions.start(Settings(reporting=ReportingSettings(completions_interval=1)), directory)
+    completions = CompletionsReporter(Settings(), directory)
     for step, groups in ({5: additions()} if tables is None else tables).items():
         completions.report_completions(step, groups, advantages)
     return directory.path

@@ -7,20 +7,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_ray.config.settings import ReportingSettings, Settings
+from rlhf_ray.config.settings import Settings
 from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.completions import CompletionsReporter, completions_path
 from rlhf_ray.types import ScoredGroup, VersionSpan
 
 
-def started(run_dir: RunDirectory, interval: int = 1) -> CompletionsReporter:
-    reporter = CompletionsReporter()
-    reporter.start(Settings(reporting=ReportingSettings(completions_interval=interval)), run_dir)
-    return reporter
+def started(run_dir: RunDirectory) -> CompletionsReporter:
+    return CompletionsReporter(Settings(), run_dir)
 
 
-def test_one_row_a_completion(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+def test_one_row_per_completion(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
     started(run_dir).report_completions(1, groups)
     path = run_dir.completions / "step_000001.parquet"
     assert path == completions_path(run_dir, 1)
@@ -107,16 +105,6 @@ def test_a_token_in_no_version_span_has_no_version(run_dir: RunDirectory, groups
     started(run_dir).report_completions(1, [replace(groups[1], group=replace(group, trajectories=(known,)))])
     versions = pq.read_table(completions_path(run_dir, 1)).column("token_versions").to_pylist()
     assert versions == [[None, 5, 5, None, None, None]]
-
-
-@pytest.mark.parametrize(("interval", "written"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (0, [])])
-def test_the_interval_is_kept(
-    run_dir: RunDirectory, groups: list[ScoredGroup], interval: int, written: list[int]
-) -> None:
-    reporter = started(run_dir, interval)
-    for step in range(1, 5):
-        reporter.report_completions(step, groups)
-    assert sorted(run_dir.completions.iterdir()) == [completions_path(run_dir, step) for step in written]
 
 
 def test_what_functions_log_is_a_column(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from rlhf_ray.config.settings import ReportingSettings, Settings
-from rlhf_ray.reporting import RunDirectory
+from rlhf_ray.reporting import RunDirectory, flatten
 from rlhf_ray.reporting.console import ConsoleReporter, resolve_mode
 
 
@@ -18,10 +18,10 @@ def with_progress(progress: str) -> Settings:
 
 def shown(progress: str, run_dir: RunDirectory, result: dict[str, Any], *, terminal: bool) -> str:
     file = io.StringIO()
-    reporter = ConsoleReporter(Console(file=file, width=80, force_terminal=terminal, color_system=None))
-    reporter.start(with_progress(progress), run_dir)
+    console = Console(file=file, width=80, force_terminal=terminal, color_system=None)
+    reporter = ConsoleReporter(with_progress(progress), run_dir, console)
     reporter.phase("starting 1 rollout replica")
-    reporter.report(result)
+    reporter.report(flatten(result))
     reporter.stop()
     return file.getvalue()
 
@@ -43,7 +43,7 @@ def test_the_mode_follows_setting_and_terminal(progress: str, terminal: bool, pr
     assert resolve_mode(progress, terminal=terminal, prompt=prompt) == mode
 
 
-def test_plain_is_one_line_a_phase_and_one_an_iteration(run_dir: RunDirectory, result: dict[str, Any]) -> None:
+def test_plain_is_one_line_per_phase_and_iteration(run_dir: RunDirectory, result: dict[str, Any]) -> None:
     lines = shown("plain", run_dir, result, terminal=False).splitlines()
     assert lines == [
         "[  0 s] starting 1 rollout replica",
@@ -53,9 +53,8 @@ def test_plain_is_one_line_a_phase_and_one_an_iteration(run_dir: RunDirectory, r
 
 def test_a_plain_line_is_never_wrapped(run_dir: RunDirectory, result: dict[str, Any]) -> None:
     file = io.StringIO()
-    reporter = ConsoleReporter(Console(file=file, width=40))
-    reporter.start(with_progress("plain"), run_dir)
-    reporter.report(result)
+    reporter = ConsoleReporter(with_progress("plain"), run_dir, Console(file=file, width=40))
+    reporter.report(flatten(result))
     assert len(file.getvalue().splitlines()) == 1
 
 
@@ -70,8 +69,3 @@ def test_live_draws_a_panel_and_leaves_the_last_one(run_dir: RunDirectory, resul
 def test_off_shows_nothing(run_dir: RunDirectory, result: dict[str, Any]) -> None:
     assert shown("off", run_dir, result, terminal=True) == ""
     assert shown("auto", run_dir, result, terminal=False) == ""
-
-
-def test_before_start_it_says_so(result: dict[str, Any]) -> None:
-    with pytest.raises(RuntimeError, match="before start"):
-        ConsoleReporter().report(result)

@@ -3,10 +3,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import pytest
-
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.reporting import RunDirectory
+from rlhf_ray.reporting import RunDirectory, flatten
 from rlhf_ray.reporting.jsonl import JsonlReporter
 
 
@@ -18,13 +16,12 @@ def strict(text: str) -> dict[str, Any]:
     return row
 
 
-def test_one_flat_object_an_iteration(run_dir: RunDirectory, result: dict[str, Any]) -> None:
-    reporter = JsonlReporter()
-    reporter.start(Settings(), run_dir)
-    reporter.report(result)
+def test_one_flat_object_per_iteration(run_dir: RunDirectory, result: dict[str, Any]) -> None:
+    reporter = JsonlReporter(Settings(), run_dir)
+    reporter.report(flatten(result))
     # Read before stop(): each line is there when report() returns.
     assert strict(run_dir.metrics.read_text())["rollouts/reward_mean"] == 0.5
-    reporter.report({**result, "training_iteration": 4})
+    reporter.report(flatten({**result, "training_iteration": 4}))
     reporter.stop()
     rows = [strict(line) for line in run_dir.metrics.read_text().splitlines()]
     assert [row["training_iteration"] for row in rows] == [3, 4]
@@ -32,9 +29,8 @@ def test_one_flat_object_an_iteration(run_dir: RunDirectory, result: dict[str, A
 
 
 def test_nan_and_infinity_become_null(run_dir: RunDirectory, result: dict[str, Any]) -> None:
-    reporter = JsonlReporter()
-    reporter.start(Settings(), run_dir)
-    reporter.report(result)
+    reporter = JsonlReporter(Settings(), run_dir)
+    reporter.report(flatten(result))
     reporter.stop()
     row = strict(run_dir.metrics.read_text())
     assert row["learner/value_loss"] is None
@@ -42,15 +38,9 @@ def test_nan_and_infinity_become_null(run_dir: RunDirectory, result: dict[str, A
     assert row["learner/approx_kl"] == 0.00123
 
 
-def test_a_run_that_goes_on_appends(run_dir: RunDirectory) -> None:
+def test_a_resumed_run_appends(run_dir: RunDirectory) -> None:
     for iteration in (1, 2):
-        reporter = JsonlReporter()
-        reporter.start(Settings(), run_dir)
+        reporter = JsonlReporter(Settings(), run_dir)
         reporter.report({"training_iteration": iteration})
         reporter.stop()
     assert len(run_dir.metrics.read_text().splitlines()) == 2
-
-
-def test_report_without_start_says_so(result: dict[str, Any]) -> None:
-    with pytest.raises(RuntimeError, match="before start"):
-        JsonlReporter().report(result)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.panel import ProgressPanel, duration, plain_line, short, sparkline
 from rlhf_ray.reporting.progress import Progress
 
@@ -54,7 +55,7 @@ def full_result(iteration: int) -> dict[str, Any]:
 def after(iterations: int) -> Progress:
     progress = Progress(name="PPO-20250101-120000", iterations=40)
     for iteration in range(1, iterations + 1):
-        progress.record(full_result(iteration))
+        progress.record(flatten(full_result(iteration)))
     return progress
 
 
@@ -112,7 +113,7 @@ def test_the_plain_line_is_short_ascii() -> None:
 def test_the_plain_line_shows_an_evaluation_when_it_is_new() -> None:
     progress = after(1)
     assert "held-out" in plain_line(progress)
-    progress.record({"training_iteration": 2, "rollouts": {"reward_mean": 0.25}})
+    progress.record(flatten({"training_iteration": 2, "rollouts": {"reward_mean": 0.25}}))
     assert plain_line(progress) == " 2/40  reward 0.250"
 
 

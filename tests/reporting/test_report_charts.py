@@ -8,7 +8,7 @@ DECLARED = {metric.key: metric for metric in METRICS}
 
 def test_every_curve_is_a_declared_metric_and_those_of_a_chart_have_one_unit() -> None:
     for chart in CHARTS:
-        assert len({DECLARED[curve.key].unit for curve in chart.curves}) == 1, chart.title
+        assert len({DECLARED[key].unit for key in chart.curves}) == 1, chart.title
 
 
 def test_titles_are_distinct() -> None:
@@ -42,7 +42,7 @@ def test_phases_are_stacked() -> None:
     assert [curve["key"] for curve in chart["curves"]] == ["timers/rollout_s", "timers/update_s"]
 
 
-def test_charts_that_were_expected_in_vain_are_named() -> None:
+def test_charts_that_were_expected_but_are_empty_are_named() -> None:
     drawn, missing = chart_contents(["learner/entropy"])
     assert [chart["title"] for chart in drawn] == ["Entropy"]
     assert {"Reward", "KL to the reference", "Staleness"} <= set(missing)

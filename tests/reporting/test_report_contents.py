@@ -7,8 +7,8 @@ from typing import Any
 
 from report_runs import SETTINGS, additions, group, iterations, write_run
 
-from rlhf_ray.reporting.report.contents import MAX_TOKENS, report_contents
 from rlhf_ray.reporting.report.run import read_run
+from rlhf_ray.reporting.report.writing import MAX_TOKENS, report_contents
 
 
 def contents_of(*paths: Path, tables: int = 6) -> dict[str, Any]:

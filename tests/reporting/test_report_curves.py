@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from rlhf_ray.reporting.report.curves import MAX_POINTS, read_curves
+from rlhf_ray.reporting.report.charts import MAX_POINTS, read_curves
 
 REWARD, LONGEST = "rollouts/reward_mean", "rollouts/completion_tokens_max"
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from report_runs import HOSTILE, additions, group, write_run
 
-from rlhf_ray.reporting.report.contents import report_contents
 from rlhf_ray.reporting.report.page import embedded_json, page
 from rlhf_ray.reporting.report.run import read_run
+from rlhf_ray.reporting.report.writing import report_contents
 
 ASSETS = files("rlhf_ray.reporting.report") / "assets"
 OWN_SCRIPTS = sorted(file.name for file in ASSETS.iterdir() if file.name.endswith(".js"))

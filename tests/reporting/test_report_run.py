@@ -11,11 +11,11 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting.report.run import read_run
 
 
-def test_settings_by_name_and_a_row_an_iteration(tmp_path: Path) -> None:
+def test_settings_by_name_and_a_row_per_iteration(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path / "run"))
     assert run.settings["training.lr"] == 2e-4
     assert run.settings["algorithm"] == "PPO"
-    assert run.planned_iterations == 5
+    assert run.settings["training.iterations"] == 5
     assert [row["training_iteration"] for row in run.rows] == [1, 2, 3, 4, 5]
     assert run.rows[4]["rollouts/reward_mean"] == 0.5
     assert run.notes == ()
@@ -73,7 +73,7 @@ def test_settings_that_cannot_be_read_cost_the_settings_alone(
     if text is not None:
         (path / "config.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
     run = read_run(path)
-    assert (run.settings, run.notes, run.planned_iterations) == ({}, (note,), None)
+    assert (run.settings, run.notes) == ({}, (note,))
     assert len(run.rows) == 5
 
 
@@ -101,7 +101,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such folder; name the folder of a run"):
         read_run(tmp_path / "nowhere")
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="it is a file; name the folder it lies in"):
+    with pytest.raises(ConfigError, match="it is a file; name the folder that it is in"):
         read_run(tmp_path / "file")
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ray.reporting.report.settings import differences, flat_settings, key_settings, shown
+from rlhf_ray.reporting.report.run import differences, flat_settings, key_settings, shown
 
 
 def test_sections_become_prefixes_and_what_is_no_scalar_text() -> None:

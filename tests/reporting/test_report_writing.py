@@ -8,7 +8,7 @@ from report_runs import iteration, write_run
 
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.reporting import RunDirectory
+from rlhf_ray.reporting import RunDirectory, flatten
 from rlhf_ray.reporting.jsonl import JsonlReporter
 from rlhf_ray.reporting.report import write_report
 
@@ -36,12 +36,11 @@ def test_the_page_of_several_runs_lies_in_the_working_directory(
     assert "<title>a, b - rlhf_ray</title>" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
-def test_the_page_of_a_run_that_goes_on_is_written_again(tmp_path: Path) -> None:
+def test_the_page_of_a_run_under_way_is_written_again(tmp_path: Path) -> None:
     path = write_run(tmp_path / "run")
     before = write_report([path]).read_text(encoding="utf-8")
-    metrics = JsonlReporter()
-    metrics.start(Settings(), RunDirectory.reopen(str(path)))
-    metrics.report(iteration(6))
+    metrics = JsonlReporter(Settings(), RunDirectory.reopen(str(path)))
+    metrics.report(flatten(iteration(6)))
     metrics.stop()
     after = write_report([path]).read_text(encoding="utf-8")
     assert '"iteration":[1,2,3,4,5]' in before

@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_ray.config.settings import ReportingSettings, Settings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.reporting import Reporter, ReporterSet, RunDirectory
+from rlhf_ray.reporting import Reporter, ReporterSet, RunDirectory, flatten
 from rlhf_ray.types import Float32Array, ScoredGroup
 
 
@@ -21,14 +21,15 @@ class Recorder(Reporter):
         self.calls: list[str] = []
         self.results: list[Mapping[str, Any]] = []
 
-    def start(self, settings: Settings, run_dir: RunDirectory) -> None:
+    def __call__(self, settings: Settings, run_dir: RunDirectory) -> Reporter:
         self._called("start")
+        return self
 
     def phase(self, text: str) -> None:
         self._called("phase")
 
-    def report(self, result: Mapping[str, Any]) -> None:
-        self.results.append(result)
+    def report(self, row: Mapping[str, Any]) -> None:
+        self.results.append(row)
         self._called("report")
 
     def report_completions(
@@ -59,7 +60,7 @@ def test_every_reporter_hears_everything(run_dir: RunDirectory, result: dict[str
     run_through(ReporterSet(recorders), run_dir, result)
     for recorder in recorders:
         assert recorder.calls == ["start", "phase", "report", "report_completions", "stop"]
-        assert recorder.results == [{**result, "reporting": {"failures": 0}}]
+        assert recorder.results == [{**flatten(result), "reporting/failures": 0}]
 
 
 def test_the_log_names_the_place_and_cuts_what_the_error_quotes(
@@ -69,7 +70,7 @@ def test_the_log_names_the_place_and_cuts_what_the_error_quotes(
     with caplog.at_level(logging.WARNING, logger="rlhf_ray.reporting"):
         run_through(ReporterSet([broken]), run_dir, result)
     (message,) = [record.getMessage() for record in caplog.records]
-    assert "Recorder.report_completions() failed; the run goes on" in message
+    assert "Recorder.report_completions() failed; training continues" in message
     assert f'File "{__file__}"' in message
     assert "ValueError: cannot write hostile" in message
     assert len(message) < 2000
@@ -86,7 +87,7 @@ def test_a_failing_reporter_stops_neither_the_run_nor_the_others(
         run_through(reporters, run_dir, result, reports=3)
     assert reporters.failures == 4
     assert broken.calls.count("report") == 3  # a full disk may be emptied
-    assert [result["reporting"]["failures"] for result in whole.results] == [0, 1, 2]
+    assert [row["reporting/failures"] for row in whole.results] == [0, 1, 2]
     assert whole.calls[-1] == "stop"
     # One warning with the traceback; the rest would bury the log of a long run.
     assert [record.levelname for record in caplog.records] == ["WARNING", "DEBUG", "DEBUG", "DEBUG"]
@@ -106,7 +107,7 @@ def test_a_reporter_that_cannot_start_is_left_out(run_dir: RunDirectory, result:
     reporters = ReporterSet([broken, whole])
     run_through(reporters, run_dir, result)
     assert broken.calls == ["start"]
-    assert whole.results[0]["reporting"] == {"failures": 1}
+    assert whole.results[0]["reporting/failures"] == 1
 
 
 def test_a_wrong_setting_ends_the_start_and_stops_those_before(run_dir: RunDirectory) -> None:
@@ -147,7 +148,7 @@ def test_stop_twice_stops_once(run_dir: RunDirectory) -> None:
 )
 def test_the_settings_choose_the_reporters(reporting: ReportingSettings, names: list[str]) -> None:
     chosen = ReporterSet.from_settings(Settings(reporting=reporting))
-    assert [type(reporter).__name__ for reporter in chosen._reporters] == names
+    assert [kind.__name__ for kind in chosen._kinds] == names
 
 
 def test_all_files_of_a_run_are_written(

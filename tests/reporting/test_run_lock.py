@@ -66,7 +66,7 @@ def test_who_ends_soon_is_waited_for(tmp_path: Path) -> None:
     RunLock.take(tmp_path, wait_s=30.0).release()
 
 
-def test_where_files_cannot_be_locked_the_run_goes_on(
+def test_where_files_cannot_be_locked_the_run_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refuse(*_: Any) -> None:

@@ -46,9 +46,8 @@ def test_an_evaluation_is_listed_by_key() -> None:
     assert text.split() == ["gsm8k/reward_mean", "0.500"]
 
 
-def test_samples_are_one_a_prompt_from_the_newest_table(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
-    reporter = CompletionsReporter()
-    reporter.start(Settings(), run_dir)
+def test_samples_are_one_per_prompt_from_the_newest_table(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
+    reporter = CompletionsReporter(Settings(), run_dir)
     reporter.report_completions(1, groups[1:])
     reporter.report_completions(2, groups)
     text = printed(lambda console: show_samples(console, run_dir))

@@ -10,15 +10,14 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.reporting import RunDirectory
+from rlhf_ray.reporting import RunDirectory, flatten
 from rlhf_ray.reporting.tensorboard import TensorBoardReporter
 
 
 def test_scalars_and_configuration_can_be_read_back(run_dir: RunDirectory, result: dict[str, Any]) -> None:
-    reporter = TensorBoardReporter()
-    reporter.start(Settings(), run_dir)
-    reporter.report(result)
-    reporter.report({**result, "training_iteration": 4, "rollouts": {"reward_mean": 0.625}})
+    reporter = TensorBoardReporter(Settings(), run_dir)
+    reporter.report(flatten(result))
+    reporter.report(flatten({**result, "training_iteration": 4, "rollouts": {"reward_mean": 0.625}}))
     reporter.stop()
     events = EventAccumulator(str(run_dir.tensorboard)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("rollouts/reward_mean")] == [(3, 0.5), (4, 0.625)]
@@ -28,10 +27,9 @@ def test_scalars_and_configuration_can_be_read_back(run_dir: RunDirectory, resul
     assert "lr: 0.0002" in text
 
 
-def test_a_run_that_goes_on_replaces_the_iterations_that_run_again(run_dir: RunDirectory) -> None:
+def test_a_resumed_run_replaces_the_iterations_that_run_again(run_dir: RunDirectory) -> None:
     def report(*values: tuple[int, float]) -> None:
-        reporter = TensorBoardReporter()
-        reporter.start(Settings(), run_dir)
+        reporter = TensorBoardReporter(Settings(), run_dir)
         for iteration, value in values:
             reporter.report({"training_iteration": iteration, "x": value})
             time.sleep(0.01)  # Event files are read in the order of their time.
@@ -52,16 +50,14 @@ def test_a_run_that_goes_on_replaces_the_iterations_that_run_again(run_dir: RunD
 
 
 def test_events_are_on_disk_before_the_run_ends(run_dir: RunDirectory, result: dict[str, Any]) -> None:
-    reporter = TensorBoardReporter()
-    reporter.start(Settings(), run_dir)
-    reporter.report(result)
+    reporter = TensorBoardReporter(Settings(), run_dir)
+    reporter.report(flatten(result))
     assert EventAccumulator(str(run_dir.tensorboard)).Reload().Scalars("rollouts/reward_mean")[0].value == 0.5
     reporter.stop()
 
 
 def test_text_values_are_left_out(run_dir: RunDirectory) -> None:
-    reporter = TensorBoardReporter()
-    reporter.start(Settings(), run_dir)
+    reporter = TensorBoardReporter(Settings(), run_dir)
     reporter.report({"training_iteration": 1, "note": "warm", "flag": True})
     reporter.stop()
     assert EventAccumulator(str(run_dir.tensorboard)).Reload().Tags()["scalars"] == ["flag"]
@@ -73,8 +69,7 @@ import sys, tempfile
 from rlhf_ray.reporting import RunDirectory
 from rlhf_ray.reporting.tensorboard import TensorBoardReporter
 from rlhf_ray.config.settings import Settings
-reporter = TensorBoardReporter()
-reporter.start(Settings(), RunDirectory.create(tempfile.mkdtemp(), algorithm="PPO"))
+reporter = TensorBoardReporter(Settings(), RunDirectory.create(tempfile.mkdtemp(), algorithm="PPO"))
 reporter.report({"training_iteration": 1, "a": 1.0})
 reporter.stop()
 assert not {"torch", "tensorflow", "ray"} & sys.modules.keys()

@@ -58,8 +58,7 @@ def test_no_spans_are_an_empty_trace() -> None:
 
 
 def test_the_file_is_a_trace(tmp_path: Path) -> None:
-    reporter = TimelineReporter()
-    reporter.start(Settings(), RunDirectory(tmp_path))
+    reporter = TimelineReporter(Settings(), RunDirectory(tmp_path))
     reporter.report_spans(7, [span("learner 0", "update", 0, 1)])
 
     trace: dict[str, Any] = json.loads((tmp_path / "timeline" / "step_000007.json").read_text())

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_ray.config.settings import ReportingSettings, Settings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.reporting import RunDirectory
+from rlhf_ray.reporting import RunDirectory, flatten
 from rlhf_ray.reporting.wandb import WandbReporter
 from rlhf_ray.types import ScoredGroup
 
@@ -38,9 +38,8 @@ def written(path: Path, expected: bytes, timeout_s: float = 20.0) -> bytes:
 
 
 def test_an_offline_run_lies_in_the_run_directory(run_dir: RunDirectory, result: dict[str, Any]) -> None:
-    reporter = WandbReporter()
-    reporter.start(asking_for("offline"), run_dir)
-    reporter.report(result)
+    reporter = WandbReporter(asking_for("offline"), run_dir)
+    reporter.report(flatten(result))
     reporter.stop()
     runs = list(run_dir.wandb.glob("offline-run-*"))
     assert len(runs) == 1
@@ -51,18 +50,17 @@ def test_an_offline_run_lies_in_the_run_directory(run_dir: RunDirectory, result:
 
 def test_online_without_a_key_is_refused_not_asked(run_dir: RunDirectory) -> None:
     with pytest.raises(ConfigError, match="wandb login") as caught:
-        WandbReporter().start(asking_for("online"), run_dir)
+        WandbReporter(asking_for("online"), run_dir)
     assert caught.value.field == "reporting.wandb_mode"
 
 
 def test_completions_are_a_table_of_the_same_step(
     run_dir: RunDirectory, result: dict[str, Any], groups: list[ScoredGroup]
 ) -> None:
-    reporter = WandbReporter()
-    reporter.start(asking_for("offline"), run_dir)
+    reporter = WandbReporter(asking_for("offline"), run_dir)
     logging = replace(groups[0], extras={"judge/note": ("good", 3)})
     reporter.report_completions(3, [logging, *groups[1:]])
-    reporter.report(result)
+    reporter.report(flatten(result))
     reporter.stop()
     (table,) = run_dir.wandb.rglob("completions_*.table.json")
     stored = json.loads(table.read_text(encoding="utf-8"))

@@ -1,12 +1,11 @@
-"""After the last iteration, or on the way: run directories as one HTML page that needs nothing but itself.
+"""Run directories as one HTML page that needs no other file, of finished runs or runs under way.
 
 ::
 
-    run directories -- run.py ----------.
-                       curves.py        |
-                       tables.py -------+--> contents.py --> page.py --> report.html
-                       settings.py -----'                       ^
-                       charts.py -------'             assets/ --'
+    run directories -- run.py -----.
+                       charts.py --+--> writing.py --> page.py --> report.html
+                       tables.py --'                      ^
+                                               assets/ --'
 """
 
 from __future__ import annotations

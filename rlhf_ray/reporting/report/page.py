@@ -11,12 +11,13 @@ import base64
 import hashlib
 import html
 import json
+import math
 import re
 from collections.abc import Mapping
 from importlib.resources import files
 from typing import Any
 
-__all__ = ["embedded_json", "page"]
+__all__ = ["embedded_json", "page", "rounded"]
 
 _SCRIPTS = (
     "vendor/uplot/uPlot.iife.min.js",
@@ -46,32 +47,29 @@ def page(contents: Mapping[str, Any], *, title: str) -> str:
     """
     script = "\n".join(_asset(name) for name in _SCRIPTS)
     style = "\n".join(_asset(name) for name in _STYLES)
-    policy = "; ".join(
-        (
-            "default-src 'none'",
-            f"script-src '{_hash(script)}'",
-            f"style-src '{_hash(style)}'",
-            "base-uri 'none'",
-            "form-action 'none'",
-        )
-    )
+    sources = f"script-src '{_hash(script)}'; style-src '{_hash(style)}'"
     parts = {
-        "policy": policy,
+        "policy": f"default-src 'none'; {sources}; base-uri 'none'; form-action 'none'",
         "title": html.escape(title),
         "license": _asset("vendor/uplot/LICENSE").strip(),
         "style": style,
         "script": script,
         "data": embedded_json(contents),
     }
-    # In one pass: a placeholder that stands in a completion is text.
+    # In one pass: a placeholder in a completion is text.
     text = _PLACEHOLDER.sub(lambda match: parts[match[1]], _asset("page.html"))
     # A folder's name may hold bytes that are no text in any encoding.
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def embedded_json(value: object) -> str:
-    """JSON that may stand between ``<script>`` tags, whatever the strings in it hold."""
+    """JSON that is safe between ``<script>`` tags, whatever the strings in it hold."""
     return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_ESCAPES)
+
+
+def rounded(value: float | None, digits: int = 6) -> float | None:
+    """A number with the significant digits that the page can show; NaN and infinities have no name in JSON."""
+    return float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else None
 
 
 def _asset(name: str) -> str:

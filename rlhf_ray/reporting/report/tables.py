@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from rlhf_ray.reporting.report.page import rounded
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -19,9 +21,10 @@ Item = TypeVar("Item")
 MAX_COMPLETIONS = 64
 _MAX_TOKENS = 2000
 """Of one completion; the middle of a longer one is left out."""
+_HALF = _MAX_TOKENS // 2
 _MAX_CHARACTERS = 8000
 """Of a prompt, and of a completion without tokens."""
-_CHARACTERS_A_TOKEN = 4
+_CHARACTERS_PER_TOKEN = 4
 
 _NEEDED = ("group_id", "prompt", "completion", "reward")
 _TOKEN_LISTS = {
@@ -32,8 +35,8 @@ _TOKEN_LISTS = {
     "advantages": "advantages",
 }
 """Column -> its name in the page."""
-_DIGITS, _TOKEN_DIGITS = 6, 3
-"""Significant ones, of a reward and of a token's numbers, which are most of the page's size."""
+_TOKEN_DIGITS = 3
+"""Significant ones of a token's numbers, which are most of the page's size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,46 +88,36 @@ def _read(path: Path, max_tokens: int) -> dict[str, Any]:
     table = pq.read_table(path)
     if missing := [name for name in _NEEDED if name not in table.column_names]:
         raise KeyError(*missing)
-    chosen = _chosen_rows(table, max_tokens)
-    groups = _groups(table)
+    rows_of: dict[int, list[int]] = {}
+    for row, group in enumerate(table["group_id"].to_pylist()):
+        rows_of.setdefault(group, []).append(row)
+    chosen = _chosen_rows(list(rows_of.values()), _costs(table), max_tokens)
     rows = table.take(pa.array(chosen, pa.int64())).to_pylist()
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(row["group_id"] for row in rows))}
     prompts = {row["group_id"]: row["prompt"] for row in rows}
+    numbers = {group: number for number, group in enumerate(prompts)}
+    rewards = table["reward"].to_pylist()
     return {
-        "step": int(rows[0]["step"]) if rows and "step" in rows[0] else _step_of_name(path),
+        "step": int(rows[0]["step"]) if rows and "step" in rows[0] else int(path.stem.removeprefix("step_")),
         "total": table.num_rows,
         "groups": [
-            {"id": group, "prompt": _prompt(prompts[group]), "mean": _rounded(_mean(groups[group]["rewards"]))}
-            for group in numbers
+            {"id": group, "prompt": _prompt(prompt), "mean": rounded(_mean([rewards[row] for row in rows_of[group]]))}
+            for group, prompt in prompts.items()
         ],
         "rows": [_row(row, numbers[row["group_id"]]) for row in rows],
     }
 
 
-def _chosen_rows(table: pa.Table, max_tokens: int) -> list[int]:
-    """Rows of whole groups spread over the table, as far as the limits go."""
-    groups = list(_groups(table).values())
-    costs = _costs(table)
-    size = max((len(group["rows"]) for group in groups), default=1)
+def _chosen_rows(groups: Sequence[Sequence[int]], costs: Sequence[int], max_tokens: int) -> list[int]:
+    """Rows of whole groups spread over the table, as far as the limits allow."""
+    size = max((len(rows) for rows in groups), default=1)
     chosen: list[int] = []
     spent = 0
-    for group in spread(groups, max(1, MAX_COMPLETIONS // size)):
-        for row in group["rows"]:
-            if chosen and (len(chosen) == MAX_COMPLETIONS or spent + costs[row] > max_tokens):
-                return chosen
-            chosen.append(row)
-            spent += costs[row]
+    for row in itertools.chain.from_iterable(spread(groups, max(1, MAX_COMPLETIONS // size))):
+        if chosen and (len(chosen) == MAX_COMPLETIONS or spent + costs[row] > max_tokens):
+            break
+        chosen.append(row)
+        spent += costs[row]
     return chosen
-
-
-def _groups(table: pa.Table) -> dict[int, dict[str, list[Any]]]:
-    groups: dict[int, dict[str, list[Any]]] = {}
-    pairs = zip(table["group_id"].to_pylist(), table["reward"].to_pylist(), strict=True)
-    for row, (group, reward) in enumerate(pairs):
-        of_group = groups.setdefault(group, {"rows": [], "rewards": []})
-        of_group["rows"].append(row)
-        of_group["rewards"].append(reward)
-    return groups
 
 
 def _costs(table: pa.Table) -> list[int]:
@@ -134,47 +127,36 @@ def _costs(table: pa.Table) -> list[int]:
     import pyarrow.compute as pc
 
     characters = pc.utf8_length(table["completion"]).to_pylist()
-    return [min(_MAX_TOKENS, 1 + (count or 0) // _CHARACTERS_A_TOKEN) for count in characters]
+    return [min(_MAX_TOKENS, 1 + (count or 0) // _CHARACTERS_PER_TOKEN) for count in characters]
 
 
 def _row(row: Mapping[str, Any], group: int) -> dict[str, Any]:
     functions = {
-        name.removeprefix("rewards/"): _rounded(value)
+        name.removeprefix("rewards/"): rounded(value)
         for name, value in row.items()
         if name.startswith("rewards/") and value is not None
     }
     content = {
         "group": group,
-        "reward": _rounded(row["reward"]),
+        "reward": rounded(row["reward"]),
         "functions": functions if len(functions) > 1 else {},
         "finish": row.get("finish_reason"),
         "tokens": row.get("num_tokens"),
         "version": row.get("version"),
     }
-    lists = _token_lists(row)
-    if "texts" in lists:
-        return content | _cut_tokens(lists)
-    return content | {"text": _cut_text(row["completion"])}
-
-
-def _token_lists(row: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """The row's token lists that fit its text, by their names in the page; none without the texts of the tokens."""
     texts = row.get("token_texts")
+    # Lists that do not fit the text, as of a run under another version, are not shown.
     if texts is None or "".join(texts) != row["completion"]:
-        return {}
-    found = {name: row[column] for column, name in _TOKEN_LISTS.items() if row.get(column) is not None}
-    return {name: values for name, values in found.items() if len(values) == len(texts)}
-
-
-def _cut_tokens(lists: Mapping[str, list[Any]]) -> dict[str, Any]:
-    length, half = len(lists["texts"]), _MAX_TOKENS // 2
-    cut: dict[str, Any] = {}
-    for name, values in lists.items():
-        kept = values if length <= _MAX_TOKENS else values[:half] + values[-half:]
-        cut[name] = [_rounded(value, _TOKEN_DIGITS) for value in kept] if name in ("logprobs", "advantages") else kept
-    if length > _MAX_TOKENS:
-        cut["omitted"] = {"at": half, "count": length - 2 * half}
-    return cut
+        return content | {"text": _cut_text(row["completion"])}
+    for column, name in _TOKEN_LISTS.items():
+        values = row.get(column)
+        if values is not None and len(values) == len(texts):
+            kept = values if len(texts) <= _MAX_TOKENS else values[:_HALF] + values[-_HALF:]
+            numbers = name in ("logprobs", "advantages")
+            content[name] = [rounded(value, _TOKEN_DIGITS) for value in kept] if numbers else kept
+    if len(texts) > _MAX_TOKENS:
+        content["omitted"] = {"at": _HALF, "count": len(texts) - 2 * _HALF}
+    return content
 
 
 def _prompt(prompt: str) -> list[dict[str, str]]:
@@ -200,15 +182,6 @@ def _cut_text(text: str) -> str:
     return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
 
 
-def _step_of_name(path: Path) -> int:
-    return int(path.stem.removeprefix("step_"))
-
-
 def _mean(rewards: Sequence[float | None]) -> float | None:
     known = [reward for reward in rewards if reward is not None]
     return sum(known) / len(known) if known else None
-
-
-def _rounded(value: float | None, digits: int = _DIGITS) -> float | None:
-    # NaN and infinities have no name in JSON.
-    return float(f"{value:.{digits}g}") if value is not None and math.isfinite(value) else None
