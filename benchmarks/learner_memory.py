@@ -49,14 +49,15 @@ def measure(path: str, *, kl_coef: float) -> dict[str, Any]:
     from rank import learner_spec, one_rank
 
     from rlhf_ray import PPOConfig
-    from rlhf_ray.learner import learner as module
+    from rlhf_ray.learner import build
+    from rlhf_ray.learner.learner import Learner
 
     stage("imports")
     config = PPOConfig().model(path=path).training(kl_coef=kl_coef).rollouts(max_new_tokens=NEW_TOKENS)
-    after_each(module, "TrainedModel", stage, ("policy", "critic"))
+    after_each(build, "TrainedModel", stage, ("policy", "critic"))
     settings = config.settings
     with one_rank():
-        learner = module.Learner(learner_spec(config, path))
+        learner = Learner(learner_spec(config, path))
         stage("reference" if kl_coef else "rest")
         rng = np.random.default_rng(0)
         lengths = np.full(SEQUENCES, NEW_TOKENS, dtype=np.int32)

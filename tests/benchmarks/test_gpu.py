@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -34,12 +33,12 @@ def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     import gpu_learner
     from rank import one_rank
 
-    from rlhf_ray.learner import learner
+    from rlhf_ray.learner.spec import LearnerSpec
 
     narrow = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
     monkeypatch.setattr(gpu_learner, "SMALL", gpu_learner.SMALL | narrow)
     # Two threads that share a core with something else are slower than one, for models of this size.
-    monkeypatch.setattr(learner, "_num_threads", lambda spec: 1)
+    monkeypatch.setattr(LearnerSpec, "threads", lambda spec, num_ranks: 1)
     report = gpu.Report(tmp_path / "gpu.json")
     report.content = {"checks": {}}
     with one_rank():
@@ -99,7 +98,7 @@ def test_another_update_in_bfloat16_is_found(bench: Any, monkeypatch: pytest.Mon
         updates.append(rank)
         rewards = batch.rewards.copy()
         rewards[:2] = rewards[1::-1]
-        return update(rank, dataclasses.replace(batch, rewards=rewards) if len(updates) == 3 else batch)
+        return update(rank, batch.with_rewards(rewards) if len(updates) == 3 else batch)
 
     monkeypatch.setattr(gpu_learner, "update", swapped_last)
     assert "bfloat16: update apart from the CPU's" in not_ok(found(bench, "precision", gpu_learner.precision))
@@ -110,10 +109,10 @@ def test_sequences_that_see_each_other_are_found(bench: Any, monkeypatch: pytest
     from transformers import AttentionInterface
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from rlhf_ray.learner import learner, models
+    from rlhf_ray.learner import models, packed_rows
 
     monkeypatch.setattr(models, "register", lambda: AttentionInterface.register("varlen", sdpa_attention_forward))
-    monkeypatch.setattr(learner, "keeps_sequences_apart", lambda *_, **__: True)
+    monkeypatch.setattr(packed_rows, "keeps_sequences_apart", lambda *_, **__: True)
     assert not_ok(found(bench, "kernels", gpu_learner.attention_kernels)) == [
         "varlen: log-probabilities apart from padded SDPA's",
         "varlen: update apart from padded SDPA's",
