@@ -22,7 +22,7 @@ _KEY_SETTINGS = (
     ("model", "model.path"),
     ("data", "data.path"),
     ("prompts", "data.batch_size"),
-    ("completions a prompt", "rollouts.group_size"),
+    ("completions per prompt", "rollouts.group_size"),
     ("longest completion", "rollouts.max_new_tokens"),
     ("staleness", "rollouts.max_staleness"),
     ("lr", "training.lr"),
