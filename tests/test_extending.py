@@ -14,28 +14,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "extending.md"
-TO_BE_WRITTEN = {"A rollouter"}
-
-# What uses the setting that is added: it has the fields that shaped() reads.
+# What uses the setting that is added.
 SHAPED = """
-from dataclasses import dataclass
 import numpy as np
 from rlhf_ray.config.settings import RewardSettings
+from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.rewards.shaping import shaped
 
-@dataclass
-class Batch:
-    rewards: np.ndarray
-    greedy_rewards: np.ndarray
-    truncated: np.ndarray
-    group_ids: np.ndarray
-    completion_lengths: np.ndarray
-    loss_starts: np.ndarray
-
-batch = Batch(
-    rewards=np.array([1, 1], dtype=np.float32), greedy_rewards=np.zeros(2, dtype=np.float32),
-    truncated=np.array([True, False]), group_ids=np.array([0, 0]),
-    completion_lengths=np.array([3, 3]), loss_starts=np.array([0, 0]),
+batch = SequenceBatch.single_turn(
+    token_ids=np.zeros(8, dtype=np.int32), prompt_lengths=np.array([1, 1]), completion_lengths=np.array([3, 3]),
+    rewards=np.array([1, 1], dtype=np.float32), truncated=np.array([True, False]), group_ids=np.array([0, 0]),
 )
 for penalty, rewards in ((0.0, [1.0, 1.0]), (0.25, [1.5, 2.0])):
     settings = RewardSettings(truncated_penalty=penalty, scale=2.0)
@@ -76,7 +64,6 @@ def test_the_page_has_a_section_for_each_kind_of_part() -> None:
         "A reporter",
         "A setting",
     ]
-    assert {section.title for section in SECTIONS if not section.blocks} == TO_BE_WRITTEN
 
 
 def test_links_lead_somewhere() -> None:
@@ -84,7 +71,7 @@ def test_links_lead_somewhere() -> None:
     assert [target for target in targets if not (PAGE.parent / target).exists()] == []
 
 
-@pytest.mark.parametrize("section", [section for section in SECTIONS if section.blocks], ids=str)
+@pytest.mark.parametrize("section", SECTIONS, ids=str)
 def test_what_a_section_shows_is_all_that_has_to_be_written(section: Section, tmp_path: Path) -> None:
     package, folder = ROOT, tmp_path / "mine"
     folder.mkdir()
@@ -104,5 +91,5 @@ def test_what_a_section_shows_is_all_that_has_to_be_written(section: Section, tm
         checks.append(f"from rlhf_ray import AlgorithmConfig\nAlgorithmConfig.from_yaml({text!r}).validate()")
     if section.title == "A setting":
         checks.append(SHAPED)
-    assert len(checks) >= 2
+    assert checks
     run("\n".join(checks), folder=folder, package=package)

@@ -149,7 +149,7 @@ def trial_storage(folder: Path) -> Any:
 def parts(monkeypatch: pytest.MonkeyPatch) -> FakeParts:
     """What every algorithm of the test starts; it only writes down what is done to it."""
     parts = FakeParts()
-    monkeypatch.setattr(module, "check_inputs", lambda settings: SimpleNamespace(prompts=parts.prompts))
+    monkeypatch.setattr(module, "check_inputs", lambda settings: SimpleNamespace(prompts=parts.prompts, held_out={}))
     monkeypatch.setattr(trial_module, "learner_spec", lambda settings, inputs, device: settings.training.lr)
     parts.prompts.state = lambda: "start"
 
@@ -482,7 +482,7 @@ def test_algorithms_built_in_threads_check_their_inputs_in_turn(
         assert checking.acquire(blocking=False), "two threads import transformers at once"
         time.sleep(0.05)
         checking.release()
-        return SimpleNamespace(prompts=parts.prompts)
+        return SimpleNamespace(prompts=parts.prompts, held_out={})
 
     monkeypatch.setattr(module, "check_inputs", check)
     with ThreadPoolExecutor(3) as threads:

@@ -102,13 +102,14 @@ def test_the_file_is_valid_as_it_is_and_uses_the_critic() -> None:
 
 
 def test_two_overrides_make_it_a_local_run_that_asks_no_hub(model: Path, problems: Path, no_hub: None) -> None:
-    from rlhf_ray.algorithm.inputs import check_inputs, evaluator
+    from rlhf_ray.algorithm.inputs import check_inputs
+    from rlhf_ray.evaluation.evaluator import Evaluator
 
     config = cli.load_config(str(YAML), [f"data.path={problems}", f"model.path={model}"]).validate()
     inputs = check_inputs(config.settings)
     assert (inputs.policy_path, inputs.critic_path, inputs.tokenizer_path) == (str(model),) * 3
     assert inputs.max_prompt_tokens == 1024
-    assert evaluator(config.settings, inputs).metrics({}) == {}
+    assert Evaluator(config.settings, inputs.held_out).metrics({}) == {}
 
 
 def test_a_local_test_set_can_be_measured_on_the_way(model: Path, problems: Path, no_hub: None) -> None:
