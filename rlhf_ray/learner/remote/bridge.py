@@ -34,6 +34,7 @@ _SNAPSHOT_TIMEOUT_S = 7200.0
 # Nobody takes them where the Algorithm is stuck.
 _MOST_SPANS = 100_000
 _MOST_FAILURES = 1_000
+_ANSWERS_LEAVE_S = 0.2
 # What a rank does without its models.
 _WITHOUT_MODELS = frozenset({"layout", "stop", "offload", "send"})
 
@@ -340,6 +341,8 @@ class Bridge(StateKeeper):
             self._changed.notify_all()
         for replaced in self._replaced.values():
             replaced.set()
+        # This actor is killed as soon as this call has its answer; theirs must have left by then.
+        await asyncio.sleep(_ANSWERS_LEAVE_S)
 
     async def set_weights(self, manifest: WeightManifest, refs: list[Any]) -> None:
         """Rank 0 put a version into the object store: the newest from now on."""
