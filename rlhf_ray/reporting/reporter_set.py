@@ -36,7 +36,8 @@ class ReporterSet:
     def __init__(self, kinds: Sequence[Callable[[Settings, RunDirectory], Reporter]]) -> None:
         self._kinds = kinds
         self._reporters: list[Reporter] = []
-        self._failed: set[Reporter] = set()
+        self._failed: set[int] = set()
+        """By identity: a reporter of the user's own may not be hashable, as a dataclass is not."""
         self._failures = 0
 
     @classmethod
@@ -114,8 +115,8 @@ class ReporterSet:
         try:
             getattr(reporter, method)(*arguments)
         except Exception as error:
-            level = logging.DEBUG if reporter in self._failed else logging.WARNING
-            self._failed.add(reporter)
+            level = logging.DEBUG if id(reporter) in self._failed else logging.WARNING
+            self._failed.add(id(reporter))
             self._count(f"{type(reporter).__name__}.{method}()", error, level=level)
 
     def _count(self, call: str, error: Exception, *, level: int = logging.WARNING) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -172,3 +173,20 @@ def test_an_interrupt_while_one_reporter_stops_stops_the_others_too(run_dir: Run
     with pytest.raises(KeyboardInterrupt):
         reporters.stop()
     assert whole.calls == ["start", "stop"]
+
+
+def test_a_reporter_that_is_not_hashable_cannot_end_the_run(run_dir: RunDirectory) -> None:
+    @dataclass
+    class Unhashable(Reporter):
+        settings: Settings
+        run_dir: RunDirectory
+
+        def phase(self, text: str) -> None:
+            raise OSError("disk full")
+
+    reporters = ReporterSet([Unhashable])
+    reporters.start(Settings(), run_dir)
+    reporters.phase("sampling")
+    reporters.phase("update")
+    reporters.stop()
+    assert reporters.failures == 2
