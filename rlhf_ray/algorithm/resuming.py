@@ -88,7 +88,7 @@ def open_run(config: AlgorithmConfig) -> RunStart:
             directory.write_config(resolved)
             return start
         if checkpointing.resume == "same":
-            check_same(directory, resolved)
+            check_same(directory, resolved, algorithm_name=config.algorithm_name)
         checkpoint = store.newest()
         if checkpoint is None:
             _check_may_begin_again(checkpointing, directory, store)
@@ -115,12 +115,13 @@ def open_trial_run(config: AlgorithmConfig) -> RunStart:
         return RunStart(directory=directory, lock=lock, store=store, resolved=resolved, has_history=has_history)
 
 
-def check_same(directory: RunDirectory, resolved: str) -> None:
+def check_same(directory: RunDirectory, resolved: str, *, algorithm_name: str) -> None:
     """Compare settings with those of the run in a directory.
 
     Args:
         directory: Where a run is.
         resolved: All settings, as YAML.
+        algorithm_name: What the run here is called, whichever module or file its configuration class is in.
 
     Raises:
         ConfigError: They differ.
@@ -132,6 +133,8 @@ def check_same(directory: RunDirectory, resolved: str) -> None:
     there: dict[str, Any] = {name: defaults.get(name) for name in here} | recorded
     here[_PATH] = _own_path(here.get(_PATH), run_name=directory.name, recorded=there.get(_PATH))
     there[_PATH] = None if there.get(_PATH) is None else Folder.at(there[_PATH]).location
+    if _class_name(there.get("algorithm")) in (algorithm_name, _class_name(here["algorithm"])):
+        there["algorithm"] = here["algorithm"]
     names = sorted(name for name in there.keys() | here.keys() if there.get(name) != here.get(name))
     differing = [name for name in names if name not in _MAY_DIFFER]
     if differing:
@@ -141,6 +144,11 @@ def check_same(directory: RunDirectory, resolved: str) -> None:
             "continue with the new ones"
         )
         raise ConfigError("reporting.run_dir", str(directory.path), remedy)
+
+
+def _class_name(algorithm: Any) -> str:
+    """The class that ``module:Class`` or ``file.py:Class`` names, wherever it is imported from; else the text."""
+    return str(algorithm).rpartition(":")[2]
 
 
 def _directory(config: AlgorithmConfig, *, reopen: bool) -> RunDirectory:

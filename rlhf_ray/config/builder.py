@@ -326,7 +326,13 @@ class AlgorithmConfig:
         own_name = getattr(cls, "algorithm_name", None)
         if own_name is not None and name in (None, own_name, reference_to(cls)):
             return cls
-        found = _algorithm_config(name)
+        try:
+            found = _algorithm_config(name)
+        except ConfigError:
+            # Its file or module may be elsewhere by now, which does not matter where the class is at hand.
+            if own_name is None or ":" not in str(name) or name.rpartition(":")[2] != cls.__qualname__:
+                raise
+            return cls
         if not issubclass(found, cls):
             remedy = f"these are not settings of {own_name}; read them with {found.__name__}"
             raise ConfigError("algorithm", name, remedy)

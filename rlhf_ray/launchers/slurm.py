@@ -161,7 +161,7 @@ def _check_run(program: Program, run_dir: Path) -> None:
 
     directory = RunDirectory(run_dir)
     if directory.config.exists() and RunDirectory.holds_a_run(str(run_dir)):
-        check_same(directory, resolved_yaml(program.config))
+        check_same(directory, resolved_yaml(program.config), algorithm_name=program.config.algorithm_name)
 
 
 def _submit(script: Path, working_dir: Path) -> str:

@@ -23,7 +23,7 @@ from rlhf_ray.rollouts.admission import FlowRules, GroupLedger
 from rlhf_ray.rollouts.cancelling import cancel_all
 from rlhf_ray.rollouts.rollouter import Engine, Rollouter
 from rlhf_ray.rollouts.seeds import Seeds
-from rlhf_ray.rollouts.tally import Collected, Tally, now
+from rlhf_ray.rollouts.tally import Collected, Tally, log_failures, now
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup
 
 __all__ = ["RolloutFlow", "training_sampling"]
@@ -272,9 +272,11 @@ class RolloutFlow:
 
         tasks = [asyncio.create_task(one(prompt)) for prompt in prompts]
         try:
-            return tuple(await asyncio.gather(*tasks))
+            outcomes = tuple(await asyncio.gather(*tasks))
         finally:
             await cancel_all(tasks)
+        log_failures(outcome for outcome in outcomes if isinstance(outcome, RewardFailure))
+        return outcomes
 
     async def _scored_group(self, group: _InFlight) -> ScoredGroup | RewardFailure:
         """A group of training with its rewards, that of the greedy trajectory included where one is asked for."""

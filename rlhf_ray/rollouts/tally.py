@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ from rlhf_ray.errors import RewardError
 from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup, TraceSpan
 
-__all__ = ["Collected", "Tally", "now"]
+__all__ = ["Collected", "Tally", "log_failures", "now"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -145,6 +145,15 @@ class Tally:
                 f"{self._failures.total()} groups of one iteration could not be scored ({counts}); "
                 f"the limit is rewards.max_failures = {self._rules.max_failures}. Last: {failure.message}"
             )
+
+
+def log_failures(failures: Iterable[RewardFailure]) -> None:
+    """Say why rewards failed that no batch is made of: the first of each kind, the rest are in the metrics."""
+    first: dict[str, RewardFailure] = {}
+    for failure in failures:
+        first.setdefault(failure.kind, failure)
+    for failure in first.values():
+        _LOG.warning("group %d has no reward (%s): %s", failure.group_id, failure.kind, failure.message)
 
 
 def now() -> float:

@@ -368,8 +368,12 @@ def test_another_place_is_another_setting(tmp_path: Path) -> None:
     run = start(config_of(tmp_path / "run", path=str(tmp_path / "all")))
 
     with pytest.raises(ConfigError, match=r"checkpointing\.path is '.*/all/run' there and '.*/new/run' here"):
-        check_same(run.directory, resolved_yaml(config_of(tmp_path / "run", path=str(tmp_path / "new"))))
-    check_same(run.directory, resolved_yaml(config_of(tmp_path / "run", path=str(tmp_path / "all"))))
+        check_same(
+            run.directory, resolved_yaml(config_of(tmp_path / "run", path=str(tmp_path / "new"))), algorithm_name="PPO"
+        )
+    check_same(
+        run.directory, resolved_yaml(config_of(tmp_path / "run", path=str(tmp_path / "all"))), algorithm_name="PPO"
+    )
 
 
 @pytest.mark.parametrize("path", ["nosuch://x/y", "file"])
@@ -421,3 +425,13 @@ def test_a_trial_continues_in_its_folder(tmp_path: Path) -> None:
     again.adopt_run(2)
     assert again.directory.last_iteration() == 2
     assert PPOConfig.from_yaml(again.directory.config).settings.training.lr == 0.5
+
+
+@pytest.mark.parametrize("recorded", ["Mine", "old_place:MineConfig", "/elsewhere/mine.py:MineConfig"])
+def test_an_algorithm_of_the_users_is_the_same_wherever_its_class_is(recorded: str, tmp_path: Path) -> None:
+    run = open_run(config_of(tmp_path / "run"))
+    run.directory.write_config(run.resolved.replace("algorithm: PPO", f"algorithm: {recorded}"))
+    here = run.resolved.replace("algorithm: PPO", "algorithm: new_place:MineConfig")
+    check_same(run.directory, here, algorithm_name="Mine")
+    with pytest.raises(ConfigError, match="algorithm is"):
+        check_same(run.directory, here.replace("MineConfig", "OtherConfig"), algorithm_name="Other")

@@ -566,3 +566,10 @@ def test_a_registered_advantage_says_by_its_parameters_what_settings_fit() -> No
     assert "best_of_group compares" in error_of(best.copy().rollouts(group_size=1).validate).remedy
     assert "best_of_group has no critic" in error_of(best.copy().model(critic_path="owner/critic").validate).remedy
     GRPOConfig().training(advantage="own_critic").model(critic_path="owner/critic").rollouts(group_size=1).validate()
+
+
+def test_a_file_of_settings_is_read_by_the_class_at_hand_when_the_one_it_names_has_moved() -> None:
+    text = f"algorithm: /not/there.py:{GRPOConfig.__qualname__}\n"
+    assert type(GRPOConfig.from_yaml(text)) is GRPOConfig
+    with pytest.raises(ConfigError, match="there is no file"):
+        PPOConfig.from_yaml(text)

@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError
 from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
+from rlhf_ray.rollouts.tally import log_failures
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -233,3 +234,12 @@ def test_these_schedules_have_all_of_it(finished: Any) -> None:
     assert sum(run.errors > 0 for run in runs) >= 5
     seen: Counter[str] = sum((Counter(run.outcomes.values()) for run in runs), Counter())
     assert min(seen["failed"], seen["equal"]) >= 100
+
+
+def test_failed_rewards_that_no_batch_is_made_of_are_logged_once_per_kind(caplog: pytest.LogCaptureFixture) -> None:
+    failures = [RewardFailure(group_id=i, kind=kind, message=f"why {i}") for i, kind in enumerate("aab")]
+    log_failures(failures)
+    assert [record.getMessage() for record in caplog.records] == [
+        "group 0 has no reward (a): why 0",
+        "group 2 has no reward (b): why 2",
+    ]
