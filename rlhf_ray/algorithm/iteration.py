@@ -12,7 +12,7 @@ import numpy as np
 
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan
-from rlhf_ray.learner.remote.update_result import UpdateResult
+from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.rewards.scoring import logged_means
 from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.weight_sync.publisher import Publication
@@ -102,7 +102,7 @@ def iteration_result(iteration: Iteration, *, weight_sync_s: float, iteration_s:
     collected, batch, plan = iteration.collected, iteration.batch, iteration.plan
     update, publication = iteration.update, iteration.publication
     assert collected and batch and plan and update and publication, "collect(), update() and publish() come first"
-    figures = update.figures
+    figures = update.metrics
     timers = {name: figures[name] for name in _TIMERS}
     learner_s = sum(timers.values())
     tokens = int(batch.lengths.sum())

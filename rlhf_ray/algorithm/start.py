@@ -179,7 +179,7 @@ def _controller(
     )
     rules = FlowRules.of(settings, greedy_baseline=inputs.advantage.needs_greedy_rewards)
     flow = RolloutFlow(rollouter=rollouter, engine=engine, scorer=rewards, prompts=inputs.prompts, rules=rules)
-    return RolloutController(flow, while_waiting=learners.attend)
+    return RolloutController(flow, while_waiting=learners.restore_restarted_ranks)
 
 
 def _publications(

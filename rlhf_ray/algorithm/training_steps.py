@@ -14,7 +14,7 @@ from rlhf_ray.algorithm.start import Parts
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan, attention_length, plan_update
-from rlhf_ray.learner.remote.update_result import UpdateResult
+from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.rollouts.tally import Collected

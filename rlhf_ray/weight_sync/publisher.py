@@ -47,7 +47,7 @@ class WeightSource(Protocol):
         """Why replicas could not load weights, since the last call."""
         ...
 
-    def attend(self) -> None:
+    def restore_restarted_ranks(self) -> None:
         """See to it that replicas which start can have their weights; called while they are waited for."""
         ...
 
@@ -113,7 +113,7 @@ class _Publisher:
                 answers = []
             if not all(isinstance(answer, RayActorError) for answer in answers):
                 return list(answers)
-            self._source.attend()
+            self._source.restore_restarted_ranks()
             self._failures.look()
             time.sleep(_RETRY_PAUSE_S)
         raise WeightSyncError(f"the replicas did not answer {method} within {_TIMEOUT_S:g} s{self._failures.told()}")

@@ -11,7 +11,7 @@ import pytest
 from rlhf_ray.algorithm.iteration import Iteration, Stage, iteration_result
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import plan_update
-from rlhf_ray.learner.remote.update_result import UpdateResult
+from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
@@ -91,7 +91,7 @@ def make_result(
             packed=False,
             seed=0,
         ),
-        update=UpdateResult(figures=dict(FIGURES)),
+        update=UpdateResult(metrics=dict(FIGURES)),
         publication=Publication(
             version=6, size_bytes=3000, pause_s=0.03, replica_ids=frozenset("ab"), publication_s=0.25
         ),
@@ -200,7 +200,7 @@ def test_learner_timers_and_weight_sync() -> None:
 def test_the_figures_of_the_learners_are_left_as_they_are() -> None:
     figures = dict(FIGURES)
 
-    make_result(update=UpdateResult(figures=figures))
+    make_result(update=UpdateResult(metrics=figures))
 
     assert figures == FIGURES
 

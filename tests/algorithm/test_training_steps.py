@@ -15,7 +15,7 @@ from rlhf_ray import PPO, PPOConfig
 from rlhf_ray.algorithm import training_steps as module
 from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.algorithm.iteration import Iteration, Stage
-from rlhf_ray.learner.remote.update_result import UpdateResult
+from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.span_log import SpanLog
 
@@ -50,7 +50,7 @@ class Parts:
         return SimpleNamespace(groups=(), spans=())
 
     def _update(self, version: int) -> Any:
-        return self._call(f"update {version}", UpdateResult(figures={}))
+        return self._call(f"update {version}", UpdateResult(metrics={}))
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

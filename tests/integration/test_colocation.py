@@ -23,7 +23,7 @@ from rlhf_ray import PPOConfig
 from rlhf_ray.algorithm.algorithm import Algorithm
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.remote import turns
-from rlhf_ray.learner.remote.group import rank_resources
+from rlhf_ray.learner.remote.train_run import rank_resources
 from rlhf_ray.learner.remote.turns import Place, check_pairing
 from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.rollouts.app import replica_options

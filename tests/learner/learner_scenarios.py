@@ -32,7 +32,7 @@ from rlhf_ray.learner.initial_weights import local_part
 from rlhf_ray.learner.learner import Learner, LearnerSpec
 from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.packing import RankPlan, UpdatePlan, plan_update
-from rlhf_ray.learner.remote.update_result import UpdateResult
+from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.weight_sync import buckets as weight_buckets
 from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor
@@ -428,7 +428,7 @@ def outcome_of(learner: Learner, scenario: Scenario, figures: list[Figures]) -> 
         figures=figures,
         policy=full_weights(learner.policy),
         critic={} if learner.critic is None else full_weights(learner.critic),
-        last=UpdateResult(figures=figures[-1], advantages=learner.advantages),
+        last=UpdateResult(metrics=figures[-1], advantages=learner.advantages),
         sequences=plan_of(batch_of(scenario, number), scenario, number).sequences[share_number(scenario)],
     )
 

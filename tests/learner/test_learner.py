@@ -32,7 +32,7 @@ from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.packed_rows import can_pack
 from rlhf_ray.learner.packing import plan_update
-from rlhf_ray.learner.remote.update_result import UpdateResult, merged_results
+from rlhf_ray.learner.remote.commands import UpdateResult, merge_results
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.reporting.metrics import metric_for
 from rlhf_ray.weight_sync.buckets import ByteArray
@@ -1139,7 +1139,7 @@ def test_advantages_of_two_ranks_come_in_the_order_of_the_batch_and_are_those_of
     name: str, on_one_rank: Callable[[str], Outcome], two_ranks: tuple[Path, RankResult, RankResult]
 ) -> None:
     def in_order(*outcomes: Outcome) -> UpdateResult:
-        return merged_results([one.last for one in outcomes], [one.sequences for one in outcomes])
+        return merge_results([one.last for one in outcomes], [one.sequences for one in outcomes])
 
     _, first, second = two_ranks
     alone, together = in_order(on_one_rank(name)), in_order(first.outcomes[name], second.outcomes[name])

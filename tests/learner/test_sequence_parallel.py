@@ -16,7 +16,7 @@ from model_families import tiny_config
 from sequence_parallel_ranks import NAMES, NOT_SLICED, ON_FOUR_RANKS, SCORED, SlicedResult
 
 from rlhf_ray.learner.learner import Learner
-from rlhf_ray.learner.remote.update_result import merged_results
+from rlhf_ray.learner.remote.commands import merge_results
 
 pytestmark = pytest.mark.usefixtures("one_rank")
 
@@ -90,8 +90,8 @@ def test_two_ranks_with_a_slice_each_learn_what_one_rank_does(
     first, second = (result.outcomes[name] for result in on_two)
     assert_same(first, on_one_rank(name))
     assert without_times(first.figures[-1]) == without_times(second.figures[-1])
-    answers = merged_results([first.last], [first.sequences])
-    wanted = merged_results([on_one_rank(name).last], [on_one_rank(name).sequences])
+    answers = merge_results([first.last], [first.sequences])
+    wanted = merge_results([on_one_rank(name).last], [on_one_rank(name).sequences])
     assert answers.advantages is not None
     assert wanted.advantages is not None
     for mine, theirs in zip(answers.advantages, wanted.advantages, strict=True):
@@ -113,7 +113,7 @@ def test_four_ranks_learn_what_one_rank_does(
         for result in results:
             assert_same(result.outcomes[name], on_one_rank(name))
         shares = [result.outcomes[name] for result in results[::size]]
-        merged = merged_results([share.last for share in shares], [share.sequences for share in shares])
+        merged = merge_results([share.last for share in shares], [share.sequences for share in shares])
         assert merged.advantages is not None
         assert len(merged.advantages) == SCENARIOS[name].num_sequences
     for name in SCORED:

@@ -405,7 +405,7 @@ async def take_turn(bridge: LearnersBridge, token: str, version: int) -> None:
     await bridge.set_weights(manifest(version), [ready()])
     await bridge.give_turn_back(token)
     await held
-    assert (await bridge.next_command(0, "group", version, 5.0, True)).verb == "offload"
+    assert (await bridge.next_command(0, "group", version, 5.0, True)).command().name == "offload"
     assert await bridge.next_command(0, "group", version, 0.01, False) is None
 
 

@@ -64,7 +64,7 @@ class Learners:
     def take_replica_failures(self) -> list[ReplicaFailure]:
         return self.told.pop(0) if self.told else []
 
-    def attend(self) -> None:
+    def restore_restarted_ranks(self) -> None:
         self.attended += 1
 
     def publish(self) -> tuple[WeightManifest, list[Any]]:

@@ -1,11 +1,10 @@
-"""The Ray Train loop around a learner: waits for commands at the bridge, carries them out, answers.
+"""The Ray Train loop around a learner: waits for commands (``commands.py``) at the bridge, carries them out, answers.
 
-Consumes ``layout``, ``update``, ``publish``, ``stage``, ``send``, ``save``, ``load``, ``recall``, ``renew``, ``export``
-and ``stop``; each rank answers for itself and the Algorithm is unblocked by the last answer. ``ray.train.report`` is
-far too slow for a step and is not used.
+Each rank answers for itself, and the Algorithm is unblocked by the last answer. ``ray.train.report`` is far too slow
+for a step and is not used.
 
-Where replicas share the ranks' GPUs a rank waits for the learners' turn before it builds its models, takes them to host
-memory when it is told to (``offload``, which has no answer), and brings them back for the next command.
+Where replicas share the ranks' GPUs a rank waits for the learners' turn before it builds its models, moves them to host
+memory when it is told to (``OffloadCommand``, which has no answer), and brings them back for the next command.
 """
 
 from __future__ import annotations
@@ -30,9 +29,26 @@ from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.learner import Learner, LearnerSpec
-from rlhf_ray.learner.remote.bridge import Command, RankFailure, Refusal
+from rlhf_ray.learner.remote.commands import (
+    Command,
+    ExportCommand,
+    LayoutCommand,
+    LoadCommand,
+    OffloadCommand,
+    PublishCommand,
+    RankFailure,
+    RecallCommand,
+    Refusal,
+    RenewCommand,
+    Request,
+    SaveCommand,
+    SendCommand,
+    StageCommand,
+    StopCommand,
+    UpdateCommand,
+    UpdateResult,
+)
 from rlhf_ray.learner.remote.turns import Place
-from rlhf_ray.learner.remote.update_result import UpdateOrder, UpdateResult
 from rlhf_ray.types import TraceSpan
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure, ReplicaLostError
@@ -43,10 +59,6 @@ _LOG = logging.getLogger(__name__)
 _POLL_S = 30.0
 _TELL_TIMEOUT_S = 10.0
 _HOLD_AGAIN_S = 0.5
-_SHARE_WEIGHTS = frozenset({"publish", "stage", "send"})
-_READ_WEIGHTS = frozenset({"update", "publish", "stage", "send", "save", "export"})
-# Where GPUs are shared, what is sent was staged: engines are awake then.
-_USE_MODELS = _READ_WEIGHTS - {"send"} | {"load", "recall"}
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -77,34 +89,36 @@ def _wait_turn(bridge: Any, rank: int, group: str) -> Place:
 
 
 def _serve(worker: _Worker, bridge: Any, rank: int, group: str, *, place: Place | None = None, timeline: bool) -> None:
-    # By verb: a replica that starts may have had weights published before the Algorithm's call came once more.
-    answered: dict[str, tuple[str, Any]] = {}
+    # By kind: a replica that starts may have had weights published before the Algorithm's request is repeated.
+    answered: dict[type[Command], tuple[str, Any]] = {}
     while True:
-        command: Command | None = ray.get(
+        request: Request | None = ray.get(
             bridge.next_command.remote(rank, group, worker.version, _POLL_S, worker.is_resident, place)
         )
-        if command is None:
+        if request is None:
             continue
-        if command.verb == "offload":
+        command = request.command(rank)
+        if isinstance(command, OffloadCommand):
             worker.offload()
             continue
-        if command.verb == "stop":
+        if isinstance(command, StopCommand):
             worker.finish()
-            ray.get(bridge.answer.remote(command.command_id, rank, None))
+            ray.get(bridge.answer.remote(request.request_id, rank, None))
             return
         started = time.perf_counter()
-        known, result = answered.get(command.verb, ("", None))
-        repeated = known == command.command_id  # The bridge was started again and lost the answer.
+        known, result = answered.get(type(command), ("", None))
+        repeated = known == request.request_id  # The bridge was restarted and lost the answer.
         if not repeated:
             try:
-                result = worker.execute(command)
+                result = worker.execute(command, request.request_id)
             except LearnerError as error:  # Every rank raises it alike; only what is unforeseen ends them.
-                result = Refusal(str(error), half_done=worker.is_half_done)
-            answered[command.verb] = command.command_id, result
-        bridge.answer.remote(command.command_id, rank, result)
-        worker.answered(command.verb)
+                result = Refusal(str(error), partly_updated=worker.is_partly_updated)
+            answered[type(command)] = request.request_id, result
+        bridge.answer.remote(request.request_id, rank, result)
+        if not isinstance(command, UpdateCommand):  # What an update has made is copied when engines have it.
+            worker.begin_to_keep()
         if timeline and not repeated and not isinstance(result, Refusal):
-            bridge.add_spans.remote(_spans(rank, command.verb, time.perf_counter() - started, result))
+            bridge.add_spans.remote(_spans(rank, command.name, time.perf_counter() - started, result))
 
 
 def _name_of_group() -> str:
@@ -120,20 +134,20 @@ def lost_a_peer(error: BaseException) -> bool:
     return isinstance(error, (dist.DistError, ReplicaLostError)) or "gloo/transport" in str(error)
 
 
-def _spans(rank: int, verb: str, seconds: float, result: Any) -> list[TraceSpan]:
+def _spans(rank: int, name: str, seconds: float, result: Any) -> list[TraceSpan]:
     """A command that has just ended, and the halves of an update within it."""
     lane = f"learner {rank}"
-    whole = TraceSpan.ending_now(lane, verb, seconds)
-    if verb != "update":
+    whole = TraceSpan.ending_now(lane, name, seconds)
+    if not isinstance(result, UpdateResult):
         return [whole]
-    middle = whole.end - result.figures["update_s"]
-    start = middle - result.figures["advantage_s"]
+    middle = whole.end - result.metrics["update_s"]
+    start = middle - result.metrics["advantage_s"]
     estimates = TraceSpan(lane=lane, name="estimates and advantages", start=start, end=middle)
     return [whole, estimates, TraceSpan(lane=lane, name="optimizer steps", start=middle, end=whole.end)]
 
 
 class _Worker:
-    """Maps a command to the learner's method."""
+    """Carries out commands with a learner."""
 
     def __init__(self, spec: LearnerSpec, bridge: Any, rank: int) -> None:
         self._bridge = bridge
@@ -166,48 +180,64 @@ class _Worker:
 
     def offload(self) -> None:
         """Leave the GPU to an engine, and copy what is to be kept from host memory."""
-        self._begin_to_keep()
+        self.begin_to_keep()
         self._learner.offload()
 
     def finish(self) -> None:
         """Make the copies that wait for :meth:`offload`, which does not come any more."""
         self._kept.wait()
 
-    def execute(self, command: Command) -> Any:
+    def execute(self, command: Command, request_id: str) -> Any:
         """Carry out one command and return this rank's answer."""
-        argument = command.argument(self._rank)
-        if command.verb not in _SHARE_WEIGHTS:
-            self._begin_to_keep()
-        if self._broken_off is not None and command.verb in _READ_WEIGHTS:
+        if not command.publishes:
+            self.begin_to_keep()
+        if self._broken_off is not None and command.reads_weights:
             raise LearnerError(self._broken_off)
-        if command.verb in _USE_MODELS and self._learner.is_offloaded:
+        if command.needs_models and not isinstance(command, RenewCommand) and self._learner.is_offloaded:
             self._learner.onload()
-        if command.verb == "save":
-            return self._save(argument, command.command_id)
-        return getattr(self, f"_{command.verb}")(argument)
-
-    def answered(self, verb: str) -> None:
-        """After an answer: copy what an update has made, but no sooner than engines have it."""
-        if verb != "update":
-            self._begin_to_keep()
+        match command:
+            case LayoutCommand():
+                return self._learner.packed
+            case UpdateCommand():
+                return self._update(command)
+            case PublishCommand():
+                return self._publish()
+            case StageCommand():
+                self._learner.stage_weights()
+                self._staged_version = self.version
+            case SendCommand():
+                return self._send(command)
+            case SaveCommand():
+                self._save(command.folder, request_id)
+            case LoadCommand():
+                self._load(command.folder, command.version)
+            case RecallCommand():
+                return self._recall(command.version)
+            case RenewCommand():
+                self._renew(command.spec, begins=command.begins)
+            case ExportCommand():
+                self._learner.export(command.folder)
+            case _:
+                raise NotImplementedError(command.name)
+        return None
 
     @property
-    def is_half_done(self) -> bool:
+    def is_partly_updated(self) -> bool:
         """Whether weights are those of no version."""
         return self._broken_off is not None
 
-    def _layout(self, argument: None) -> bool:
-        return self._learner.packed
-
-    def _update(self, argument: UpdateOrder) -> UpdateResult:
-        batch, plan, version = argument.batch, argument.plan, argument.version
+    def _update(self, command: UpdateCommand) -> UpdateResult:
+        version = command.version
         if self._updated is not None and self._updated[0] == version == self.version:
-            # Whoever asked did not wait for the answer (Ctrl-C in a notebook, a time limit), and asks again.
+            # The caller did not wait for the answer (Ctrl-C in a notebook, a time limit), and asks again.
             return self._updated[1]
         steps_before = self._learner.steps_taken
         try:
-            figures = self._learner.update(
-                ray.get(batch), plan, update_policy=argument.update_policy, keep_advantages=argument.with_advantages
+            metrics = self._learner.update(
+                ray.get(command.batch),
+                command.plan,
+                update_policy=command.update_policy,
+                keep_advantages=command.with_advantages,
             )
         except LearnerError as error:
             message = f"policy version {version}: {error}"
@@ -215,15 +245,15 @@ class _Worker:
                 self._broken_off = f"{message} (its first steps were not undone: restore a checkpoint, or start again)"
             raise LearnerError(message) from error
         self.version = version
-        if argument.keeps_state:
-            self._to_keep = version, argument.spared_version
+        if command.keeps_state:
+            self._to_keep = version, command.spared_version
         result = UpdateResult(
-            figures=figures, advantages=self._learner.advantages, kept_version=max(self._kept.versions, default=None)
+            metrics=metrics, advantages=self._learner.advantages, kept_version=max(self._kept.versions, default=None)
         )
         self._updated = version, result
         return result
 
-    def _publish(self, argument: None) -> tuple[WeightManifest, list[Any]] | None:
+    def _publish(self) -> tuple[WeightManifest, list[Any]] | None:
         layouts, refs = [], []
         for layout, pieces in self._learner.weight_buckets():
             layouts.append(layout)
@@ -236,30 +266,25 @@ class _Worker:
         self._published = refs
         return manifest, refs
 
-    def _stage(self, argument: None) -> None:
-        self._learner.stage_weights()
-        self._staged_version = self.version
-
-    def _send(self, argument: tuple[str, str, int, tuple[str, ...]]) -> int:
+    def _send(self, command: SendCommand) -> int:
         # Here, since it imports vLLM.
         from rlhf_ray.weight_sync.ipc import IpcSender
         from rlhf_ray.weight_sync.nccl import NcclSender
 
-        app_name, deployment_name, tensor_parallel_size, replica_ids = argument
         if self._spec.colocated and self._staged_version != self.version:
             raise LearnerError(f"policy version {self.version} was not staged before its models left the GPU")
         source = self._learner.weight_source()
         if self._sender is None:
             sender_class = IpcSender if self._spec.weight_transfer == "ipc" else NcclSender
             self._sender = sender_class(
-                app_name=app_name,
-                deployment_name=deployment_name,
+                app_name=command.app_name,
+                deployment_name=command.deployment_name,
                 rank=self._rank,
                 source=source,
-                tensor_parallel_size=tensor_parallel_size,
+                tensor_parallel_size=command.tensor_parallel_size,
                 tell=self._tell_stuck,
             )
-        self._sender.send(self.version, replica_ids)
+        self._sender.send(self.version, command.replica_ids)
         if self._rank == 0:
             ray.get(self._bridge.set_version.remote(self.version))
         return source.size_bytes()
@@ -285,15 +310,14 @@ class _Worker:
                 for file in files:
                     folder.upload(file)
             answer: Any = {file.name: StoredFile.of(file) for file in files}
-        except Exception:  # Whatever it is, training goes on; the driver says so.
+        except Exception:  # Training continues; the driver reports it.
             answer = RankFailure(rank=self._rank, message=traceback.format_exc())
         finally:
             if folder.local is None:
                 shutil.rmtree(here, ignore_errors=True)
         self._telling = self._bridge.saved.remote(save_id, self._rank, answer)
 
-    def _load(self, argument: tuple[Folder, int]) -> None:
-        folder, version = argument
+    def _load(self, folder: Folder, version: int) -> None:
         if folder.local is not None:
             self._learner.load(str(folder.local))
         else:
@@ -305,11 +329,11 @@ class _Worker:
         self.version, self._broken_off = version, None
         if self._keeps_state:  # At once: the checkpoint may be gone by the time that a rank dies.
             self._to_keep = version, None
-            self._begin_to_keep()
+            self.begin_to_keep()
             self._learner.wait_copied()
 
     def _recall(self, version: int) -> int | None:
-        """Go back to the newest state up to ``version`` that all ranks have; tells which."""
+        """Return to the newest state up to ``version`` that all ranks have; tells which."""
         found: list[Any] = [None] * dist.get_world_size()
         # Without kept states there is at most one that a checkpoint is being written of, and freed then.
         dist.all_gather_object(found, self._kept.versions if self._keeps_state else [])
@@ -327,7 +351,8 @@ class _Worker:
             _LOG.warning("the state that was kept of rank %d cannot be read: %r", self._rank, error)
         self._hold_state()
 
-    def _begin_to_keep(self) -> None:
+    def begin_to_keep(self) -> None:
+        """Begin to copy the state that an update has asked for, if there is one."""
         if self._to_keep is None:
             return
         (version, spared), self._to_keep = self._to_keep, None
@@ -362,12 +387,11 @@ class _Worker:
     def _reach_keeper(self) -> Any:
         return self._bridge.keeper.remote(ray.get_runtime_context().get_node_id())
 
-    def _renew(self, argument: tuple[LearnerSpec, bool]) -> None:
-        """Build the models anew, when nothing of those before is left: both at once may not fit.
+    def _renew(self, spec: LearnerSpec, *, begins: bool) -> None:
+        """Build the models again, when nothing of those before is left: both at once may not fit.
 
-        Ranks that were started again are brought to the same settings, and go back to what was kept under them.
+        Ranks that were restarted are brought to the same settings, and return to what was kept under them.
         """
-        spec, begins = argument
         self._published.clear()
         self._updated = None
         self._to_keep = self._staged_version = None
@@ -383,6 +407,3 @@ class _Worker:
             self._kept.forget()
         self._learner = Learner(spec, self._kept)
         self.version, self._broken_off = 0, None
-
-    def _export(self, folder: str) -> None:
-        self._learner.export(folder)

@@ -6,9 +6,11 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytest
+from some_commands import command, request, update
 
 from rlhf_ray.checkpoints.folder import StoredFile
-from rlhf_ray.learner.remote.bridge import Bridge, Command, GroupLost, RankFailure
+from rlhf_ray.learner.remote.bridge import Bridge
+from rlhf_ray.learner.remote.commands import Command, GroupLost, RankFailure, Request
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
@@ -39,22 +41,22 @@ async def settle() -> None:
 GROUP = "first"
 
 
-def order(verb: str, *arguments: Any, group: str = GROUP) -> Command:
-    return Command(verb=verb, arguments=arguments or (None,), group=group)
+def order(*commands: Command | str, group: str = GROUP) -> Request:
+    return request(*commands, group=group)
 
 
 async def serve(
-    bridge: Bridge, rank: int, reply: Callable[[Command], Awaitable[Any]], group: str, version: int
+    bridge: Bridge, rank: int, reply: Callable[[Request], Awaitable[Any]], group: str, version: int
 ) -> None:
     """A learner rank: takes commands and answers them until it is cancelled."""
     while True:
         command = await bridge.next_command(rank, group, version, PATIENCE_S)
         assert command is not None
-        await bridge.answer(command.command_id, rank, await reply(command))
+        await bridge.answer(command.request_id, rank, await reply(command))
 
 
 async def start_ranks(
-    bridge: Bridge, *replies: Callable[[Command], Awaitable[Any]], group: str = GROUP, version: int = 0
+    bridge: Bridge, *replies: Callable[[Request], Awaitable[Any]], group: str = GROUP, version: int = 0
 ) -> list[asyncio.Task[None]]:
     tasks = [asyncio.create_task(serve(bridge, rank, reply, group, version)) for rank, reply in enumerate(replies)]
     await settle()
@@ -64,15 +66,15 @@ async def start_ranks(
 
 async def listen(
     bridge: Bridge, *ranks: int, group: str = GROUP, version: int = 0
-) -> list[asyncio.Task[Command | None]]:
+) -> list[asyncio.Task[Request | None]]:
     """Ranks that ask for one command."""
     polls = [asyncio.create_task(bridge.next_command(rank, group, version, PATIENCE_S)) for rank in ranks]
     await settle()
     return polls
 
 
-async def echo(command: Command) -> str:
-    return command.verb
+async def echo(request: Request) -> str:
+    return request.command().name
 
 
 # Start-up.
@@ -172,7 +174,7 @@ def test_a_failure_ends_with_its_group() -> None:
 
 def test_weights_of_a_lost_group_are_published_again_once_the_next_one_has_that_version() -> None:
     async def test() -> None:
-        async def publish(command: Command) -> None:
+        async def publish(request: Request) -> None:
             await bridge.set_weights(manifest(3), ["new"])
 
         bridge = Bridge(1)
@@ -193,10 +195,10 @@ def test_files_of_a_checkpoint_end_with_the_group_that_writes_them() -> None:
     async def test() -> None:
         bridge = Bridge(2)
         await start_ranks(bridge, echo, echo)
-        save = order("save", "folder")
+        save = order("save")
         await bridge.execute(save, PATIENCE_S)
-        waiting = asyncio.create_task(bridge.wait_saved(save.command_id, GROUP, PATIENCE_S))
-        saved = asyncio.create_task(bridge.saved(save.command_id, 0, {}))
+        waiting = asyncio.create_task(bridge.wait_saved(save.request_id, GROUP, PATIENCE_S))
+        saved = asyncio.create_task(bridge.saved(save.request_id, 0, {}))
         await listen(bridge, 0, group="second")
         assert await waiting == GroupLost()
         await saved
@@ -216,9 +218,9 @@ def test_a_repeated_command_collects_the_answers_once_more() -> None:
             while True:
                 given = await bridge.next_command(number, GROUP, 4, PATIENCE_S)
                 assert given is not None
-                if given.command_id != last:
+                if given.request_id != last:
                     asked.append(number)
-                last = given.command_id
+                last = given.request_id
                 await bridge.answer(last, number, f"figures {number}")
 
         # Rank 0 has carried it out for the bridge that died, rank 1 has not.
@@ -244,7 +246,7 @@ def test_a_rank_is_given_again_what_it_has_not_answered_here() -> None:
         first = await bridge.next_command(0, GROUP, 0, PATIENCE_S)
         again = await bridge.next_command(0, GROUP, 0, PATIENCE_S)
         assert first is again is not None
-        await bridge.answer(first.command_id, 0, None)
+        await bridge.answer(first.request_id, 0, None)
         assert await bridge.next_command(0, GROUP, 0, 0.01) is None
         pending.cancel()
 
@@ -257,10 +259,10 @@ def test_files_that_the_dead_bridge_knew_of_are_told_again(first: str) -> None:
 
     async def test() -> None:
         bridge, calls = Bridge(1), []
-        save = order("save", "folder")
+        save = order("save")
         steps = {
-            "files": lambda: bridge.saved(save.command_id, 0, {"a": FILE}),
-            "wait": lambda: bridge.wait_saved(save.command_id, GROUP, PATIENCE_S),
+            "files": lambda: bridge.saved(save.request_id, 0, {"a": FILE}),
+            "wait": lambda: bridge.wait_saved(save.request_id, GROUP, PATIENCE_S),
             "rank": lambda: bridge.next_command(0, GROUP, 0, 0.01),
         }
         for name in (first, *(steps.keys() - {first})):
@@ -272,7 +274,7 @@ def test_files_that_the_dead_bridge_knew_of_are_told_again(first: str) -> None:
         assert not told["files"].done()
         # The next checkpoint ends the call.
         await start_ranks(bridge, echo)
-        await bridge.execute(order("save", "folder"), PATIENCE_S)
+        await bridge.execute(order("save"), PATIENCE_S)
         await asyncio.wait_for(told["files"], PATIENCE_S)
 
     run(test())
@@ -283,11 +285,11 @@ def test_files_that_the_dead_bridge_knew_of_are_told_again(first: str) -> None:
 
 def test_answers_come_in_rank_order_whoever_is_first() -> None:
     async def test() -> None:
-        async def late(command: Command) -> str:
+        async def late(request: Request) -> str:
             await asyncio.sleep(0.02)
             return "rank 0"
 
-        async def early(command: Command) -> str:
+        async def early(request: Request) -> str:
             return "rank 1"
 
         bridge = Bridge(2)
@@ -297,30 +299,31 @@ def test_answers_come_in_rank_order_whoever_is_first() -> None:
     run(test())
 
 
-def test_each_rank_gets_its_own_argument() -> None:
+def test_each_rank_gets_its_own_command() -> None:
     async def test() -> None:
-        def of(rank: int) -> Callable[[Command], Awaitable[Any]]:
-            async def reply(command: Command) -> Any:
-                return command.verb, command.argument(rank)
+        def of(rank: int) -> Callable[[Request], Awaitable[Any]]:
+            async def reply(request: Request) -> Any:
+                return request.command(rank)
 
             return reply
 
         bridge = Bridge(2)
         await start_ranks(bridge, of(0), of(1))
-        assert await bridge.execute(order("update", "a", "b"), PATIENCE_S) == [("update", "a"), ("update", "b")]
-        assert await bridge.execute(order("save", "both"), PATIENCE_S) == [("save", "both"), ("save", "both")]
+        shares = [update(batch="a"), update(batch="b")]
+        assert await bridge.execute(order(*shares), PATIENCE_S) == shares
+        assert await bridge.execute(order("save"), PATIENCE_S) == [command("save")] * 2
 
     run(test())
 
 
 def test_none_is_an_answer_like_any_other() -> None:
     async def test() -> None:
-        async def nothing(command: Command) -> None:
+        async def nothing(request: Request) -> None:
             return None
 
         bridge = Bridge(2)
         await start_ranks(bridge, nothing, nothing)
-        assert await bridge.execute(order("save", "folder"), PATIENCE_S) == [None, None]
+        assert await bridge.execute(order("save"), PATIENCE_S) == [None, None]
 
     run(test())
 
@@ -330,10 +333,10 @@ def test_commands_are_given_one_at_a_time() -> None:
         seen: list[str] = []
         release = asyncio.Event()
 
-        async def reply(command: Command) -> str:
-            seen.append(command.verb)
+        async def reply(request: Request) -> str:
+            seen.append(request.command().name)
             await release.wait()
-            return command.verb
+            return request.command().name
 
         bridge = Bridge(1)
         await start_ranks(bridge, reply)
@@ -355,15 +358,15 @@ def test_time_over_gives_none_and_a_late_answer_is_nobodys() -> None:
         assert await bridge.execute(order("update"), 0.01) is None
         late = await poll
         assert late is not None
-        pending = asyncio.create_task(bridge.execute(order("save", "folder"), PATIENCE_S))
+        pending = asyncio.create_task(bridge.execute(order("save"), PATIENCE_S))
         await settle()
-        await bridge.answer(late.command_id, 0, "stale")
+        await bridge.answer(late.request_id, 0, "stale")
         await settle()
         assert not pending.done()
-        command = await bridge.next_command(0, GROUP, 0, PATIENCE_S)
-        assert command is not None
-        assert command.verb == "save"
-        await bridge.answer(command.command_id, 0, "saved")
+        given = await bridge.next_command(0, GROUP, 0, PATIENCE_S)
+        assert given is not None
+        assert given.command().name == "save"
+        await bridge.answer(given.request_id, 0, "saved")
         assert await pending == ["saved"]
 
     run(test())
@@ -376,7 +379,7 @@ def test_a_failure_ends_the_running_command_and_answers_all_later_ones() -> None
         pending = asyncio.create_task(bridge.execute(order("update"), PATIENCE_S))
         command = await polls[0]
         assert command is not None
-        await bridge.answer(command.command_id, 0, "done")
+        await bridge.answer(command.request_id, 0, "done")
         await bridge.fail(FAILURE)
         assert await pending == FAILURE
         assert await bridge.execute(order("publish"), PATIENCE_S) == FAILURE
@@ -404,7 +407,7 @@ def test_long_poll_ends_with_a_command_or_with_its_time() -> None:
         stop = order("stop")
         asking = asyncio.create_task(bridge.execute(stop, PATIENCE_S))
         assert await polling == stop
-        await bridge.answer(stop.command_id, 0, None)
+        await bridge.answer(stop.request_id, 0, None)
         assert await asking == [None]
 
     run(test())
@@ -462,10 +465,10 @@ def test_weights_that_are_new_enough_are_given_at_once(min_version: int) -> None
 def test_learners_publish_for_a_replica_that_is_behind() -> None:
     async def test() -> None:
         bridge = Bridge(1)
-        verbs: list[str] = []
+        names: list[str] = []
 
-        async def publish(command: Command) -> None:
-            verbs.append(command.verb)
+        async def publish(request: Request) -> None:
+            names.append(request.command().name)
             await bridge.set_weights(manifest(4), ["snapshot"])
 
         await start_ranks(bridge, publish, version=4)
@@ -473,7 +476,7 @@ def test_learners_publish_for_a_replica_that_is_behind() -> None:
         await bridge.set_version(4)
         assert await bridge.newest_weights(4) == (manifest(4), ["snapshot"])
         assert await bridge.newest_weights(4) == (manifest(4), ["snapshot"])
-        assert verbs == ["publish"]
+        assert names == ["publish"]
 
     run(test())
 
@@ -482,7 +485,7 @@ def test_a_publication_that_a_replica_has_found_to_be_gone_is_made_again() -> No
     async def test() -> None:
         bridge = Bridge(1)
 
-        async def publish(command: Command) -> None:
+        async def publish(request: Request) -> None:
             await bridge.set_weights(replace(manifest(3), publication="second"), ["new"])
 
         await start_ranks(bridge, publish, version=3)
@@ -500,7 +503,7 @@ def test_a_replica_waits_for_the_next_group_where_the_one_that_publishes_is_lost
     async def test() -> None:
         bridge = Bridge(1)
 
-        async def publish(command: Command) -> None:
+        async def publish(request: Request) -> None:
             await bridge.set_weights(manifest(3), ["new"])
 
         (poll,) = await listen(bridge, 0, version=3)
@@ -516,7 +519,7 @@ def test_a_version_that_does_not_exist_is_an_error() -> None:
     async def test() -> None:
         bridge = Bridge(1)
 
-        async def publish(command: Command) -> None:
+        async def publish(request: Request) -> None:
             await bridge.set_weights(manifest(4), [])
 
         await start_ranks(bridge, publish, version=9)

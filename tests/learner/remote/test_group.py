@@ -16,9 +16,18 @@ from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.packing import plan_update
 from rlhf_ray.learner.remote import group as module
-from rlhf_ray.learner.remote.bridge import Command, GroupLost, Refusal
+from rlhf_ray.learner.remote import train_run
+from rlhf_ray.learner.remote.commands import (
+    GroupLost,
+    LoadCommand,
+    RecallCommand,
+    Refusal,
+    RenewCommand,
+    Request,
+    UpdateCommand,
+    UpdateResult,
+)
 from rlhf_ray.learner.remote.group import LearnerGroup, StateLostError
-from rlhf_ray.learner.remote.update_result import UpdateOrder, UpdateResult
 
 
 class Actor:
@@ -41,9 +50,10 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "get", get)
     monkeypatch.setattr(ray, "kill", gone.append)
-    monkeypatch.setattr(module, "remove_placement_group", gone.append)
-    monkeypatch.setattr(module, "_POLL_S", 0.01)
-    monkeypatch.setattr(module, "_STOP_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(train_run, "remove_placement_group", gone.append)
+    for each in (module, train_run):
+        monkeypatch.setattr(each, "_POLL_S", 0.01)
+        monkeypatch.setattr(each, "STOP_TIMEOUT_S", 2.0)
     return gone
 
 
@@ -55,7 +65,7 @@ def group_of(
     colocated: bool = False,
     state_interval: int = 1,
 ) -> LearnerGroup:
-    monkeypatch.setattr(module, "bridge_actor", lambda world_size, num_engines: bridge)
+    monkeypatch.setattr(train_run, "bridge_actor", lambda world_size, num_engines: bridge)
     spec: Any = SimpleNamespace(on_gpu=on_gpu, colocated=colocated, sequence_parallel=1)
     return LearnerGroup(
         spec=spec,
@@ -96,7 +106,7 @@ def test_places_are_waited_for_where_several_nodes_have_some(
     def answer(group: str | None) -> str | None:
         return fail() if group == "starting" else group
 
-    monkeypatch.setattr(module, "placement_group_table", lambda group: {"state": next(states)})
+    monkeypatch.setattr(train_run, "placement_group_table", lambda group: {"state": next(states)})
     group_of(Actor(placement_group=lambda: answer(next(groups))), monkeypatch, on_gpu=on_gpu).wait_placed(
         threading.Event()
     )
@@ -130,7 +140,7 @@ def test_a_start_that_is_late_tells_whether_the_learners_have_their_places(
     state: str, told: str, ended: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cluster_of(monkeypatch, 4)
-    monkeypatch.setattr(module, "placement_group_table", lambda group: {"state": state})
+    monkeypatch.setattr(train_run, "placement_group_table", lambda group: {"state": state})
     group = group_of(Actor(placement_group=lambda: "group", wait_ready=None), monkeypatch)
     monkeypatch.setattr(group, "_await", lambda ref, purpose: None)
     group.bridge.wait_ready = SimpleNamespace(remote=lambda *_, **__: None)
@@ -177,7 +187,7 @@ def test_a_group_that_has_just_begun_to_start_is_aborted_as_soon_as_it_can_be(
 
 def test_a_controller_that_waits_for_resources_is_ended(ended: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     forever = threading.Event()
-    monkeypatch.setattr(module, "_STOP_TIMEOUT_S", 0.1)
+    monkeypatch.setattr(train_run, "STOP_TIMEOUT_S", 0.1)
     controller = Actor(abort=fail)
     bridge = Actor(controller=lambda: controller, placement_group=lambda: "placement group")
     group = group_of(bridge, monkeypatch)
@@ -192,17 +202,17 @@ def test_neighbors_get_the_same_share_where_they_read_slices_of_it(monkeypatch: 
     monkeypatch.setattr(ray, "put", lambda value: value)
     group = group_of(Actor(), monkeypatch)
     group._spec = SimpleNamespace(sequence_parallel=2)
-    given: list[UpdateOrder] = []
+    given: list[UpdateCommand] = []
 
-    def execute(verb: str, arguments: list[UpdateOrder]) -> list[UpdateResult]:
-        given.extend(arguments)
+    def execute(*commands: UpdateCommand) -> list[UpdateResult]:
+        given.extend(commands)
         return [
             UpdateResult(
-                figures={"rank": rank},
-                advantages=tuple(np.asarray([float(i)]) for i in order.batch) if order.with_advantages else None,
+                metrics={"rank": rank},
+                advantages=tuple(np.asarray([float(i)]) for i in command.batch) if command.with_advantages else None,
                 kept_version=rank,
             )
-            for rank, order in enumerate(arguments)
+            for rank, command in enumerate(commands)
         ]
 
     monkeypatch.setattr(group, "_execute", execute)
@@ -298,7 +308,9 @@ def test_learners_that_died_while_they_sent_come_back_in_their_turn(
         wait_ready=lambda *_: note("start", "group"),
         controller=lambda: None,
         places=lambda: ({}, {}),
-        execute=lambda command, _: note(command.verb, GroupLost() if command.verb == "send" else [0]),
+        execute=lambda request, _: note(
+            request.command().name, GroupLost() if request.command().name == "send" else [0]
+        ),
     )
     group = group_of(bridge, monkeypatch, colocated=True)
     group.wait_ready()
@@ -338,7 +350,7 @@ class Ranks:
 
     Attributes:
         dies: Tells of a command whether the rank dies of it.
-        commands: Verb and version of what was carried out.
+        commands: Name and version of what was carried out.
     """
 
     def __init__(self) -> None:
@@ -349,56 +361,58 @@ class Ranks:
         self.copies_fail = False
         self.spared: list[int | None] = []
         self.starts = 0
-        self.dies: Callable[[str, int], bool] = lambda verb, version: False
+        self.dies: Callable[[str, int], bool] = lambda name, version: False
         self.refuses: Callable[[int], bool] = lambda version: False
         self.commands: list[tuple[str, int | None]] = []
+        self.renewals: list[tuple[Any, bool]] = []
 
     def start(self, *_: Any, **__: Any) -> str:
         self.starts += 1
         self.weights, self.version, self.copying = [], 0, None
         return f"group {self.starts}"
 
-    def execute(self, command: Command, _: float) -> Any:
-        assert command.group == f"group {self.starts}"
-        argument = command.arguments[0]
-        version = argument.version if isinstance(argument, UpdateOrder) else argument
-        if command.verb != "update" and self.copying is not None:
+    def execute(self, request: Request, _: float) -> Any:
+        assert request.group == f"group {self.starts}"
+        command = request.command()
+        version = getattr(command, "version", None)
+        if command.name != "update" and self.copying is not None:
             self.kept[self.copying], self.copying = list(self.weights), None
-        if self.dies(command.verb, version):
+        if self.dies(command.name, version):
             self.start()
             return GroupLost()
-        if command.verb == "layout":
+        if command.name == "layout":
             return [False]
-        self.commands.append((command.verb, version))
-        return [getattr(self, command.verb)(argument)]
+        self.commands.append((command.name, version))
+        self.renewals += [(command.spec, command.begins)] if isinstance(command, RenewCommand) else []
+        return [getattr(self, command.name)(command)]
 
-    def update(self, order: UpdateOrder) -> Any:
+    def update(self, order: UpdateCommand) -> Any:
         assert order.version == self.version + 1
         if self.copying is not None:
             self.kept[self.copying], self.copying = list(self.weights), None
         self.weights = [*self.weights, order.batch]
         if self.refuses(order.version):
-            return Refusal("not finite", half_done=True)
+            return Refusal("not finite", partly_updated=True)
         self.version = order.version
         kept_version = max(self.kept, default=None)
         if order.keeps_state and not self.copies_fail:
             self.copying = order.version
         self.spared.append(order.spared_version)
-        return UpdateResult(figures={}, kept_version=kept_version)
+        return UpdateResult(metrics={}, kept_version=kept_version)
 
-    def recall(self, version: int) -> int | None:
-        newest = max((one for one in self.kept if one <= version), default=None)
+    def recall(self, command: RecallCommand) -> int | None:
+        newest = max((one for one in self.kept if one <= command.version), default=None)
         if newest is not None:
             self.weights, self.version = list(self.kept[newest]), newest
         return newest
 
-    def renew(self, argument: Any) -> None:
+    def renew(self, command: RenewCommand) -> None:
         self.weights, self.version, self.copying = [], 0, None
-        if argument[1]:
+        if command.begins:
             self.kept = {}
 
-    def load(self, argument: Any) -> None:
-        self.weights, self.version, self.kept = ["loaded"], argument[1], {}
+    def load(self, command: LoadCommand) -> None:
+        self.weights, self.version, self.kept = ["loaded"], command.version, {}
 
     def save(self, _: Any) -> None:
         self.kept[self.version] = list(self.weights)
@@ -437,9 +451,9 @@ def after(*versions: int) -> list[str]:
     return [f"batch {version}" for version in versions]
 
 
-def once(verb: str, version: int) -> Callable[[str, int], bool]:
+def once(name: str, version: int) -> Callable[[str, int], bool]:
     left = [True]
-    return lambda *command: command == (verb, version) and bool(left and left.pop())
+    return lambda *command: command == (name, version) and bool(left and left.pop())
 
 
 @pytest.mark.parametrize("dies_at", range(1, 9))
@@ -467,7 +481,7 @@ def test_another_trials_learners_that_die_go_on_with_its_settings_from_what_was_
     ranks.dies = once("update", 5)
     update(group, 5)
     assert ranks.weights == after(1, 2, 3, 4, 5)
-    assert [argument for verb, argument in ranks.commands if verb == "renew"] == [(spec, True), (spec, False)]
+    assert ranks.renewals == [(spec, True), (spec, False)]
 
 
 def test_a_death_while_updates_are_made_again_begins_with_the_kept_state_again(
@@ -540,7 +554,7 @@ def test_places_that_a_new_bridge_has_not_heard_of_yet_are_waited_for(
     group = group_of(Actor(places=lambda: known.pop(0)), monkeypatch, on_gpu=True, colocated=True)
     group._num_replicas = 2
     monkeypatch.setattr(group, "turn", nullcontext)
-    monkeypatch.setattr(group, "_wait_ready", lambda: None)
+    monkeypatch.setattr(group, "_wait_until_ready", lambda: None)
     group.wait_ready()
     assert known == []
 

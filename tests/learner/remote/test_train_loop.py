@@ -14,13 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from ray.exceptions import ActorDiedError
+from some_commands import command, request, send, update
 
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.remote import train_loop as module
-from rlhf_ray.learner.remote.bridge import Command, RankFailure, Refusal
+from rlhf_ray.learner.remote.commands import Command, OffloadCommand, RankFailure, Refusal, RenewCommand, Request
 from rlhf_ray.learner.remote.state_keeper import StateKeeper
-from rlhf_ray.learner.remote.update_result import UpdateOrder
 from rlhf_ray.types import TraceSpan
 
 GROUP = "first"
@@ -37,12 +37,12 @@ class Call:
 class Bridge:
     """Gives commands and takes their answers."""
 
-    def __init__(self, *commands: Command) -> None:
-        self._commands: Iterator[Command] = iter((*commands, order("stop")))
+    def __init__(self, *requests: Request) -> None:
+        self._requests: Iterator[Request] = iter((*requests, order("stop")))
         self.answers: list[tuple[str, Any]] = []
         self.failures: list[RankFailure] = []
-        self.next_command = Call(lambda *_: next(self._commands))
-        self.answer = Call(lambda command_id, rank, result: self.answers.append((command_id, result)))
+        self.next_command = Call(lambda *_: next(self._requests))
+        self.answer = Call(lambda request_id, rank, result: self.answers.append((request_id, result)))
         self.fail = Call(self.failures.append)
         self.spans: list[TraceSpan] = []
         self.add_spans = Call(self.spans.extend)
@@ -61,27 +61,13 @@ class Worker(module._Worker):
         self.version = 0
         self.done: list[str] = []
 
-    def execute(self, command: Command) -> str:
-        self.done.append(command.verb)
-        return f"{command.verb} {len(self.done)}"
+    def execute(self, command: Command, request_id: str) -> str:
+        self.done.append(command.name)
+        return f"{command.name} {len(self.done)}"
 
 
-def order(verb: str) -> Command:
-    return Command(verb=verb, arguments=(None,), group=GROUP)
-
-
-def share(version: int, *, keeps_state: bool = False) -> Any:
-    """What a rank is given for an update."""
-    plan: Any = "plan"
-    return UpdateOrder(
-        batch="batch",
-        plan=plan,
-        version=version,
-        update_policy=True,
-        with_advantages=False,
-        keeps_state=keeps_state,
-        spared_version=None,
-    )
+def order(command: Command | str) -> Request:
+    return request(command, group=GROUP)
 
 
 @pytest.fixture(autouse=True)
@@ -90,16 +76,16 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_name_of_group", lambda: GROUP)
 
 
-def serve(*commands: Command) -> tuple[Worker, Bridge]:
-    bridge = Bridge(*commands)
+def serve(*requests: Request) -> tuple[Worker, Bridge]:
+    bridge = Bridge(*requests)
     worker = Worker(bridge)
     module._serve(worker, bridge, 1, GROUP, timeline=False)
     return worker, bridge
 
 
 def test_a_command_that_comes_again_is_answered_and_not_carried_out_again() -> None:
-    update = order("update")
-    worker, bridge = serve(update, update, order("update"))
+    repeated = order("update")
+    worker, bridge = serve(repeated, repeated, order("update"))
 
     assert worker.done == ["update", "update"]
     assert [result for _, result in bridge.answers] == ["update 1", "update 1", "update 2", None]
@@ -107,14 +93,14 @@ def test_a_command_that_comes_again_is_answered_and_not_carried_out_again() -> N
 
 def test_an_update_that_comes_again_after_a_publication_is_not_carried_out_again() -> None:
     """A replica that starts may have the weights published before the Algorithm's call comes once more."""
-    update, publish = order("update"), order("publish")
-    worker, bridge = serve(update, publish, update)
+    repeated, publish = order("update"), order("publish")
+    worker, bridge = serve(repeated, publish, repeated)
 
     assert worker.done == ["update", "publish"]
     assert bridge.answers[:3] == [
-        (update.command_id, "update 1"),
-        (publish.command_id, "publish 2"),
-        (update.command_id, "update 1"),
+        (repeated.request_id, "update 1"),
+        (publish.request_id, "publish 2"),
+        (repeated.request_id, "update 1"),
     ]
 
 
@@ -132,21 +118,21 @@ def test_an_update_that_is_asked_for_anew_is_made_once_a_version() -> None:
 
     worker = Worker(Bridge())
     worker._learner = Learner()
-    losses = [worker._update(share(version)).figures["loss"] for version in (1, 1, 2, 2)]
+    losses = [worker._update(update(version)).metrics["loss"] for version in (1, 1, 2, 2)]
     assert losses == [1.0, 1.0, 2.0, 2.0]
 
     worker.version = 1  # Restored.
-    assert worker._update(share(2)).figures["loss"] == 3.0
+    assert worker._update(update(2)).metrics["loss"] == 3.0
 
 
 def test_a_refused_command_is_answered_and_the_next_one_is_carried_out() -> None:
     class Refusing(Worker):
-        def execute(self, command: Command) -> str:
-            if command.verb == "update":
+        def execute(self, command: Command, request_id: str) -> str:
+            if command.name == "update":
                 raise LearnerError("advantages not finite")
-            return super().execute(command)
+            return super().execute(command, request_id)
 
-    bridge = Bridge(update := order("update"), update, order("publish"))
+    bridge = Bridge(repeated := order("update"), repeated, order("publish"))
     module._serve(Refusing(bridge), bridge, 1, GROUP, timeline=True)
 
     refusal = Refusal("advantages not finite")
@@ -162,8 +148,8 @@ def test_an_update_that_is_refused_makes_no_version_and_no_state_to_keep() -> No
     worker._learner = SimpleNamespace(update=refuse, steps_taken=7)
 
     with pytest.raises(LearnerError, match=r"^policy version 1: advantages not finite"):
-        worker._update(share(1, keeps_state=True))
-    assert (worker.version, worker._to_keep, worker.is_half_done) == (0, None, False)
+        worker._update(update(1, keeps_state=True))
+    assert (worker.version, worker._to_keep, worker.is_partly_updated) == (0, None, False)
 
 
 class HalfAnUpdate:
@@ -192,41 +178,41 @@ def broken_off(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
     worker.version = 7
     worker._kept = SimpleNamespace(versions=request.param, forget=lambda: None, paths=list)
     with pytest.raises(LearnerError, match="policy version 8: gradient not finite"):
-        worker._update(share(8))
+        worker._update(update(8))
     return worker
 
 
 @pytest.mark.parametrize("broken_off", [[3, 8]], indirect=True)
 def test_steps_of_an_update_that_is_broken_off_are_undone(broken_off: module._Worker) -> None:
-    assert broken_off.is_half_done
+    assert broken_off.is_partly_updated
     assert broken_off._recall(7) == 3  # The other rank has 3 and 6: the newest that both have, and not version 8.
     assert broken_off._learner.recalled == [3]
-    assert (broken_off.version, broken_off.is_half_done) == (3, False)
+    assert (broken_off.version, broken_off.is_partly_updated) == (3, False)
 
 
 @pytest.mark.parametrize("broken_off", [[]], indirect=True)
-@pytest.mark.parametrize("verb", ["update", "publish", "send", "save", "export"])
-def test_weights_of_half_an_update_are_read_by_nothing(broken_off: module._Worker, verb: str) -> None:
+@pytest.mark.parametrize("name", ["update", "publish", "stage", "send", "save", "export"])
+def test_weights_of_half_an_update_are_read_by_nothing(broken_off: module._Worker, name: str) -> None:
     assert broken_off._recall(7) is None
     with pytest.raises(LearnerError, match=r"gradient not finite .*restore a checkpoint"):
-        broken_off.execute(order(verb))
-    broken_off._load((SimpleNamespace(local="checkpoint"), 2))
-    assert (broken_off.version, broken_off.is_half_done) == (2, False)
+        broken_off.execute(command(name), "id")
+    broken_off._load(SimpleNamespace(local="checkpoint"), 2)
+    assert (broken_off.version, broken_off.is_partly_updated) == (2, False)
 
 
 def test_a_refusal_says_whether_weights_are_those_of_no_version() -> None:
     class Refusing(Worker):
-        def execute(self, command: Command) -> str:
-            self._broken_off = None if self.is_half_done else "half an update"
+        def execute(self, command: Command, request_id: str) -> str:
+            self._broken_off = None if self.is_partly_updated else "half an update"
             raise LearnerError("gradient not finite")
 
     bridge = Bridge(order("update"), order("save"))
     module._serve(Refusing(bridge), bridge, 1, GROUP, timeline=False)
-    assert [result.half_done for _, result in bridge.answers[:2]] == [True, False]
+    assert [result.partly_updated for _, result in bridge.answers[:2]] == [True, False]
 
 
-@pytest.mark.parametrize("verbs", [["update", "publish", "update"], ["update", "update"], ["update", "offload"]])
-def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs: list[str]) -> None:
+@pytest.mark.parametrize("names", [["update", "publish", "update"], ["update", "update"], ["update", "offload"]])
+def test_a_state_is_copied_after_the_publication_and_before_anything_else(names: list[str]) -> None:
     events: list[str] = []
 
     class Learner:
@@ -248,13 +234,13 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs:
         execute = module._Worker.execute
         offload = module._Worker.offload
 
-        def _publish(self, _: None) -> None:
+        def _publish(self) -> None:
             events.append("published")
 
     bridge = Bridge(
         *(
-            Command(verb=verb, arguments=(share(number, keeps_state=True),), group=GROUP)
-            for number, verb in enumerate(verbs, start=1)
+            order({"update": update(number, keeps_state=True), "offload": OffloadCommand()}.get(name, name))
+            for number, name in enumerate(names, start=1)
         )
     )
     bridge.answer = Call(lambda *_: events.append("answered"))
@@ -262,8 +248,8 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(verbs:
     worker._learner, worker._keeps_state = Learner(), False
     module._serve(worker, bridge, 1, GROUP, timeline=False)
 
-    first = ["updated", "answered"] + (["published", "answered"] if "publish" in verbs else [])
-    assert events[: len(first) + 2] == [*first, "copy of 1", "offload" if verbs[-1] == "offload" else "updated"]
+    first = ["updated", "answered"] + (["published", "answered"] if "publish" in names else [])
+    assert events[: len(first) + 2] == [*first, "copy of 1", "offload" if names[-1] == "offload" else "updated"]
 
 
 def test_a_state_that_was_loaded_is_kept_when_that_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,7 +258,7 @@ def test_a_state_that_was_loaded_is_kept_when_that_is_answered(monkeypatch: pyte
     monkeypatch.setattr(module, "Learner", Copying)
     worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False, colocated=False), Bridge(), 0)
     worker._kept.begin(9, {"weight": torch.zeros(2)})
-    worker._load((SimpleNamespace(local="checkpoint"), 2))
+    worker._load(SimpleNamespace(local="checkpoint"), 2)
     assert [file.version for file in worker._kept._files if file.version is not None] == [2]
 
 
@@ -341,7 +327,7 @@ def test_a_renewed_learner_is_built_when_nothing_of_the_one_before_is_left(
     worker._sender = Sender(worker._learner, closed)
     worker.version = 3
 
-    worker.execute(Command(verb="renew", arguments=((spec, begins),), group=GROUP))
+    worker.execute(RenewCommand(spec=spec, begins=begins), "id")
 
     assert CyclicLearner.found == [0, 0]
     assert closed == [False]
@@ -369,9 +355,7 @@ def test_weights_are_sent_the_way_that_is_set(transfer: str, monkeypatch: pytest
     worker = module._Worker(spec, bridge, 0)
     worker.version = 4
 
-    send = Command(verb="send", arguments=(("app", "deployment", 1, ("a", "b")),), group=GROUP)
-
-    assert worker.execute(send) == 12
+    assert worker.execute(send("a", "b"), "id") == 12
     assert sent == [(transfer, 4, ("a", "b"))]
 
 
@@ -396,7 +380,7 @@ def test_the_state_of_a_rank_is_held_by_the_keeper_after_the_one_that_ended(
     worker = module._Worker(SimpleNamespace(keeps_state=True, on_gpu=False, colocated=False), bridge, 0)
     for version in (1, 1, 1):
         worker._to_keep = version, None
-        worker._begin_to_keep()
+        worker.begin_to_keep()
     assert is_held.wait(30)
     assert held[-1] == (0, worker._held)
     assert len({tuple(paths) for _, paths in held}) == len(held) - 1, "told once, and once more"
@@ -462,7 +446,7 @@ def test_a_rank_leaves_its_gpu_when_it_is_told_to_and_comes_back_for_a_command()
         def _next(self, *poll: Any) -> Command:
             self.resident.append(poll[-2])
             self.places.append(poll[-1])
-            return next(self._commands)
+            return next(self._requests)
 
     bridge = Polled(order("offload"), order("layout"), order("export"), order("offload"))
     worker = module._Worker.__new__(module._Worker)
@@ -493,18 +477,17 @@ def test_a_rank_sends_what_it_has_staged_and_stays_away(monkeypatch: pytest.Monk
     bridge = SimpleNamespace(set_version=Call(lambda version: None))
     spec = SimpleNamespace(keeps_state=False, on_gpu=True, weight_transfer="ipc", colocated=True)
     worker = module._Worker(spec, bridge, 0)
-    send = Command(verb="send", arguments=(("app", "deployment", 1, ("a",)),), group=GROUP)
     with pytest.raises(LearnerError, match="version 0 was not staged"):
-        worker.execute(send)
+        worker.execute(send("a"), "id")
     for version in (1, 2):
         worker.version = version
-        worker.execute(order("stage"))
+        worker.execute(command("stage"), "id")
         worker.offload()
-        assert worker.execute(send) == 12
+        assert worker.execute(send("a"), "id") == 12
     assert learner.moves == ["stage", "offload", "send 1", "onload", "stage", "offload", "send 2"]
     worker.version = 3  # Ranks that were started again have staged nothing of it.
     with pytest.raises(LearnerError, match="version 3 was not staged"):
-        worker.execute(send)
+        worker.execute(send("a"), "id")
 
 
 def test_a_rank_builds_its_models_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,10 +9,13 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
+from some_commands import command as some_command
+from some_commands import request, update
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.remote import turns as module
-from rlhf_ray.learner.remote.bridge import Bridge, Command, GroupLost
+from rlhf_ray.learner.remote.bridge import Bridge
+from rlhf_ray.learner.remote.commands import GroupLost, RecallCommand, UpdateCommand
 from rlhf_ray.learner.remote.turns import Place, check_pairing
 
 POLL_S = 0.05
@@ -154,14 +157,15 @@ class Machine:
         self.look()
         await self.pause()
         while True:
-            command = await self.call("next_command", rank, group, version, POLL_S, me in self.resident)
-            if command is None:
+            given = await self.call("next_command", rank, group, version, POLL_S, me in self.resident)
+            if given is None:
                 continue
+            command = given.command(rank)
             await self.pause()
-            if command.verb == "offload":
+            if command.name == "offload":
                 self.resident.discard(me)
                 continue
-            if command.verb == "send":
+            if command.name == "send":
                 if self.resident:
                     self.violations.append(f"ranks {sorted(self.resident)} take memory that engines need to wake")
                 sent = self._staged.get(group, -1)
@@ -170,18 +174,18 @@ class Machine:
                 if rank == 0 and sent == version:
                     self.served.update(dict.fromkeys(self.awake, sent))
                     await self.call("set_version", sent)
-                await self.call("answer", command.command_id, rank, sent)
+                await self.call("answer", given.request_id, rank, sent)
                 continue
             self.resident.add(me)
             self.look()
             await self.pause()
-            version = command.argument(rank) if command.verb in ("update", "recall") else version
-            if command.verb == "stage":
+            version = command.version if isinstance(command, UpdateCommand | RecallCommand) else version
+            if command.name == "stage":
                 self._staged[group] = version
-            if command.verb == "publish" and rank == 0:
+            if command.name == "publish" and rank == 0:
                 self._deaths += 1
                 await self.call("set_weights", _manifest(version, f"publication {self._deaths}"), [])
-            await self.call("answer", command.command_id, rank, version)
+            await self.call("answer", given.request_id, rank, version)
 
     # The driver.
 
@@ -203,15 +207,14 @@ class Machine:
         self._deaths += 1
         token = f"turn {self._deaths}"
         held = asyncio.ensure_future(self.call("hold_turn", token))
-        command = Command(verb="update", arguments=(version,), group=self._group)
-        self._abandoned.append(asyncio.ensure_future(self.call("execute", command, PATIENCE_S)))
+        asked = request(update(version), group=self._group)
+        self._abandoned.append(asyncio.ensure_future(self.call("execute", asked, PATIENCE_S)))
         await asyncio.sleep(self._random.uniform(0.0, 0.02))
         await self.give_back(token, held)
 
     async def send(self, version: int) -> bool:
         """In the engines' turn; false where the learners died meanwhile."""
-        command = Command(verb="send", arguments=(version,), group=self._group)
-        answer = await self.call("execute", command, PATIENCE_S)
+        answer = await self.call("execute", request("send", group=self._group), PATIENCE_S)
         if isinstance(answer, GroupLost):
             return False
         assert answer == [version] * self._count
@@ -222,20 +225,20 @@ class Machine:
             await self.call("give_turn_back", token)
             await asyncio.wait([held], timeout=0.01)
 
-    async def turn(self, version: int, *verbs: str) -> None:
+    async def turn(self, version: int, *names: str) -> None:
         self._deaths += 1
         token = f"turn {self._deaths}"
         held = asyncio.ensure_future(self.call("hold_turn", token))
-        for verb in verbs:
+        for name in names:
             while True:
-                command = Command(verb=verb, arguments=(version,), group=self._group)
-                answer = await self.call("execute", command, PATIENCE_S) if self._group else GroupLost()
+                asked = request(some_command(name, version), group=self._group)
+                answer = await self.call("execute", asked, PATIENCE_S) if self._group else GroupLost()
                 if not isinstance(answer, GroupLost):
                     assert answer == [version] * self._count
                     break
                 self._group = await self.call("wait_ready", PATIENCE_S, after=self._group or None)
-                recalled = version - (verb == "update")
-                await self.call("execute", Command(verb="recall", arguments=(recalled,), group=self._group), PATIENCE_S)
+                recall = RecallCommand(version=version - (name == "update"))
+                await self.call("execute", request(recall, group=self._group), PATIENCE_S)
         await self.give_back(token, held)
         assert not await self.call("wait_away", PATIENCE_S)
 
@@ -405,7 +408,7 @@ def test_the_learners_turn_is_over_when_every_rank_is_away() -> None:
         for rank in (0, 1):
             told = await bridge.next_command(rank, "group", 0, PATIENCE_S, True)
             assert told is not None
-            assert told.verb == "offload"
+            assert told.command().name == "offload"
             assert await bridge.next_command(rank, "group", 0, 0.001, False) is None
             seen.append(over.done())
         return seen
@@ -423,22 +426,20 @@ def test_weights_are_sent_while_engines_are_awake_whoever_wants_the_turn_meanwhi
         assert await bridge.next_command(0, "group", 1, 0.001, True) is None
         await bridge.give_turn_back("update")
         await held
-        sending = asyncio.ensure_future(
-            bridge.execute(Command(verb="send", arguments=(None,), group="group"), PATIENCE_S)
-        )
+        sending = asyncio.ensure_future(bridge.execute(request("send", group="group"), PATIENCE_S))
         await asyncio.sleep(0.01)
         # One that is there must leave first: the engine could not wake.
         for resident in (True, False):
-            command = await bridge.next_command(0, "group", 1, PATIENCE_S, resident)
-            assert command is not None
-            seen.append(command.verb)
+            given = await bridge.next_command(0, "group", 1, PATIENCE_S, resident)
+            assert given is not None
+            seen.append(given.command().name)
         assert await bridge.follow_turn("engine", awake=False, actor=Actor(), place=PLACE, timeout_s=PATIENCE_S)
         # A replica that starts asks for weights, and the engine is needed awake all the same.
         wanted = asyncio.ensure_future(bridge.hold_turn("publish"))
         await asyncio.sleep(0.05)
         about = {"actor": Actor(), "place": PLACE}
         assert await bridge.follow_turn("engine", awake=True, timeout_s=0.05, **about) is None
-        await bridge.answer(command.command_id, 0, "sent")
+        await bridge.answer(given.request_id, 0, "sent")
         seen += await sending
         assert await bridge.follow_turn("engine", awake=True, timeout_s=PATIENCE_S, **about) is False
         wanted.cancel()
