@@ -23,7 +23,7 @@ from rlhf_ray import GRPOConfig
 from rlhf_ray.quickstart import model_path
 
 WARM_UP = 5
-"""Publications until the object store and the engines have touched all the memory that they use in turn."""
+"""WeightSyncScheduler until the object store and the engines have touched all the memory that they use in turn."""
 
 
 def write_model(folder: Path) -> None:
@@ -45,7 +45,7 @@ def write_model(folder: Path) -> None:
 
 def publish(algorithm: Any, repeats: int) -> list[dict[str, float]]:
     """Publish the same version again and again."""
-    publisher, figures = algorithm._running().publications._publisher, []
+    publisher, figures = algorithm._running().weight_sync._publisher, []
     for _ in range(repeats):
         started = time.perf_counter()
         deliver = publisher.gather(0)

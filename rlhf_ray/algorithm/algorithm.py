@@ -296,7 +296,7 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         checkpoint = self._checkpoints.to_rewind_to(error)
         state = checkpoint.state()
         self._reporters.stop()
-        self._run.directory.forget_after(state.iteration)
+        self._run.directory.truncate_after(state.iteration)
         self._report_again()
         self._load(checkpoint, state, version=self._now.newest_version + 1)
         self._checkpoints.rewinds += 1
@@ -305,8 +305,8 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         """Take everything from a checkpoint, and call its policy ``version``."""
         parts = self._running()
         self._now = Iteration(version=self._now.newest_version)
-        self._checkpoints.settle()
-        parts.publications.settle()
+        self._checkpoints.wait_pending()
+        parts.weight_sync.wait_pending()
         # First: what is in flight would continue to ask for the version that it was admitted at.
         parts.controller.resume(version)
         parts.learners.load(checkpoint.learner, version)

@@ -15,7 +15,7 @@ from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.rewards.scoring import logged_means
 from rlhf_ray.rollouts.tally import Collected
-from rlhf_ray.weight_sync.publisher import Publication
+from rlhf_ray.weight_sync.publisher import SyncResult
 
 __all__ = ["Iteration", "Stage", "is_due", "iteration_result"]
 
@@ -61,7 +61,7 @@ class Iteration:
     """What the update was made from."""
     plan: UpdatePlan | None = None
     update: UpdateResult | None = None
-    publication: Publication | None = None
+    publication: SyncResult | None = None
     """The last one that every replica acknowledged."""
     result: dict[str, Any] | None = None
 

@@ -54,8 +54,8 @@ class RunStart:
     def adopt_run(self, iteration: int) -> None:
         """Let the directory tell of the run that continues, once that is certain; with no iteration it begins again."""
         if iteration > 0:
-            self.directory.forget_after(iteration)
-        elif (aside := self.directory.set_aside()) is not None:
+            self.directory.truncate_after(iteration)
+        elif (aside := self.directory.archive()) is not None:
             _LOG.warning("the run in %s begins again; what it had reported is in %s", self.directory.path, aside)
         self.directory.write_config(self.resolved)
 

@@ -42,7 +42,7 @@ class RunCheckpoints:
 
     def renew(self, settings: Settings, run: RunStart) -> None:
         """Begin those of another run with the same parts."""
-        self.settle()
+        self.wait_pending()
         self._settings, self._run = settings, run
         self.count_from({})
 
@@ -98,9 +98,9 @@ class RunCheckpoints:
         for checkpoint in self._writer.take_written():
             self._call(checkpoint, algorithm)
 
-    def settle(self) -> None:
+    def wait_pending(self) -> None:
         """Wait for the checkpoint that is being written."""
-        self._writer.settle()
+        self._writer.wait_pending()
 
     def stop(self, algorithm: Any) -> None:
         """Wait for the checkpoint that is being written, and end the writer."""
@@ -113,7 +113,7 @@ class RunCheckpoints:
         Raises:
             LearnerError: There is none.
         """
-        self.settle()  # It may be writing the newest, and delete what was the newest before.
+        self.wait_pending()  # It may be writing the newest, and delete what was the newest before.
         checkpoint = self._run.store.newest()
         if checkpoint is None:
             raise LearnerError(f"{error}, and there is no checkpoint to go back to (checkpointing.interval)") from error
@@ -130,7 +130,7 @@ class RunCheckpoints:
             "dropped_prompts": parts.prompts.dropped,
             "group_retries": parts.controller.retries,
             "reward_workers_replaced": parts.rewards.workers_replaced,
-            "replica_restarts": parts.publications.new_replicas,
+            "replica_restarts": parts.weight_sync.new_replicas,
             "learner_restarts": parts.learners.restarts,
             "rewinds": self.rewinds,
             "failed_checkpoints": self._writer.failed,

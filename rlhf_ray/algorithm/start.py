@@ -27,8 +27,8 @@ from rlhf_ray.rollouts.flow import RolloutFlow, training_sampling
 from rlhf_ray.rollouts.rollouter import Engine, Rollouter
 from rlhf_ray.rollouts.streams import GroupStreams
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.weight_sync.publications import Publications
 from rlhf_ray.weight_sync.publisher import DirectPublisher, ObjectStorePublisher
+from rlhf_ray.weight_sync.scheduler import WeightSyncScheduler
 
 __all__ = ["Parts", "start_parts", "training_progress"]
 
@@ -43,12 +43,12 @@ class Parts:
     app: RolloutApp
     rewards: RewardPool
     controller: RolloutController
-    publications: Publications
+    weight_sync: WeightSyncScheduler
 
     def stop(self) -> None:
         """Stop all, in an order in which none waits for one that is gone."""
         stop_all(
-            ("publication", self.publications.stop),
+            ("weight sync", self.weight_sync.stop),
             ("rollout controller", self.controller.stop),
             # After the controller, which would open it again.
             ("prompts", self.prompts.close),
@@ -115,7 +115,7 @@ def start_parts(
             app=app,
             rewards=rewards,
             controller=controller,
-            publications=_publications(settings, plan, app, learners, controller),
+            weight_sync=_weight_sync(settings, plan, app, learners, controller),
         )
     except BaseException:
         stop_all(*reversed(begun))
@@ -182,16 +182,16 @@ def _controller(
     return RolloutController(flow, while_waiting=learners.restore_restarted_ranks)
 
 
-def _publications(
+def _weight_sync(
     settings: Settings, plan: RunPlan, app: RolloutApp, learners: LearnerGroup, controller: RolloutController
-) -> Publications:
+) -> WeightSyncScheduler:
     sends = plan.engine.weight_transfer != "shared_memory"
-    return Publications(
+    return WeightSyncScheduler(
         DirectPublisher(source=learners, handle=app.handle)
         if sends
         else ObjectStorePublisher(source=learners, handle=app.handle, max_paused=settings.rollouts.max_paused_replicas),
         published=controller.published,
-        beside_training=settings.rollouts.max_staleness > 0 and not sends,
+        overlaps_training=settings.rollouts.max_staleness > 0 and not sends,
     )
 
 

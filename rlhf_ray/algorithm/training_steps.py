@@ -20,7 +20,7 @@ from rlhf_ray.rewards.shaping import shaped
 from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import ScoredGroup
-from rlhf_ray.weight_sync.publisher import Publication
+from rlhf_ray.weight_sync.publisher import SyncResult
 
 __all__ = ["TrainingSteps"]
 
@@ -77,19 +77,19 @@ class TrainingSteps:
         parts, update = self._running(), self._now.update
         if update is not None and self._now.stage is Stage.DONE:
             return update
-        parts.publications.finish_interrupted()
+        parts.weight_sync.finish_interrupted()
         with parts.learners.turn():
             update = update or self._updated(parts, batch)
             with self._phase("gather"):
-                parts.publications.gather(self._now.version)
+                parts.weight_sync.gather(self._now.version)
         return update
 
-    def publish(self) -> Publication:
+    def publish(self) -> SyncResult:
         """Bring the new policy to every replica; returns the last publication that all acknowledged."""
         if self._now.publication is not None:
             return self._now.publication
         with self._phase("publish"):
-            publication = self._running().publications.deliver()
+            publication = self._running().weight_sync.deliver()
         self._now = replace(self._now, stage=Stage.DONE, publication=publication)
         return publication
 
@@ -100,7 +100,7 @@ class TrainingSteps:
         if self._completions_are_due:
             self._reporters.report_completions(self.iteration + 1, now.collected.groups, now.update.advantages)
         self._spans.add(*now.collected.spans)
-        weight_sync_s = self._running().publications.held_up_s
+        weight_sync_s = self._running().weight_sync.blocked_s
         return iteration_result(now, weight_sync_s=weight_sync_s, iteration_s=iteration_s)
 
     def _updated(self, parts: Parts, batch: SequenceBatch) -> UpdateResult:
@@ -130,7 +130,7 @@ class TrainingSteps:
         return parts
 
     def _publish_loaded(self) -> None:
-        self._running().publications.publish(self._now.version, beside=False)
+        self._running().weight_sync.publish(self._now.version, overlapping=False)
         self._now = replace(self._now, stage=Stage.COLLECTING)
 
     def _finished(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class CheckpointWriter:
 
     def write(self, checkpoint: Checkpoint, *, config: str, state: CheckpointState) -> None:
         """Write a checkpoint and wait for it; whatever goes wrong is raised."""
-        self.settle()
+        self.wait_pending()
         self._start(checkpoint, config, state, lambda: None).result()
 
     def begin(self, checkpoint: Checkpoint, *, config: str, state: CheckpointState, then: Callable[[], None]) -> None:
@@ -49,13 +49,13 @@ class CheckpointWriter:
 
         What goes wrong is logged and counted: a full disk must not cost the training that it was to keep.
         """
-        self.settle()
+        self.wait_pending()
         try:
             self._pending = checkpoint, self._start(checkpoint, config, state, then)
         except Exception as error:
             self._count(checkpoint, error)
 
-    def settle(self) -> None:
+    def wait_pending(self) -> None:
         """Wait for the checkpoint that is being written."""
         if self._pending is None:
             return
@@ -70,13 +70,15 @@ class CheckpointWriter:
     def take_written(self) -> list[Checkpoint]:
         """Those that :meth:`begin` began and that are complete, each once."""
         if self._pending is not None and self._pending[1].done():
-            self.settle()
+            self.wait_pending()
         written, self._written = self._written, []
         return written
 
     def stop(self) -> None:
         """Wait for the checkpoint that is being written, and end the thread."""
-        stop_all(("checkpoint", self.settle), ("thread of the checkpoints", lambda: self._thread.shutdown(wait=False)))
+        stop_all(
+            ("checkpoint", self.wait_pending), ("thread of the checkpoints", lambda: self._thread.shutdown(wait=False))
+        )
 
     def _start(
         self, checkpoint: Checkpoint, config: str, state: CheckpointState, then: Callable[[], None]

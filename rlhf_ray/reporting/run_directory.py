@@ -144,7 +144,7 @@ class RunDirectory:
         """The last iteration that was reported; 0 where none was."""
         return max((number for number, _ in self._lines()), default=0)
 
-    def forget_after(self, iteration: int) -> None:
+    def truncate_after(self, iteration: int) -> None:
         """Drop what later iterations reported: they are about to run again. A line that was cut short goes too."""
         if self.metrics.exists():
             kept = [f"{line}\n" for number, line in self._lines() if number <= iteration]
@@ -153,7 +153,7 @@ class RunDirectory:
             if int(file.stem.removeprefix("step_")) > iteration:
                 file.unlink()
 
-    def set_aside(self) -> Path | None:
+    def archive(self) -> Path | None:
         """Move what was reported into a new folder ``before-<n>``: the run is about to begin again.
 
         Returns:

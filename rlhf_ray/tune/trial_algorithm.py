@@ -138,7 +138,7 @@ class TrialAlgorithm(Algorithm):
         parts = self._running()
         self._evaluator = Evaluator(self.settings, self._inputs.held_out)
         self._checkpoints.renew(self.settings, self._run)
-        parts.publications.settle()
+        parts.weight_sync.wait_pending()
         parts.controller.resume(0)
         parts.learners.renew(learner_spec(self.settings, self._inputs, parts.session.placement.device))
         self._inputs.prompts.restore(self._first_position)

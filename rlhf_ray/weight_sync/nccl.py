@@ -126,7 +126,7 @@ class ReplicaClient:
         self._all("begin_update")
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """The engines receive; returns when all have. vLLM calls this beside the broadcast."""
+        """The engines receive; returns when all have. vLLM calls this during the broadcast."""
         self._all("apply_update", update_info)
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

@@ -19,7 +19,7 @@ from rlhf_ray.types import LoadReport
 from rlhf_ray.weight_sync.manifest import WeightManifest
 from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
-__all__ = ["DirectPublisher", "ObjectStorePublisher", "Publication", "Publisher", "checked_pause"]
+__all__ = ["DirectPublisher", "ObjectStorePublisher", "SyncResult", "WeightPublisher", "checked_pause"]
 
 _LOG = logging.getLogger(__name__)
 _TIMEOUT_S = 600.0
@@ -53,7 +53,7 @@ class WeightSource(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Publication:
+class SyncResult:
     """What one publication did."""
 
     version: int
@@ -66,10 +66,10 @@ class Publication:
     """From the end of the update until all had."""
 
 
-class Publisher(Protocol):
+class WeightPublisher(Protocol):
     """Brings a version to every replica."""
 
-    def gather(self, version: int) -> Callable[[], Publication]:
+    def gather(self, version: int) -> Callable[[], SyncResult]:
         """Take the learners' current policy, which is ``version``; the call that is returned brings it to the replicas.
 
         Either raises:
@@ -180,15 +180,15 @@ class ObjectStorePublisher(_Publisher):
         super().__init__(source=source, handle=handle)
         self._max_paused = max_paused
 
-    def gather(self, version: int) -> Callable[[], Publication]:
-        """See :meth:`Publisher.gather`."""
+    def gather(self, version: int) -> Callable[[], SyncResult]:
+        """See :meth:`WeightPublisher.gather`."""
         started = time.perf_counter()
         manifest, refs = self._source.publish()
         if manifest.version != version:
             raise WeightSyncError(f"the learners published version {manifest.version} where {version} was due")
         return lambda: self._deliver(manifest, refs, started)
 
-    def _deliver(self, manifest: WeightManifest, refs: list[Any], started: float) -> Publication:
+    def _deliver(self, manifest: WeightManifest, refs: list[Any], started: float) -> SyncResult:
         from ray.exceptions import ObjectLostError
 
         self._failures = _Failures(self._source, manifest.version)
@@ -202,7 +202,7 @@ class ObjectStorePublisher(_Publisher):
             answers = self._ask_all("load_weights", manifest, refs, None)
         pause_s = checked_pause(manifest.version, answers)
         self._failures.warn()
-        return Publication(
+        return SyncResult(
             version=manifest.version,
             size_bytes=manifest.size_bytes,
             pause_s=pause_s,
@@ -228,12 +228,12 @@ class DirectPublisher(_Publisher):
     A replica that died meanwhile is not in the new group.
     """
 
-    def gather(self, version: int) -> Callable[[], Publication]:
-        """See :meth:`Publisher.gather`."""
+    def gather(self, version: int) -> Callable[[], SyncResult]:
+        """See :meth:`WeightPublisher.gather`."""
         self._source.stage()
         return lambda: self._send(version)
 
-    def _send(self, version: int) -> Publication:
+    def _send(self, version: int) -> SyncResult:
         started = time.perf_counter()
         self._failures = _Failures(self._source, version)
         for _ in range(_MOST_TRIES):
@@ -255,7 +255,7 @@ class DirectPublisher(_Publisher):
         ]
         pause_s = checked_pause(version, answers)
         self._failures.warn()
-        return Publication(
+        return SyncResult(
             version=version,
             size_bytes=size_bytes,
             pause_s=pause_s,

@@ -107,7 +107,7 @@ def test_a_delivery_that_was_interrupted_is_finished_before_the_learners_turn(ba
     bare._iteration = 0
     bare._now = Iteration(collected=SimpleNamespace(groups=()))  # type: ignore[arg-type]
     bare._parts = SimpleNamespace(  # type: ignore[assignment]
-        publications=SimpleNamespace(finish_interrupted=lambda: calls.append("finished")),
+        weight_sync=SimpleNamespace(finish_interrupted=lambda: calls.append("finished")),
         learners=SimpleNamespace(turn=turn),
     )
     with pytest.raises(KeyboardInterrupt):
@@ -121,7 +121,7 @@ class FakeParts:
     def __init__(self) -> None:
         self.calls: list[Any] = []
         self.session = SimpleNamespace(placement=SimpleNamespace(device=None))
-        self.publications = SimpleNamespace(settle=lambda: None, publish=self.note("publish"), new_replicas=0)
+        self.weight_sync = SimpleNamespace(wait_pending=lambda: None, publish=self.note("publish"), new_replicas=0)
         self.controller = SimpleNamespace(
             resume=self.note("resume"),
             prompt_position=lambda version: PromptPosition(row=version),
@@ -231,7 +231,7 @@ def test_a_rewind_takes_the_checkpoint_that_is_still_being_written(
     calls.clear()
     state = CheckpointState(policy_version=5, iteration=4, time_total_s=9.0, prompt_position=PromptPosition(row=32))
     checkpoint = SimpleNamespace(folder="iteration_000004", learner="learner", state=lambda: state)
-    running._checkpoints._writer = SimpleNamespace(settle=lambda: calls.append("settle"))  # type: ignore[assignment]
+    running._checkpoints._writer = SimpleNamespace(wait_pending=lambda: calls.append("settle"))  # type: ignore[assignment]
     store: Any = SimpleNamespace(newest=lambda: checkpoint if "settle" in calls else None)
     running._checkpoints._run = replace(running._run, store=store)
     running._now = Iteration(version=7, stage=stage)
@@ -265,7 +265,7 @@ def iterate(algorithm: Algorithm, last: int, **result: Any) -> None:
         result |= {"training_iteration": number}
         state = algorithm._checkpoints.state(algorithm.policy_version, number, 1.0)
         algorithm._checkpoints.begin(state, result)
-        algorithm._checkpoints.settle()
+        algorithm._checkpoints.wait_pending()
         algorithm._iteration = number
         algorithm.log_result(result)
 

@@ -15,7 +15,7 @@ from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
-from rlhf_ray.weight_sync.publisher import Publication
+from rlhf_ray.weight_sync.publisher import SyncResult
 
 NAN = float("nan")
 
@@ -92,7 +92,7 @@ def make_result(
             seed=0,
         ),
         update=UpdateResult(metrics=dict(FIGURES)),
-        publication=Publication(
+        publication=SyncResult(
             version=6, size_bytes=3000, pause_s=0.03, replica_ids=frozenset("ab"), publication_s=0.25
         ),
     )

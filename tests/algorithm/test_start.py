@@ -19,7 +19,7 @@ from rlhf_ray.errors import ConfigError, RolloutError
 from rlhf_ray.rollouts.rollouter import SingleTurn
 from rlhf_ray.types import Device
 
-ENDS = ["publications", "controller", "prompts", "rewards", "app", "learners", "session"]
+ENDS = ["weight_sync", "controller", "prompts", "rewards", "app", "learners", "session"]
 
 
 class Part:
@@ -29,7 +29,7 @@ class Part:
         self._name = name
         self._calls = calls
         self._fails = fails
-        self.name = self.bridge = self.handle = self.attend = None
+        self.name = self.bridge = self.handle = self.restore_restarted_ranks = None
         self.num_rows = 1
         for method in ("start", "wait_placed", "wait_ready", "open", "close", "stop"):
             setattr(self, method, self._noting(method))
@@ -72,7 +72,7 @@ def test_every_part_is_stopped_whatever_another_one_raises(failing: str, error: 
         "app.wait_ready",
         "rewards.start",
         "RolloutFlow",
-        "Publications",
+        "WeightSyncScheduler",
     ],
 )
 def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
@@ -95,7 +95,7 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
 
     for function, name in made.items():
         monkeypatch.setattr(module, function, maker(function, name))
-    if failing in ("RolloutFlow", "Publications"):
+    if failing in ("RolloutFlow", "WeightSyncScheduler"):
         monkeypatch.setattr(module, failing, maker(failing, ""))
     parts["app"].handle = SimpleNamespace(
         options=lambda **_: SimpleNamespace(generate=SimpleNamespace(remote=None)),

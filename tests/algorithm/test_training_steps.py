@@ -30,12 +30,12 @@ class Parts:
         self.learners = SimpleNamespace(
             turn=self._turn, packed=False, update=lambda batch, plan, *, version, **_: self._update(version)
         )
-        self.publications = SimpleNamespace(
+        self.weight_sync = SimpleNamespace(
             finish_interrupted=lambda: None,
             gather=lambda version: self._call(f"gather {version}"),
             deliver=lambda: self._call("deliver", "publication"),
-            publish=lambda version, beside: self._call(f"publish {version}"),
-            held_up_s=0.0,
+            publish=lambda version, overlapping: self._call(f"publish {version}"),
+            blocked_s=0.0,
         )
 
     def _call(self, name: str, answer: Any = None) -> Any:

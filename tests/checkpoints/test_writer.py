@@ -51,7 +51,7 @@ def test_training_continues_while_a_checkpoint_is_written(learners: Learners, tm
     with pytest.raises(DataError):
         checkpoint.read()
     learners.may_write.set()
-    writer.settle()
+    writer.wait_pending()
     assert after == [STATE]
     assert writer.take_written() == [checkpoint]
     assert writer.take_written() == []
@@ -78,7 +78,7 @@ def test_a_checkpoint_that_cannot_be_written_is_counted_and_told(
     learners.error = LearnerError("no space left")
 
     writer.begin(Checkpoint(Folder.at(tmp_path / "c")), config="", state=STATE, then=lambda: None)
-    writer.settle()
+    writer.wait_pending()
 
     assert writer.failed == 1
     assert writer.take_written() == []

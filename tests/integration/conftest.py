@@ -80,7 +80,7 @@ class Leftovers:
         there = {
             "actors": {one.class_name for one in alive} - _KEPT_ACTORS,
             "placement groups": {one.placement_group_id for one in groups if one.state != "REMOVED"},
-            "Serve applications": set(serve.status().applications) if serve_is_running() else set(),
+            "Serve applications": self._applications(),
             "processes": self._processes(),
             "threads": {one.name for one in threading.enumerate() if one.name.startswith(_THREADS)},
             "files": self._files() - self._before,
@@ -101,6 +101,13 @@ class Leftovers:
         assert found == {}
         for run_dir in run_dirs:
             RunLock.take(run_dir).release()
+
+    @staticmethod
+    def _applications() -> set[str]:
+        try:
+            return set(serve.status().applications) if serve_is_running() else set()
+        except ray.exceptions.ActorDiedError:  # A supervisor has stopped Serve since the question whether it runs.
+            return set()
 
     def _processes(self) -> set[str]:
         """Also such as have lost their parent."""

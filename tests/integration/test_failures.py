@@ -68,7 +68,7 @@ def test_learners_that_die_with_the_only_replica_change_nothing(
     if phase == "rollouts":
         monkeypatch.setattr(parts.controller, "collect", killing([LEARNER, REPLICA], send, parts.controller.collect))
     else:
-        publisher = parts.publications._publisher
+        publisher = parts.weight_sync._publisher
         monkeypatch.setattr(publisher, "_ask_all", killing([LEARNER, REPLICA], send, publisher._ask_all))
     first = run.train()
     monkeypatch.undo()
@@ -84,12 +84,12 @@ def test_a_state_that_is_lost_with_the_only_replica_sends_the_run_back(
     run: Algorithm, send: Send, phase: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = run.train()
-    run._checkpoints.settle()
+    run._checkpoints.wait_pending()
     parts = run._running()
     restarts = parts.learners.restarts
     holder, name = {
         "rollouts": (parts.controller, "collect"),
-        "publication": (parts.publications._publisher, "_ask_all"),
+        "publication": (parts.weight_sync._publisher, "_ask_all"),
         "evaluation": (parts.controller, "score_prompts"),
     }[phase]
     # The bridge keeps the learners' state.

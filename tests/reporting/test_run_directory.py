@@ -123,7 +123,7 @@ def test_what_later_iterations_left_goes(tmp_path: Path) -> None:
         for number in (1, 2, 3):
             (folder / f"step_{number:06d}.{ending}").touch()
 
-    directory.forget_after(1)
+    directory.truncate_after(1)
 
     assert directory.metrics.read_text() == '{"training_iteration": 1}\n'
     for folder in (directory.completions, directory.timeline):
@@ -132,14 +132,14 @@ def test_what_later_iterations_left_goes(tmp_path: Path) -> None:
 
 def test_what_was_reported_is_set_aside(tmp_path: Path) -> None:
     directory = RunDirectory.at(tmp_path)
-    assert directory.set_aside() is None
+    assert directory.archive() is None
     for number in (1, 2):
         directory.metrics.write_text(f"{number}\n")
         directory.completions.mkdir()
         (directory.completions / "step_000001.parquet").write_text(str(number))
-        assert directory.set_aside() == tmp_path / f"before-{number}"
+        assert directory.archive() == tmp_path / f"before-{number}"
     directory.metrics.touch()
-    assert directory.set_aside() is None
+    assert directory.archive() is None
     assert (tmp_path / "before-1" / "metrics.jsonl").read_text() == "1\n"
     assert (tmp_path / "before-2" / "completions" / "step_000001.parquet").read_text() == "2"
     assert not directory.completions.exists()
