@@ -90,7 +90,7 @@ def raw_generation(folder: Path) -> None:
     from rlhf_ray.algorithm.inputs import check_inputs
     from rlhf_ray.rollouts.engine_spec import engine_spec
     from rlhf_ray.rollouts.flow import training_sampling
-    from rlhf_ray.rollouts.seeds import group_seed
+    from rlhf_ray.rollouts.rollouter import group_seed
     from rlhf_ray.types import Device
 
     settings = PPOConfig.from_yaml(folder / "config.yaml").settings

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.doctor.memory import RESIDUE_BYTES, MemoryNeed
-from rlhf_ray.doctor.model import ModelFacts
+from rlhf_ray.doctor.memory import RESIDUE_BYTES, MemoryNeed, ModelFacts
 
 PAGE = Path(__file__).parent / "clusters.md"
 BEGIN, END = "<!-- memory table, by docs/memory_table.py -->\n", "<!-- end of the table -->\n"

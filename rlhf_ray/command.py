@@ -14,16 +14,52 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
+from rlhf_ray.config.builder import AlgorithmConfig
+from rlhf_ray.config.yaml_text import parsed_override
 from rlhf_ray.errors import ConfigError, DataError, RLHFRayError
 
-__all__ = ["Commands", "add_command", "add_settings", "install_sigterm", "run_command", "say"]
+__all__ = [
+    "Commands",
+    "add_command",
+    "add_settings",
+    "install_sigterm",
+    "is_algorithm",
+    "load_config",
+    "run_command",
+    "say",
+]
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str]) -> AlgorithmConfig:
+    """Read a configuration.
+
+    Args:
+        path: YAML file; ``None``: the defaults, which are the quickstart task.
+        overrides: ``section.field=value``, applied in order, and ``algorithm=NAME`` in place of the file's.
+
+    Raises:
+        ConfigError: There is no such file, or a setting in it or in ``overrides`` is wrong.
+    """
+    named = [parsed_override(override)[1] for override in overrides if is_algorithm(override)]
+    config = AlgorithmConfig.from_yaml("{}\n" if path is None else Path(path), algorithm=named[-1] if named else None)
+    return config.apply_overrides(overrides)
+
+
+def is_algorithm(override: str) -> bool:
+    """Whether an override names the algorithm rather than a setting."""
+    return override.startswith("algorithm=")
+
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
+
 _FAILED, _WRONG_INPUT, _INTERRUPTED, _TERMINATED = 1, 2, 130, 143
+
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.\w+)*=")
+
 # Set when SIGTERM arrived: how ``ray job stop``, Kubernetes and Slurm end a process.
 _sigterm = threading.Event()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.groups import Groups, narrow
+from rlhf_ray.advantages.group_advantages import Groups, narrow
 
 __all__ = ["normalize_rewards", "shape_rewards"]
 

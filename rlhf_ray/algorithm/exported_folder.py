@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rlhf_ray.algorithm.inputs import Inputs
 from rlhf_ray.config.settings import Settings
-from rlhf_ray.prompts.chat_template import read_chat_template, with_chat_template
-from rlhf_ray.prompts.tokenizer import load_tokenizer
+from rlhf_ray.prompts.tokenizer import load_tokenizer, read_chat_template, with_chat_template
 
 __all__ = ["complete_export"]
 

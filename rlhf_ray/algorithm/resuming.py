@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from rlhf_ray.checkpoints.checkpoint import Checkpoint
+from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointStore
 from rlhf_ray.checkpoints.folder import Folder
-from rlhf_ray.checkpoints.store import CheckpointStore
 from rlhf_ray.config.names import with_todays_names
 from rlhf_ray.config.nested import flatten
 from rlhf_ray.config.plain_values import plain_value
 from rlhf_ray.config.settings import CheckpointingSettings, Settings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.reporting.run_lock import RunLock
+from rlhf_ray.reporting.run_directory import RunDirectory, RunLock
 
 if TYPE_CHECKING:
     from rlhf_ray.config.builder import AlgorithmConfig

@@ -14,8 +14,7 @@ from rlhf_ray.cli.checks import add_check_commands
 from rlhf_ray.cli.evaluate import add_evaluate_command
 from rlhf_ray.cli.launch import add_launch_command
 from rlhf_ray.cli.train import add_train_commands
-from rlhf_ray.command import run_command
-from rlhf_ray.config.command_line import load_config
+from rlhf_ray.command import load_config, run_command
 
 __all__ = ["load_config", "main"]
 

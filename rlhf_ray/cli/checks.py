@@ -7,8 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from rlhf_ray.command import Commands, add_command, add_settings
-from rlhf_ray.config.command_line import load_config
+from rlhf_ray.command import Commands, add_command, add_settings, load_config
 
 __all__ = ["add_check_commands"]
 

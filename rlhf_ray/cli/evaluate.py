@@ -9,8 +9,7 @@ from pathlib import Path
 
 from rlhf_ray.cli.measured_model import eval_path, measured_model
 from rlhf_ray.cli.train import running, with_display
-from rlhf_ray.command import Commands, add_command, add_settings
-from rlhf_ray.config.command_line import is_algorithm, load_config
+from rlhf_ray.command import Commands, add_command, add_settings, is_algorithm, load_config
 from rlhf_ray.config.held_out_sets import held_out_sets
 from rlhf_ray.errors import ConfigError
 

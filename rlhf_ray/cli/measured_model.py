@@ -71,8 +71,8 @@ def eval_path(given: Sequence[str]) -> dict[str, str]:
 
 
 def _newest_of_run(path: Path) -> str:
+    from rlhf_ray.checkpoints.checkpoint import CheckpointStore
     from rlhf_ray.checkpoints.folder import Folder
-    from rlhf_ray.checkpoints.store import CheckpointStore
     from rlhf_ray.config.builder import AlgorithmConfig
     from rlhf_ray.errors import DataError
     from rlhf_ray.reporting.run_directory import RunDirectory

@@ -9,8 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_ray.command import Commands, add_command, add_settings, install_sigterm, say
-from rlhf_ray.config.command_line import load_config
+from rlhf_ray.command import Commands, add_command, add_settings, install_sigterm, load_config, say
 from rlhf_ray.errors import ConfigError
 
 if TYPE_CHECKING:

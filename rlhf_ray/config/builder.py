@@ -21,18 +21,18 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from rlhf_ray.config.checks import validate
-from rlhf_ray.config.help import document_sections
 from rlhf_ray.config.names import is_known, missing_attribute, named_settings, with_todays_names
 from rlhf_ray.config.nested import sectioned
 from rlhf_ray.config.plain_values import copied, plain_value, shown_value
 from rlhf_ray.config.schedule import Schedule
-from rlhf_ray.config.settings import RewardSpec, Settings, quickstart_preset
+from rlhf_ray.config.settings import RewardSpec, Settings, declaration, quickstart_preset, section_types, setting_types
 from rlhf_ray.config.user_code import identity, load_reference, reference_to
 from rlhf_ray.config.values import typed_value
 from rlhf_ray.config.yaml_text import parsed_override, parsed_sections, yaml_text
@@ -41,11 +41,37 @@ from rlhf_ray.errors import ConfigError
 if TYPE_CHECKING:
     from rlhf_ray.algorithm.algorithm import Algorithm
 
-__all__ = ["ALGORITHMS", "AlgorithmConfig"]
+__all__ = ["ALGORITHMS", "AlgorithmConfig", "document_sections"]
+
+
+def document_sections(config_class: type[Any]) -> None:
+    """Give each section's method the signature and the list of its settings."""
+    for section in section_types():
+        _document(vars(config_class)[section], section)
+
+
+def _document(method: Any, section: str) -> None:
+    parameters = dict(inspect.signature(method).parameters)
+    parameters.pop("values")
+    defaults, lines = Settings(), []
+    for name, annotation in setting_types(section).items():
+        field = f"{section}.{name}"
+        declared, default = declaration(field).metadata, defaults[field]
+        quickstart = f", quickstart {declared['quickstart']!r}" if "quickstart" in declared else ""
+        lines.append(f"    {name}: {declared['meaning']}. Default: {default!r}{quickstart}.")
+        keyword = inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        parameters.setdefault(name, keyword)
+    raises = "Raises:\n    ConfigError: A name is unknown, a value has the wrong type, or this config is frozen."
+    method.__doc__ = "\n".join([method.__doc__, "", "Args:", *lines, "", raises])
+    method.__signature__ = inspect.Signature([*parameters.values()], return_annotation="Self")
+
 
 _DEFAULT_ALGORITHM: Final = "PPO"
+
 ALGORITHMS: Final[dict[str, type[AlgorithmConfig]]] = {}
+
 """Name of an algorithm -> its configuration class. A class registers itself when it is defined."""
+
 _Sections = Mapping[str, Mapping[str, Any]]
 
 

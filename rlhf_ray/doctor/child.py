@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from rlhf_ray.rollouts.start_failure import exceptions_in, root_cause
+from rlhf_ray.rollouts.replica import exceptions_in, root_cause
 
 __all__ = ["ChildFailure", "call_in_child"]
 

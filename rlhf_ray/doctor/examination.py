@@ -17,8 +17,7 @@ from rlhf_ray.doctor.check import Check, Status
 from rlhf_ray.doctor.cluster import check_ray
 from rlhf_ray.doctor.engine import check_engine
 from rlhf_ray.doctor.machine import Machine, check_gpus, check_installation, check_machine, check_shared_memory
-from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
-from rlhf_ray.doctor.model import ModelFacts, check_model
+from rlhf_ray.doctor.memory import MemoryNeed, ModelFacts, check_disk, check_memory, check_model
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.rollouts.engine import EngineSpec

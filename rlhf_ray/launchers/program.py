@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf_ray.command import Commands, add_command, add_settings, run_command
+from rlhf_ray.command import Commands, add_command, add_settings, load_config, run_command
 from rlhf_ray.config.builder import AlgorithmConfig
-from rlhf_ray.config.command_line import load_config
 from rlhf_ray.errors import ConfigError
 
 __all__ = ["REPEATED", "Program", "add_backend", "main"]

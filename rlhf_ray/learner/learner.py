@@ -29,8 +29,14 @@ from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.mesh import LearnerMesh
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import fix_sdpa_kernels, head_is_new, set_head_bias
-from rlhf_ray.learner.objective import PolicyTerms, policy_objective
-from rlhf_ray.learner.off_policy import correction_weights, effective_sample_size, m2po_kept, staleness_metrics
+from rlhf_ray.learner.objective import (
+    PolicyTerms,
+    correction_weights,
+    effective_sample_size,
+    m2po_kept,
+    policy_objective,
+    staleness_metrics,
+)
 from rlhf_ray.learner.packing import Indices, Minibatch, RankPlan
 from rlhf_ray.learner.process_memory import return_freed_tensors
 from rlhf_ray.learner.proximal import LoglinearProximal, RecomputedProximal

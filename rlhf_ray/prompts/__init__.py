@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_ray.prompts.order import PromptPosition
+from rlhf_ray.prompts.rows import PromptPosition
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 

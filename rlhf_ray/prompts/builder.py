@@ -16,9 +16,14 @@ import numpy as np
 from rlhf_ray.config.settings import REWARD_ARGUMENTS, DataSettings
 from rlhf_ray.config.user_code import close_match
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.prompts.chat_template import read_chat_template, template_variables
 from rlhf_ray.prompts.rows import Row
-from rlhf_ray.prompts.tokenizer import special_tokens_around, text_flaw, with_special_tokens
+from rlhf_ray.prompts.tokenizer import (
+    read_chat_template,
+    special_tokens_around,
+    template_variables,
+    text_flaw,
+    with_special_tokens,
+)
 from rlhf_ray.types import ChatMessage, Prompt, PromptText
 from rlhf_ray.untrusted_text import shortened
 

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts.builder import Overlong, PromptBuilder
-from rlhf_ray.prompts.chat_template import turn_end
 from rlhf_ray.prompts.sources import PromptSource
-from rlhf_ray.prompts.tokenizer import special_tokens_around
+from rlhf_ray.prompts.tokenizer import special_tokens_around, turn_end
 from rlhf_ray.types import ChatMessage, Prompt
 
 if TYPE_CHECKING:

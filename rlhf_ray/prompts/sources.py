@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import os
 import re
@@ -15,21 +16,136 @@ import numpy as np
 from rlhf_ray.config.local_path import looks_local
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.prompts.execution import ITEM_COLUMN, configure, data_errors, mapped, ordered_tasks
-from rlhf_ray.prompts.formats import DATA_SUFFIXES, file_format, file_rows
-from rlhf_ray.prompts.rows import Row, RowSource, RowTable, encode_table, encoded_blocks
+from rlhf_ray.models.hub import hub_lookup
+from rlhf_ray.prompts.formats import DATA_SUFFIXES, file_format, file_rows, typed_rows
+from rlhf_ray.prompts.reader import ITEM_COLUMN, configure, data_errors, mapped, ordered_tasks
+from rlhf_ray.prompts.rows import Row, RowSource, RowTable, arrow_rows, encode_table, encoded_blocks
 
 if TYPE_CHECKING:
+    import datasets
     import pyarrow as pa
     import ray.data
 
-__all__ = ["TRAINING_FIELD", "FileSource", "PromptSource", "find_source"]
+__all__ = [
+    "TRAINING_FIELD",
+    "FileSource",
+    "HubSource",
+    "PromptSource",
+    "SavedDatasetSource",
+    "find_source",
+    "is_saved_dataset",
+]
+
+_BATCH_ROWS = 4096
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Tell whether ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote a folder."""
+    return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
+
+
+class SavedDatasetSource(RowSource):
+    """A folder that the datasets library's ``save_to_disk`` wrote.
+
+    Args:
+        folder: The folder.
+        split: The split to take where it holds several.
+    """
+
+    def __init__(self, folder: Path, *, split: str) -> None:
+        self.name = str(folder)
+        self._folder = folder
+        self._split = split
+
+    def rows(self) -> Iterator[Row]:
+        """See :meth:`RowSource.rows`."""
+        import datasets
+
+        try:
+            saved = datasets.load_from_disk(str(self._folder))
+        except (OSError, ValueError, KeyError) as failure:
+            raise DataError(f"{self._folder}: datasets.load_from_disk failed: {failure}") from failure
+        if not isinstance(saved, datasets.DatasetDict):
+            return _dataset_rows(saved)
+        if self._split not in saved:
+            raise DataError(
+                f"{self._folder} holds split {' and '.join(sorted(saved))}, but none called {self._split!r}"
+            )
+        return _dataset_rows(saved[self._split])
+
+
+class HubSource(RowSource):
+    """A dataset of the hub, downloaded once into the datasets library's cache when its rows are first read.
+
+    Args:
+        settings: The ``data`` section, or a held-out set's own: its id in ``path``, subset and split.
+        field: The setting that names it.
+    """
+
+    def __init__(self, settings: DataSettings, *, field: str) -> None:
+        subset = "" if settings.subset is None else f"/{settings.subset}"
+        self.name = f"{settings.path}{subset} ({settings.split})"
+        self._settings = settings
+        self._field = field
+
+    def rows(self) -> Iterator[Row]:
+        """See :meth:`RowSource.rows`."""
+        dataset, is_text = self._downloaded
+        rows = _dataset_rows(dataset)
+        return typed_rows(rows, self.name, self._settings.csv_types) if is_text else rows
+
+    @functools.cached_property
+    def _downloaded(self) -> tuple[datasets.Dataset, bool]:
+        path, subset, split = str(self._settings.path), self._settings.subset, self._settings.split
+        try:
+            with hub_lookup(path):
+                return _load(path, subset, split)
+        # No network, no such id, no access, no such subset or split, a broken file: each has a type of its own.
+        except Exception as failure:
+            call = f"datasets.load_dataset({path!r}, {subset!r}, split={split!r})"
+            raise DataError(
+                f"{self._field}: there is no file or folder {path!r} here, so it was taken for a hub id, and "
+                f"{call} failed: {type(failure).__name__}: {failure}. Check the id, data.subset and the split; without "
+                f"a network, set {self._field} to a local .jsonl, .parquet or .csv file or a save_to_disk folder"
+            ) from failure
+
+
+def _load(path: str, subset: str | None, split: str) -> tuple[datasets.Dataset, bool]:
+    """Load a dataset whose strings stay strings, and tell whether its files are CSV, of which each column is one."""
+    import datasets
+    from datasets.packaged_modules.csv.csv import CsvConfig
+    from datasets.packaged_modules.json.json import JsonConfig
+
+    builder = datasets.load_dataset_builder(path, subset)
+    if isinstance(builder.config, CsvConfig):
+        first_rows = datasets.load_dataset_builder(path, subset, nrows=1, na_filter=False).as_streaming_dataset()
+        names = {name: None for part in first_rows.values() for row in part.take(1) for name in row}
+        text = datasets.Features({name: datasets.Value("string") for name in names})
+        return datasets.load_dataset(path, subset, split=split, features=text, na_filter=False), True
+    loaded = datasets.load_dataset(path, subset, split=split)
+    times = [field.name for field in loaded.features.arrow_schema if "timestamp" in str(field.type)]
+    if times and builder.info.features is None and isinstance(builder.config, JsonConfig):
+        # JSON has no times: Arrow's reader took strings for them.
+        as_written = datasets.Features({**loaded.features, **{name: datasets.Json() for name in times}})
+        loaded = datasets.load_dataset(path, subset, split=split, features=as_written)
+    return loaded, False
+
+
+def _dataset_rows(dataset: datasets.Dataset) -> Iterator[Row]:
+    # Not ray.data.from_huggingface: it asks the hub about the dataset again, even about one on disk, and reads
+    # Parquet files there in place of what was downloaded.
+    for table in dataset.with_format("arrow").iter(batch_size=_BATCH_ROWS):
+        yield from arrow_rows(table)
+
 
 TRAINING_FIELD = "data.path"
+
 """The setting that names the training set; any other names a held-out set."""
+
 
 # Descriptions that dataset repositories keep next to their data.
 _NOT_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
+
 
 # The file names by which the datasets library tells splits apart.
 _SPLIT_WORDS = {
@@ -38,8 +154,10 @@ _SPLIT_WORDS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 
+
 # How far beyond its sample a check looks for a broken line: about a tenth of a second where rows are short.
 _PARSED_ROWS = 20_000
+
 _READ_TASKS = 4
 
 
@@ -69,7 +187,7 @@ def find_source(settings: DataSettings, *, field: str = TRAINING_FIELD) -> Promp
 
 
 def _from_path(path: str, settings: DataSettings, *, field: str) -> PromptSource:
-    from rlhf_ray.prompts.huggingface import HubSource, SavedDatasetSource, is_saved_dataset
+    from rlhf_ray.prompts.sources import HubSource, SavedDatasetSource, is_saved_dataset
 
     if "://" in path:
         remedy = f"{field} takes local paths and hub ids; build the config in Python and pass ray.data.read_json(...)"

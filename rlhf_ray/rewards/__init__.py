@@ -9,12 +9,10 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rlhf_ray.rewards.builtin.exact_match import exact_match
-from rlhf_ray.rewards.builtin.format import format
 from rlhf_ray.rewards.builtin.gsm8k import gsm8k
-from rlhf_ray.rewards.builtin.length import length
+from rlhf_ray.rewards.builtin.length import length, overlong
 from rlhf_ray.rewards.builtin.math_equivalence import math_equivalence
-from rlhf_ray.rewards.builtin.overlong import overlong
+from rlhf_ray.rewards.builtin.patterns import exact_match, format
 from rlhf_ray.rewards.functions import NamedReward, resolve_rewards
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 

@@ -8,20 +8,42 @@ learns of replicas that die: the engine repeats each request by itself.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from rlhf_ray.errors import RolloutError
-from rlhf_ray.rollouts.seeds import Seeds
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, TraceSpan
 from rlhf_ray.untrusted_text import shortened
 
-__all__ = ["Engine", "Requests", "Rollouter", "SingleTurn"]
+__all__ = ["Engine", "Requests", "Rollouter", "Seeds", "SingleTurn", "group_seed"]
+
+
+def group_seed(run_seed: int, version: int, prompt_id: int) -> int:
+    """Seed of a group's first completion, below 2**62; the i-th completion's is ``group_seed(...) + i``."""
+    digest = hashlib.blake2b(f"{run_seed}/{version}/{prompt_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seeds:
+    """The seeds of one group."""
+
+    run_seed: int
+    version: int
+    prompt_id: int
+
+    @property
+    def first_turn(self) -> int:
+        """Of the first trajectory's first turn; the i-th one's is ``first_turn + i``."""
+        return group_seed(self.run_seed, self.version, self.prompt_id)
+
 
 _LOG = logging.getLogger(__name__)
+
 _RETRY_PAUSE_S = 1.0
 
 

@@ -9,16 +9,27 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, Trajectory
 
-__all__ = ["FinishedGroups", "GroupStreams", "split_evenly"]
+__all__ = ["FinishedGroups", "GroupStreams", "cancel_all", "split_evenly"]
+
+
+async def cancel_all(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """Cancel tasks; returns when all have ended, however they did."""
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
 
 FinishedGroups: TypeAlias = tuple[str, list[tuple[int, tuple[Trajectory, ...]]]]
+
 """A replica's id, and the groups finished since its last answer: position in the request and completions."""
+
 
 # Serve balances requests, not groups: with several per replica none gets twice the work of another.
 _REQUESTS_PER_REPLICA = 4

@@ -11,7 +11,7 @@ from typing import Any
 import ray
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.tune.queue import Answer, Resources
+from rlhf_ray.tune.supervisor import Answer, Resources
 
 __all__ = ["Reservation"]
 

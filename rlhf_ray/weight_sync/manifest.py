@@ -10,9 +10,37 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["BucketLayout", "TensorLayout", "WeightManifest", "joined_names", "under_each_name"]
+from rlhf_ray.errors import WeightSyncError
+
+__all__ = [
+    "BucketLayout",
+    "ReplicaFailure",
+    "ReplicaLostError",
+    "TensorLayout",
+    "WeightManifest",
+    "joined_names",
+    "under_each_name",
+]
+
+
+class ReplicaLostError(WeightSyncError):
+    """A replica died while weights were sent to it; the learners start again and send them once more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaFailure:
+    """Why a replica could not load weights; told to the bridge, since the replica itself may end with it."""
+
+    told_by: str
+    """A replica, or the learner that waited for it."""
+    message: str
+    """The error in one line; of an engine that died, what its log says."""
+    is_new: bool
+    """Whether it was starting, in the place of one that had died."""
+
 
 _Tensor = TypeVar("_Tensor")
+
 # No module's name holds it.
 _AND = "="
 

@@ -28,7 +28,7 @@ from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo, NC
 
 from rlhf_ray.types import LoadReport
 from rlhf_ray.weight_sync.buckets import DEFAULT_BUCKET_BYTES, full_tensor
-from rlhf_ray.weight_sync.replica_lost import ReplicaLostError
+from rlhf_ray.weight_sync.manifest import ReplicaLostError
 
 if TYPE_CHECKING:
     from vllm.distributed.weight_transfer.base import TrainerWeightTransferEngine

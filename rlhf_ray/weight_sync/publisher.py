@@ -16,8 +16,7 @@ from typing import Any, Protocol
 
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.types import LoadReport
-from rlhf_ray.weight_sync.manifest import WeightManifest
-from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
+from rlhf_ray.weight_sync.manifest import ReplicaFailure, WeightManifest
 
 __all__ = ["DirectPublisher", "ObjectStorePublisher", "SyncResult", "WeightPublisher", "checked_pause"]
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.advantages.groups import Groups, narrow, quotient
+from rlhf_ray.advantages.group_advantages import Groups, narrow, quotient
 
 # Group 7 holds 1, 3, 8 and group -2 holds 4, 4, interleaved; 5 stands alone.
 IDS = torch.tensor([7, -2, 7, 5, -2, 7])

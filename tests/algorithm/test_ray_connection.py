@@ -18,14 +18,7 @@ import pytest
 from ray._private import auto_init_hook
 
 from rlhf_ray.algorithm import ray_connection as module
-from rlhf_ray.algorithm.ray_connection import (
-    RayConnection,
-    _below,
-    _end,
-    cluster_to_join,
-    connect,
-    processes_of_ray,
-)
+from rlhf_ray.algorithm.ray_connection import RayConnection, _below, _end, cluster_to_join, connect, processes_of_ray
 from rlhf_ray.errors import ConfigError
 
 

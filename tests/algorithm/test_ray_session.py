@@ -14,8 +14,7 @@ from rlhf_ray.algorithm.ray_connection import RayConnection
 from rlhf_ray.algorithm.ray_session import RaySession
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.tune.trial import Trial
-from rlhf_ray.tune.trial_algorithm import TrialSession
+from rlhf_ray.tune.trial_algorithm import Trial, TrialSession
 
 
 @pytest.fixture(autouse=True)

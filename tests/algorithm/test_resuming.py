@@ -12,13 +12,11 @@ import yaml
 
 from rlhf_ray import PPOConfig
 from rlhf_ray.algorithm.resuming import RunStart, check_same, open_run, open_trial_run, resolved_yaml
-from rlhf_ray.checkpoints.checkpoint import CheckpointState
+from rlhf_ray.checkpoints.checkpoint import CheckpointState, CheckpointStore
 from rlhf_ray.checkpoints.folder import Folder
-from rlhf_ray.checkpoints.store import CheckpointStore
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.prompts.order import PromptPosition
-from rlhf_ray.reporting.run_directory import RunDirectory
-from rlhf_ray.reporting.run_lock import RunLock
+from rlhf_ray.prompts.rows import PromptPosition
+from rlhf_ray.reporting.run_directory import RunDirectory, RunLock
 
 STATE = CheckpointState(policy_version=2, iteration=2, time_total_s=1.0, prompt_position=PromptPosition())
 

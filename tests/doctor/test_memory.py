@@ -21,8 +21,7 @@ from rlhf_ray.config.settings import (
 )
 from rlhf_ray.doctor.check import Check
 from rlhf_ray.doctor.machine import Machine
-from rlhf_ray.doctor.memory import MemoryNeed, check_disk, check_memory
-from rlhf_ray.doctor.model import ModelFacts
+from rlhf_ray.doctor.memory import MemoryNeed, ModelFacts, check_disk, check_memory
 
 MakeMachine = Callable[..., Machine]
 GIB = 1024**3

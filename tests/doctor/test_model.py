@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf_ray.doctor.model import check_model, count_parameters
+from rlhf_ray.doctor.memory import check_model, count_parameters
 
 
 def test_a_model_is_read_and_counted(model_folder: Path) -> None:

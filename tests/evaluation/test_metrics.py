@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from rlhf_ray.evaluation.metrics import evaluation_metrics
+from rlhf_ray.evaluation.evaluator import evaluation_metrics
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.types import RewardFailure, ScoredGroup
 

@@ -6,7 +6,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from rlhf_ray.evaluation.pass_at_k import pass_at_k
+from rlhf_ray.evaluation.evaluator import pass_at_k
 
 
 def test_numbers_by_hand() -> None:

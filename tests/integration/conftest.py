@@ -18,8 +18,8 @@ from ray.util.state import list_actors, list_objects, list_placement_groups
 
 from rlhf_ray import PPOConfig
 from rlhf_ray.algorithm.algorithm import Algorithm
-from rlhf_ray.reporting.run_lock import RunLock
-from rlhf_ray.rollouts.serve_instance import serve_is_running
+from rlhf_ray.reporting.run_directory import RunLock
+from rlhf_ray.rollouts.app import serve_is_running
 
 
 def small_config(run_dir: Path) -> PPOConfig:

@@ -22,8 +22,8 @@ import pytest
 import ray
 from ray.cluster_utils import Cluster
 
+from rlhf_ray.checkpoints.checkpoint import CheckpointStore
 from rlhf_ray.checkpoints.folder import Folder
-from rlhf_ray.checkpoints.store import CheckpointStore
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(7200)]
 

@@ -110,7 +110,7 @@ def test_replicas_and_learners_are_placed_in_pairs_and_stay_so(gpus: None) -> No
 
 
 def test_halves_are_not_placed_in_pairs_which_is_an_error(gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("rlhf_ray.rollouts.app.REPLICA_SHARE", "rlhf_ray.learner.remote.group.LEARNER_SHARE"):
+    for module in ("rlhf_ray.rollouts.app.REPLICA_SHARE", "rlhf_ray.learner.remote.train_run.LEARNER_SHARE"):
         monkeypatch.setattr(module, 0.5)
     assert turns.REPLICA_SHARE + turns.LEARNER_SHARE == 1.0
     placed = Placed()

@@ -15,7 +15,7 @@ from ray.cluster_utils import Cluster
 from ray.util import placement_group_table
 
 from rlhf_ray.errors import LearnerError
-from rlhf_ray.learner.remote import group as group_module
+from rlhf_ray.learner.remote import train_run
 from rlhf_ray.learner.remote.group import LearnerGroup
 from rlhf_ray.rollouts import app as app_module
 from rlhf_ray.rollouts.app import RolloutApp
@@ -66,7 +66,7 @@ def parts(
         )
 
     monkeypatch.setattr(LearnerGroup, "_trainer", trainer)
-    monkeypatch.setattr(group_module, "_STOP_TIMEOUT_S", 10.0)
+    monkeypatch.setattr(train_run, "STOP_TIMEOUT_S", 10.0)
     monkeypatch.setattr(app_module, "RolloutReplica", Replica)
 
     def make(startup_timeout_s: float) -> tuple[LearnerGroup, RolloutApp]:

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.launchers.sbatch import SlurmJob
-from rlhf_ray.launchers.slurm import add_slurm
+from rlhf_ray.launchers.slurm import SlurmJob, add_slurm
 
 FOLDER = Path("/shared/it's #1")
 

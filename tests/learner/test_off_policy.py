@@ -12,7 +12,7 @@ from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.learner.layout import lay_out
-from rlhf_ray.learner.off_policy import correction_weights, effective_sample_size, m2po_kept, staleness_metrics
+from rlhf_ray.learner.objective import correction_weights, effective_sample_size, m2po_kept, staleness_metrics
 from rlhf_ray.losses import m2po_mask
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from rlhf_ray import ConfigError, DataError
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.learner.models import load_critic, load_policy
 from rlhf_ray.models.config import load_model_config
-from rlhf_ray.prompts.huggingface import HubSource
+from rlhf_ray.prompts.sources import HubSource
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward

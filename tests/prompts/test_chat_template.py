@@ -6,8 +6,13 @@ from typing import Any
 import pytest
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.prompts.chat_template import read_chat_template, template_variables, turn_end, with_chat_template
-from rlhf_ray.prompts.tokenizer import load_tokenizer
+from rlhf_ray.prompts.tokenizer import (
+    load_tokenizer,
+    read_chat_template,
+    template_variables,
+    turn_end,
+    with_chat_template,
+)
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}</s>\n{% endfor %}"

@@ -6,7 +6,7 @@ import pytest
 
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import DataError
-from rlhf_ray.prompts.huggingface import HubSource, SavedDatasetSource, is_saved_dataset
+from rlhf_ray.prompts.sources import HubSource, SavedDatasetSource, is_saved_dataset
 
 ROWS = [{"prompt": f"p{i}", "meta": {"n": [i, i]}} for i in range(5)]
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from rlhf_ray.prompts.order import PromptOrder, PromptPosition
+from rlhf_ray.prompts.rows import PromptOrder, PromptPosition
 
 
 def test_unshuffled_order_is_the_dataset_again_and_again() -> None:

@@ -8,11 +8,10 @@ import pytest
 
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import DataError
-from rlhf_ray.prompts import execution, reader
+from rlhf_ray.prompts import reader
 from rlhf_ray.prompts.builder import PromptBuilder
-from rlhf_ray.prompts.order import PromptOrder
 from rlhf_ray.prompts.reader import PromptReader
-from rlhf_ray.prompts.rows import RowTable
+from rlhf_ray.prompts.rows import PromptOrder, RowTable
 from rlhf_ray.prompts.tokenizer import SharedTokenizer
 from rlhf_ray.types import Prompt
 
@@ -58,7 +57,7 @@ def test_a_cluster_without_a_free_cpu_is_an_error_and_not_a_hang(
         def ready(self) -> None:
             pass
 
-    monkeypatch.setattr(execution, "_STALL_TIMEOUT_S", 2.0)
+    monkeypatch.setattr(reader, "_STALL_TIMEOUT_S", 2.0)
     holder = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(Holder).remote()
     try:
         ray.get(holder.ready.remote(), timeout=60)

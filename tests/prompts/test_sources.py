@@ -15,9 +15,8 @@ from pyarrow import parquet
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts import sources
-from rlhf_ray.prompts.huggingface import HubSource
 from rlhf_ray.prompts.rows import Row
-from rlhf_ray.prompts.sources import FileSource, PromptSource, find_source
+from rlhf_ray.prompts.sources import FileSource, HubSource, PromptSource, find_source
 from rlhf_ray.quickstart import task
 
 ROWS: list[Row] = [

@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.reporting.run_lock import RunLock
+from rlhf_ray.reporting.run_directory import RunLock
 
 _HOLD = """
 import sys, time
 from pathlib import Path
-from rlhf_ray.reporting.run_lock import RunLock
+from rlhf_ray.reporting.run_directory import RunLock
 lock = RunLock.take(Path(sys.argv[1]))
 print("locked", flush=True)
 time.sleep(60)

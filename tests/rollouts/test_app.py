@@ -16,7 +16,7 @@ from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from rlhf_ray.errors import LearnerError, RolloutError
-from rlhf_ray.rollouts import serve_instance
+from rlhf_ray.rollouts import app as serve_instance
 from rlhf_ray.rollouts.app import RolloutApp
 
 

@@ -23,8 +23,7 @@ from rlhf_ray.rollouts import rollouter as module
 from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.flow import RolloutFlow
-from rlhf_ray.rollouts.rollouter import Engine, SingleTurn
-from rlhf_ray.rollouts.seeds import group_seed
+from rlhf_ray.rollouts.rollouter import Engine, SingleTurn, group_seed
 from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
 
 SAMPLING = SamplingSettings(group_size=2, max_new_tokens=4, temperature=1.0)

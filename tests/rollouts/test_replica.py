@@ -15,8 +15,7 @@ from rlhf_ray.learner.remote.bridge import Bridge as LearnersBridge
 from rlhf_ray.rollouts import replica as replica_module
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica
-from rlhf_ray.weight_sync.manifest import WeightManifest
-from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
+from rlhf_ray.weight_sync.manifest import ReplicaFailure, WeightManifest
 
 
 class Engine:

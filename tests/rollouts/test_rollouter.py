@@ -11,8 +11,7 @@ import pytest
 from ray.exceptions import ActorDiedError
 
 from rlhf_ray.rollouts import rollouter as module
-from rlhf_ray.rollouts.rollouter import Engine, Requests, SingleTurn
-from rlhf_ray.rollouts.seeds import Seeds, group_seed
+from rlhf_ray.rollouts.rollouter import Engine, Requests, Seeds, SingleTurn, group_seed
 from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, Trajectory, Turn
 
 SAMPLING = SamplingSettings(group_size=2, max_new_tokens=4, temperature=1.0)

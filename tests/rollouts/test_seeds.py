@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 
-from rlhf_ray.rollouts.seeds import group_seed
+from rlhf_ray.rollouts.rollouter import group_seed
 
 GOLDEN = (379770258895461793, 1058162205549500084)
 

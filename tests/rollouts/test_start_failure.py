@@ -1,7 +1,7 @@
 import pytest
 
-from rlhf_ray.rollouts import start_failure
-from rlhf_ray.rollouts.start_failure import engine_failure, root_cause
+from rlhf_ray.rollouts import replica as start_failure
+from rlhf_ray.rollouts.replica import engine_failure, root_cause
 
 
 def test_the_last_error_that_is_no_wrapper_is_the_cause() -> None:

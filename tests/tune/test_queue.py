@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf_ray.tune.queue import Resources, TrialQueue
+from rlhf_ray.tune.supervisor import Resources, TrialQueue
 
 
 class Cluster:

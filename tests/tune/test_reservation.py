@@ -12,8 +12,8 @@ import ray
 
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.tune import reservation as module
-from rlhf_ray.tune.queue import Answer, Resources
 from rlhf_ray.tune.reservation import Reservation
+from rlhf_ray.tune.supervisor import Answer, Resources
 
 NEED, LITTLE = Resources(cpus=3.0, gpus=0.0), Resources(cpus=0.5, gpus=0.0)
 

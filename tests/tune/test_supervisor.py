@@ -12,8 +12,7 @@ import ray
 from ray import serve
 
 from rlhf_ray.tune import supervisor as module
-from rlhf_ray.tune.queue import Resources, TrialQueue
-from rlhf_ray.tune.supervisor import Supervisor
+from rlhf_ray.tune.supervisor import Resources, Supervisor, TrialQueue
 
 NEED = Resources(cpus=1.0, gpus=0.0)
 

@@ -11,7 +11,7 @@ from ray.tune import PlacementGroupFactory
 from ray.tune.registry import get_trainable_cls
 
 from rlhf_ray import GRPO, PPO, ConfigError, PPOConfig
-from rlhf_ray.tune.trial import TRIAL_CPUS, Trial, same_parts
+from rlhf_ray.tune.trial_algorithm import TRIAL_CPUS, Trial, same_parts
 
 
 def trainable(*, file_system: str = "local", resources: Any = None) -> Any:

@@ -16,8 +16,8 @@ pytest.importorskip("vllm")
 
 from rlhf_ray.types import LoadReport
 from rlhf_ray.weight_sync import nccl as module
+from rlhf_ray.weight_sync.manifest import ReplicaLostError
 from rlhf_ray.weight_sync.nccl import NcclSender, ReplicaClient, ShardedSource, rank_offsets
-from rlhf_ray.weight_sync.replica_lost import ReplicaLostError
 
 
 class Broadcast:

@@ -10,9 +10,8 @@ from ray.exceptions import ActorDiedError, OwnerDiedError, RayActorError, RayTas
 
 from rlhf_ray.errors import WeightSyncError
 from rlhf_ray.types import LoadReport
-from rlhf_ray.weight_sync.manifest import BucketLayout, WeightManifest
+from rlhf_ray.weight_sync.manifest import BucketLayout, ReplicaFailure, WeightManifest
 from rlhf_ray.weight_sync.publisher import DirectPublisher, ObjectStorePublisher, checked_pause
-from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
 
 Answer = LoadReport | BaseException
 

@@ -25,8 +25,7 @@ from rlhf_ray.learner.remote.turns import Place, Turns
 from rlhf_ray.learner.remote.weight_registry import WeightRegistry
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.types import TraceSpan
-from rlhf_ray.weight_sync.manifest import WeightManifest
-from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
+from rlhf_ray.weight_sync.manifest import ReplicaFailure, WeightManifest
 from rlhf_ray.worker_env import worker_env
 
 # No process takes them while the Algorithm is stuck.

@@ -47,8 +47,7 @@ from rlhf_ray.learner.remote.train_run import STOP_TIMEOUT_S, TrainRun
 from rlhf_ray.learner.remote.turns import Place, check_pairing
 from rlhf_ray.stopping import stop_all
 from rlhf_ray.types import TraceSpan
-from rlhf_ray.weight_sync.manifest import WeightManifest
-from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
+from rlhf_ray.weight_sync.manifest import ReplicaFailure, WeightManifest
 
 __all__ = ["LearnerGroup", "StateLostError"]
 

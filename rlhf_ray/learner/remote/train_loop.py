@@ -50,8 +50,7 @@ from rlhf_ray.learner.remote.commands import (
 )
 from rlhf_ray.learner.remote.turns import Place
 from rlhf_ray.types import TraceSpan
-from rlhf_ray.weight_sync.manifest import WeightManifest
-from rlhf_ray.weight_sync.replica_lost import ReplicaFailure, ReplicaLostError
+from rlhf_ray.weight_sync.manifest import ReplicaFailure, ReplicaLostError, WeightManifest
 
 __all__ = ["lost_a_peer", "train_loop"]
 

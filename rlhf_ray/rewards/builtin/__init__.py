@@ -1,5 +1,5 @@
-"""The built-in rewards, one file each; importing this package registers them."""
+"""The built-in rewards; importing this package registers them."""
 
-from rlhf_ray.rewards.builtin import exact_match, format, gsm8k, length, math_equivalence, overlong
+from rlhf_ray.rewards.builtin import gsm8k, length, math_equivalence, patterns
 
-__all__ = ["exact_match", "format", "gsm8k", "length", "math_equivalence", "overlong"]
+__all__ = ["gsm8k", "length", "math_equivalence", "patterns"]

@@ -11,8 +11,7 @@ from some_commands import command, request, update
 from rlhf_ray.checkpoints.folder import StoredFile
 from rlhf_ray.learner.remote.bridge import Bridge
 from rlhf_ray.learner.remote.commands import Command, GroupLost, RankFailure, Request
-from rlhf_ray.weight_sync.manifest import WeightManifest
-from rlhf_ray.weight_sync.replica_lost import ReplicaFailure
+from rlhf_ray.weight_sync.manifest import ReplicaFailure, WeightManifest
 
 Result = TypeVar("Result")
 
