@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 _CONFIGS = {config_class.__name__: config_class for config_class in _built_in().values()}
 _LAZY_MODULES = {
-    "Algorithm": "rlhf_ray.algorithm.algorithm",
+    "Algorithm": "rlhf_ray.tune.trainables",
     "RewardModelReward": "rlhf_ray.rewards.reward_model.reward",
 } | dict.fromkeys(_built_in(), "rlhf_ray.tune.trainables")
 

@@ -69,7 +69,7 @@ def test_configuring_imports_no_engine(statement: str) -> None:
     assert not modules.intersection(HEAVY)
 
 
-@pytest.mark.parametrize("name, module", [("PPO", "tune.trainables"), ("Algorithm", "algorithm.algorithm")])
+@pytest.mark.parametrize("name, module", [("PPO", "tune.trainables"), ("Algorithm", "tune.trainables")])
 def test_algorithm_classes_come_when_asked_for(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = ModuleType(f"rlhf_ray.{module}")
     setattr(fake, name, type(name, (), {}))

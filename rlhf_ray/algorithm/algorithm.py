@@ -199,7 +199,7 @@ class Algorithm(TrainingSteps, Trainable):  # type: ignore[misc]
         checkpoint.read()
         if config is None:
             config = cls.config_class.from_yaml(checkpoint.config())
-        algorithm = (config.algorithm_class if cls is Algorithm else cls)(config=config)
+        algorithm = (config.algorithm_class if cls.config_class is AlgorithmConfig else cls)(config=config)
         try:
             algorithm._resume(checkpoint)
         except BaseException:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import enum
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
+from rlhf_ray.config.nested import nested
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.learner.remote.commands import UpdateResult
@@ -102,14 +102,13 @@ def iteration_result(iteration: Iteration, *, weight_sync_s: float, iteration_s:
     collected, batch, plan = iteration.collected, iteration.batch, iteration.plan
     update, publication = iteration.update, iteration.publication
     assert collected and batch and plan and update and publication, "collect(), update() and publish() come first"
-    figures = update.metrics
-    timers = {name: figures[name] for name in _TIMERS}
+    timers = {name: update.metrics[name] for name in _TIMERS}
     learner_s = sum(timers.values())
     tokens = int(batch.lengths.sum())
     return {
         "rollouts": _rollout_metrics(collected, batch),
         "rewards": _reward_metrics(collected),
-        "learner": _nested({name: value for name, value in figures.items() if name not in _TIMERS})
+        "learner": nested({name: value for name, value in update.metrics.items() if name not in _TIMERS}, separator="/")
         | {
             "num_tokens": tokens,
             "num_microbatches": sum(len(m.microbatches) for m in plan.ranks[0].minibatches),
@@ -159,18 +158,6 @@ def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, An
         "equal_reward_groups": collected.equal_reward_groups,
         "carried_groups": collected.carried_groups,
     }
-
-
-def _nested(figures: Mapping[str, float]) -> dict[str, Any]:
-    """``{"a/b": 1}`` to ``{"a": {"b": 1}}``."""
-    nested: dict[str, Any] = {}
-    for name, value in figures.items():
-        outer, slash, inner = name.partition("/")
-        if slash:
-            nested.setdefault(outer, {})[inner] = value
-        else:
-            nested[name] = value
-    return nested
 
 
 def _reward_metrics(collected: Collected) -> dict[str, Any]:

@@ -43,7 +43,10 @@ class TrainingSteps:
     _step_started: float
 
     def training_step(self) -> dict[str, Any]:
-        """One iteration; returns its result."""
+        """One iteration; returns its result.
+
+        ``train()`` calls it and then begins the next iteration: called again before that, it returns the same result.
+        """
         collected = self.collect()
         batch = self.make_batch(collected.groups)
         self.update(batch)
@@ -78,8 +81,11 @@ class TrainingSteps:
         if update is not None and self._now.stage is Stage.DONE:
             return update
         parts.weight_sync.finish_interrupted()
+        plan = self._now.plan or self._plan(
+            batch
+        )  # Before the turn: engines that share the learners' GPUs wait for it.
         with parts.learners.turn():
-            update = update or self._updated(parts, batch)
+            update = update or self._updated(parts, batch, plan)
             with self._phase("gather"):
                 parts.weight_sync.gather(self._now.version)
         return update
@@ -103,8 +109,8 @@ class TrainingSteps:
         weight_sync_s = self._running().weight_sync.blocked_s
         return iteration_result(now, weight_sync_s=weight_sync_s, iteration_s=iteration_s)
 
-    def _updated(self, parts: Parts, batch: SequenceBatch) -> UpdateResult:
-        version, plan = self._now.version, self._plan(batch)
+    def _updated(self, parts: Parts, batch: SequenceBatch, plan: UpdatePlan) -> UpdateResult:
+        version = self._now.version
         self._now = replace(self._now, stage=Stage.UPDATING)
         with self._phase("update"):
             update = parts.learners.update(

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from rlhf_ray.config.checks import validate
 from rlhf_ray.config.names import is_known, missing_attribute, named_settings, with_todays_names
-from rlhf_ray.config.nested import sectioned
+from rlhf_ray.config.nested import nested
 from rlhf_ray.config.plain_values import copied, plain_value, shown_value
 from rlhf_ray.config.schedule import Schedule
 from rlhf_ray.config.settings import RewardSpec, Settings, declaration, quickstart_preset, section_types, setting_types
@@ -223,7 +223,7 @@ class AlgorithmConfig:
         defaults = dict(self._resolved({}))
         changed = {field: value for field, value in self._settings if value != defaults[field]}
         shown = type(self).__name__ + "()"
-        for section, values in sectioned(changed).items():
+        for section, values in nested(changed).items():
             shown += f".{section}({', '.join(f'{name}={shown_value(value)}' for name, value in values.items())})"
         return shown
 
@@ -278,7 +278,7 @@ class AlgorithmConfig:
         """
         convert = plain_value if plain else copied
         name = self._written_name() if plain else self.algorithm_name
-        return {"algorithm": name, **sectioned({field: convert(value) for field, value in self._settings})}
+        return {"algorithm": name, **nested({field: convert(value) for field, value in self._settings})}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

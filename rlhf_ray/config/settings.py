@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import Any, Final, Literal, Self, get_type_hints
 
 from rlhf_ray.config.declaration import setting
-from rlhf_ray.config.nested import sectioned
+from rlhf_ray.config.nested import nested
 
 __all__ = [
     "REWARD_ARGUMENTS",
@@ -557,7 +557,7 @@ class Settings:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """Settings of these values, by dotted name, and of the defaults."""
-        return cls(**{section: section_types()[section](**own) for section, own in sectioned(values).items()})
+        return cls(**{section: section_types()[section](**own) for section, own in nested(values).items()})
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         """Yield every setting: its dotted name and its value."""

@@ -8,19 +8,22 @@ from ray._private.worker import _post_init_hooks
 from ray.tune import register_trainable
 from ray.tune.tune import _Config
 
-from rlhf_ray.algorithm.algorithm import Algorithm
+from rlhf_ray.algorithm.algorithm import Algorithm as _Algorithm
 from rlhf_ray.algorithms import built_in
 from rlhf_ray.config.builder import AlgorithmConfig
 from rlhf_ray.tune.trial_algorithm import TrialAlgorithm
 
-__all__ = ["trainable"]
+__all__ = ["Algorithm", "trainable"]
+
+# What users derive from, so that their own classes may be trials too.
+Algorithm = TrialAlgorithm
 
 # Lets Tuner(param_space=config) take a configuration object, as it takes RLlib's.
 _Config.register(AlgorithmConfig)
 
 
 @functools.cache
-def trainable(config_class: type[AlgorithmConfig]) -> type[Algorithm]:
+def trainable(config_class: type[AlgorithmConfig]) -> type[_Algorithm]:
     """The Trainable of a configuration class, a user's own included; Ray Tune knows it by its name too."""
     doc = f"The algorithm of :class:`{config_class.__name__}`; see there."
     contents = {"config_class": config_class, "__doc__": doc, "__module__": __name__}

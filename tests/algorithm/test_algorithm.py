@@ -110,9 +110,20 @@ def test_a_delivery_that_was_interrupted_is_finished_before_the_learners_turn(ba
         weight_sync=SimpleNamespace(finish_interrupted=lambda: calls.append("finished")),
         learners=SimpleNamespace(turn=turn),
     )
+    bare._plan = lambda batch: calls.append("planned")  # type: ignore[assignment, return-value, func-returns-value]
     with pytest.raises(KeyboardInterrupt):
         bare.update(None)  # type: ignore[arg-type]
-    assert calls == ["finished", "turn"]
+    # What needs no learner is done before: engines that share their GPUs wait for the turn.
+    assert calls == ["finished", "planned", "turn"]
+
+
+def test_a_class_derived_from_algorithm_may_be_a_trial() -> None:
+    class Own(Algorithm):
+        config_class = PPOConfig
+
+    assert Own.default_resource_request({}).required_resources == {"CPU": 0.1}
+    assert {"save_checkpoint", "load_checkpoint", "reset_config"} <= set(vars(Own.__mro__[1]))
+    assert issubclass(PPO, Algorithm)
 
 
 class FakeParts:
@@ -214,7 +225,7 @@ def test_a_trial_that_tune_restarts_continues_in_its_folder_from_where_it_is_res
         storage=trial_storage(tmp_path / "one"),
     )
     again._iteration = 2  # What a restored checkpoint says.
-    monkeypatch.setattr(Algorithm, "step", lambda self: {})
+    monkeypatch.setattr("rlhf_ray.algorithm.algorithm.Algorithm.step", lambda self: {})
     again.step()
     again.log_result({"training_iteration": 3, "new": 1})
     again.step()

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from rlhf_ray.config.nested import flatten, sectioned
+from rlhf_ray.config.nested import flatten, nested
 from rlhf_ray.config.settings import Settings
 
 NESTED = {"algorithm": "PPO", "training": {"lr": 1e-5, "loss_args": {"a": {"b": 1}}}, "data": {}}
@@ -21,6 +21,6 @@ def test_all_levels_with_another_separator() -> None:
 def test_settings_are_flat_by_section_and_back() -> None:
     flat = dict(Settings())
     assert flat["training.lr"] == Settings()["training.lr"] == 1e-6
-    assert flatten(sectioned(flat)) == flat
+    assert flatten(nested(flat)) == flat
     assert Settings.of(flat) == Settings()
     assert Settings.of({"rollouts.engine_args": {"seed": 3}})["rollouts.engine_args.seed"] == 3
