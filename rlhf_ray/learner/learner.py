@@ -77,7 +77,7 @@ class Learner(LearnerState):
             torch.set_num_threads(num_threads)
         self._device = spec.device
         self._training = spec.training
-        self._mesh = LearnerMesh.of(self._device.type, spec.sequence_parallel)
+        self._mesh = LearnerMesh.of(self._device.type, spec.learners.sequence_parallel)
         self._loss = spec.loss.loaded()
         credit = CreditAssignment(spec.training, spec.advantage.loaded(), self._mesh.data)
         super().__init__(spec, build_models(spec, self._mesh), credit, kept)
@@ -212,7 +212,7 @@ class Learner(LearnerState):
         """One optimizer step of critic and policy over a minibatch; false where it was skipped."""
         run.guard.begin(itertools.chain.from_iterable(minibatch.microbatches))
         normalizer = global_normalizer(
-            minibatch.completion_lengths, self._training.loss_aggregation, max_length=self._spec.max_new_tokens
+            minibatch.completion_lengths, self._training.loss_aggregation, max_length=self._spec.rollouts.max_new_tokens
         )
         trained = self._trained()
         last = len(minibatch.microbatches) - 1
@@ -270,7 +270,7 @@ class Learner(LearnerState):
         proximal = run.proximal.of_step(micro, logprobs, estimates, first=first)
         weights: torch.Tensor | None = None
         of_weights: dict[str, torch.Tensor] = {}
-        if self._spec.off_policy:
+        if self._spec.rollouts.is_off_policy:
             weights, of_weights = correction_weights(self._training, estimates, micro, proximal)
             for of_distance, tokens in staleness_metrics(estimates, micro, proximal):
                 metrics.add(of_distance, tokens)

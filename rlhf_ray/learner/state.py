@@ -93,9 +93,9 @@ class LearnerState:
         self._kept.wait_started()  # They read what is freed here, or the host memory that is used again.
         self._models.reshard()
         tensors: list[torch.Tensor] = []
-        if not self._spec.offload_optimizer:
+        if not self._spec.learners.offload_optimizer:
             tensors += itertools.chain.from_iterable(model.tensors() for model in self._trained().values())
-        if self._models.reference is not None and not self._spec.offload_reference and self._spec.lora is None:
+        if self._models.reference is not None and not self._spec.learners.offload_reference and self._spec.lora is None:
             tensors += self._models.reference.model.parameters()
         self._residency.offload(tensors)
         self._kept.start(self._residency.bytes_of)

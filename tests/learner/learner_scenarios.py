@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_ray
 from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
-from rlhf_ray.config.settings import TrainingSettings
+from rlhf_ray.config.settings import LearnerSettings, ModelSettings, RolloutSettings, TrainingSettings
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.initial_weights import local_part
@@ -34,6 +34,7 @@ from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.packing import RankPlan, UpdatePlan, plan_update
 from rlhf_ray.learner.remote.update_result import UpdateResult
 from rlhf_ray.learner.trained_model import TrainedModel
+from rlhf_ray.types import Device
 from rlhf_ray.weight_sync import buckets as weight_buckets
 from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor
 from rlhf_ray.weight_sync.manifest import BucketLayout
@@ -167,7 +168,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "stale_loglinear": Scenario(training={"proximal": "loglinear"}, spec={"max_staleness": 3}, stale=True),
     # Nothing is stale, and engines sample from what they have rounded the weights to.
-    "quantized": Scenario(training={"behavior_cap": 1.5}, spec={"quantized_sampler": True}, num_epochs=2),
+    "quantized": Scenario(training={"behavior_cap": 1.5}, spec={"quantization": "fp8"}, num_epochs=2),
     "packed": Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2, packed=True),
     "packed_with_an_idle_rank": Scenario(num_sequences=3, num_minibatches=1, small_max_tokens=1, packed=True),
     "skipped": Scenario(training={"nonfinite_updates": "skip"}, spoiled=3),
@@ -246,27 +247,28 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "policy_path": str(folder / "policy"),
         "critic_path": str(folder / scenario.critic) if advantage.needs_critic else None,
         "lora": None,
-        "attn_implementation": "auto",
-        "trust_remote_code": False,
-        "gradient_checkpointing": False,
-        "compile_backend": None,
-        "offload_reference": False,
-        "offload_optimizer": False,
-        "dtype": "float32",
+        "model": ModelSettings(attn_implementation="varlen" if scenario.packed else "auto"),
+        "rollouts": RolloutSettings(temperature=0.8, max_new_tokens=MAX_NEW_TOKENS),
+        "learners": LearnerSettings(gradient_checkpointing=False, num_threads=1),
+        "compute": Device(on_gpu=False, learners_on_gpu=False, colocated=False, dtype="float32"),
         "wire_dtype": "float32",
-        "temperature": 0.8,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "max_staleness": 0,
         "total_steps": 12,
         "policy_steps": 12,
-        "on_gpu": False,
         "timeline": False,
         "keeps_state": False,
-        "num_threads": 1,
     }
-    if scenario.packed:
-        arguments["attn_implementation"] = "varlen"
-    return LearnerSpec(**arguments | scenario.spec)
+    return changed(LearnerSpec(**arguments), scenario.spec)
+
+
+def changed(spec: LearnerSpec, changes: dict[str, Any]) -> LearnerSpec:
+    """Replace fields of a spec, or of its first section that has them."""
+    for name, value in changes.items():
+        if name not in {one.name for one in fields(spec)}:
+            sections = ("compute", "learners", "model", "rollouts")
+            section = next(one for one in sections if hasattr(getattr(spec, one), name))
+            name, value = section, replace(getattr(spec, section), **{name: value})
+        spec = replace(spec, **{name: value})
+    return spec
 
 
 def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bool = False) -> SequenceBatch:

@@ -116,8 +116,8 @@ def test_threads_of_a_rank_are_its_share_of_the_cores_that_compute(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    spec = runs.make_spec(models, Scenario())
-    spec = replace(spec, on_gpu=on_gpu, offload_optimizer=offload, max_staleness=staleness, num_threads=asked)
+    changes = {"learners_on_gpu": on_gpu, "offload_optimizer": offload, "max_staleness": staleness}
+    spec = runs.make_spec(models, Scenario(spec=changes | {"num_threads": asked}))
     assert spec.threads(1) == threads
 
 
@@ -692,7 +692,7 @@ def test_what_a_quantized_engine_samples_is_corrected_for(
     rounding = np.random.default_rng(0).normal(0.0, 0.7, len(batch.sampling_logprobs)).astype(np.float32)
     batch = replace(batch, sampling_logprobs=batch.sampling_logprobs + rounding)
     training = {"advantage": "grpo", "behavior_cap": 1.5, "max_grad_norm": None}
-    scenario = Scenario(num_minibatches=1, training=training, spec={"quantized_sampler": True})
+    scenario = Scenario(num_minibatches=1, training=training, spec={"quantization": "fp8"})
     learner = Learner(runs.make_spec(models, scenario))
     gradients: dict[str, torch.Tensor] = {}
 
