@@ -22,14 +22,14 @@ from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.build import build_models
 from rlhf_ray.learner.credit import CreditAssignment, merged_moments
-from rlhf_ray.learner.estimates import Estimates, gather_rows, scatter_rows
+from rlhf_ray.learner.estimates import Estimates, scatter_rows
 from rlhf_ray.learner.finite import MOST_SKIPPED, FiniteGuard
 from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.mesh import LearnerMesh
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import fix_sdpa_kernels, head_is_new, set_head_bias
-from rlhf_ray.learner.objective import PolicyTerms, policy_objective
+from rlhf_ray.learner.objective import policy_objective
 from rlhf_ray.learner.off_policy import correction_weights, effective_sample_size, m2po_kept, staleness_metrics
 from rlhf_ray.learner.packing import Indices, Minibatch, RankPlan
 from rlhf_ray.learner.process_memory import return_freed_tensors
@@ -49,8 +49,8 @@ _REMEDY = "the weights are those before this step, which training.nonfinite_upda
 class _Update:
     """What the steps of one update share."""
 
-    microbatches: Mapping[Indices, Microbatch]
-    """By their sequences."""
+    microbatches: Mapping[Indices, tuple[Microbatch, Estimates]]
+    """With what is known of them before the first step, by their sequences."""
     estimates: Estimates
     proximal: RecomputedProximal
     metrics: MetricSums
@@ -163,7 +163,7 @@ class Learner(LearnerState):
         if self._training.nonfinite_updates == "error" and (refusal := guard.refusal({})):
             raise LearnerError(f"{refusal}; {_REMEDY}")
         run = _Update(
-            microbatches=microbatches,
+            microbatches={rows: (micro, estimates.rows(micro)) for rows, micro in microbatches.items()},
             estimates=estimates,
             proximal=proximal,
             metrics=sums,
@@ -221,9 +221,9 @@ class Learner(LearnerState):
                 # Unreduced, the gradients of a whole model would stay on every GPU; on CPUs each reduction costs more.
                 model.sync_gradients(position == last or self._device.type == "cuda")
             if self.critic is not None:
-                self._backward_critic(run, run.microbatches[rows], normalizer)
+                self._backward_critic(run, *run.microbatches[rows], normalizer)
             if run.update_policy:
-                self._backward_policy(run, run.microbatches[rows], normalizer, first=first)
+                self._backward_policy(run, *run.microbatches[rows], normalizer, first=first)
         stepped = {name: model for name, model in trained.items() if run.update_policy or name != "policy"}
         norms = {name: model.grad_norm() for name, model in stepped.items()}
         refusal = run.guard.refusal(norms)
@@ -241,16 +241,15 @@ class Learner(LearnerState):
             raise LearnerError(f"{MOST_SKIPPED} optimizer steps in a row were skipped, the last one for: {refusal}")
         return refusal is None
 
-    def _backward_critic(self, run: _Update, micro: Microbatch, normalizer: float) -> None:
-        estimates = run.estimates
-        assert estimates.values is not None
-        assert estimates.returns is not None
+    def _backward_critic(self, run: _Update, micro: Microbatch, known: Estimates, normalizer: float) -> None:
+        assert known.values is not None
+        assert known.returns is not None
         values = self._models.values(micro)[micro.value_index]
         loss, means = value_loss(
             values,
-            gather_rows(estimates.values, micro),
-            gather_rows(estimates.returns, micro),
-            micro.mask,
+            known.values,
+            known.returns,
+            known.mask,
             clip=self._training.value_clip,
             huber=self._training.value_huber,
             aggregation=self._training.loss_aggregation,
@@ -263,45 +262,45 @@ class Learner(LearnerState):
         run.metrics.add_loss("value_loss", loss)
         run.metrics.add(means, len(micro.scored))
 
-    def _backward_policy(self, run: _Update, micro: Microbatch, normalizer: float, *, first: bool) -> None:
-        estimates, metrics = run.estimates, run.metrics
-        assert estimates.advantages is not None
+    def _backward_policy(
+        self, run: _Update, micro: Microbatch, known: Estimates, normalizer: float, *, first: bool
+    ) -> None:
+        metrics = run.metrics
         logprobs, entropies = self._models.score(micro, entropy_gradient=self._training.entropy_coef != 0.0)
-        proximal = run.proximal.of_step(micro, logprobs, estimates, first=first)
+        proximal = run.proximal.of_step(micro, logprobs, known, first=first)
         weights: torch.Tensor | None = None
         of_weights: dict[str, torch.Tensor] = {}
         if self._spec.rollouts.is_off_policy:
-            weights, of_weights = correction_weights(self._training, estimates, micro, proximal)
-            for of_distance, tokens in staleness_metrics(estimates, micro, proximal):
+            weights, of_weights = correction_weights(self._training, known, proximal)
+            for of_distance, tokens in staleness_metrics(known, micro, proximal):
                 metrics.add(of_distance, tokens)
-        terms = PolicyTerms(
+        total, loss, means = policy_objective(
+            self._training,
+            self._loss,
+            known,
             logprobs=logprobs,
             entropies=entropies,
             proximal_logprobs=proximal,
-            ref_logprobs=None if estimates.ref_logprobs is None else gather_rows(estimates.ref_logprobs, micro),
-            advantages=gather_rows(estimates.advantages, micro),
             behavior_weights=weights,
-            mask=micro.mask,
-        )
-        total, loss, means = policy_objective(
-            self._training, self._loss, terms, normalizer=normalizer, kl_coef=self._credit.kl_coef
+            normalizer=normalizer,
+            kl_coef=self._credit.kl_coef,
         )
         run.guard.look("log-probabilities", micro, logprobs, proximal)
         run.guard.look("policy loss", micro, loss, total)
         (total * dist.get_world_size()).backward()
         metrics.add_loss("policy_loss", loss)
         means = means | of_weights | {"entropy": aggregate(entropies.detach(), micro.mask, "token_mean")}
-        if terms.ref_logprobs is not None and not self._kl_in_reward:
-            penalty = kl(proximal, terms.ref_logprobs, estimator=self._training.kl_estimator)
+        if known.ref_logprobs is not None and not self._kl_in_reward:
+            penalty = kl(proximal, known.ref_logprobs, estimator=self._training.kl_estimator)
             means["kl_to_reference"] = aggregate(penalty, micro.mask, "token_mean")
         metrics.add(means, len(micro.scored))
         if first:
-            self._compare_logprobs(micro, estimates, logprobs.detach(), proximal, metrics)
+            self._compare_logprobs(micro, known, logprobs.detach(), proximal, metrics)
 
     def _compare_logprobs(
         self,
         micro: Microbatch,
-        estimates: Estimates,
+        known: Estimates,
         logprobs: torch.Tensor,
         proximal: torch.Tensor,
         metrics: MetricSums,
@@ -309,8 +308,8 @@ class Learner(LearnerState):
         """Exactness: the engine's log-probabilities against ours, and the first ratio against 1."""
         # An engine keeps what it computed of earlier tokens under older weights: one stale token touches all others.
         if micro.num_on_policy:
-            mask = micro.mask & gather_rows(estimates.on_policy, micro)
-            difference = blank((logprobs - gather_rows(estimates.sampling_logprobs, micro)).abs(), mask)
+            mask = known.mask & known.on_policy
+            difference = blank((logprobs - known.sampling_logprobs).abs(), mask)
             mean = aggregate(difference, mask, "token_mean")
             metrics.add(
                 {"sampling_logprob_diff_mean": mean, "sampling_logprob_diff_max": difference.max()},

@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.learner.credit import gathered_rows
-from rlhf_ray.learner.estimates import Estimates, gather_rows
+from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.learner.layout import Microbatch
 from rlhf_ray.losses import aggregate, behavior_weights, m2po_mask
 
@@ -23,7 +23,7 @@ __all__ = ["correction_weights", "effective_sample_size", "m2po_kept", "stalenes
 
 
 def correction_weights(
-    training: TrainingSettings, estimates: Estimates, micro: Microbatch, proximal_logprobs: torch.Tensor
+    training: TrainingSettings, known: Estimates, proximal_logprobs: torch.Tensor
 ) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
     """Weights of a microbatch's tokens and their metrics, as the settings ask; ``None``: data is not corrected.
 
@@ -35,20 +35,20 @@ def correction_weights(
     if training.behavior_weights != "none":
         weights, metrics = behavior_weights(
             proximal_logprobs,
-            gather_rows(estimates.sampling_logprobs, micro),
-            micro.mask,
+            known.sampling_logprobs,
+            known.mask,
             level=training.behavior_weights,
             mode=training.behavior_mode,
             cap=training.behavior_cap,
             floor=training.behavior_floor,
         )
-    if estimates.kept is not None:
-        kept = gather_rows(estimates.kept, micro).float()
-        metrics["m2po_masked_fraction"] = aggregate(1.0 - kept, micro.mask, "token_mean")
+    if known.kept is not None:
+        kept = known.kept.float()
+        metrics["m2po_masked_fraction"] = aggregate(1.0 - kept, known.mask, "token_mean")
         weights = kept if weights is None else weights * kept
     if training.behavior_weights != "none":
         assert weights is not None
-        metrics["behavior_weight_square_mean"] = aggregate(weights.square(), micro.mask, "token_mean")
+        metrics["behavior_weight_square_mean"] = aggregate(weights.square(), known.mask, "token_mean")
     return weights, metrics
 
 
@@ -87,11 +87,10 @@ def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float, gro
 
 
 def staleness_metrics(
-    estimates: Estimates, micro: Microbatch, proximal_logprobs: torch.Tensor
+    known: Estimates, micro: Microbatch, proximal_logprobs: torch.Tensor
 ) -> Iterator[tuple[dict[str, Any], float]]:
     """How far the sampling policy is from the proximal one, by version distance: means and numbers of tokens."""
-    gaps = (proximal_logprobs - gather_rows(estimates.sampling_logprobs, micro)).abs()
-    staleness = gather_rows(estimates.staleness, micro)
+    gaps = (proximal_logprobs - known.sampling_logprobs).abs()
     for distance, tokens in micro.num_by_staleness:
-        mean = aggregate(gaps, micro.mask & (staleness == distance), "token_mean")
+        mean = aggregate(gaps, known.mask & (known.staleness == distance), "token_mean")
         yield {f"proximal_logprob_diff_by_staleness/{distance}": mean}, float(tokens)
