@@ -178,7 +178,7 @@ class LearnerState:
         is_writer = dist.get_rank() == 0
         for name, trained in self._trained().items():
             weights: dict[str, torch.Tensor] = {}
-            for parameter_name, parameter in trained.checkpoint_parameters(every_name=False):
+            for parameter_name, parameter in trained.checkpoint.tensors(every_name=False):
                 full = full_tensor(parameter.detach())  # A collective: every rank takes part, and one keeps it.
                 if is_writer:
                     weights[parameter_name] = full.to("cpu", torch.float32).contiguous()
@@ -194,7 +194,7 @@ class LearnerState:
         policy, keep = self.policy, dist.get_rank() == 0
         # Buffers are never trained, but an engine that reloads a layer wants all of it.
         return itertools.chain(
-            gather_buckets(policy.checkpoint_parameters(dtype=dtype), dtype=dtype, keep=keep),
+            gather_buckets(policy.checkpoint.tensors(dtype=dtype), dtype=dtype, keep=keep),
             gather_buckets(policy.checkpoint.buffers().items(), dtype=torch.float32, keep=keep),
         )
 
@@ -203,7 +203,7 @@ class LearnerState:
         dtype = self._spec.published_dtype
         self._check_finite("published", dtype)
         self._staged = None  # Its memory is used again.
-        self._staged = self.policy.stage_parameters(dtype)
+        self._staged = self.policy.checkpoint.staged(dtype)
 
     def weight_source(self) -> ShardedSource:
         """The policy as vLLM's trainer engines read it, again for each version."""
@@ -213,7 +213,7 @@ class LearnerState:
         if self._staged is None:
             self._check_finite("published", dtype)
         return ShardedSource(
-            lambda: policy.checkpoint_parameters(dtype=dtype) if self._staged is None else self._staged(),
+            lambda: policy.checkpoint.tensors(dtype=dtype) if self._staged is None else self._staged(),
             policy.checkpoint.shapes,
             dtype,
             device=self._spec.device,

@@ -375,7 +375,7 @@ def take_turns(learner: Learner) -> None:
     assert learner.state()
     assert list(learner.weight_buckets())
     tensors, sizes = device_tensors(learner), device_bytes(learner)
-    weights = gathered(learner.policy.checkpoint_parameters())
+    weights = gathered(learner.policy.checkpoint.tensors())
     learner.stage_weights()
     assert max(sizes) > 0  # A rank may have nothing of a small tensor.
     learner.offload()
@@ -437,7 +437,7 @@ def outcome_of(learner: Learner, scenario: Scenario, figures: list[Figures]) -> 
 
 def full_weights(trained: TrainedModel) -> Weights:
     """The gathered weights; a collective."""
-    return {name: parameter.detach().full_tensor().clone() for name, parameter in trained.checkpoint_parameters()}
+    return {name: parameter.detach().full_tensor().clone() for name, parameter in trained.checkpoint.tensors()}
 
 
 # Three updates, of which the first is made on one set of ranks and the others, after a restart, on another.
@@ -530,7 +530,7 @@ def wire_of(folder: Path, name: str) -> Wire:
         adapter_bytes=4 * sum(adapters),
         buckets=buckets,
         source=given,
-        wanted={key: full_tensor(p.detach()).bfloat16() for key, p in learner.policy.checkpoint_parameters()},
+        wanted={key: full_tensor(p.detach()).bfloat16() for key, p in learner.policy.checkpoint.tensors()},
     )
 
 

@@ -1368,10 +1368,10 @@ def test_a_generation_config_that_transformers_refuses_costs_no_export(
 
 def test_the_policys_schedule_counts_its_own_steps(make_learner: Callable[..., Learner]) -> None:
     learner = make_learner(Scenario(spec={"total_steps": 12, "policy_steps": 4}), lr_warmup_steps=0)
-    steps = [learner.policy._schedule.lr_lambdas[0](step) for step in (0, 2, 4)]
+    steps = [learner.policy._lr_factor(step) for step in (0, 2, 4)]
     assert steps == pytest.approx([1.0, 0.5, 0.0])
     assert learner.critic is not None
-    assert learner.critic._schedule.lr_lambdas[0](6) == pytest.approx(0.5)
+    assert learner.critic._lr_factor(6) == pytest.approx(0.5)
 
 
 def test_two_ranks_export_whole_tensors(models: Path, two_ranks: tuple[Path, RankResult, RankResult]) -> None:

@@ -78,7 +78,7 @@ def test_what_is_published_has_the_names_of_the_model_and_samples_what_the_polic
     models: Path, trained: Learner
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(models / "policy")
-    sent = under_each_name(trained.policy.checkpoint_parameters())
+    sent = under_each_name(trained.policy.checkpoint.tensors())
     published = {name: tensor.full_tensor() for name, tensor in sent}
     assert published.keys() == dict(plain.named_parameters(remove_duplicate=False)).keys()
 
@@ -95,7 +95,7 @@ def test_an_export_is_an_ordinary_model(tmp_path: Path, trained: Learner) -> Non
     trained.export(str(tmp_path))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path)
 
-    sent = under_each_name(trained.policy.checkpoint_parameters())
+    sent = under_each_name(trained.policy.checkpoint.tensors())
     published = {name: tensor.full_tensor() for name, tensor in sent}
     for name, parameter in exported.named_parameters():
         torch.testing.assert_close(parameter.detach(), published[name], rtol=0.0, atol=0.0)
