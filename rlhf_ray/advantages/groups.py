@@ -58,14 +58,11 @@ class Groups:
         """Sum ``x`` (``[B]``) over each row's group."""
         return x.new_zeros(self.count).index_add_(0, self.index, x)[self.index]
 
-    def smallest(self, x: Tensor) -> Tensor:
-        """Return the smallest ``x`` (``[B]``) of each row's group."""
-        return x.new_zeros(self.count).scatter_reduce_(0, self.index, x, "amin", include_self=False)[self.index]
-
     def above_smallest(self, rewards: Tensor) -> Tensor:
         """Return ``[B]`` float64, rewards less the smallest of the group: exactly 0 where all are equal."""
-        rewards = rewards.detach().double()
-        return rewards - self.smallest(rewards)
+        x = rewards.detach().double()
+        smallest = x.new_zeros(self.count).scatter_reduce_(0, self.index, x, "amin", include_self=False)
+        return x - smallest[self.index]
 
     def deviations(self, x: Tensor) -> Tensor:
         """Return ``[B]``, ``x`` less the mean of the group."""

@@ -48,15 +48,16 @@ class FiniteGuard:
         rewards = torch.from_numpy(np.isfinite(batch.rewards) & np.isfinite(batch.greedy_rewards))
         self._given = torch.zeros(len(_STAGES), len(batch), dtype=torch.bool, device=estimates.mask.device)
         self._given[0] = ~rewards.to(self._given.device)
-        for stage, tensors in {
-            "sampling log-probabilities": (estimates.sampling_logprobs,),
-            "reference log-probabilities": (estimates.ref_logprobs,),
-            "values": (estimates.values, estimates.bootstrap),
-            "advantages": (estimates.advantages, estimates.returns),
-        }.items():
-            for tensor in tensors:
-                if tensor is not None:
-                    self._given[_STAGES.index(stage)] |= ~_finite_rows(tensor, estimates.mask)
+        for stage, tensor in (
+            ("sampling log-probabilities", estimates.sampling_logprobs),
+            ("reference log-probabilities", estimates.ref_logprobs),
+            ("values", estimates.values),
+            ("values", estimates.bootstrap),
+            ("advantages", estimates.advantages),
+            ("advantages", estimates.returns),
+        ):
+            if tensor is not None:
+                self._given[_STAGES.index(stage)] |= ~_finite_rows(tensor, estimates.mask)
         self._spoiled = self._given
         """``[stages, sequences]`` of the current step."""
 

@@ -219,7 +219,7 @@ class Learner(LearnerState):
         for position, rows in enumerate(minibatch.microbatches):
             for model in trained.values():
                 # Unreduced, the gradients of a whole model would stay on every GPU; on CPUs each reduction costs more.
-                model.sync_gradients(position == last or self._device.type == "cuda")
+                model.model.set_requires_gradient_sync(position == last or self._device.type == "cuda")
             if self.critic is not None:
                 self._backward_critic(run, *run.microbatches[rows], normalizer)
             if run.update_policy:

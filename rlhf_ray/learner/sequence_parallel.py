@@ -118,7 +118,7 @@ class SequenceSlices:
         kept = (micro.kept[is_own] - own.start).clamp(0, own.stop - own.start - 1)
         rows, columns = micro.value_index // length, micro.value_index % length
         mask = micro.mask & (columns >= own.start) & (columns < own.stop)
-        place = (is_own.cumsum(0) - 1)[micro.completion_index % len(micro.kept)]
+        is_scored = mask.flatten()[micro.scored]
         ids, positions, attention = self._inputs(micro, model.config._attn_implementation.removeprefix(self._prefix))
         return replace(
             micro,
@@ -126,11 +126,10 @@ class SequenceSlices:
             position_ids=positions[:, own].contiguous(),
             cu_seq_lens=None,
             kept=kept,
-            targets=micro.targets[:, is_own],
-            completion_index=torch.where(mask, rows * len(kept) + place, 0),
             value_index=torch.where(mask, rows * (own.stop - own.start) + columns - own.start, 0),
             mask=mask,
-            scored=mask.flatten().nonzero()[:, 0],
+            scored=micro.scored[is_scored],
+            targets=micro.targets[is_scored],
             attention=attention,
         )
 

@@ -41,6 +41,11 @@ class LearnerState:
         models: The models.
         credit: Whose weight of the KL penalty is part of the state.
         kept: Where copies of the state lie; ``None``: in memory that is freed when a checkpoint has been written.
+
+    Attributes:
+        policy: What is trained.
+        critic: Trained with it, where the advantage asks for values.
+        packed: Whether microbatches are packed rows, so that plans must be made for these.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class LearnerState:
     ) -> None:
         self._spec = spec
         self._models = models
+        self.policy, self.critic, self.packed = models.policy, models.critic, models.packed
         self._credit = credit
         self._kept = kept or KeptState()
         self._copy: StateFile | None = None
@@ -57,21 +63,6 @@ class LearnerState:
         self._residency = Residency(spec.device)
         self._skipped_in_a_row = 0
         """Optimizer steps, until this one."""
-
-    @property
-    def policy(self) -> TrainedModel:
-        """What is trained."""
-        return self._models.policy
-
-    @property
-    def critic(self) -> TrainedModel | None:
-        """Trained with it, where the advantage asks for values."""
-        return self._models.critic
-
-    @property
-    def packed(self) -> bool:
-        """Whether microbatches are packed rows, so that plans must be made for these."""
-        return self._models.packed
 
     @property
     def steps_taken(self) -> int:

@@ -90,10 +90,6 @@ class TrainedModel:
         """Learning rate of the last step taken; before there was one, that of the first."""
         return self._peak_lr * self._lr_factor(max(0, self.steps_taken - 1))
 
-    def sync_gradients(self, enabled: bool) -> None:
-        """Reduce gradients over ranks in the coming backward passes, or only add them up."""
-        self.model.set_requires_gradient_sync(enabled)
-
     def grad_norm(self) -> torch.Tensor:
         """Norm of the gradient over all ranks; a collective."""
         gradients = [parameter.grad for parameter in self._trained.values() if parameter.grad is not None]

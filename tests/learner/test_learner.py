@@ -523,8 +523,9 @@ def test_logprobs_are_those_of_a_float32_head(
     (logprobs - entropies).sum().backward()
 
     assert seen[0].dtype == torch.bfloat16
-    wanted = torch.log_softmax(seen[0].detach().float()[:, micro.kept] @ weight.T / 0.8, dim=-1)
-    wanted = wanted.gather(-1, micro.targets[..., None]).flatten()[micro.completion_index] * micro.mask
+    states = seen[0].detach().float().flatten(0, 1)[micro.value_index]
+    tokens = micro.input_ids.flatten()[micro.value_index + 1]
+    wanted = torch.log_softmax(states @ weight.T / 0.8, dim=-1).gather(-1, tokens[..., None])[..., 0] * micro.mask
     assert not on_bfloat16_grid(logprobs)
     torch.testing.assert_close(logprobs, wanted, rtol=1e-6, atol=2e-6)
     if not tied:
@@ -550,8 +551,9 @@ def test_a_gpu_gathers_the_output_layer_in_the_type_that_engines_have_it_in(
     logprobs.sum().backward()
 
     assert gathered == [torch.bfloat16]
-    wanted = torch.log_softmax(seen[0].detach().float()[:, micro.kept] @ weight.T / 0.8, dim=-1)
-    wanted = wanted.gather(-1, micro.targets[..., None]).flatten()[micro.completion_index] * micro.mask
+    states = seen[0].detach().float().flatten(0, 1)[micro.value_index]
+    tokens = micro.input_ids.flatten()[micro.value_index + 1]
+    wanted = torch.log_softmax(states @ weight.T / 0.8, dim=-1).gather(-1, tokens[..., None])[..., 0] * micro.mask
     torch.testing.assert_close(logprobs, wanted, rtol=1e-6, atol=2e-6)
     assert head.weight.grad.dtype == head.weight.dtype == torch.float32
     assert runs.update(learner, replace(scenario, num_minibatches=1), 0)["kl_to_reference"] == 0.0

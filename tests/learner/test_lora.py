@@ -86,8 +86,9 @@ def test_what_is_published_has_the_names_of_the_model_and_samples_what_the_polic
     batch = runs.make_batch(5, seed=1)
     micro = lay_out(batch, range(5), packed=False, device=CPU)
     with torch.no_grad():
-        logits = plain(input_ids=micro.input_ids, logits_to_keep=micro.kept).logits / 0.8
-    expected = torch.log_softmax(logits, -1).gather(-1, micro.targets[..., None]).flatten()[micro.completion_index]
+        logits = plain(input_ids=micro.input_ids).logits / 0.8
+    tokens = micro.input_ids.flatten()[micro.value_index + 1]
+    expected = torch.log_softmax(logits, -1).flatten(0, 1)[micro.value_index].gather(-1, tokens[..., None])[..., 0]
     torch.testing.assert_close(logprobs(trained._models.score), expected * micro.mask, atol=1e-5, rtol=0.0)
 
 
