@@ -201,7 +201,7 @@ class SequenceSlices:
             repeats = self._size // math.gcd(self._size, key.shape[1])
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
             kwargs.pop("position_ids", None)  # Those of the slice.
-            seen = _SharedOut(module, kernel, num_key_value_groups=query.shape[1] // key.shape[1])
+            seen = _with_shared_heads(module, kernel, query.shape[1] // key.shape[1])
             heads = [self._exchange(one) for one in (query, key, value)]
             output, _ = _kernel(kernel, module)(seen, *heads, attention_mask, **kwargs)
             return self._exchange(output), None
@@ -230,22 +230,12 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
         return gradient, None
 
 
-class _SharedOut:
-    """An attention module as its kernel sees it: with this rank's share of the heads."""
-
-    def __init__(self, module: nn.Module, kernel: str, *, num_key_value_groups: int) -> None:
-        self._module = module
-        self._kernel = kernel
-        self.num_key_value_groups = num_key_value_groups
-
-    @property
-    def config(self) -> Any:
-        config = copy.copy(self._module.config)
-        config._attn_implementation_internal = self._kernel
-        return config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+def _with_shared_heads(module: nn.Module, kernel: str, num_key_value_groups: int) -> nn.Module:
+    """An attention module as its kernel sees it: with this rank's share of the heads, and its own kernel's name."""
+    seen, config = copy.copy(module), copy.copy(module.config)
+    config._attn_implementation_internal = kernel
+    seen.config, seen.num_key_value_groups = config, num_key_value_groups
+    return seen
 
 
 def _kernel(name: str, module: nn.Module) -> Callable[..., Any]:
