@@ -112,7 +112,7 @@ class Learner(LearnerState):
         try:
             if self._training.value_init == "reward_mean":
                 self._start_values_at_mean(batch)
-            run, told = self._prepare(batch, plan, sums, update_policy=update_policy)
+            run, result = self._prepare(batch, plan, sums, update_policy=update_policy)
             self.advantages = _for_report(batch, run.estimates) if keep_advantages else None
             estimated = time.perf_counter()
             skipped = 0
@@ -121,14 +121,14 @@ class Learner(LearnerState):
         finally:
             self._models.reshard()
         self._check_finite("kept after an update, whose learning rate may be too high")
-        told |= effective_sample_size(sums.merge(len(plan.minibatches) * len(plan.epochs), self._mesh.data))
+        result |= effective_sample_size(sums.merge(len(plan.minibatches) * len(plan.epochs), self._mesh.data))
         if self._models.reference is not None:
-            told["kl_coef"] = kl_coef
-            self._credit.adapt(told.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
+            result["kl_coef"] = kl_coef
+            self._credit.adapt(result.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
         if self._training.nonfinite_updates == "skip":
-            told["skipped_updates"] = float(skipped)
-        told |= {"lr" if name == "policy" else "critic_lr": model.lr for name, model in trained.items()}
-        return told | {"advantage_s": estimated - started, "update_s": time.perf_counter() - estimated}
+            result["skipped_updates"] = float(skipped)
+        result |= {"lr" if name == "policy" else "critic_lr": model.lr for name, model in trained.items()}
+        return result | {"advantage_s": estimated - started, "update_s": time.perf_counter() - estimated}
 
     def _start_values_at_mean(self, batch: SequenceBatch) -> None:
         """Before the first step of a critic whose head is new: predict the mean reward everywhere."""
@@ -151,7 +151,7 @@ class Learner(LearnerState):
         }
         estimates, proximal = self._estimate(batch, microbatches, plan, update_policy=update_policy)
         self._models.reshard()  # Else the reference's output layer stays gathered for all steps.
-        estimates, told = self._credit.assign(batch, estimates, sums)
+        estimates, result = self._credit.assign(batch, estimates, sums)
         threshold = self._training.m2po_threshold
         if threshold is not None and update_policy:
             kept = estimates.mask.clone()
@@ -170,7 +170,7 @@ class Learner(LearnerState):
             guard=guard,
             update_policy=update_policy,
         )
-        return run, told
+        return run, result
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _estimate(

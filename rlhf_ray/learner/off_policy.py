@@ -63,7 +63,7 @@ def effective_sample_size(metrics: dict[str, float]) -> dict[str, float]:
 def m2po_kept(estimates: Estimates, rows: torch.Tensor, *, threshold: float, group: dist.ProcessGroup) -> torch.Tensor:
     """Tokens of a minibatch that M2PO's trust region lets through, the same on any number of ranks.
 
-    The policy before the update stands for the one that is trained, which it is in the first step.
+    The policy before the update is used in place of the one that is trained, which it is in the first step.
 
     Args:
         estimates: The rank's batch, advantages included.

@@ -92,15 +92,15 @@ class SequenceSlices:
         micro = lay_out(batch, range(len(lengths)), packed=packed, device=self._device)
         mine = hidden_states(model, micro.model_inputs())[:, self._own(length)]
         self.adopt(model)
-        told = ""
+        problem = ""
         try:
             sliced = hidden_states(model, self.shard(micro, model).model_inputs())[:, : mine.shape[1]]
             deviation = float((sliced - mine).norm() / mine.norm())
-        except Exception as error:  # Whatever a model's code makes of a slice; it is told below.
-            deviation, told = math.inf, repr(error)
+        except Exception as error:  # Whatever a model's code makes of a slice; it is reported below.
+            deviation, problem = math.inf, repr(error)
         if not deviation <= _TOLERANCE.get(self._dtype, _TOLERANCE_IN_HALF_PRECISION):
-            told = told or f"its hidden states differ by {deviation:.1g} of their norm"
-        for reason in filter(None, gather_objects(told)):
+            problem = problem or f"its hidden states differ by {deviation:.1g} of their norm"
+        for reason in filter(None, gather_objects(problem)):
             name = type(model).__name__.removeprefix("FSDP")
             remedy = f"{field}: {name} cannot read a sequence in slices ({reason}); use 1"
             raise ConfigError("learners.sequence_parallel", self._size, remedy)

@@ -57,7 +57,7 @@ def kl_loss(
     With ``d = logprobs - ref_logprobs`` of tokens sampled from the policy, the gradient of ``KL(policy ||
     reference)`` at a token is the expectation of ``d * grad(logprobs)``, which is the derivative of k2. The
     derivative of an unbiased *value* is something else: that of k1 is ``grad(logprobs)``, 0 in expectation, so it
-    regularises nothing; that of k3 is ``(1 - exp(-d)) * grad(logprobs)``, in expectation the gradient of the other
+    regularizes nothing; that of k3 is ``(1 - exp(-d)) * grad(logprobs)``, in expectation the gradient of the other
     divergence, ``KL(reference || policy)``. See "On a few pitfalls in KL divergence gradient estimation for RL"
     (arXiv:2506.09477). So here:
 
