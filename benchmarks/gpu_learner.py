@@ -94,7 +94,7 @@ def learner(
     config = config.learners(gradient_checkpointing=recompute, **learners)
     config = config.model(attn_implementation=kernel)
     compute = Device(on_gpu=on_gpu, learners_on_gpu=on_gpu, colocated=False, dtype=dtype)
-    spec = learner_spec(config, path, compute=compute, wire_dtype=dtype, keeps_state=True)
+    spec = learner_spec(config, path, compute=compute, keeps_state=True)
     return Learner(spec, KeptState(2))
 
 

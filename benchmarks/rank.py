@@ -60,7 +60,6 @@ def learner_spec(config: AlgorithmConfig, path: str, **changes: Any) -> LearnerS
         "rollouts": settings.rollouts,
         "learners": settings.learners,
         "compute": Device(on_gpu=False, learners_on_gpu=False, colocated=False, dtype="float32"),
-        "wire_dtype": "float32",
         "total_steps": 1000,
         "policy_steps": 1000,
         "timeline": False,

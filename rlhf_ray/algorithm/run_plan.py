@@ -311,7 +311,6 @@ def learner_spec(settings: Settings, inputs: Inputs, device: Device) -> LearnerS
         policy_path=inputs.policy_path,
         critic_path=inputs.critic_path,
         lora=lora if model.lora_rank > 0 else None,
-        wire_dtype=device.dtype,
         total_steps=schedule.total_optimizer_steps,
         policy_steps=schedule.policy_optimizer_steps,
         timeline=settings.reporting.timeline_interval > 0,

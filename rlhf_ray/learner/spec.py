@@ -32,8 +32,6 @@ class LearnerSpec:
     """``None``: the advantage asks for no values, and there is no critic."""
     lora: LoraSpec | None
     """Adapters of the policy; ``None``: all its weights are trained."""
-    wire_dtype: str
-    """Type of published weights: the engines' own."""
     total_steps: int
     """Optimizer steps of the run."""
     policy_steps: int
@@ -62,14 +60,8 @@ class LearnerSpec:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type that models compute in."""
+        """The type that models compute in, engines too: weights are published in it."""
         dtype: torch.dtype = getattr(torch, self.compute.dtype)
-        return dtype
-
-    @property
-    def published_dtype(self) -> torch.dtype:
-        """The type of published weights."""
-        dtype: torch.dtype = getattr(torch, self.wire_dtype)
         return dtype
 
     def threads(self, num_ranks: int) -> int | None:

@@ -180,7 +180,7 @@ class LearnerState:
 
     def weight_buckets(self) -> Iterator[tuple[BucketLayout, list[ByteArray] | None]]:
         """Gather the policy for publication; rank 0 gets the bytes, every rank must iterate to the end."""
-        dtype = self._spec.published_dtype
+        dtype = self._spec.compute_dtype
         self._check_finite("published", dtype)
         policy, keep = self.policy, dist.get_rank() == 0
         # Buffers are never trained, but an engine that reloads a layer wants all of it.
@@ -191,7 +191,7 @@ class LearnerState:
 
     def stage_weights(self) -> None:
         """Copy this rank's part of the policy to host memory: what a :meth:`weight_source` sends from now on."""
-        dtype = self._spec.published_dtype
+        dtype = self._spec.compute_dtype
         self._check_finite("published", dtype)
         self._staged = None  # Its memory is used again.
         self._staged = self.policy.checkpoint.staged(dtype)
@@ -200,7 +200,7 @@ class LearnerState:
         """The policy as vLLM's trainer engines read it, again for each version."""
         from rlhf_ray.weight_sync.nccl import ShardedSource
 
-        dtype, policy = self._spec.published_dtype, self.policy
+        dtype, policy = self._spec.compute_dtype, self.policy
         if self._staged is None:
             self._check_finite("published", dtype)
         return ShardedSource(

@@ -128,7 +128,7 @@ def _attention(
     value_width = value.shape[-1]
     padded = -(-max(width, value_width) // 8) * 8  # Zeros change no product.
     attend: Callable[..., Tensor] = _sequence_by_sequence
-    if _kernel is not None and query.is_cuda and query.dtype in _HALF_PRECISION and padded <= _WIDEST_HEAD:
+    if _kernel is not None and _is_for_kernel(query, padded):
         attend = _kernel
     answer = attend(
         *(_with_width(tensor.transpose(1, 2).flatten(0, 1), padded) for tensor in (query, key, value)),
@@ -146,6 +146,10 @@ def _attention(
 def _with_width(tensor: Tensor, width: int) -> Tensor:
     missing = width - tensor.shape[-1]
     return nn.functional.pad(tensor, (0, missing)) if missing else tensor  # Else a copy of the same.
+
+
+def _is_for_kernel(query: Tensor, width: int) -> bool:
+    return query.is_cuda and query.dtype in _HALF_PRECISION and width <= _WIDEST_HEAD
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # A graph for every count of sequences.

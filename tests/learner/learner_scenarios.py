@@ -251,7 +251,6 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "rollouts": RolloutSettings(temperature=0.8, max_new_tokens=MAX_NEW_TOKENS),
         "learners": LearnerSettings(gradient_checkpointing=False, num_threads=1),
         "compute": Device(on_gpu=False, learners_on_gpu=False, colocated=False, dtype="float32"),
-        "wire_dtype": "float32",
         "total_steps": 12,
         "policy_steps": 12,
         "timeline": False,
@@ -494,11 +493,17 @@ class Gathers(TorchDispatchMode):  # type: ignore[misc]
         return func(*args, **(kwargs or {}))
 
 
+def publish_in(dtype: str, learner: Learner) -> None:
+    """Have a learner that computes in float32 publish in another type."""
+    learner._spec = changed(learner._spec, {"dtype": dtype})
+
+
 def wire_of(folder: Path, name: str) -> Wire:
     """Publish a policy after an update, in bfloat16."""
-    spec = {"policy_path": str(folder / name.split(",")[0]), "wire_dtype": "bfloat16"} | PUBLISHED[name]
+    spec = {"policy_path": str(folder / name.split(",")[0])} | PUBLISHED[name]
     learner = Learner(make_spec(folder, Scenario(spec=spec)))
     update(learner, Scenario(), 0)
+    publish_in("bfloat16", learner)
     buckets: Weights = {}
     with Gathers() as first:
         for layout, pieces in learner.weight_buckets():

@@ -1498,7 +1498,8 @@ def test_two_ranks_take_each_weight_to_host_memory_once_for_what_they_send_later
 
 
 def test_published_weights_are_cast_to_the_wire_type(models: Path) -> None:
-    learner = Learner(runs.make_spec(models, Scenario(spec={"wire_dtype": "bfloat16"})))
+    learner = Learner(runs.make_spec(models, Scenario()))
+    runs.publish_in("bfloat16", learner)
 
     ((layout, pieces),) = learner.weight_buckets()
 
