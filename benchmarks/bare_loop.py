@@ -68,12 +68,17 @@ class BareLoop:
                     if len(self._models) > 1:
                         self._values(micro)
                     if index > 0:  # The first step's own pass is the old policy's.
-                        self._logprobs(micro.input_ids, micro.targets, micro.kept)
+                        self._logprobs(micro.input_ids, micro.input_ids[:, micro.kept + 1], micro.kept)
         for minibatch in minibatches * epochs:
             for micro in minibatch:
                 if len(self._models) > 1:
                     (self._values(micro).square() * 1e-3).mean().backward()
-                chosen = self._logprobs(micro.input_ids, micro.targets, micro.kept).flatten()[micro.completion_index]
+                rows, columns = (
+                    micro.value_index // micro.input_ids.shape[1],
+                    micro.value_index % micro.input_ids.shape[1],
+                )
+                logprobs = self._logprobs(micro.input_ids, micro.input_ids[:, micro.kept + 1], micro.kept)
+                chosen = logprobs[rows, (columns - micro.kept[0]).clamp(min=0)]
                 (chosen * micro.mask).sum().div(1e5).backward()
             self._step()
 

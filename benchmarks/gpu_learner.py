@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf_ray.learner.learner import Learner
 from rlhf_ray.learner.packing import attention_length, plan_update
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.losses import chunked_logprobs_and_entropy
+from rlhf_ray.types import Device
 from rlhf_ray.weight_sync.buckets import full_tensor
 
 SMALL: dict[str, Any] = {
@@ -77,11 +79,22 @@ def model(bench: Bench, shape: dict[str, Any], *, tied: bool = False) -> str:
     return str(folder)
 
 
-def learner(path: str, *, on_gpu: bool, dtype: str = "bfloat16", **changes: Any) -> Learner:
+def learner(
+    path: str,
+    *,
+    on_gpu: bool,
+    dtype: str = "bfloat16",
+    kernel: str = "auto",
+    training: Mapping[str, float] | None = None,
+    recompute: bool = False,
+    **learners: Any,
+) -> Learner:
     """A rank that trains by PPO with a critic; every weight is to move visibly."""
-    training = {"lr": 3e-3, "critic_lr": 3e-3, "adam_eps": 1e-3} | changes.pop("training", {})
-    config = PPOConfig().training(**training).learners(gradient_checkpointing=changes.pop("recompute", False))
-    spec = learner_spec(config, path, on_gpu=on_gpu, dtype=dtype, wire_dtype=dtype, keeps_state=True, **changes)
+    config = PPOConfig().training(**{"lr": 3e-3, "critic_lr": 3e-3, "adam_eps": 1e-3, **(training or {})})
+    config = config.learners(gradient_checkpointing=recompute, **learners)
+    config = config.model(attn_implementation=kernel)
+    compute = Device(on_gpu=on_gpu, learners_on_gpu=on_gpu, colocated=False, dtype=dtype)
+    spec = learner_spec(config, path, compute=compute, keeps_state=True)
     return Learner(spec, KeptState(2))
 
 
@@ -193,7 +206,7 @@ def attention_kernels(bench: Bench) -> dict[str, Any]:
     measured: dict[str, Any] = {}
     for kernel in KERNELS if bench.on_gpu else CPU_KERNELS:
         try:
-            rank = learner(path, on_gpu=bench.on_gpu, dtype=dtype, attn_implementation=kernel)
+            rank = learner(path, on_gpu=bench.on_gpu, dtype=dtype, kernel=kernel)
         except Exception as error:  # Not installed, or not on this device.
             if kernel in CPU_KERNELS:
                 raise

@@ -202,7 +202,7 @@ def _rank(
     number: int, size: int, folder: Path, on_gpu: bool, path: str, batch: SequenceBatch, kernel: str, dtype: str
 ) -> None:
     with rank_of(size, number, on_gpu=on_gpu, store=folder / "store"):
-        rank = learner(path, on_gpu=on_gpu, dtype=dtype, attn_implementation=kernel, sequence_parallel=size)
+        rank = learner(path, on_gpu=on_gpu, dtype=dtype, kernel=kernel, sequence_parallel=size)
         logprobs = scores(rank, batch)
         started = time.perf_counter()
         before, after, _, still = trained(rank, batch)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from rlhf_ray import AlgorithmConfig
 from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
 from rlhf_ray.learner.learner import LearnerSpec
+from rlhf_ray.types import Device
 
 
 @contextmanager
@@ -46,7 +47,7 @@ def rank_of(world_size: int, rank: int, *, on_gpu: bool, store: dist.Store | Pat
 def learner_spec(config: AlgorithmConfig, path: str, **changes: Any) -> LearnerSpec:
     """What a rank of ``config`` would be started with, its policy and critic read from ``path``; float32 on the CPU."""
     settings = config.settings
-    training, learners = settings.training, settings.learners
+    training = settings.training
     advantage = advantage_plugin(training.advantage, training.advantage_args)
     values: dict[str, Any] = {
         "training": training,
@@ -55,22 +56,13 @@ def learner_spec(config: AlgorithmConfig, path: str, **changes: Any) -> LearnerS
         "policy_path": path,
         "critic_path": path if advantage.needs_critic else None,
         "lora": None,
-        "attn_implementation": settings.model.attn_implementation,
-        "trust_remote_code": False,
-        "gradient_checkpointing": learners.gradient_checkpointing,
-        "compile_backend": None,
-        "offload_reference": learners.offload_reference,
-        "offload_optimizer": learners.offload_optimizer,
-        "dtype": "float32",
-        "wire_dtype": "float32",
-        "temperature": 1.0,
-        "max_new_tokens": settings.rollouts.max_new_tokens,
-        "max_staleness": 0,
+        "model": settings.model,
+        "rollouts": settings.rollouts,
+        "learners": settings.learners,
+        "compute": Device(on_gpu=False, learners_on_gpu=False, colocated=False, dtype="float32"),
         "total_steps": 1000,
         "policy_steps": 1000,
-        "on_gpu": False,
         "timeline": False,
         "keeps_state": False,
-        "num_threads": None,
     }
     return LearnerSpec(**values | changes)

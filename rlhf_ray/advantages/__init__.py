@@ -4,13 +4,11 @@ Half precision may be given anywhere and is computed in float32 or better. Resul
 where an input is; results per completion, and :func:`whiten`'s, have the dtype of the rewards that they replace.
 """
 
-from rlhf_ray.advantages.gae import gae
+from rlhf_ray.advantages.gae import gae, reinforce_plus_plus
 from rlhf_ray.advantages.group_advantages import group_advantages, remax
 from rlhf_ray.advantages.kl import AdaptiveKLController, kl
 from rlhf_ray.advantages.moments import Moments, explained_variance, whiten
-from rlhf_ray.advantages.reinforce_plus_plus import reinforce_plus_plus
-from rlhf_ray.advantages.reward_shaping import normalize_rewards, shape_rewards
-from rlhf_ray.advantages.token_rewards import kl_penalized_rewards
+from rlhf_ray.advantages.reward_shaping import kl_penalized_rewards, normalize_rewards, shape_rewards
 
 __all__ = [
     "AdaptiveKLController",

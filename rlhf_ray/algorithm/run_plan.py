@@ -295,40 +295,27 @@ def learner_spec(settings: Settings, inputs: Inputs, device: Device) -> LearnerS
     Raises:
         ConfigError: The attention has no kernel on their device, or weights cannot be sent as asked for.
     """
-    learners, model, rollouts, schedule = settings.learners, settings.model, settings.rollouts, Schedule(settings)
-    on_gpu = device.learners_on_gpu
-    check_attention_device(model.attn_implementation, on_gpu=on_gpu, dtype=device.dtype)
+    model, rollouts, schedule = settings.model, settings.rollouts, Schedule(settings)
+    check_attention_device(model.attn_implementation, on_gpu=device.learners_on_gpu, dtype=device.dtype)
     lora = LoraSpec(
         rank=model.lora_rank, alpha=model.lora_alpha, targets=tuple(model.lora_targets), seed=settings.debugging.seed
     )
     return LearnerSpec(
         training=settings.training,
-        policy_path=inputs.policy_path,
+        model=model,
+        rollouts=rollouts,
+        learners=settings.learners,
+        compute=device,
         advantage=_portable(inputs.advantage),
         loss=_portable(inputs.loss),
+        policy_path=inputs.policy_path,
         critic_path=inputs.critic_path,
         lora=lora if model.lora_rank > 0 else None,
-        attn_implementation=model.attn_implementation,
-        trust_remote_code=model.trust_remote_code,
-        gradient_checkpointing=learners.gradient_checkpointing,
-        compile_backend=learners.compile_backend,
-        offload_reference=learners.offload_reference,
-        offload_optimizer=learners.offload_optimizer,
-        dtype=device.dtype,
-        wire_dtype=device.dtype,
-        temperature=rollouts.temperature,
-        max_new_tokens=rollouts.max_new_tokens,
-        max_staleness=rollouts.max_staleness,
         total_steps=schedule.total_optimizer_steps,
         policy_steps=schedule.policy_optimizer_steps,
-        on_gpu=on_gpu,
         timeline=settings.reporting.timeline_interval > 0,
         keeps_state=settings.fault_tolerance.keeps_state,
-        num_threads=learners.num_threads,
         weight_transfer=weight_transfer(rollouts.weight_transfer, device),
-        quantized_sampler=rollouts.quantized_by is not None,
-        sequence_parallel=learners.sequence_parallel,
-        colocated=device.colocated,
     )
 
 

@@ -69,10 +69,10 @@ class LearnerModels:
 
 def build_models(spec: LearnerSpec, mesh: LearnerMesh) -> LearnerModels:
     """Load, shard and test the models; a collective of all ranks."""
-    training, device, compute_dtype = spec.training, spec.device, spec.compute_dtype
+    training, learners, device, compute_dtype = spec.training, spec.learners, spec.device, spec.compute_dtype
     loading: dict[str, Any] = {
-        "kernels": attention_kernels(spec.attn_implementation, device, compute_dtype),
-        "trust_remote_code": spec.trust_remote_code,
+        "kernels": attention_kernels(spec.model.attn_implementation, device, compute_dtype),
+        "trust_remote_code": spec.model.trust_remote_code,
         "with_weights": reads_weights(),
     }
 
@@ -81,9 +81,9 @@ def build_models(spec: LearnerSpec, mesh: LearnerMesh) -> LearnerModels:
             model,
             mesh.ranks,
             compute_dtype=compute_dtype,
-            gradient_checkpointing=spec.gradient_checkpointing and source is None,
-            compile_backend=spec.compile_backend,
-            offload=spec.offload_optimizer if source is None else spec.offload_reference,
+            gradient_checkpointing=learners.gradient_checkpointing and source is None,
+            compile_backend=learners.compile_backend,
+            offload=learners.offload_optimizer if source is None else learners.offload_reference,
             source=source,
             **more,
         )
@@ -94,7 +94,7 @@ def build_models(spec: LearnerSpec, mesh: LearnerMesh) -> LearnerModels:
         in_half = head is not None and sums_halves_in_float32(device)
         model = sharded(model, source=source, head_dtype=compute_dtype if in_half else torch.float32)
         head = usable_head(model, head, device, compute_dtype)
-        return TokenScorer(model, head, temperature=spec.temperature)
+        return TokenScorer(model, head, temperature=spec.rollouts.temperature)
 
     policy = load_policy(spec.policy_path, **loading)
     frozen: PreTrainedModel | None = None

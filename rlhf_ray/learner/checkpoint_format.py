@@ -50,13 +50,22 @@ class CheckpointFormat:
             (name, tuple(tensor.shape)) for name, tensor in self._published(empty.items())
         ]
         """Name and full shape of each tensor that :meth:`tensors` yields for engines, in its order."""
+        self._gathered: dict[str, Matrices] = {}
+
+    def merged(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield the weights, adapters merged, under their names in memory.
+
+        What is gathered of adapters is kept for what is published next, unless :meth:`forget` is called.
+        """
+        self.forget()
+        return merged_parameters(self._model, every_name=False, gathered=self._gathered)
+
+    def forget(self) -> None:
+        """Drop what is kept of adapters, before they change."""
+        self._gathered.clear()
 
     def tensors(
-        self,
-        *,
-        every_name: bool = True,
-        dtype: torch.dtype | None = None,
-        gathered: dict[str, Matrices] | None = None,
+        self, *, every_name: bool = True, dtype: torch.dtype | None = None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield a checkpoint's tensors, adapters merged: parameters as they are, sharded; what is converted gathered.
 
@@ -67,26 +76,26 @@ class CheckpointFormat:
                 first one, as a checkpoint has it.
             dtype: What is gathered is gathered in this type: conversions move numbers and compute none; ``None``: in
                 its own.
-            gathered: See :func:`merged_parameters`.
         """
-        parameters = merged_parameters(self._model, every_name=every_name, gathered=gathered)
+        parameters = self._parameters(every_name=every_name)
         return self._published(parameters, dtype) if every_name else self._stored(parameters, dtype)
 
-    def staged(
-        self, dtype: torch.dtype, gathered: dict[str, Matrices] | None = None
-    ) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
+    def staged(self, dtype: torch.dtype) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
         """Copy this rank's part of what :meth:`tensors` yields for engines to host memory; the call yields it.
 
         What is converted is gathered and converted within the call, one group after the other.
         """
-        parameters = merged_parameters(self._model, every_name=True, gathered=gathered)
-        copies = staged(self._once(parameters), dtype)
+        copies = staged(self._once(self._parameters(every_name=True)), dtype)
         return lambda: self._published(copies(), dtype)
 
     def buffers(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds besides parameters, such as the biases that balance a router's experts."""
         stored = self._model.state_dict().keys()
         return self._converted({name: buffer for name, buffer in self._model.named_buffers() if name in stored})
+
+    def _parameters(self, *, every_name: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        gathered, self._gathered = self._gathered, {}
+        return merged_parameters(self._model, every_name=every_name, gathered=gathered or None)
 
     def _published(
         self, parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype | None = None

@@ -94,10 +94,10 @@ class CreditAssignment:
         moments, *of_critic = merged_moments(self._group, mask, *measured)
         if training.whiten_advantages:
             advantages = whiten(advantages, mask, moments=moments)
-        told = {"advantage_mean": moments.mean, "advantage_std": moments.variance() ** 0.5}
+        reported = {"advantage_mean": moments.mean, "advantage_std": moments.variance() ** 0.5}
         if of_critic:
-            told["explained_variance"] = explained_variance(*of_critic)
-        return replace(estimates, advantages=advantages, returns=returns), told
+            reported["explained_variance"] = explained_variance(*of_critic)
+        return replace(estimates, advantages=advantages, returns=returns), reported
 
     def _of_tokens(
         self, penalty: torch.Tensor | None, estimates: Estimates
@@ -125,9 +125,9 @@ class CreditAssignment:
         rewards = torch.tensor(batch.rewards, device=mask.device)
         if penalty is not None:
             rewards = rewards - self.kl_coef * (penalty * mask).sum(dim=1)
-        mine = np.stack([batch.group_ids, batch.sampled_lengths, batch.greedy_rewards], axis=1).astype(np.float64)
+        own = np.stack([batch.group_ids, batch.sampled_lengths, batch.greedy_rewards], axis=1).astype(np.float64)
         table, first = gathered_rows(
-            torch.cat([rewards.double()[:, None], torch.tensor(mine, device=mask.device)], dim=1), self._group
+            torch.cat([rewards.double()[:, None], torch.tensor(own, device=mask.device)], dim=1), self._group
         )
         advantages = self._plugin.call(
             {

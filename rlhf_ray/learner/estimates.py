@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -54,6 +54,12 @@ class Estimates:
             staleness=padded(batch.staleness.astype(np.float32)),
             on_policy=torch.tensor(batch.on_policy, device=device)[:, None].expand(mask.shape),
         )
+
+    def rows(self, micro: Microbatch) -> Estimates:
+        """Those of a microbatch's tokens, ``[B, T]`` each; zeros for an empty one."""
+        known = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "bootstrap"}
+        gathered = {name: None if table is None else gather_rows(table, micro) for name, table in known.items()}
+        return replace(self, bootstrap=None, **gathered)
 
 
 def scatter_rows(target: torch.Tensor, micro: Microbatch, rows: torch.Tensor) -> None:

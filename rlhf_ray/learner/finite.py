@@ -46,30 +46,31 @@ class FiniteGuard:
     def __init__(self, batch: SequenceBatch, estimates: Estimates, sequences: Indices) -> None:
         self._names = list(zip(sequences, batch.group_ids.tolist(), strict=True))
         rewards = torch.from_numpy(np.isfinite(batch.rewards) & np.isfinite(batch.greedy_rewards))
-        self._given = torch.zeros(len(_STAGES), len(batch), dtype=torch.bool, device=estimates.mask.device)
-        self._given[0] = ~rewards.to(self._given.device)
-        for stage, tensors in {
-            "sampling log-probabilities": (estimates.sampling_logprobs,),
-            "reference log-probabilities": (estimates.ref_logprobs,),
-            "values": (estimates.values, estimates.bootstrap),
-            "advantages": (estimates.advantages, estimates.returns),
-        }.items():
-            for tensor in tensors:
-                if tensor is not None:
-                    self._given[_STAGES.index(stage)] |= ~_finite_rows(tensor, estimates.mask)
-        self._spoiled = self._given
+        self._known = torch.zeros(len(_STAGES), len(batch), dtype=torch.bool, device=estimates.mask.device)
+        self._known[0] = ~rewards.to(self._known.device)
+        for stage, tensor in (
+            ("sampling log-probabilities", estimates.sampling_logprobs),
+            ("reference log-probabilities", estimates.ref_logprobs),
+            ("values", estimates.values),
+            ("values", estimates.bootstrap),
+            ("advantages", estimates.advantages),
+            ("advantages", estimates.returns),
+        ):
+            if tensor is not None:
+                self._known[_STAGES.index(stage)] |= ~_finite_rows(tensor, estimates.mask)
+        self._nonfinite = self._known
         """``[stages, sequences]`` of the current step."""
 
     def begin(self, rows: Iterable[int]) -> None:
         """Begin an optimizer step, which reads these of the rank's sequences."""
-        read = torch.tensor(list(rows), dtype=torch.int64, device=self._given.device)
-        self._spoiled = torch.zeros_like(self._given).index_copy_(1, read, self._given[:, read])
+        read = torch.tensor(list(rows), dtype=torch.int64, device=self._known.device)
+        self._nonfinite = torch.zeros_like(self._known).index_copy_(1, read, self._known[:, read])
 
     def look(self, stage: str, micro: Microbatch, *tensors: torch.Tensor) -> None:
         """Look at a microbatch's ``[B, T]``, or at its loss."""
         if len(micro.rows):  # One that is there for other ranks' collectives has no sequence.
             for tensor in tensors:
-                self._spoiled[_STAGES.index(stage), micro.rows] |= ~_finite_rows(tensor.detach(), micro.mask)
+                self._nonfinite[_STAGES.index(stage), micro.rows] |= ~_finite_rows(tensor.detach(), micro.mask)
 
     def refusal(self, grad_norms: Mapping[str, torch.Tensor]) -> str | None:
         """Why the step must not be made, the same on every rank; ``None``: all is finite. A collective.
@@ -77,16 +78,16 @@ class FiniteGuard:
         Args:
             grad_norms: Of each model's whole gradient, by the model's name.
         """
-        is_refused = self._spoiled.any().int()
+        is_refused = self._nonfinite.any().int()
         dist.all_reduce(is_refused, dist.ReduceOp.MAX)
         norms = [norm.to(is_refused.device) for norm in grad_norms.values()]
-        bad, *endless = torch.stack([is_refused.bool(), *(~torch.isfinite(norm) for norm in norms)]).tolist()
-        if not bad and not any(endless):
+        bad, *nonfinite_norms = torch.stack([is_refused.bool(), *(~torch.isfinite(norm) for norm in norms)]).tolist()
+        if not bad and not any(nonfinite_norms):
             return None
-        mine = min(((stage, *self._names[row]) for stage, row in self._spoiled.nonzero().tolist()), default=None)
-        first = min((one for one in gather_objects(mine) if one is not None), default=None)
+        own = min(((stage, *self._names[row]) for stage, row in self._nonfinite.nonzero().tolist()), default=None)
+        first = min((one for one in gather_objects(own) if one is not None), default=None)
         if first is None:
-            model = next(name for name, is_endless in zip(grad_norms, endless, strict=True) if is_endless)
+            model = next(name for name, is_nonfinite in zip(grad_norms, nonfinite_norms, strict=True) if is_nonfinite)
             return f"gradient of the {model} not finite, although all that it was computed from is"
         stage, sequence, group = first
         return f"{_STAGES[stage]} not finite, first in sequence {sequence} of the batch, of group {group}"

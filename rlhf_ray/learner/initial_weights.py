@@ -1,13 +1,14 @@
 """Brings a model that one rank has read to the shards of all, so that no node's memory holds it twice.
 
 A model is sharded while its parameters have no memory. The reader keeps the whole weights meanwhile, then sends each
-rank the rows that it owns, parameter by parameter, and drops what it has sent.
+rank the rows that it owns, parameter by parameter in messages of bounded size, and drops what it has sent.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = ["InitialWeights", "local_part", "names_by_parameter", "outline", "reads_weights", "without_weights"]
+
+_MESSAGE_NUMBERS = 2**24
+"""Of a message: a copy of a whole shard, at both ends of it, might not fit next to the model."""
 
 
 def reads_weights() -> bool:
@@ -100,12 +103,9 @@ class InitialWeights:
             for target, tensor in zip(targets, itertools.chain(source.parameters(), source.buffers()), strict=True):
                 local_part(target).copy_(local_part(tensor))
             return
-        ranks = init_device_mesh("cpu", (dist.get_world_size(),))  # What is sent is in host memory.
         for name in self._names:
-            target = model.get_parameter(name)
-            # On the others a place for its size alone, which is never written to.
-            whole = self._whole.pop(name) if reads_weights() else torch.empty(target.shape, dtype=target.dtype)
-            local_part(target).copy_(local_part(distribute_tensor(whole, ranks, [Shard(0)])))
+            whole = self._whole.pop(name) if reads_weights() else None
+            _scatter_rows(whole, local_part(model.get_parameter(name)))
         for buffer in model.buffers():
             whole = buffer.cpu().contiguous()
             dist.broadcast(whole, 0)
@@ -123,6 +123,22 @@ def names_by_parameter(model: PreTrainedModel) -> list[list[str]]:
 def local_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor that may be sharded."""
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _scatter_rows(whole: torch.Tensor | None, part: torch.Tensor) -> None:
+    """Fill the parts of all ranks with rows of ``whole``, which the reader alone has."""
+    rows = max(1, _MESSAGE_NUMBERS // max(1, math.prod(part.shape[1:])))
+    if whole is None:
+        for piece in part.split(rows) if len(part) else ():
+            received = torch.empty(piece.shape, dtype=piece.dtype)
+            dist.recv(received, 0)
+            piece.copy_(received)
+        return
+    own, *others = whole.chunk(dist.get_world_size())
+    part.copy_(own)
+    for rank, theirs in enumerate(others, start=1):
+        for piece in theirs.split(rows):
+            dist.send(piece.contiguous(), rank)
 
 
 def _empty(parameter: nn.Parameter) -> nn.Parameter:

@@ -17,7 +17,6 @@ import numpy.typing as npt
 import torch
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.types import BoolArray, Int32Array
 
 __all__ = ["Microbatch", "lay_out", "packed_lengths"]
 
@@ -40,19 +39,17 @@ class Microbatch:
     max_length: int
     """Tokens of the longest sequence, known on the host."""
     kept: torch.Tensor
-    """``[K]`` columns of ``input_ids`` whose logits are needed: those before a completion token."""
-    targets: torch.Tensor
-    """``[rows of input_ids, K]``, the token that follows each kept column."""
-    completion_index: torch.Tensor
-    """``[B, T]`` where completion token t of sequence b lies among the flattened targets."""
+    """``[K]`` ascending columns of ``input_ids`` whose logits are needed: those before a completion token."""
     value_index: torch.Tensor
-    """``[B, T]`` where the state before that token lies in the flattened ``input_ids``."""
+    """``[B, T]`` where the state before completion token t of sequence b lies in the flattened ``input_ids``."""
     last_index: torch.Tensor
     """``[B]`` where the state after the last token lies in the flattened ``input_ids``."""
     mask: torch.Tensor
     """``[B, T]`` bool, true at tokens that enter the losses; observed ones in the middle of a row are none."""
     scored: torch.Tensor
     """``[N]`` where these tokens lie in the flattened ``[B, T]``: what the mask says, without asking the device."""
+    targets: torch.Tensor
+    """``[N]``, these tokens."""
     num_on_policy: int
     """Of these tokens, those of sequences that the policy that is trained sampled from the first token to the last."""
     num_by_staleness: tuple[tuple[int, int], ...]
@@ -88,11 +85,17 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
     prompt, lengths = selected.prompt_lengths.astype(np.int64), selected.lengths.astype(np.int64)
     mask = selected.padded(selected.loss_mask)
     staleness = selected.staleness[selected.loss_mask]
-    starts = _starts(lengths, packed=packed)
-    ids, positions = _input_ids(selected.token_ids, lengths, packed=packed)
+    starts, width = np.cumsum(lengths) - lengths, int(lengths.max())
+    ids: _Integers = selected.token_ids[None, :]
+    if not packed:
+        starts = np.arange(len(lengths)) * width
+        # The padding's id never matters: no real token attends to it and no mask reads it.
+        ids = np.zeros((len(lengths), width), dtype=np.int64)
+        ids[np.arange(width)[None, :] < lengths[:, None]] = selected.token_ids
     # Position of the state before completion token t: the last prompt token for t = 0.
     states = (starts + prompt - 1)[:, None] + np.arange(mask.shape[1])[None, :]
-    kept, targets, index = _kept_columns(ids, prompt, states, mask, packed=packed)
+    scored = states[mask]
+    kept = (scored if len(scored) else states[:, 0]) if packed else np.arange(prompt.min() - 1, width - 1)
 
     def tensor(array: _Integers) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(device)
@@ -100,16 +103,15 @@ def lay_out(batch: SequenceBatch, rows: Sequence[int], *, packed: bool, device: 
     return Microbatch(
         rows=tensor(np.asarray(rows)),
         input_ids=tensor(ids),
-        position_ids=tensor(positions) if packed else None,
+        position_ids=tensor(np.concatenate([np.arange(each) for each in lengths])[None, :]) if packed else None,
         cu_seq_lens=tensor(np.append(starts, ids.size)).int() if packed else None,
-        max_length=int(lengths.max()),
+        max_length=width,
         kept=tensor(kept),
-        targets=tensor(targets),
-        completion_index=tensor(np.where(mask, index, 0)),
         value_index=tensor(np.where(mask, states, 0)),
         last_index=tensor(starts + lengths - 1),
         mask=torch.from_numpy(mask).to(device),
         scored=tensor(np.flatnonzero(mask)),
+        targets=tensor(ids.flatten()[scored + 1]),
         num_on_policy=int(selected.loss_lengths[selected.on_policy].sum()),
         num_by_staleness=tuple((int(each), int((staleness == each).sum())) for each in np.unique(staleness)),
     )
@@ -121,39 +123,3 @@ _DUMMY = SequenceBatch.single_turn(
     completion_lengths=np.ones(1, dtype=np.int32),
     loss_mask=np.zeros(1, dtype=np.bool_),
 )
-
-
-def _starts(lengths: _Int64Array, *, packed: bool) -> _Int64Array:
-    """Where each sequence starts in the flattened ``input_ids``."""
-    if packed:
-        starts: _Int64Array = np.cumsum(lengths) - lengths
-        return starts
-    return np.arange(len(lengths)) * int(lengths.max())
-
-
-def _input_ids(tokens: Int32Array, lengths: _Int64Array, *, packed: bool) -> tuple[_Integers, _Int64Array]:
-    positions = np.concatenate([np.arange(length) for length in lengths])
-    if packed:
-        return tokens[None, :], positions[None, :]
-    width = int(lengths.max())
-    # The padding's id never matters: no real token attends to it and no mask reads it.
-    ids = np.zeros((len(lengths), width), dtype=np.int64)
-    ids[np.arange(width)[None, :] < lengths[:, None]] = tokens
-    return ids, positions
-
-
-def _kept_columns(
-    ids: _Integers, prompt: _Int64Array, states: _Int64Array, mask: BoolArray, *, packed: bool
-) -> tuple[_Int64Array, _Integers, _Int64Array]:
-    """Columns whose logits are needed, their targets, and each completion token's place among the targets."""
-    if packed:
-        kept = states[mask] if mask.any() else states[:, 0]
-        index = np.zeros(mask.shape, dtype=np.int64)
-        index[mask] = np.arange(int(mask.sum()))
-        return kept, ids[:, kept + 1], index
-    first, last = int(prompt.min()) - 1, ids.shape[1] - 1
-    kept = np.arange(first, last)
-    steps = np.arange(mask.shape[1])
-    columns = (prompt - 1 - first)[:, None] + steps[None, :]
-    rows = np.arange(len(prompt))[:, None] * len(kept)
-    return kept, ids[:, first + 1 : last + 1], rows + columns

@@ -22,21 +22,15 @@ from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.build import build_models
 from rlhf_ray.learner.credit import CreditAssignment, merged_moments
-from rlhf_ray.learner.estimates import Estimates, gather_rows, scatter_rows
+from rlhf_ray.learner.estimates import Estimates, scatter_rows
 from rlhf_ray.learner.finite import MOST_SKIPPED, FiniteGuard
 from rlhf_ray.learner.kept_state import KeptState
 from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.mesh import LearnerMesh
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import fix_sdpa_kernels, head_is_new, set_head_bias
-from rlhf_ray.learner.objective import (
-    PolicyTerms,
-    correction_weights,
-    effective_sample_size,
-    m2po_kept,
-    policy_objective,
-    staleness_metrics,
-)
+from rlhf_ray.learner.objective import policy_objective
+from rlhf_ray.learner.off_policy import correction_weights, effective_sample_size, m2po_kept, staleness_metrics
 from rlhf_ray.learner.packing import Indices, Minibatch, RankPlan
 from rlhf_ray.learner.process_memory import return_freed_tensors
 from rlhf_ray.learner.proximal import LoglinearProximal, RecomputedProximal
@@ -55,8 +49,8 @@ _REMEDY = "the weights are those before this step, which training.nonfinite_upda
 class _Update:
     """What the steps of one update share."""
 
-    microbatches: Mapping[Indices, Microbatch]
-    """By their sequences."""
+    microbatches: Mapping[Indices, tuple[Microbatch, Estimates]]
+    """With what is known of them before the first step, by their sequences."""
     estimates: Estimates
     proximal: RecomputedProximal
     metrics: MetricSums
@@ -83,7 +77,7 @@ class Learner(LearnerState):
             torch.set_num_threads(num_threads)
         self._device = spec.device
         self._training = spec.training
-        self._mesh = LearnerMesh.of(self._device.type, spec.sequence_parallel)
+        self._mesh = LearnerMesh.of(self._device.type, spec.learners.sequence_parallel)
         self._loss = spec.loss.loaded()
         credit = CreditAssignment(spec.training, spec.advantage.loaded(), self._mesh.data)
         super().__init__(spec, build_models(spec, self._mesh), credit, kept)
@@ -118,7 +112,7 @@ class Learner(LearnerState):
         try:
             if self._training.value_init == "reward_mean":
                 self._start_values_at_mean(batch)
-            run, told = self._prepare(batch, plan, sums, update_policy=update_policy)
+            run, result = self._prepare(batch, plan, sums, update_policy=update_policy)
             self.advantages = _for_report(batch, run.estimates) if keep_advantages else None
             estimated = time.perf_counter()
             skipped = 0
@@ -127,14 +121,14 @@ class Learner(LearnerState):
         finally:
             self._models.reshard()
         self._check_finite("kept after an update, whose learning rate may be too high")
-        told |= effective_sample_size(sums.merge(len(plan.minibatches) * len(plan.epochs), self._mesh.data))
+        result |= effective_sample_size(sums.merge(len(plan.minibatches) * len(plan.epochs), self._mesh.data))
         if self._models.reference is not None:
-            told["kl_coef"] = kl_coef
-            self._credit.adapt(told.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
+            result["kl_coef"] = kl_coef
+            self._credit.adapt(result.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
         if self._training.nonfinite_updates == "skip":
-            told["skipped_updates"] = float(skipped)
-        told |= {"lr" if name == "policy" else "critic_lr": model.lr for name, model in trained.items()}
-        return told | {"advantage_s": estimated - started, "update_s": time.perf_counter() - estimated}
+            result["skipped_updates"] = float(skipped)
+        result |= {"lr" if name == "policy" else "critic_lr": model.lr for name, model in trained.items()}
+        return result | {"advantage_s": estimated - started, "update_s": time.perf_counter() - estimated}
 
     def _start_values_at_mean(self, batch: SequenceBatch) -> None:
         """Before the first step of a critic whose head is new: predict the mean reward everywhere."""
@@ -157,7 +151,7 @@ class Learner(LearnerState):
         }
         estimates, proximal = self._estimate(batch, microbatches, plan, update_policy=update_policy)
         self._models.reshard()  # Else the reference's output layer stays gathered for all steps.
-        estimates, told = self._credit.assign(batch, estimates, sums)
+        estimates, result = self._credit.assign(batch, estimates, sums)
         threshold = self._training.m2po_threshold
         if threshold is not None and update_policy:
             kept = estimates.mask.clone()
@@ -169,14 +163,14 @@ class Learner(LearnerState):
         if self._training.nonfinite_updates == "error" and (refusal := guard.refusal({})):
             raise LearnerError(f"{refusal}; {_REMEDY}")
         run = _Update(
-            microbatches=microbatches,
+            microbatches={rows: (micro, estimates.rows(micro)) for rows, micro in microbatches.items()},
             estimates=estimates,
             proximal=proximal,
             metrics=sums,
             guard=guard,
             update_policy=update_policy,
         )
-        return run, told
+        return run, result
 
     @torch.no_grad()  # type: ignore[untyped-decorator]
     def _estimate(
@@ -218,18 +212,18 @@ class Learner(LearnerState):
         """One optimizer step of critic and policy over a minibatch; false where it was skipped."""
         run.guard.begin(itertools.chain.from_iterable(minibatch.microbatches))
         normalizer = global_normalizer(
-            minibatch.completion_lengths, self._training.loss_aggregation, max_length=self._spec.max_new_tokens
+            minibatch.completion_lengths, self._training.loss_aggregation, max_length=self._spec.rollouts.max_new_tokens
         )
         trained = self._trained()
         last = len(minibatch.microbatches) - 1
         for position, rows in enumerate(minibatch.microbatches):
             for model in trained.values():
                 # Unreduced, the gradients of a whole model would stay on every GPU; on CPUs each reduction costs more.
-                model.sync_gradients(position == last or self._device.type == "cuda")
+                model.model.set_requires_gradient_sync(position == last or self._device.type == "cuda")
             if self.critic is not None:
-                self._backward_critic(run, run.microbatches[rows], normalizer)
+                self._backward_critic(run, *run.microbatches[rows], normalizer)
             if run.update_policy:
-                self._backward_policy(run, run.microbatches[rows], normalizer, first=first)
+                self._backward_policy(run, *run.microbatches[rows], normalizer, first=first)
         stepped = {name: model for name, model in trained.items() if run.update_policy or name != "policy"}
         norms = {name: model.grad_norm() for name, model in stepped.items()}
         refusal = run.guard.refusal(norms)
@@ -247,16 +241,15 @@ class Learner(LearnerState):
             raise LearnerError(f"{MOST_SKIPPED} optimizer steps in a row were skipped, the last one for: {refusal}")
         return refusal is None
 
-    def _backward_critic(self, run: _Update, micro: Microbatch, normalizer: float) -> None:
-        estimates = run.estimates
-        assert estimates.values is not None
-        assert estimates.returns is not None
+    def _backward_critic(self, run: _Update, micro: Microbatch, known: Estimates, normalizer: float) -> None:
+        assert known.values is not None
+        assert known.returns is not None
         values = self._models.values(micro)[micro.value_index]
         loss, means = value_loss(
             values,
-            gather_rows(estimates.values, micro),
-            gather_rows(estimates.returns, micro),
-            micro.mask,
+            known.values,
+            known.returns,
+            known.mask,
             clip=self._training.value_clip,
             huber=self._training.value_huber,
             aggregation=self._training.loss_aggregation,
@@ -269,45 +262,45 @@ class Learner(LearnerState):
         run.metrics.add_loss("value_loss", loss)
         run.metrics.add(means, len(micro.scored))
 
-    def _backward_policy(self, run: _Update, micro: Microbatch, normalizer: float, *, first: bool) -> None:
-        estimates, metrics = run.estimates, run.metrics
-        assert estimates.advantages is not None
+    def _backward_policy(
+        self, run: _Update, micro: Microbatch, known: Estimates, normalizer: float, *, first: bool
+    ) -> None:
+        metrics = run.metrics
         logprobs, entropies = self._models.score(micro, entropy_gradient=self._training.entropy_coef != 0.0)
-        proximal = run.proximal.of_step(micro, logprobs, estimates, first=first)
+        proximal = run.proximal.of_step(micro, logprobs, known, first=first)
         weights: torch.Tensor | None = None
         of_weights: dict[str, torch.Tensor] = {}
-        if self._spec.off_policy:
-            weights, of_weights = correction_weights(self._training, estimates, micro, proximal)
-            for of_distance, tokens in staleness_metrics(estimates, micro, proximal):
+        if self._spec.rollouts.is_off_policy:
+            weights, of_weights = correction_weights(self._training, known, proximal)
+            for of_distance, tokens in staleness_metrics(known, micro, proximal):
                 metrics.add(of_distance, tokens)
-        terms = PolicyTerms(
+        total, loss, means = policy_objective(
+            self._training,
+            self._loss,
+            known,
             logprobs=logprobs,
             entropies=entropies,
             proximal_logprobs=proximal,
-            ref_logprobs=None if estimates.ref_logprobs is None else gather_rows(estimates.ref_logprobs, micro),
-            advantages=gather_rows(estimates.advantages, micro),
             behavior_weights=weights,
-            mask=micro.mask,
-        )
-        total, loss, means = policy_objective(
-            self._training, self._loss, terms, normalizer=normalizer, kl_coef=self._credit.kl_coef
+            normalizer=normalizer,
+            kl_coef=self._credit.kl_coef,
         )
         run.guard.look("log-probabilities", micro, logprobs, proximal)
         run.guard.look("policy loss", micro, loss, total)
         (total * dist.get_world_size()).backward()
         metrics.add_loss("policy_loss", loss)
         means = means | of_weights | {"entropy": aggregate(entropies.detach(), micro.mask, "token_mean")}
-        if terms.ref_logprobs is not None and not self._kl_in_reward:
-            penalty = kl(proximal, terms.ref_logprobs, estimator=self._training.kl_estimator)
+        if known.ref_logprobs is not None and not self._kl_in_reward:
+            penalty = kl(proximal, known.ref_logprobs, estimator=self._training.kl_estimator)
             means["kl_to_reference"] = aggregate(penalty, micro.mask, "token_mean")
         metrics.add(means, len(micro.scored))
         if first:
-            self._compare_logprobs(micro, estimates, logprobs.detach(), proximal, metrics)
+            self._compare_logprobs(micro, known, logprobs.detach(), proximal, metrics)
 
     def _compare_logprobs(
         self,
         micro: Microbatch,
-        estimates: Estimates,
+        known: Estimates,
         logprobs: torch.Tensor,
         proximal: torch.Tensor,
         metrics: MetricSums,
@@ -315,8 +308,8 @@ class Learner(LearnerState):
         """Exactness: the engine's log-probabilities against ours, and the first ratio against 1."""
         # An engine keeps what it computed of earlier tokens under older weights: one stale token touches all others.
         if micro.num_on_policy:
-            mask = micro.mask & gather_rows(estimates.on_policy, micro)
-            difference = blank((logprobs - gather_rows(estimates.sampling_logprobs, micro)).abs(), mask)
+            mask = known.mask & known.on_policy
+            difference = blank((logprobs - known.sampling_logprobs).abs(), mask)
             mean = aggregate(difference, mask, "token_mean")
             metrics.add(
                 {"sampling_logprob_diff_mean": mean, "sampling_logprob_diff_max": difference.max()},

@@ -213,13 +213,12 @@ class TokenScorer:
         An empty microbatch asks for one token, whose answer :func:`_spread` throws away: other ranks' collectives need
         a partner.
         """
-        places = micro.scored if len(micro.scored) else micro.scored.new_zeros(1)
-        rows = micro.completion_index.flatten()[places]
-        targets = micro.targets.flatten()[rows]
-        inputs = micro.model_inputs()
+        places, targets = micro.scored, micro.targets
+        if not len(places):
+            places = targets = micro.scored.new_zeros(1)
+        states, inputs = micro.value_index.flatten()[places], micro.model_inputs()
         with adapters_off(self.model) if self.without_adapters else nullcontext():
             if self.head is not None:
-                states = micro.value_index.flatten()[places]
                 answers: tuple[Tensor, Tensor | None] = self.model.score_tokens(
                     self.head,
                     inputs,
@@ -230,7 +229,9 @@ class TokenScorer:
                     entropy_gradient=entropy_gradient,
                 )
                 return answers
-            logits = self.model(**inputs, logits_to_keep=micro.kept).logits.flatten(0, -2)[rows]
+            logits = self.model(**inputs, logits_to_keep=micro.kept).logits
+        length = micro.input_ids.shape[1]
+        logits = logits[states // length, torch.searchsorted(micro.kept, states % length)]
         logprobs = token_logprobs(logits, targets, temperature=self.temperature)
         if not with_entropy:
             return logprobs, None

@@ -33,7 +33,7 @@ class MetricSums:
         self._sums[name] = value.detach().double() + self._sums.get(name, 0.0)
 
     def add(self, means: Mapping[str, float | torch.Tensor], weight: float) -> None:
-        """Add means that stand for ``weight`` tokens; names ending in ``_max`` are combined by the maximum."""
+        """Add means over ``weight`` tokens; names ending in ``_max`` are combined by the maximum."""
         if weight == 0:
             return
         for name, value in means.items():

@@ -43,8 +43,8 @@ def can_pack(
     if critic is not None:  # Not its values: a new head answers 0 to all.
         answers[critic] = lambda micro: [hidden_states(critic, micro.model_inputs()).flatten(0, -2)[micro.value_index]]
     kernels = [model.config._attn_implementation for model in answers]
-    apart: list[bool] = []  # Of all models, whatever the first answers: it takes collectives.
-    if all(map(skips_other_sequences, kernels)) and all(map(takes_lengths, answers)):
+    packed = all(map(skips_other_sequences, kernels)) and all(map(takes_lengths, answers))
+    if packed:  # Of all models, whatever the first answers: it takes collectives.
         apart = [
             keeps_sequences_apart(
                 answer,
@@ -54,9 +54,10 @@ def can_pack(
             )
             for model, answer in answers.items()
         ]
+        packed = all(apart)
     for model in answers:
         reshard(model)
-    packed = all(gather_objects(apart != [] and all(apart)))
+    packed = all(gather_objects(packed))
     if dist.get_rank() == 0:
         level = logging.WARNING if device.type == "cuda" and not packed else logging.INFO
         _LOG.log(level, "learners read %s rows, attention by %s", "packed" if packed else "padded", kernels[0])

@@ -37,8 +37,8 @@ class RecomputedProximal:
         """Take what such a pass gave."""
         scatter_rows(self.logprobs, micro, logprobs)
 
-    def of_step(self, micro: Microbatch, logprobs: torch.Tensor, estimates: Estimates, *, first: bool) -> torch.Tensor:
-        """``[B, T]`` of a microbatch, given what the policy that is trained makes of it in a step."""
+    def of_step(self, micro: Microbatch, logprobs: torch.Tensor, known: Estimates, *, first: bool) -> torch.Tensor:
+        """``[B, T]`` of a microbatch, given what is known of it and what the policy makes of it in a step."""
         if not self.needs_pass(first=first):
             self.put(micro, logprobs.detach())
         return gather_rows(self.logprobs, micro)
@@ -51,10 +51,9 @@ class LoglinearProximal(RecomputedProximal):
         """As :meth:`RecomputedProximal.needs_pass`; steps need none."""
         return self._needed_before
 
-    def of_step(self, micro: Microbatch, logprobs: torch.Tensor, estimates: Estimates, *, first: bool) -> torch.Tensor:
+    def of_step(self, micro: Microbatch, logprobs: torch.Tensor, known: Estimates, *, first: bool) -> torch.Tensor:
         """Between the policy that sampled and the one that is trained."""
-        sampling, staleness = gather_rows(estimates.sampling_logprobs, micro), gather_rows(estimates.staleness, micro)
-        return loglinear_proximal(logprobs, sampling, staleness)
+        return loglinear_proximal(logprobs, known.sampling_logprobs, known.staleness)
 
 
 def loglinear_proximal(

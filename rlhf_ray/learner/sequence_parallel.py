@@ -92,15 +92,15 @@ class SequenceSlices:
         micro = lay_out(batch, range(len(lengths)), packed=packed, device=self._device)
         mine = hidden_states(model, micro.model_inputs())[:, self._own(length)]
         self.adopt(model)
-        told = ""
+        problem = ""
         try:
             sliced = hidden_states(model, self.shard(micro, model).model_inputs())[:, : mine.shape[1]]
             deviation = float((sliced - mine).norm() / mine.norm())
-        except Exception as error:  # Whatever a model's code makes of a slice; it is told below.
-            deviation, told = math.inf, repr(error)
+        except Exception as error:  # Whatever a model's code makes of a slice; it is reported below.
+            deviation, problem = math.inf, repr(error)
         if not deviation <= _TOLERANCE.get(self._dtype, _TOLERANCE_IN_HALF_PRECISION):
-            told = told or f"its hidden states differ by {deviation:.1g} of their norm"
-        for reason in filter(None, gather_objects(told)):
+            problem = problem or f"its hidden states differ by {deviation:.1g} of their norm"
+        for reason in filter(None, gather_objects(problem)):
             name = type(model).__name__.removeprefix("FSDP")
             remedy = f"{field}: {name} cannot read a sequence in slices ({reason}); use 1"
             raise ConfigError("learners.sequence_parallel", self._size, remedy)
@@ -118,7 +118,7 @@ class SequenceSlices:
         kept = (micro.kept[is_own] - own.start).clamp(0, own.stop - own.start - 1)
         rows, columns = micro.value_index // length, micro.value_index % length
         mask = micro.mask & (columns >= own.start) & (columns < own.stop)
-        place = (is_own.cumsum(0) - 1)[micro.completion_index % len(micro.kept)]
+        is_scored = mask.flatten()[micro.scored]
         ids, positions, attention = self._inputs(micro, model.config._attn_implementation.removeprefix(self._prefix))
         return replace(
             micro,
@@ -126,11 +126,10 @@ class SequenceSlices:
             position_ids=positions[:, own].contiguous(),
             cu_seq_lens=None,
             kept=kept,
-            targets=micro.targets[:, is_own],
-            completion_index=torch.where(mask, rows * len(kept) + place, 0),
             value_index=torch.where(mask, rows * (own.stop - own.start) + columns - own.start, 0),
             mask=mask,
-            scored=mask.flatten().nonzero()[:, 0],
+            scored=micro.scored[is_scored],
+            targets=micro.targets[is_scored],
             attention=attention,
         )
 
@@ -202,7 +201,7 @@ class SequenceSlices:
             repeats = self._size // math.gcd(self._size, key.shape[1])
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
             kwargs.pop("position_ids", None)  # Those of the slice.
-            seen = _SharedOut(module, kernel, num_key_value_groups=query.shape[1] // key.shape[1])
+            seen = _with_shared_heads(module, kernel, query.shape[1] // key.shape[1])
             heads = [self._exchange(one) for one in (query, key, value)]
             output, _ = _kernel(kernel, module)(seen, *heads, attention_mask, **kwargs)
             return self._exchange(output), None
@@ -231,22 +230,12 @@ class _Merge(torch.autograd.Function):  # type: ignore[misc]
         return gradient, None
 
 
-class _SharedOut:
-    """An attention module as its kernel sees it: with this rank's share of the heads."""
-
-    def __init__(self, module: nn.Module, kernel: str, *, num_key_value_groups: int) -> None:
-        self._module = module
-        self._kernel = kernel
-        self.num_key_value_groups = num_key_value_groups
-
-    @property
-    def config(self) -> Any:
-        config = copy.copy(self._module.config)
-        config._attn_implementation_internal = self._kernel
-        return config
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._module, name)
+def _with_shared_heads(module: nn.Module, kernel: str, num_key_value_groups: int) -> nn.Module:
+    """An attention module as its kernel sees it: with this rank's share of the heads, and its own kernel's name."""
+    seen, config = copy.copy(module), copy.copy(module.config)
+    config._attn_implementation_internal = kernel
+    seen.config, seen.num_key_value_groups = config, num_key_value_groups
+    return seen
 
 
 def _kernel(name: str, module: nn.Module) -> Callable[..., Any]:

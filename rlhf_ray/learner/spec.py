@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from rlhf_ray.config.plugins import Plugin
-from rlhf_ray.config.settings import TrainingSettings
+from rlhf_ray.config.settings import LearnerSettings, ModelSettings, RolloutSettings, TrainingSettings
 from rlhf_ray.learner.lora import LoraSpec
+from rlhf_ray.types import Device
 
 __all__ = ["LearnerSpec"]
 
@@ -19,6 +20,11 @@ class LearnerSpec:
     """How ranks build their models and train them."""
 
     training: TrainingSettings
+    model: ModelSettings
+    rollouts: RolloutSettings
+    """``temperature`` is that of the distribution that log-probabilities are of."""
+    learners: LearnerSettings
+    compute: Device
     advantage: Plugin
     loss: Plugin
     policy_path: str
@@ -26,48 +32,26 @@ class LearnerSpec:
     """``None``: the advantage asks for no values, and there is no critic."""
     lora: LoraSpec | None
     """Adapters of the policy; ``None``: all its weights are trained."""
-    attn_implementation: str
-    trust_remote_code: bool
-    gradient_checkpointing: bool
-    compile_backend: str | None
-    """Of ``torch.compile``; ``None``: models run as they are."""
-    offload_reference: bool
-    """Keep the reference in CPU memory."""
-    offload_optimizer: bool
-    """Keep all of policy and critic in CPU memory, and step there."""
-    dtype: str
-    """Compute type: ``float32`` or ``bfloat16``."""
-    wire_dtype: str
-    """Type of published weights: the engines' own."""
-    temperature: float
-    """Sampling temperature: log-probabilities are those of the distribution sampled from."""
-    max_new_tokens: int
-    max_staleness: int
-    """Versions that data may lag behind the policy."""
     total_steps: int
     """Optimizer steps of the run."""
     policy_steps: int
     """Those of them that update the policy: all but the critic's warm-up."""
-    on_gpu: bool
     timeline: bool
     """Whether ranks report what they do when."""
     keeps_state: bool
     """Whether ranks keep copies of their state outside of their processes, and not for checkpoints alone."""
-    num_threads: int | None
-    """CPU threads of a rank; ``None``: its share of the machine's cores."""
     weight_transfer: str = "nccl"
     """How ranks send weights to replicas themselves: ``nccl`` or ``ipc``."""
-    quantized_sampler: bool = False
-    """Whether engines compute more coarsely than learners, and so sample from another policy."""
-    sequence_parallel: int = 1
-    """Ranks that read the same sequences, a slice of each."""
-    colocated: bool = False
-    """Whether a replica shares this rank's device, and takes turns with it."""
 
     @property
-    def off_policy(self) -> bool:
-        """Whether the sampler may be another policy than the trained one, so that the loss corrects for it."""
-        return self.max_staleness > 0 or self.quantized_sampler
+    def on_gpu(self) -> bool:
+        """Whether ranks compute on GPUs."""
+        return self.compute.learners_on_gpu
+
+    @property
+    def colocated(self) -> bool:
+        """Whether a replica shares this rank's device, and takes turns with it."""
+        return self.compute.colocated
 
     @property
     def device(self) -> torch.device:
@@ -76,14 +60,8 @@ class LearnerSpec:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The type that models compute in."""
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
-
-    @property
-    def published_dtype(self) -> torch.dtype:
-        """The type of published weights."""
-        dtype: torch.dtype = getattr(torch, self.wire_dtype)
+        """The type that models compute in, engines too: weights are published in it."""
+        dtype: torch.dtype = getattr(torch, self.compute.dtype)
         return dtype
 
     def threads(self, num_ranks: int) -> int | None:
@@ -95,9 +73,10 @@ class LearnerSpec:
         Args:
             num_ranks: Ranks on this machine, where ``LOCAL_WORLD_SIZE`` does not tell.
         """
-        if self.num_threads is not None or (self.on_gpu and not self.offload_optimizer):
-            return self.num_threads
+        asked = self.learners.num_threads
+        if asked is not None or (self.on_gpu and not self.learners.offload_optimizer):
+            return asked
         cores = len(os.sched_getaffinity(0))
-        if self.max_staleness > 0 and not self.on_gpu:
+        if self.rollouts.max_staleness > 0 and not self.on_gpu:
             cores //= 2
         return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", num_ranks)))

@@ -41,6 +41,11 @@ class LearnerState:
         models: The models.
         credit: Whose weight of the KL penalty is part of the state.
         kept: Where copies of the state lie; ``None``: in memory that is freed when a checkpoint has been written.
+
+    Attributes:
+        policy: What is trained.
+        critic: Trained with it, where the advantage asks for values.
+        packed: Whether microbatches are packed rows, so that plans must be made for these.
     """
 
     def __init__(
@@ -48,6 +53,7 @@ class LearnerState:
     ) -> None:
         self._spec = spec
         self._models = models
+        self.policy, self.critic, self.packed = models.policy, models.critic, models.packed
         self._credit = credit
         self._kept = kept or KeptState()
         self._copy: StateFile | None = None
@@ -57,21 +63,6 @@ class LearnerState:
         self._residency = Residency(spec.device)
         self._skipped_in_a_row = 0
         """Optimizer steps, until this one."""
-
-    @property
-    def policy(self) -> TrainedModel:
-        """What is trained."""
-        return self._models.policy
-
-    @property
-    def critic(self) -> TrainedModel | None:
-        """Trained with it, where the advantage asks for values."""
-        return self._models.critic
-
-    @property
-    def packed(self) -> bool:
-        """Whether microbatches are packed rows, so that plans must be made for these."""
-        return self._models.packed
 
     @property
     def steps_taken(self) -> int:
@@ -93,9 +84,9 @@ class LearnerState:
         self._kept.wait_started()  # They read what is freed here, or the host memory that is used again.
         self._models.reshard()
         tensors: list[torch.Tensor] = []
-        if not self._spec.offload_optimizer:
+        if not self._spec.learners.offload_optimizer:
             tensors += itertools.chain.from_iterable(model.tensors() for model in self._trained().values())
-        if self._models.reference is not None and not self._spec.offload_reference and self._spec.lora is None:
+        if self._models.reference is not None and not self._spec.learners.offload_reference and self._spec.lora is None:
             tensors += self._models.reference.model.parameters()
         self._residency.offload(tensors)
         self._kept.start(self._residency.bytes_of)
@@ -178,7 +169,7 @@ class LearnerState:
         is_writer = dist.get_rank() == 0
         for name, trained in self._trained().items():
             weights: dict[str, torch.Tensor] = {}
-            for parameter_name, parameter in trained.checkpoint_parameters(every_name=False):
+            for parameter_name, parameter in trained.checkpoint.tensors(every_name=False):
                 full = full_tensor(parameter.detach())  # A collective: every rank takes part, and one keeps it.
                 if is_writer:
                     weights[parameter_name] = full.to("cpu", torch.float32).contiguous()
@@ -189,31 +180,31 @@ class LearnerState:
 
     def weight_buckets(self) -> Iterator[tuple[BucketLayout, list[ByteArray] | None]]:
         """Gather the policy for publication; rank 0 gets the bytes, every rank must iterate to the end."""
-        dtype = self._spec.published_dtype
+        dtype = self._spec.compute_dtype
         self._check_finite("published", dtype)
         policy, keep = self.policy, dist.get_rank() == 0
         # Buffers are never trained, but an engine that reloads a layer wants all of it.
         return itertools.chain(
-            gather_buckets(policy.checkpoint_parameters(dtype=dtype), dtype=dtype, keep=keep),
+            gather_buckets(policy.checkpoint.tensors(dtype=dtype), dtype=dtype, keep=keep),
             gather_buckets(policy.checkpoint.buffers().items(), dtype=torch.float32, keep=keep),
         )
 
     def stage_weights(self) -> None:
         """Copy this rank's part of the policy to host memory: what a :meth:`weight_source` sends from now on."""
-        dtype = self._spec.published_dtype
+        dtype = self._spec.compute_dtype
         self._check_finite("published", dtype)
         self._staged = None  # Its memory is used again.
-        self._staged = self.policy.stage_parameters(dtype)
+        self._staged = self.policy.checkpoint.staged(dtype)
 
     def weight_source(self) -> ShardedSource:
         """The policy as vLLM's trainer engines read it, again for each version."""
         from rlhf_ray.weight_sync.nccl import ShardedSource
 
-        dtype, policy = self._spec.published_dtype, self.policy
+        dtype, policy = self._spec.compute_dtype, self.policy
         if self._staged is None:
             self._check_finite("published", dtype)
         return ShardedSource(
-            lambda: policy.checkpoint_parameters(dtype=dtype) if self._staged is None else self._staged(),
+            lambda: policy.checkpoint.tensors(dtype=dtype) if self._staged is None else self._staged(),
             policy.checkpoint.shapes,
             dtype,
             device=self._spec.device,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,6 @@ from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.checkpoint_format import CheckpointFormat
 from rlhf_ray.learner.initial_weights import local_part
-from rlhf_ray.learner.lora import Matrices, merged_parameters
 from rlhf_ray.learner.models import reshard
 from rlhf_ray.models.weights import first_nonfinite
 from rlhf_ray.weight_sync.buckets import full_tensor
@@ -56,6 +55,7 @@ class TrainedModel:
 
     Attributes:
         checkpoint: The weights as a checkpoint has them.
+        steps_taken: Optimizer steps since the run began, restarts included.
     """
 
     def __init__(
@@ -70,8 +70,6 @@ class TrainedModel:
         reshard(model)
         self.model = model
         self.checkpoint = CheckpointFormat(model)
-        self._gathered: dict[str, Matrices] = {}
-        """Of adapters, by :meth:`nonfinite`, for what is published next."""
         self._max_grad_norm = max_grad_norm
         self._optimizer = torch.optim.AdamW(
             _parameter_groups(model, training.weight_decay),
@@ -83,23 +81,14 @@ class TrainedModel:
         )
         names = {parameter: name for name, parameter in model.named_parameters()}
         self._trained = {names[p]: p for group in self._optimizer.param_groups for p in group["params"]}
-        factor = partial(learning_rate_factor, training, total_steps)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factor)
-
-    @property
-    def steps_taken(self) -> int:
-        """Optimizer steps since the run began, restarts included."""
-        return int(self._schedule.last_epoch)
+        self._peak_lr = lr
+        self._lr_factor = partial(learning_rate_factor, training, total_steps)
+        self.steps_taken = 0
 
     @property
     def lr(self) -> float:
         """Learning rate of the last step taken; before there was one, that of the first."""
-        taken = max(0, self._schedule.last_epoch - 1)
-        return float(self._schedule.base_lrs[0] * self._schedule.lr_lambdas[0](taken))
-
-    def sync_gradients(self, enabled: bool) -> None:
-        """Reduce gradients over ranks in the coming backward passes, or only add them up."""
-        self.model.set_requires_gradient_sync(enabled)
+        return self._peak_lr * self._lr_factor(max(0, self.steps_taken - 1))
 
     def grad_norm(self) -> torch.Tensor:
         """Norm of the gradient over all ranks; a collective."""
@@ -110,9 +99,11 @@ class TrainedModel:
         """Clip by the gradient's norm, update the weights, clear the gradients."""
         if self._max_grad_norm is not None:
             nn.utils.clip_grads_with_norm_(list(self._trained.values()), self._max_grad_norm, grad_norm)
-        self._gathered.clear()
+        self.checkpoint.forget()
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._peak_lr * self._lr_factor(self.steps_taken)
         self._optimizer.step()
-        self._schedule.step()
+        self.steps_taken += 1
         self.drop_gradients()
 
     def drop_gradients(self) -> None:
@@ -129,24 +120,10 @@ class TrainedModel:
             dtype: Look at the weights that are published, as they are in this type; ``None``: at what a checkpoint
                 holds, weights and moments.
         """
-        self._gathered.clear()
-        tensors = merged_parameters(self.model, every_name=False, gathered=self._gathered)
+        tensors = self.checkpoint.merged()
         if dtype is None:
             tensors = itertools.chain(self.model.named_parameters(), self._moments())
         return first_nonfinite(((name, local_part(tensor)) for name, tensor in tensors), dtype)
-
-    def checkpoint_parameters(
-        self, *, every_name: bool = True, dtype: torch.dtype | None = None
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors by checkpoint name, adapters merged, sharded or gathered; tied ones under all their names, or one.
-
-        A collective, in ``dtype`` where one is given: every rank iterates to the end.
-        """
-        return self.checkpoint.tensors(every_name=every_name, dtype=dtype, gathered=self._take_gathered())
-
-    def stage_parameters(self, dtype: torch.dtype) -> Callable[[], Iterator[tuple[str, torch.Tensor]]]:
-        """Copy this rank's part of them to host memory; the call yields :meth:`checkpoint_parameters` of the copies."""
-        return self.checkpoint.staged(dtype, self._take_gathered())
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Weights, frozen ones too, and all of the optimizer's state."""
@@ -181,15 +158,8 @@ class TrainedModel:
     def restored(self, steps: int) -> None:
         """Continue after ``steps``, once the tensors of :meth:`state` were filled with what they were then."""
         self.drop_gradients()
-        self._gathered.clear()
-        schedule = self._schedule
-        schedule.last_epoch = steps  # Not by its own step(), which wants one of the optimizer before it.
-        for group, lr, factor in zip(self._optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
-            group["lr"] = lr * factor(steps)
-
-    def _take_gathered(self) -> dict[str, Matrices] | None:
-        taken, self._gathered = self._gathered, {}
-        return taken or None
+        self.checkpoint.forget()
+        self.steps_taken = steps
 
     def _moments(self) -> Iterator[tuple[str, torch.Tensor]]:
         for name, parameter in self.model.named_parameters():

@@ -13,9 +13,10 @@ from rlhf_ray.losses.chunked_logprobs import chunked_logprobs_and_entropy
 from rlhf_ray.losses.cispo import cispo_loss
 from rlhf_ray.losses.gmpo import gmpo_loss
 from rlhf_ray.losses.gspo import gspo_loss
-from rlhf_ray.losses.logprobs import entropy_bonus, kl_loss, token_entropy, token_logprobs, token_logprobs_and_entropy
+from rlhf_ray.losses.logprobs import token_entropy, token_logprobs, token_logprobs_and_entropy
 from rlhf_ray.losses.m2po import m2po_mask
 from rlhf_ray.losses.ppo import ppo_loss
+from rlhf_ray.losses.regularizers import entropy_bonus, kl_loss
 from rlhf_ray.losses.sapo import sapo_loss
 from rlhf_ray.losses.value import value_loss
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_ray.advantages.ratio import probability_ratio
 from rlhf_ray.losses.aggregation import aggregate
-from rlhf_ray.losses.policy_tokens import PolicyTokens, check_clip
+from rlhf_ray.losses.policy_tokens import PolicyTokens
 
 __all__ = ["cispo_loss"]
 
@@ -65,9 +64,9 @@ def cispo_loss(
     Raises:
         ValueError: The shapes differ, or a clip is negative.
     """
-    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights)
-    check_clip(clip_low, clip_high)
-    ratio = probability_ratio(tokens.logprobs.detach(), tokens.old_logprobs)
+    clip = (clip_low, clip_high)
+    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights, clip=clip)
+    ratio = tokens.ratio().detach()
     metrics = tokens.metrics(ratio, clipped_low=ratio < 1 - clip_low, clipped_high=ratio > 1 + clip_high)
     losses = -ratio.clamp(1 - clip_low, 1 + clip_high) * tokens.advantages * tokens.weights * tokens.logprobs
     return aggregate(losses, tokens.mask, aggregation, normalizer), metrics

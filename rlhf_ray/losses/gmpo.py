@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.ratio import MAX_LOG_RATIO, log_difference
+from rlhf_ray.advantages.ratio import MAX_LOG_RATIO
 from rlhf_ray.losses.aggregation import aggregate
-from rlhf_ray.losses.policy_tokens import PolicyTokens, check_clip
+from rlhf_ray.losses.policy_tokens import PolicyTokens
 
 __all__ = ["gmpo_loss"]
 
@@ -71,9 +71,9 @@ def gmpo_loss(
     Raises:
         ValueError: The shapes differ, or a clip is negative.
     """
-    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights)
-    check_clip(clip_low, clip_high)
-    log_ratios = log_difference(tokens.logprobs, tokens.old_logprobs)
+    clip = (clip_low, clip_high)
+    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights, clip=clip)
+    log_ratios = tokens.log_ratio()
     clipped = torch.where(tokens.advantages >= 0, log_ratios.clamp(max=clip_high), log_ratios.clamp(min=-clip_low))
     means = tokens.sequence_mean(clipped).clamp(max=MAX_LOG_RATIO)
     metrics = tokens.metrics(

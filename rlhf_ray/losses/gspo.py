@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.ratio import MAX_LOG_RATIO, log_difference
-from rlhf_ray.losses.policy_tokens import PolicyTokens, check_clip
+from rlhf_ray.advantages.ratio import MAX_LOG_RATIO
+from rlhf_ray.losses.policy_tokens import PolicyTokens
 
 __all__ = ["gspo_loss"]
 
@@ -69,16 +69,10 @@ def gspo_loss(
     Raises:
         ValueError: The shapes differ, or a clip is negative.
     """
-    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights)
-    check_clip(clip_low, clip_high)
-    log_ratios = log_difference(tokens.logprobs, tokens.old_logprobs)
+    clip = (clip_low, clip_high)
+    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights, clip=clip)
+    log_ratios = tokens.log_ratio()
     # The straight-through term x - sg(x) is 0, but NaN for a token of probability 0, whose logarithm is infinite.
     finite = log_ratios.clamp(min=torch.finfo(log_ratios.dtype).min)
     means = tokens.sequence_mean(log_ratios.detach()) + (finite - finite.detach())
-    return tokens.clipped_surrogate(
-        means.clamp(max=MAX_LOG_RATIO).exp(),
-        clip_low=clip_low,
-        clip_high=clip_high,
-        aggregation=aggregation,
-        normalizer=normalizer,
-    )
+    return tokens.clipped_surrogate(means.clamp(max=MAX_LOG_RATIO).exp(), clip, aggregation, normalizer)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from rlhf_ray.advantages.kl import kl
 from rlhf_ray.advantages.padding import blank, checked_mask
+from rlhf_ray.advantages.ratio import log_difference, probability_ratio
 from rlhf_ray.losses.aggregation import aggregate
 
-__all__ = ["PolicyTokens", "check_clip"]
+__all__ = ["PolicyTokens"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,18 +31,35 @@ class PolicyTokens:
 
     @classmethod
     def of(
-        cls, logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, behavior_weights: Tensor | None
+        cls,
+        logprobs: Tensor,
+        old_logprobs: Tensor,
+        advantages: Tensor,
+        mask: Tensor,
+        behavior_weights: Tensor | None,
+        *,
+        clip: tuple[float, float] = (0.0, 0.0),
     ) -> PolicyTokens:
-        """Check the shapes and :func:`blank` all that is not the mask.
+        """Check the shapes and the clip range (low, high), and :func:`blank` all that is not the mask.
 
         Raises:
-            ValueError: The shapes differ, or they have not two dimensions.
+            ValueError: The shapes differ or have not two dimensions; a bound is negative or not a number.
         """
         given = {} if behavior_weights is None else {"behavior_weights": behavior_weights}
         mask = checked_mask(mask, ndim=2, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, **given)
+        if not (clip[0] >= 0 and clip[1] >= 0):
+            raise ValueError(f"clip_low = {clip[0]}, clip_high = {clip[1]}: must not be negative")
         weights = torch.ones_like(advantages) if behavior_weights is None else behavior_weights
         old_logprobs, advantages, weights = (blank(x.detach(), mask) for x in (old_logprobs, advantages, weights))
         return cls(blank(logprobs, mask), old_logprobs, advantages, weights, mask)
+
+    def log_ratio(self) -> Tensor:
+        """``[B, T]`` :func:`log_difference` of new and old policy, with a gradient."""
+        return log_difference(self.logprobs, self.old_logprobs)
+
+    def ratio(self) -> Tensor:
+        """``[B, T]`` :func:`probability_ratio` of new and old policy, with a gradient."""
+        return probability_ratio(self.logprobs, self.old_logprobs)
 
     def sequence_mean(self, x: Tensor) -> Tensor:
         """Average each row of ``[B, T]`` over its unmasked tokens, to ``[B, 1]``; 0 for a row without any.
@@ -53,12 +71,11 @@ class PolicyTokens:
     def clipped_surrogate(
         self,
         ratio: Tensor,
-        *,
-        clip_low: float,
-        clip_high: float,
-        dual_clip: float | None = None,
+        clip: tuple[float, float],
         aggregation: str,
         normalizer: float | None,
+        *,
+        dual_clip: float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return ``-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)``, weighted and aggregated.
 
@@ -66,13 +83,12 @@ class PolicyTokens:
         """
         # The min, case by case: a positive advantage bounds the ratio from above only, a negative one from below (and,
         # dual clip, from above).
-        bounded = torch.where(
-            self.advantages >= 0, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low, max=dual_clip)
-        )
+        low, high = 1 - clip[0], 1 + clip[1]
+        bounded = torch.where(self.advantages >= 0, ratio.clamp(max=high), ratio.clamp(min=low, max=dual_clip))
         metrics = self.metrics(
             ratio,
-            clipped_low=(self.advantages < 0) & (ratio < 1 - clip_low),
-            clipped_high=(self.advantages > 0) & (ratio > 1 + clip_high),
+            clipped_low=(self.advantages < 0) & (ratio < low),
+            clipped_high=(self.advantages > 0) & (ratio > high),
         )
         return aggregate(-self.advantages * bounded * self.weights, self.mask, aggregation, normalizer), metrics
 
@@ -103,13 +119,3 @@ class PolicyTokens:
         # Ratios are positive, so 0 is neutral to the maximum over microbatches; a batch without tokens has no maximum.
         metrics["ratio_max"] = blank(ratio, self.mask).max() if ratio.numel() else ratio.sum()
         return metrics
-
-
-def check_clip(clip_low: float, clip_high: float) -> None:
-    """Refuse a negative bound, and one that is not a number.
-
-    Raises:
-        ValueError: Either is.
-    """
-    if not (clip_low >= 0 and clip_high >= 0):
-        raise ValueError(f"clip_low = {clip_low}, clip_high = {clip_high}: must not be negative")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlhf_ray.advantages.ratio import probability_ratio
-from rlhf_ray.losses.policy_tokens import PolicyTokens, check_clip
+from rlhf_ray.losses.policy_tokens import PolicyTokens
 
 __all__ = ["ppo_loss"]
 
@@ -74,15 +73,8 @@ def ppo_loss(
     Raises:
         ValueError: The shapes differ, a clip is negative, or ``dual_clip`` is not greater than 1.
     """
-    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights)
-    check_clip(clip_low, clip_high)
+    clip = (clip_low, clip_high)
+    tokens = PolicyTokens.of(logprobs, old_logprobs, advantages, mask, behavior_weights, clip=clip)
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip = {dual_clip}: must be greater than 1")
-    return tokens.clipped_surrogate(
-        probability_ratio(tokens.logprobs, tokens.old_logprobs),
-        clip_low=clip_low,
-        clip_high=clip_high,
-        dual_clip=dual_clip,
-        aggregation=aggregation,
-        normalizer=normalizer,
-    )
+    return tokens.clipped_surrogate(tokens.ratio(), clip, aggregation, normalizer, dual_clip=dual_clip)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf_ray.advantages.ratio import probability_ratio
 from rlhf_ray.losses.aggregation import aggregate
 from rlhf_ray.losses.policy_tokens import PolicyTokens
 
@@ -72,7 +71,7 @@ def sapo_loss(
     if not (temperature_positive > 0 and temperature_negative > 0):
         given = f"temperature_positive = {temperature_positive}, temperature_negative = {temperature_negative}"
         raise ValueError(f"{given}: must be positive")
-    ratio = probability_ratio(tokens.logprobs, tokens.old_logprobs)
+    ratio = tokens.ratio()
     temperature = torch.full_like(tokens.advantages, temperature_negative)
     temperature = temperature.masked_fill(tokens.advantages > 0, temperature_positive)
     passed = torch.sigmoid(temperature * (ratio - 1))

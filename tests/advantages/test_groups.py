@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.advantages.group_advantages import Groups, narrow, quotient
+from rlhf_ray.advantages.groups import Groups, narrow, quotient
 
 # Group 7 holds 1, 3, 8 and group -2 holds 4, 4, interleaved; 5 stands alone.
 IDS = torch.tensor([7, -2, 7, 5, -2, 7])
@@ -15,7 +15,7 @@ def test_hand_computed():
     assert groups.count == 3
     assert groups.size.tolist() == [3, 2, 3, 1, 2, 3]
     assert groups.total(X).tolist() == [12, 8, 12, 9, 8, 12]
-    assert groups.smallest(X).tolist() == [1, 4, 1, 9, 4, 1]
+    assert (X - groups.above_smallest(X)).tolist() == [1, 4, 1, 9, 4, 1]
     # Mean of 1, 3, 8: 4. Deviations -3, -1, 4; variance (9 + 1 + 16) / 2 = 13.
     assert groups.deviations(X).tolist() == [-3, 0, -1, 0, 0, 4]
     edge = math.sqrt(13)

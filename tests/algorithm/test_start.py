@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_ray import PPOConfig
 from rlhf_ray.algorithm import start as module
@@ -164,9 +165,9 @@ def test_learners_correct_wherever_another_policy_samples(changes: dict[str, Any
 
     spec = learner_spec(PPOConfig.from_dict(changes).settings, inputs, device)
 
-    assert spec.off_policy == off_policy
+    assert spec.rollouts.is_off_policy == off_policy
     assert spec.weight_transfer == "nccl"
-    assert (spec.dtype, spec.wire_dtype) == ("bfloat16", "bfloat16")
+    assert spec.compute_dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rlhf_ray
 from rlhf_ray.config.plugins import advantage_plugin, loss_plugin
-from rlhf_ray.config.settings import TrainingSettings
+from rlhf_ray.config.settings import LearnerSettings, ModelSettings, RolloutSettings, TrainingSettings
 from rlhf_ray.errors import LearnerError
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.initial_weights import local_part
@@ -34,6 +34,7 @@ from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.packing import RankPlan, UpdatePlan, plan_update
 from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.learner.trained_model import TrainedModel
+from rlhf_ray.types import Device
 from rlhf_ray.weight_sync import buckets as weight_buckets
 from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor
 from rlhf_ray.weight_sync.manifest import BucketLayout
@@ -167,7 +168,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "stale_loglinear": Scenario(training={"proximal": "loglinear"}, spec={"max_staleness": 3}, stale=True),
     # Nothing is stale, and engines sample from what they have rounded the weights to.
-    "quantized": Scenario(training={"behavior_cap": 1.5}, spec={"quantized_sampler": True}, num_epochs=2),
+    "quantized": Scenario(training={"behavior_cap": 1.5}, spec={"quantization": "fp8"}, num_epochs=2),
     "packed": Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2, packed=True),
     "packed_with_an_idle_rank": Scenario(num_sequences=3, num_minibatches=1, small_max_tokens=1, packed=True),
     "skipped": Scenario(training={"nonfinite_updates": "skip"}, spoiled=3),
@@ -246,27 +247,27 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "policy_path": str(folder / "policy"),
         "critic_path": str(folder / scenario.critic) if advantage.needs_critic else None,
         "lora": None,
-        "attn_implementation": "auto",
-        "trust_remote_code": False,
-        "gradient_checkpointing": False,
-        "compile_backend": None,
-        "offload_reference": False,
-        "offload_optimizer": False,
-        "dtype": "float32",
-        "wire_dtype": "float32",
-        "temperature": 0.8,
-        "max_new_tokens": MAX_NEW_TOKENS,
-        "max_staleness": 0,
+        "model": ModelSettings(attn_implementation="varlen" if scenario.packed else "auto"),
+        "rollouts": RolloutSettings(temperature=0.8, max_new_tokens=MAX_NEW_TOKENS),
+        "learners": LearnerSettings(gradient_checkpointing=False, num_threads=1),
+        "compute": Device(on_gpu=False, learners_on_gpu=False, colocated=False, dtype="float32"),
         "total_steps": 12,
         "policy_steps": 12,
-        "on_gpu": False,
         "timeline": False,
         "keeps_state": False,
-        "num_threads": 1,
     }
-    if scenario.packed:
-        arguments["attn_implementation"] = "varlen"
-    return LearnerSpec(**arguments | scenario.spec)
+    return changed(LearnerSpec(**arguments), scenario.spec)
+
+
+def changed(spec: LearnerSpec, changes: dict[str, Any]) -> LearnerSpec:
+    """Replace fields of a spec, or of its first section that has them."""
+    for name, value in changes.items():
+        if name not in {one.name for one in fields(spec)}:
+            sections = ("compute", "learners", "model", "rollouts")
+            section = next(one for one in sections if hasattr(getattr(spec, one), name))
+            name, value = section, replace(getattr(spec, section), **{name: value})
+        spec = replace(spec, **{name: value})
+    return spec
 
 
 def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bool = False) -> SequenceBatch:
@@ -373,7 +374,7 @@ def take_turns(learner: Learner) -> None:
     assert learner.state()
     assert list(learner.weight_buckets())
     tensors, sizes = device_tensors(learner), device_bytes(learner)
-    weights = gathered(learner.policy.checkpoint_parameters())
+    weights = gathered(learner.policy.checkpoint.tensors())
     learner.stage_weights()
     assert max(sizes) > 0  # A rank may have nothing of a small tensor.
     learner.offload()
@@ -435,7 +436,7 @@ def outcome_of(learner: Learner, scenario: Scenario, figures: list[Figures]) -> 
 
 def full_weights(trained: TrainedModel) -> Weights:
     """The gathered weights; a collective."""
-    return {name: parameter.detach().full_tensor().clone() for name, parameter in trained.checkpoint_parameters()}
+    return {name: parameter.detach().full_tensor().clone() for name, parameter in trained.checkpoint.tensors()}
 
 
 # Three updates, of which the first is made on one set of ranks and the others, after a restart, on another.
@@ -492,11 +493,17 @@ class Gathers(TorchDispatchMode):  # type: ignore[misc]
         return func(*args, **(kwargs or {}))
 
 
+def publish_in(dtype: str, learner: Learner) -> None:
+    """Have a learner that computes in float32 publish in another type."""
+    learner._spec = changed(learner._spec, {"dtype": dtype})
+
+
 def wire_of(folder: Path, name: str) -> Wire:
     """Publish a policy after an update, in bfloat16."""
-    spec = {"policy_path": str(folder / name.split(",")[0]), "wire_dtype": "bfloat16"} | PUBLISHED[name]
+    spec = {"policy_path": str(folder / name.split(",")[0])} | PUBLISHED[name]
     learner = Learner(make_spec(folder, Scenario(spec=spec)))
     update(learner, Scenario(), 0)
+    publish_in("bfloat16", learner)
     buckets: Weights = {}
     with Gathers() as first:
         for layout, pieces in learner.weight_buckets():
@@ -528,7 +535,7 @@ def wire_of(folder: Path, name: str) -> Wire:
         adapter_bytes=4 * sum(adapters),
         buckets=buckets,
         source=given,
-        wanted={key: full_tensor(p.detach()).bfloat16() for key, p in learner.policy.checkpoint_parameters()},
+        wanted={key: full_tensor(p.detach()).bfloat16() for key, p in learner.policy.checkpoint.tensors()},
     )
 
 

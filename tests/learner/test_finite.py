@@ -221,7 +221,8 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_refused(
 def test_weights_that_engines_would_not_get_as_finite_numbers_are_not_published(
     wire_dtype: str, value: float, models: Path
 ) -> None:
-    learner = Learner(runs.make_spec(models, Scenario(spec={"wire_dtype": wire_dtype})))
+    learner = Learner(runs.make_spec(models, Scenario()))
+    runs.publish_in(wire_dtype, learner)
     list(learner.weight_buckets())
     spoil_weight(learner.policy.model, value)
 

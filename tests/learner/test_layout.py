@@ -28,8 +28,8 @@ THREE = batch_of(([10, 11, 12], [13, 14]), ([20], [21, 22, 23]), ([30, 31], [32]
 
 def completion_tokens(micro: Microbatch) -> list[list[int]]:
     """Read the completions back through the targets, as log-probabilities are."""
-    rows = micro.targets.flatten()[micro.completion_index]
-    return [row[real].tolist() for row, real in zip(rows, micro.mask, strict=True)]
+    tokens = micro.targets.new_zeros(micro.mask.numel()).scatter(0, micro.scored, micro.targets).view(micro.mask.shape)
+    return [row[real].tolist() for row, real in zip(tokens, micro.mask, strict=True)]
 
 
 def states_before(micro: Microbatch) -> list[list[int]]:
@@ -48,9 +48,8 @@ def test_padded_by_hand() -> None:
     assert micro.max_length == 5
     # The first completion token that anybody has is at column 1, so logits are needed from column 0 on.
     assert micro.kept.tolist() == [0, 1, 2, 3]
-    assert micro.targets.tolist() == [[11, 12, 13, 14], [21, 22, 23, 0], [31, 32, 0, 0]]
+    assert micro.targets.tolist() == [13, 14, 21, 22, 23, 32]
     assert micro.mask.tolist() == [[True, True, False], [True, True, True], [True, False, False]]
-    assert micro.completion_index[micro.mask].tolist() == [2, 3, 4, 5, 6, 9]
     assert micro.value_index[micro.mask].tolist() == [2, 3, 5, 6, 7, 11]
     assert micro.last_index.tolist() == [4, 8, 12]
 
@@ -69,8 +68,7 @@ def test_packed_by_hand() -> None:
     assert inputs["cu_seq_lens_q"] is inputs["cu_seq_lens_k"] is micro.cu_seq_lens
     assert inputs["position_ids"] is micro.position_ids
     assert micro.kept.tolist() == [2, 3, 5, 6, 7, 10]
-    assert micro.targets.tolist() == [[13, 14, 21, 22, 23, 32]]
-    assert micro.completion_index[micro.mask].tolist() == [0, 1, 2, 3, 4, 5]
+    assert micro.targets.tolist() == [13, 14, 21, 22, 23, 32]
     assert micro.value_index[micro.mask].tolist() == [2, 3, 5, 6, 7, 10]
     assert micro.last_index.tolist() == [4, 8, 11]
 
@@ -85,9 +83,7 @@ def test_both_layouts_read_the_same_tokens_and_states(packed: bool, rows: Sequen
     assert micro.input_ids.flatten()[micro.last_index].tolist() == [[14, 23, 32][row] for row in rows]
     assert micro.rows.tolist() == list(rows)
     # A state's target is what follows it.
-    assert (micro.input_ids.flatten()[micro.value_index + 1] * micro.mask).tolist() == (
-        micro.targets.flatten()[micro.completion_index] * micro.mask
-    ).tolist()
+    assert micro.input_ids.flatten()[micro.value_index + 1][micro.mask].tolist() == micro.targets.tolist()
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -135,11 +131,10 @@ def test_an_empty_microbatch_is_a_dummy_of_two_tokens_that_counts_nowhere(packed
 
     assert micro.input_ids.shape == (1, 2)
     assert micro.kept.tolist() == [0]
-    assert micro.targets.shape == (1, 1)
     assert micro.mask.tolist() == [[False]]
-    assert len(micro.rows) == len(micro.scored) == micro.num_on_policy == 0
+    assert len(micro.rows) == len(micro.scored) == len(micro.targets) == micro.num_on_policy == 0
     assert micro.num_by_staleness == ()
-    assert micro.completion_index.tolist() == micro.value_index.tolist() == [[0]]
+    assert micro.value_index.tolist() == [[0]]
     if packed:
         assert micro.position_ids is not None
         assert micro.position_ids.tolist() == [[0, 1]]
@@ -151,9 +146,8 @@ def test_an_empty_microbatch_is_a_dummy_of_two_tokens_that_counts_nowhere(packed
 def test_indices_at_padding_stay_in_range(packed: bool) -> None:
     micro = lay_out(THREE, (0, 1, 2), packed=packed, device=CPU)
 
-    assert int(micro.completion_index.max()) < micro.targets.numel()
     assert int(micro.value_index.max()) < micro.input_ids.numel()
-    assert all(t.dtype == torch.int64 for t in (micro.input_ids, micro.targets, micro.kept, micro.completion_index))
+    assert all(t.dtype == torch.int64 for t in (micro.input_ids, micro.targets, micro.kept, micro.value_index))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -116,8 +116,8 @@ def test_threads_of_a_rank_are_its_share_of_the_cores_that_compute(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
-    spec = runs.make_spec(models, Scenario())
-    spec = replace(spec, on_gpu=on_gpu, offload_optimizer=offload, max_staleness=staleness, num_threads=asked)
+    changes = {"learners_on_gpu": on_gpu, "offload_optimizer": offload, "max_staleness": staleness}
+    spec = runs.make_spec(models, Scenario(spec=changes | {"num_threads": asked}))
     assert spec.threads(1) == threads
 
 
@@ -523,8 +523,9 @@ def test_logprobs_are_those_of_a_float32_head(
     (logprobs - entropies).sum().backward()
 
     assert seen[0].dtype == torch.bfloat16
-    wanted = torch.log_softmax(seen[0].detach().float()[:, micro.kept] @ weight.T / 0.8, dim=-1)
-    wanted = wanted.gather(-1, micro.targets[..., None]).flatten()[micro.completion_index] * micro.mask
+    states = seen[0].detach().float().flatten(0, 1)[micro.value_index]
+    tokens = micro.input_ids.flatten()[micro.value_index + 1]
+    wanted = torch.log_softmax(states @ weight.T / 0.8, dim=-1).gather(-1, tokens[..., None])[..., 0] * micro.mask
     assert not on_bfloat16_grid(logprobs)
     torch.testing.assert_close(logprobs, wanted, rtol=1e-6, atol=2e-6)
     if not tied:
@@ -550,8 +551,9 @@ def test_a_gpu_gathers_the_output_layer_in_the_type_that_engines_have_it_in(
     logprobs.sum().backward()
 
     assert gathered == [torch.bfloat16]
-    wanted = torch.log_softmax(seen[0].detach().float()[:, micro.kept] @ weight.T / 0.8, dim=-1)
-    wanted = wanted.gather(-1, micro.targets[..., None]).flatten()[micro.completion_index] * micro.mask
+    states = seen[0].detach().float().flatten(0, 1)[micro.value_index]
+    tokens = micro.input_ids.flatten()[micro.value_index + 1]
+    wanted = torch.log_softmax(states @ weight.T / 0.8, dim=-1).gather(-1, tokens[..., None])[..., 0] * micro.mask
     torch.testing.assert_close(logprobs, wanted, rtol=1e-6, atol=2e-6)
     assert head.weight.grad.dtype == head.weight.dtype == torch.float32
     assert runs.update(learner, replace(scenario, num_minibatches=1), 0)["kl_to_reference"] == 0.0
@@ -692,7 +694,7 @@ def test_what_a_quantized_engine_samples_is_corrected_for(
     rounding = np.random.default_rng(0).normal(0.0, 0.7, len(batch.sampling_logprobs)).astype(np.float32)
     batch = replace(batch, sampling_logprobs=batch.sampling_logprobs + rounding)
     training = {"advantage": "grpo", "behavior_cap": 1.5, "max_grad_norm": None}
-    scenario = Scenario(num_minibatches=1, training=training, spec={"quantized_sampler": True})
+    scenario = Scenario(num_minibatches=1, training=training, spec={"quantization": "fp8"})
     learner = Learner(runs.make_spec(models, scenario))
     gradients: dict[str, torch.Tensor] = {}
 
@@ -1368,10 +1370,10 @@ def test_a_generation_config_that_transformers_refuses_costs_no_export(
 
 def test_the_policys_schedule_counts_its_own_steps(make_learner: Callable[..., Learner]) -> None:
     learner = make_learner(Scenario(spec={"total_steps": 12, "policy_steps": 4}), lr_warmup_steps=0)
-    steps = [learner.policy._schedule.lr_lambdas[0](step) for step in (0, 2, 4)]
+    steps = [learner.policy._lr_factor(step) for step in (0, 2, 4)]
     assert steps == pytest.approx([1.0, 0.5, 0.0])
     assert learner.critic is not None
-    assert learner.critic._schedule.lr_lambdas[0](6) == pytest.approx(0.5)
+    assert learner.critic._lr_factor(6) == pytest.approx(0.5)
 
 
 def test_two_ranks_export_whole_tensors(models: Path, two_ranks: tuple[Path, RankResult, RankResult]) -> None:
@@ -1496,7 +1498,8 @@ def test_two_ranks_take_each_weight_to_host_memory_once_for_what_they_send_later
 
 
 def test_published_weights_are_cast_to_the_wire_type(models: Path) -> None:
-    learner = Learner(runs.make_spec(models, Scenario(spec={"wire_dtype": "bfloat16"})))
+    learner = Learner(runs.make_spec(models, Scenario()))
+    runs.publish_in("bfloat16", learner)
 
     ((layout, pieces),) = learner.weight_buckets()
 

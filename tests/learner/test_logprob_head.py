@@ -76,8 +76,9 @@ def test_a_model_that_works_on_its_logits_is_scored_the_plain_way(kind: str, cha
     micro = lay_out(batch(), [0, 1, 2], packed=False, device=CPU)
     with torch.no_grad():
         logprobs, _ = TokenScorer(model, head, temperature=1.0)(micro)
-        logits = model(input_ids=micro.input_ids, logits_to_keep=micro.kept).logits
-    expected = torch.log_softmax(logits, -1).gather(-1, micro.targets[..., None]).flatten()[micro.completion_index]
+        logits = model(input_ids=micro.input_ids).logits
+    tokens = micro.input_ids.flatten()[micro.value_index + 1]
+    expected = torch.log_softmax(logits, -1).flatten(0, 1)[micro.value_index].gather(-1, tokens[..., None])[..., 0]
 
     assert head is None
     torch.testing.assert_close(logprobs, expected * micro.mask)

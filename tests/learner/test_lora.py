@@ -78,7 +78,7 @@ def test_what_is_published_has_the_names_of_the_model_and_samples_what_the_polic
     models: Path, trained: Learner
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(models / "policy")
-    sent = under_each_name(trained.policy.checkpoint_parameters())
+    sent = under_each_name(trained.policy.checkpoint.tensors())
     published = {name: tensor.full_tensor() for name, tensor in sent}
     assert published.keys() == dict(plain.named_parameters(remove_duplicate=False)).keys()
 
@@ -86,8 +86,9 @@ def test_what_is_published_has_the_names_of_the_model_and_samples_what_the_polic
     batch = runs.make_batch(5, seed=1)
     micro = lay_out(batch, range(5), packed=False, device=CPU)
     with torch.no_grad():
-        logits = plain(input_ids=micro.input_ids, logits_to_keep=micro.kept).logits / 0.8
-    expected = torch.log_softmax(logits, -1).gather(-1, micro.targets[..., None]).flatten()[micro.completion_index]
+        logits = plain(input_ids=micro.input_ids).logits / 0.8
+    tokens = micro.input_ids.flatten()[micro.value_index + 1]
+    expected = torch.log_softmax(logits, -1).flatten(0, 1)[micro.value_index].gather(-1, tokens[..., None])[..., 0]
     torch.testing.assert_close(logprobs(trained._models.score), expected * micro.mask, atol=1e-5, rtol=0.0)
 
 
@@ -95,7 +96,7 @@ def test_an_export_is_an_ordinary_model(tmp_path: Path, trained: Learner) -> Non
     trained.export(str(tmp_path))
     exported = AutoModelForCausalLM.from_pretrained(tmp_path)
 
-    sent = under_each_name(trained.policy.checkpoint_parameters())
+    sent = under_each_name(trained.policy.checkpoint.tensors())
     published = {name: tensor.full_tensor() for name, tensor in sent}
     for name, parameter in exported.named_parameters():
         torch.testing.assert_close(parameter.detach(), published[name], rtol=0.0, atol=0.0)

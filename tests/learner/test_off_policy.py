@@ -12,7 +12,7 @@ from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.learner.layout import lay_out
-from rlhf_ray.learner.objective import correction_weights, effective_sample_size, m2po_kept, staleness_metrics
+from rlhf_ray.learner.off_policy import correction_weights, effective_sample_size, m2po_kept, staleness_metrics
 from rlhf_ray.losses import m2po_mask
 
 CPU = torch.device("cpu")
@@ -27,10 +27,11 @@ BATCH = SequenceBatch.single_turn(
 )
 ESTIMATES = Estimates.of(BATCH, CPU)
 MICRO = lay_out(BATCH, range(2), packed=False, device=CPU)
+KNOWN = ESTIMATES.rows(MICRO)
 
 
 def weights_of(**training: object) -> tuple[torch.Tensor | None, dict[str, torch.Tensor]]:
-    return correction_weights(TrainingSettings(**training), ESTIMATES, MICRO, PROXIMAL)
+    return correction_weights(TrainingSettings(**training), KNOWN, PROXIMAL)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_weights_that_are_all_masked_away_are_no_samples() -> None:
 
 
 def test_distance_is_measured_by_version() -> None:
-    found = list(staleness_metrics(ESTIMATES, MICRO, PROXIMAL))
+    found = list(staleness_metrics(KNOWN, MICRO, PROXIMAL))
 
     assert [(next(iter(means)), tokens) for means, tokens in found] == [
         ("proximal_logprob_diff_by_staleness/0", 1.0),
@@ -85,7 +86,7 @@ def test_distance_is_measured_by_version() -> None:
 def test_an_empty_microbatch_says_nothing() -> None:
     empty = lay_out(BATCH, (), packed=False, device=CPU)
 
-    assert list(staleness_metrics(ESTIMATES, empty, torch.zeros(1, 1))) == []
+    assert list(staleness_metrics(ESTIMATES.rows(empty), empty, torch.zeros(1, 1))) == []
 
 
 @pytest.mark.usefixtures("one_rank")
@@ -118,10 +119,10 @@ def test_one_rank_keeps_what_the_mask_of_the_whole_minibatch_keeps(threshold: fl
 
 
 def test_tokens_that_are_not_kept_weigh_nothing() -> None:
-    estimates = replace(ESTIMATES, kept=torch.tensor([[True, False], [True, False]]))
+    known = replace(KNOWN, kept=torch.tensor([[True, False], [True, False]]))
 
-    weights, metrics = correction_weights(TrainingSettings(), estimates, MICRO, PROXIMAL)
-    alone, _ = correction_weights(TrainingSettings(behavior_weights="none"), estimates, MICRO, PROXIMAL)
+    weights, metrics = correction_weights(TrainingSettings(), known, PROXIMAL)
+    alone, _ = correction_weights(TrainingSettings(behavior_weights="none"), known, PROXIMAL)
 
     torch.testing.assert_close(weights, torch.tensor([[2.0, 0.0], [0.25, 0.0]]))
     assert alone is not None

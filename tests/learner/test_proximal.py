@@ -26,9 +26,9 @@ def test_the_first_step_gives_what_no_pass_was_made_for() -> None:
     proximal.put(SECOND, torch.tensor([[-7.0]]))
     stepping = torch.tensor([[-1.0, -2.0]], requires_grad=True)
 
-    first = proximal.of_step(FIRST, stepping, ESTIMATES, first=True)
-    again = proximal.of_step(FIRST, stepping + 5.0, ESTIMATES, first=False)
-    other = proximal.of_step(SECOND, torch.tensor([[-9.0]]), ESTIMATES, first=False)
+    first = proximal.of_step(FIRST, stepping, ESTIMATES.rows(FIRST), first=True)
+    again = proximal.of_step(FIRST, stepping + 5.0, ESTIMATES.rows(FIRST), first=False)
+    other = proximal.of_step(SECOND, torch.tensor([[-9.0]]), ESTIMATES.rows(SECOND), first=False)
 
     assert (first.tolist(), again.tolist(), other.tolist()) == ([[-1.0, -2.0]], [[-1.0, -2.0]], [[-7.0]])
     assert not first.requires_grad
@@ -38,7 +38,7 @@ def test_the_loglinear_policy_takes_a_pass_only_for_what_comes_before_the_steps(
     for needed in (False, True):
         proximal = LoglinearProximal(ESTIMATES.sampling_logprobs, needed_before=needed)
         assert proximal.needs_pass(first=False) == needed
-        found = proximal.of_step(FIRST, torch.tensor([[-1.0, -1.0]]), ESTIMATES, first=True)
+        found = proximal.of_step(FIRST, torch.tensor([[-1.0, -1.0]]), ESTIMATES.rows(FIRST), first=True)
         assert found.tolist() == [[-3.0, -2.0]]
 
 

@@ -172,11 +172,11 @@ def test_lr_reported_is_the_one_that_was_used() -> None:
 
 def test_a_tied_weight_comes_once_under_all_of_its_names() -> None:
     one = trained(TwoLayers())
-    names = [name for name, _ in one.checkpoint_parameters()]
+    names = [name for name, _ in one.checkpoint.tensors()]
 
     assert names == ["embed.weight=head.weight", "embed.bias", "norm.weight", "norm.bias"]
     assert [name for name, _ in one.checkpoint.shapes] == names
-    assert [name for name, _ in one.checkpoint_parameters(every_name=False)] == ["embed.weight", *names[1:]]
+    assert [name for name, _ in one.checkpoint.tensors(every_name=False)] == ["embed.weight", *names[1:]]
 
 
 def test_state_of_a_model_that_never_stepped_counts_no_step() -> None:

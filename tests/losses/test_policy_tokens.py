@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_ray.losses.policy_tokens import PolicyTokens, check_clip
+from rlhf_ray.losses.policy_tokens import PolicyTokens
 
 MASK = torch.tensor([[1, 0]])
 
@@ -44,7 +44,7 @@ def test_misuse_is_refused():
         PolicyTokens.of(row(1.0, 2.0), row(1.0, 2.0), row(1.0, 2.0), MASK, row(1.0))
     for clip in ((-0.1, 0.2), (0.2, -0.1), (math.nan, 0.2), (0.2, math.nan)):
         with pytest.raises(ValueError, match="must not be negative"):
-            check_clip(*clip)
+            PolicyTokens.of(row(1.0, 2.0), row(1.0, 2.0), row(1.0, 2.0), MASK, None, clip=clip)
 
 
 def test_metrics_hand_computed():
