@@ -35,7 +35,7 @@ of the engine and the learner differ by less than 1e-3 before and after a public
 gradients. A family that does not work is refused by a `ConfigError` that says why, before anything starts; one that is
 marked "CPUs" only where engines run on CPUs. "Unknown" is not refused: the tiny model could not be run, which may be
 the fault of how it was made. **Packed** says whether the attention that learners on GPUs pack rows with
-([packed rows](clusters.md#one-gpu-node)) gives, on CPUs, what separate sequences give; rows of other families are
+([packed rows](clusters.md#packed-rows)) gives, on CPUs, what separate sequences give; rows of other families are
 padded. Nothing here was run on GPUs.
 """
 
