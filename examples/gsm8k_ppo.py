@@ -1,4 +1,4 @@
-"""The whole loop as a script: PPO on GSM8K, measured on held-out problems before and after.
+"""PPO on GSM8K as a script, with an evaluation on held-out problems before and after training.
 
 ::
 
@@ -6,7 +6,7 @@
     python examples/gsm8k_ppo.py --config examples/gsm8k_ppo.yaml training.lr=2e-6     # the same from a YAML file
     python examples/gsm8k_ppo.py data.path=gsm8k/train.jsonl data.eval_path=gsm8k/test.jsonl model.path=models/my-model
 
-``rlhf-ray train examples/gsm8k_ppo.yaml`` needs no script; write one like this to put something around the loop.
+``rlhf-ray train examples/gsm8k_ppo.yaml`` does the same without a script. Write a script to add code around the loop.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Reason step by step. End with a last line that holds nothing but #### and the fi
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train, and say what became of it."""
+    """Evaluate, train, evaluate again, and export the model."""
     args = parse(argv)
     config = gsm8k() if args.config is None else PPOConfig.from_yaml(args.config)
     algo = with_test_set(config.apply_overrides(args.overrides)).build_algo()
@@ -41,13 +41,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description="PPO with a critic on GSM8K.")
-    parser.add_argument("--config", metavar="CONF.yaml", help="settings to use instead of those of this script")
-    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings that replace those")
+    parser.add_argument("--config", metavar="CONF.yaml", help="settings to use instead of those in this script")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings to override")
     return parser.parse_args(argv)
 
 
 def gsm8k() -> PPOConfig:
-    """Build what ``gsm8k_ppo.yaml`` says; the reasons for the numbers stand there."""
+    """Build the same configuration as ``gsm8k_ppo.yaml``, which explains the values."""
     return (
         PPOConfig()
         .model(path="Qwen/Qwen2.5-1.5B-Instruct")
@@ -79,7 +79,7 @@ def gsm8k() -> PPOConfig:
 
 
 def with_test_set(config: AlgorithmConfig) -> AlgorithmConfig:
-    """Name the hub's test set where the hub's training set is used; files name their own."""
+    """Use the hub's test set with the hub's training set; for files, set ``data.eval_path``."""
     data = config.settings.data
     if data.path == HUB_ID:
         config.data(eval_path=data.eval_path or HUB_ID)
@@ -87,24 +87,24 @@ def with_test_set(config: AlgorithmConfig) -> AlgorithmConfig:
 
 
 def train(algo: Algorithm) -> None:
-    """Run every iteration; a line each."""
+    """Run all iterations and print one line for each."""
     while algo.iteration < algo.settings.training.iterations:
         result = algo.train()
         rollouts, timers = result["rollouts"], result["timers"]
         print(
             f"iteration {result['training_iteration']}: reward {rollouts['reward_mean']:.3f}, "
-            f"{rollouts['completion_tokens_mean']:.0f} tokens a completion, {timers['iteration_s']:.1f} s",
+            f"{rollouts['completion_tokens_mean']:.0f} tokens per completion, {timers['iteration_s']:.1f} s",
             flush=True,
         )
 
 
 def show_accuracy(when: str, algo: Algorithm) -> None:
-    """Print the mean reward of the held-out set, which is the share of right answers."""
+    """Print the mean reward of each held-out set, which is the fraction of correct answers."""
     evaluated = algo.evaluate()
     for name, metrics in evaluated.items():
-        print(f"{when} training: {metrics['reward_mean']:.1%} of {metrics['num_prompts']} problems of {name} are right")
+        print(f"{when} training: {metrics['reward_mean']:.1%} of {metrics['num_prompts']} problems of {name} correct")
     if not evaluated:
-        print(f"{when} training: no held-out set; name one in data.eval_path")
+        print(f"{when} training: no held-out set; set data.eval_path")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""PPO against a reward model: preferences -> a Bradley-Terry model -> a policy that it prefers (4 minutes on a laptop).
+"""PPO with a reward model: preferences, a Bradley-Terry model, and a policy (4 minutes on a laptop).
 
 ::
 
     python examples/ppo_reward_model.py
     python examples/ppo_reward_model.py training.iterations=5
 
-The task is two-digit addition: prompt ``47+85=``, and the row's ``answer`` column holds ``132``. People would compare
-two answers; here the task's checker does, which makes the preferences that the reward model is trained on. PPO then
-sees the reward model's scores alone. The checker runs beside it with a weight of 0, so that both are reported: what is
-optimized, and what is wanted.
+The task is two-digit addition: the prompt is ``47+85=``, and the column ``answer`` of the row contains ``132``.
+Instead of people, the task's checker compares pairs of answers. The reward model is trained on these preferences, and
+PPO is trained only on the reward model's scores. The checker is added with a weight of 0, so that the run reports both
+the optimized reward and the actual accuracy.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from rlhf_ray.quickstart import model_path
 from rlhf_ray.quickstart.task import eval_rows, train_rows
 
 STEPS = 300
-PAIRS_A_STEP = 128
+PAIRS_PER_STEP = 128
 
 
 def correct(*, completions: Sequence[str], answer: Sequence[str], **columns: Any) -> list[float]:
-    """1 for the right sum, else 0: what the reward model stands for."""
+    """1 for the correct sum, else 0: what the reward model approximates."""
     return [float(text == right) for text, right in zip(completions, answer, strict=True)]
 
 
 def preferences(rows: Sequence[dict[str, str]], rng: random.Random) -> Iterator[tuple[str, str]]:
-    """Yield pairs of texts, the preferred one first: two answers to a prompt of which the checker likes one better."""
+    """Yield pairs of texts, the preferred one first: two answers to a prompt with different scores."""
     while True:
         row = rng.choice(rows)
         first, second = candidate(row["answer"], rng), candidate(row["answer"], rng)
@@ -51,7 +51,7 @@ def preferences(rows: Sequence[dict[str, str]], rng: random.Random) -> Iterator[
 
 
 def candidate(right: str, rng: random.Random) -> str:
-    """An answer as a policy might give it: right, near, with a wrong digit, cut short or too long."""
+    """Return an answer that a policy could give: correct, close, with a wrong digit, truncated or too long."""
     kind = rng.random()
     if kind < 0.4:
         return right
@@ -64,24 +64,24 @@ def candidate(right: str, rng: random.Random) -> str:
 
 
 def train_reward_model(folder: Path, *, steps: int = STEPS) -> float:
-    """Train a classifier with one label on preferences and write it.
+    """Train a classifier with one label on preferences and save it.
 
-    The loss is Bradley and Terry's, ``-log sigmoid(r(better) - r(worse))``, and a little of ``(r(better) +
-    r(worse))^2``, which keeps scores around 0 (Eisenstein et al., arXiv:2312.09244).
+    The loss is that of Bradley and Terry, ``-log sigmoid(r(better) - r(worse))``, plus a small multiple of
+    ``(r(better) + r(worse))^2``, which keeps scores centered at 0 (Eisenstein et al., arXiv:2312.09244).
 
     Returns:
-        The share of held-out pairs that it orders right.
+        The fraction of held-out pairs that it orders correctly.
     """
     torch.manual_seed(0)
-    transformers.logging.set_verbosity_error()  # Of the new head it would say that it is new.
+    transformers.logging.set_verbosity_error()  # It would warn about the new head.
     tokenizer = AutoTokenizer.from_pretrained(model_path())
-    # The policy's body, which can add a little already, and a new head.
+    # The policy's backbone, which can already add a little, with a new head.
     model = AutoModelForSequenceClassification.from_pretrained(model_path(), num_labels=1)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     pairs = preferences(train_rows(), random.Random(0))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = 1e-3 * min(1.0, (step + 1) / 20, 2 * (1 - step / steps))
-        better, worse = scores_of(model, tokenizer, [next(pairs) for _ in range(PAIRS_A_STEP)])
+        better, worse = scores_of(model, tokenizer, [next(pairs) for _ in range(PAIRS_PER_STEP)])
         loss = -logsigmoid(better - worse).mean() + 0.01 * (better + worse).square().mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -107,7 +107,7 @@ def scores_of(model: Any, tokenizer: Any, pairs: Sequence[tuple[str, str]]) -> t
 def config(reward_model: Path) -> PPOConfig:
     """Build the run.
 
-    ``as_chat=False``: this model was trained on bare texts, though its tokenizer has a chat template.
+    ``as_chat=False``: the reward model was trained on plain texts, although its tokenizer has a chat template.
     """
     return (
         PPOConfig()
@@ -121,7 +121,7 @@ def main(overrides: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         ordered = train_reward_model(Path(folder))
-        print(f"reward model: orders {ordered:.1%} of held-out pairs right, {time.perf_counter() - started:.0f} s")
+        print(f"reward model: orders {ordered:.1%} of held-out pairs correctly, {time.perf_counter() - started:.0f} s")
         algo = config(Path(folder)).apply_overrides(overrides).build_algo()
         try:
             before = held_out(algo)
@@ -137,7 +137,7 @@ def main(overrides: Sequence[str]) -> None:
 
 
 def held_out(algo: Algorithm) -> tuple[float, float]:
-    """Mean score and accuracy of greedy answers to held-out sums."""
+    """Return the mean score and the accuracy of greedy answers to held-out sums."""
     from rlhf_ray.types import ScoredGroup
 
     groups = [outcome for outcome in algo.sample_evaluation() if isinstance(outcome, ScoredGroup)]

@@ -1,4 +1,4 @@
-"""A training as a job of a running Ray cluster, by Ray's own client: submit, look, stop, and go on.
+"""Run a training as a job on a Ray cluster with Ray's own client: submit, inspect, stop and resume.
 
 ::
 
@@ -8,11 +8,11 @@
     python examples/submit_job.py logs JOB
     python examples/submit_job.py stop JOB
 
-The cluster is that of ``--address`` (its dashboard) or RAY_ADDRESS. ``submit`` follows the log to the end; Ctrl-C stops
-the job. The run directory must be a folder that every node of the cluster sees: what is submitted again with the same
-one goes on from the newest checkpoint in it.
+The cluster is given by ``--address`` (its dashboard) or RAY_ADDRESS. ``submit`` follows the log until the job ends;
+Ctrl-C stops the job. The run directory must be accessible from every node of the cluster. Submitting a job with the
+same run directory again resumes the run from its newest checkpoint.
 
-``rlhf-ray launch ray`` does this and more; write a script like this one to put jobs into something of your own.
+``rlhf-ray launch ray`` does this and more. Write a script like this one to submit jobs from your own tools.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from ray.job_submission import JobStatus, JobSubmissionClient
 
 from rlhf_ray import AlgorithmConfig, PPOConfig
 
-# Ray gives a job 3 s between SIGTERM and SIGKILL; stopping engines and finishing a checkpoint takes longer.
+# By default, Ray sends SIGKILL 3 s after SIGTERM; stopping engines and finishing a checkpoint takes longer.
 STOP_WAIT_S = 90
 POLL_INTERVAL_S = 0.5
-# Where the settings say nothing of checkpoints there would be nothing to go on from.
+# Used if the settings configure no checkpoints, since a run could then not be resumed.
 CHECKPOINT_INTERVAL = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do one of the four things; the exit code is 0 unless a job has failed or was stopped."""
+    """Run one of the four commands; the exit code is 0 unless a job failed or was stopped."""
     args = parse(argv)
     client = JobSubmissionClient(args.address)
     if args.command == "submit":
@@ -55,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description="Trainings as jobs of a Ray cluster.")
+    parser = argparse.ArgumentParser(description="Run trainings as jobs on a Ray cluster.")
     default = os.environ.get("RAY_ADDRESS", "http://127.0.0.1:8265")
     parser.add_argument("--address", metavar="URL", default=default, help="job server (default: %(default)s)")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    new = commands.add_parser("submit", help="submit a training, or let one go on, and follow its log")
-    new.add_argument("--run-dir", metavar="DIR", type=Path, required=True, help="absolute; seen by every node")
+    new = commands.add_parser("submit", help="submit or resume a training, and follow its log")
+    new.add_argument("--run-dir", metavar="DIR", type=Path, required=True, help="absolute; accessible from every node")
     new.add_argument("--no-wait", action="store_true", help="do not follow the log")
     new.add_argument("settings", nargs="*", metavar="CONF.yaml | section.name=value", help="default: the quickstart")
     for name, summary in (("status", "show a job's state"), ("logs", "show its log"), ("stop", "stop it cleanly")):
@@ -92,43 +92,43 @@ def submit(client: JobSubmissionClient, args: argparse.Namespace) -> int:
 
 
 def conf_and_overrides(settings: Sequence[str]) -> tuple[Path | None, list[str]]:
-    """Tell the file, if there is one, from the overrides."""
+    """Separate the configuration file, if there is one, from the overrides."""
     if settings and "=" not in settings[0]:
         return Path(settings[0]).absolute(), list(settings[1:])
     return None, list(settings)
 
 
 def training(conf: Path | None, overrides: Sequence[str], run_dir: Path) -> list[str]:
-    """Write the command line of a run that can go on; a wrong setting is an error here, not in the job's log."""
+    """Return the command of a run that can be resumed; a wrong setting is an error here, not in the job's log."""
     config = PPOConfig() if conf is None else AlgorithmConfig.from_yaml(conf)
     settings = config.apply_overrides(overrides).validate().settings
     checkpoints = [] if settings.checkpointing.interval else [f"checkpointing.interval={CHECKPOINT_INTERVAL}"]
     file = [] if conf is None else [f"./{conf.name}"]
-    going_on = [f"reporting.run_dir={run_dir}", "checkpointing.resume=same"]
-    return ["rlhf-ray", "train", *file, *overrides, *checkpoints, *going_on]
+    resume = [f"reporting.run_dir={run_dir}", "checkpointing.resume=same"]
+    return ["rlhf-ray", "train", *file, *overrides, *checkpoints, *resume]
 
 
 def runtime_env(conf: Path | None) -> dict[str, Any]:
-    """Upload the file's folder, with the reward functions that may lie in it, and give the job time to stop."""
+    """Upload the file's folder, which may contain reward functions, and give the job time to stop."""
     variables = {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}}
     return variables if conf is None else {**variables, "working_dir": str(conf.parent)}
 
 
 async def copy_log(client: JobSubmissionClient, job: str) -> None:
-    """Print the log as it grows, until the job ends."""
+    """Print the log until the job ends."""
     async for text in client.tail_job_logs(job):
         print(text, end="", flush=True)
 
 
 def stop(client: JobSubmissionClient, job: str) -> None:
-    """Send SIGTERM and wait: the run stops its engines and learners, and what it wrote stays."""
+    """Send SIGTERM and wait until the run has stopped its engines and learners."""
     client.stop_job(job)
     while not client.get_job_status(job).is_terminal():
         time.sleep(POLL_INTERVAL_S)
 
 
 def status_line(client: JobSubmissionClient, job: str) -> str:
-    """Sum a job up in a line."""
+    """Describe a job in one line."""
     details = client.get_job_info(job)
     lines = (details.message or "").strip().splitlines()
     return f"{job} {details.status.value}: {lines[0] if lines else 'no message'}"

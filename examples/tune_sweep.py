@@ -1,14 +1,14 @@
-"""A sweep with Ray Tune: which learning rate is best for the built-in model and task (about 5 minutes on two cores).
+"""A sweep with Ray Tune over learning rates, with the built-in model and task (about 5 minutes on two cores).
 
 ::
 
     python examples/tune_sweep.py
     python examples/tune_sweep.py --trials 16 --iterations 60 --concurrent 4
 
-An algorithm is a Tune ``Trainable`` and its settings are the search space: each may be a ``tune.grid_search`` or a
-sampler, and any number of a result is a metric, under the name that it has in ``metrics.jsonl``. ASHA measures each
-trial on held-out sums and stops those that fall behind. All trials of one place use the same engines and learners
-(``reuse_actors``): where only numbers of the training section differ, nothing has to be started again.
+An algorithm is a Tune ``Trainable``, and its settings are the search space: each can be a ``tune.grid_search`` or a
+sampler. Every number in a result is a metric, with the same name as in ``metrics.jsonl``. ASHA evaluates each trial on
+held-out sums and stops those that fall behind. Consecutive trials use the same engines and learners
+(``reuse_actors``): if only values of the training section differ, no process is restarted.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=6, help="learning rates to try (default: 6)")
-    parser.add_argument("--iterations", type=int, default=18, help="iterations of a trial to its end (default: 18)")
-    parser.add_argument("--concurrent", type=int, default=1, help="trials side by side (default: 1)")
+    parser.add_argument("--iterations", type=int, default=18, help="iterations per trial (default: 18)")
+    parser.add_argument("--concurrent", type=int, default=1, help="concurrent trials (default: 1)")
     parser.add_argument("--storage", type=Path, default=Path("runs"), help="folder of the sweep (default: runs)")
     parser.add_argument("--name", default=None, help="name of the sweep (default: PPO and the time)")
     return parser.parse_args(arguments)
 
 
 def space(args: argparse.Namespace) -> dict[str, Any]:
-    """What all trials share, and what each one draws; a ``PPOConfig`` would do too, its defaults in every table."""
+    """Return the fixed settings and the samplers; a ``PPOConfig`` works too, but adds all defaults to every table."""
     return {
         "training": {"iterations": args.iterations, "lr": tune.loguniform(*RATES)},
-        # In between a result repeats the newest evaluation: Tune wants its metric in each.
+        # Other results repeat the newest evaluation, since Tune requires its metric in each result.
         "evaluation": {"interval": max(1, args.iterations // 6)},
-        # Reservations, not limits: so small that --concurrent alone decides how many trials run side by side.
+        # Reservations, not limits: small enough that --concurrent determines how many trials run at once.
         "resources": {"cpus_per_replica": 0.2, "cpus_per_learner": 0.2, "cpus_per_reward_worker": 0.1},
     }
 
@@ -57,20 +57,20 @@ class Progress(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        """Tell how far a trial has come."""
+        """Print the progress of a trial."""
         number = result["training_iteration"]
         if number % trial.config["evaluation"]["interval"] == 0:
             lr, accuracy = trial.config["training"]["lr"], result["evaluation"]["quickstart"]["reward_mean"]
-            print(f"{trial}: learning rate {lr:.2e}, iteration {number:3d}, {accuracy:.1%} right", flush=True)
+            print(f"{trial}: learning rate {lr:.2e}, iteration {number:3d}, accuracy {accuracy:.1%}", flush=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Tell that a trial has ended."""
+        """Print that a trial has ended."""
         print(f"{trial}: ended", flush=True)
 
 
 def sweep(args: argparse.Namespace) -> tune.ResultGrid:
     """Run all trials."""
-    ray.init(log_to_driver=False)  # The engines' and learners' own messages, a dozen lines a trial.
+    ray.init(log_to_driver=False)  # Engines and learners log about a dozen lines per trial.
     tuner = tune.Tuner(
         PPO,
         param_space=space(args),
@@ -82,7 +82,7 @@ def sweep(args: argparse.Namespace) -> tune.ResultGrid:
             search_alg=BasicVariantGenerator(max_concurrent=args.concurrent, random_state=0),
             scheduler=ASHAScheduler(max_t=args.iterations, grace_period=max(1, args.iterations // 3)),
         ),
-        # Tune's own tables hold every setting and every figure of every trial.
+        # Tune's own tables contain every setting and every metric of every trial.
         run_config=tune.RunConfig(
             name=args.name, storage_path=str(args.storage.absolute()), verbose=0, callbacks=[Progress()]
         ),
@@ -91,10 +91,10 @@ def sweep(args: argparse.Namespace) -> tune.ResultGrid:
 
 
 def table(results: tune.ResultGrid) -> str:
-    """One line a trial, the best first."""
+    """Format one line per trial, the best first."""
     finished = [result for result in results if result.error is None and METRIC in flat(result)]
     finished.sort(key=lambda result: flat(result)[METRIC], reverse=True)
-    lines = ["learning rate   iterations   right at the end   folder"]
+    lines = ["learning rate   iterations     final accuracy   folder"]
     for result in finished:
         row = flat(result)
         lines.append(
@@ -106,7 +106,7 @@ def table(results: tune.ResultGrid) -> str:
 
 
 def plot(results: tune.ResultGrid, file: Path) -> None:
-    """Draw held-out accuracy over iterations, one curve a trial, the brighter the higher its learning rate."""
+    """Plot held-out accuracy over iterations, one curve per trial; brighter curves have higher learning rates."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,23 +119,23 @@ def plot(results: tune.ResultGrid, file: Path) -> None:
         curve = result.metrics_dataframe
         if curve is not None and METRIC in curve:
             number, interval = curve["training_iteration"], result.config["evaluation"]["interval"]
-            curve = curve[(number == 1) | (number % interval == 0)]  # In between, the newest evaluation is repeated.
+            curve = curve[(number == 1) | (number % interval == 0)]  # Other rows repeat the newest evaluation.
             axes.plot(curve["training_iteration"], curve[METRIC], color=shade.to_rgba(result.config["training"]["lr"]))
-    axes.set(xlabel="iteration", ylabel="right on held-out sums", title="A curve a trial; ASHA stops some early")
+    axes.set(xlabel="iteration", ylabel="held-out accuracy", title="One curve per trial; ASHA stops some early")
     figure.colorbar(shade, ax=axes, label="learning rate")
     figure.savefig(file, dpi=150)
     plt.close(figure)
 
 
 def flat(result: tune.Result) -> dict[str, Any]:
-    """The last result under the names of ``metrics.jsonl``."""
+    """Return the last result with the names of ``metrics.jsonl``."""
     from rlhf_ray.reporting.metrics import flatten
 
     return flatten(result.metrics or {})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Sweep, then show what came out."""
+    """Run the sweep and print its results."""
     args = parse(arguments)
     results = sweep(args)
     print(table(results))

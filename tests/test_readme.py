@@ -240,7 +240,7 @@ def test_the_page_is_the_one_that_its_script_writes() -> None:
 
 
 def test_the_short_table_says_what_the_page_says() -> None:
-    text = (ROOT / "README.md").read_text().partition("## Settings")[2].partition("\n## ")[0]
+    text = (ROOT / "docs" / "configuration.md").read_text().partition("## Common settings")[2].partition("\n## ")[0]
     rows = table_rows(text)
     assert len(rows) >= 12
     page = {

@@ -213,10 +213,10 @@ def test_the_script_measures_trains_measures_and_stops(
     assert algo.calls == ["evaluate", "train", "train", "evaluate", "export", "stop"]
     assert algo.settings.training.lr == 2e-6
     assert capsys.readouterr().out.splitlines() == [
-        "before training: 0.0% of 4 problems of gsm8k are right",
-        "iteration 1: reward 0.250, 12 tokens a completion, 1.5 s",
-        "iteration 2: reward 0.250, 12 tokens a completion, 1.5 s",
-        "after training: 20.0% of 4 problems of gsm8k are right",
+        "before training: 0.0% of 4 problems of gsm8k correct",
+        "iteration 1: reward 0.250, 12 tokens per completion, 1.5 s",
+        "iteration 2: reward 0.250, 12 tokens per completion, 1.5 s",
+        "after training: 20.0% of 4 problems of gsm8k correct",
         f"trained model: {Path('runs/fake/model')}",
     ]
 
@@ -225,7 +225,7 @@ def test_the_script_says_so_without_a_test_set(
     gsm8k_ppo: ModuleType, algorithm: type[FakeAlgorithm], capsys: pytest.CaptureFixture[str]
 ) -> None:
     gsm8k_ppo.main(["training.iterations=1", "data.path=train.jsonl"])
-    assert "before training: no held-out set; name one in data.eval_path" in capsys.readouterr().out
+    assert "before training: no held-out set; set data.eval_path" in capsys.readouterr().out
 
 
 def test_the_script_stops_the_run_when_it_fails(gsm8k_ppo: ModuleType, algorithm: type[FakeAlgorithm]) -> None:
@@ -385,7 +385,7 @@ def test_the_sweep_tells_of_each_evaluation(tune_sweep: ModuleType, capsys: pyte
         progress.on_trial_result(number, [], Trial(), result)
     progress.on_trial_complete(4, [], Trial())
     assert capsys.readouterr().out.splitlines() == [
-        "PPO_1: learning rate 3.00e-04, iteration   3, 50.0% right",
+        "PPO_1: learning rate 3.00e-04, iteration   3, accuracy 50.0%",
         "PPO_1: ended",
     ]
 
@@ -396,7 +396,7 @@ def test_the_sweep_prints_a_table_and_draws_a_plot(
     monkeypatch.setattr(tune_sweep, "sweep", lambda args: Grid(tmp_path))
     tune_sweep.main([])
     assert capsys.readouterr().out.splitlines() == [
-        "learning rate   iterations   right at the end   folder",
+        "learning rate   iterations     final accuracy   folder",
         "     1.00e-03            3              75.0%   /sweep/0.001",
         "     2.00e-05            2              45.0%   /sweep/2e-05",
         "1 trials failed",

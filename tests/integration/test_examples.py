@@ -33,12 +33,12 @@ def run(folder: Path, script: str, *arguments: str) -> str:
 def test_rewards_of_ones_own(tmp_path: Path) -> None:
     printed = run(tmp_path, "custom_reward.py", "training.iterations=2", "data.batch_size=16")
     assert printed.count("   near ") == 2
-    assert "right on held-out sums: 47" in printed
+    assert "held-out accuracy: 47" in printed
 
 
 def test_a_training_step_of_ones_own(tmp_path: Path) -> None:
     printed = run(tmp_path, "custom_training_step.py", "training.iterations=2", "data.batch_size=16")
-    assert printed.count("tokens per completion, which cost 0.") == 2
+    assert printed.count("tokens per completion, cost 0.") == 2
 
 
 def test_a_reward_model_that_the_example_trains(tmp_path: Path) -> None:
@@ -67,6 +67,6 @@ def test_gsm8k_as_a_script_with_a_file_and_overrides(tmp_path: Path) -> None:
         *("rollouts.max_new_tokens=32", "rollouts.max_prompt_tokens=300", "training.num_minibatches=1"),
     )
     assert printed.count("iteration ") == 2
-    assert printed.count("of 16 problems of test are right") == 2
+    assert printed.count("of 16 problems of test correct") == 2
     (model,) = tmp_path.glob("runs/*/model/model.safetensors")
     assert f"trained model: {model.parent}" in printed
