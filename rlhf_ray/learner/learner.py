@@ -77,7 +77,7 @@ class Learner(LearnerState):
             torch.set_num_threads(num_threads)
         self._device = spec.device
         self._training = spec.training
-        self._mesh = LearnerMesh.of(self._device.type, spec.learners.sequence_parallel)
+        self._mesh = LearnerMesh.of(self._device.type, spec.sequence_parallel)
         self._loss = spec.loss.loaded()
         credit = CreditAssignment(spec.training, spec.advantage.loaded(), self._mesh.data)
         super().__init__(spec, build_models(spec, self._mesh), credit, kept)

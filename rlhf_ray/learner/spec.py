@@ -54,6 +54,11 @@ class LearnerSpec:
         return self.compute.colocated
 
     @property
+    def sequence_parallel(self) -> int:
+        """Ranks that read the same sequences, a slice of each."""
+        return self.learners.sequence_parallel
+
+    @property
     def device(self) -> torch.device:
         """Where this rank computes."""
         return torch.device("cuda", torch.cuda.current_device()) if self.on_gpu else torch.device("cpu")

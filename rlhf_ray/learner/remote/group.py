@@ -180,7 +180,7 @@ class LearnerGroup(TrainRun):
         """
         keeps_state = 0 < self._state_interval <= version - self._asked_to_keep
         refs = [ray.put(batch.select(indices)) for indices in plan.sequences]
-        size = self._spec.learners.sequence_parallel
+        size = self._spec.sequence_parallel
         commands = [
             UpdateCommand(
                 batch=ref,
