@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Int64Array", "PromptOrder", "PromptPosition"]
+from rlhf_ray.types import PromptPosition
+
+__all__ = ["Int64Array", "PromptOrder"]
 
 Int64Array = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptPosition:
-    """The position of a prompt stream: the next row to hand out."""
-
-    epoch: int = 0
-    row: int = 0
-    """Index in the epoch's order; counts every row, those that were dropped too."""
-    unfinished: tuple[int, ...] = ()
-    """Ids of earlier prompts that come first, ascending: they were handed out, but not trained on."""
 
 
 class PromptOrder:

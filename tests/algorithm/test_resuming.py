@@ -16,9 +16,9 @@ from rlhf_ray.checkpoints.checkpoint import CheckpointState
 from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.checkpoints.store import CheckpointStore
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.prompts.order import PromptPosition
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.reporting.run_lock import RunLock
+from rlhf_ray.types import PromptPosition
 
 STATE = CheckpointState(policy_version=2, iteration=2, time_total_s=1.0, prompt_position=PromptPosition())
 
