@@ -16,7 +16,7 @@ from rlhf_ray.prompts.rows import Row, RowSource, arrow_rows
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["HubSource", "SavedDatasetSource", "is_saved_dataset"]
+__all__ = ["hub_source", "is_saved_dataset", "saved_dataset_source"]
 
 _BATCH_ROWS = 4096
 
@@ -26,59 +26,42 @@ def is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-class SavedDatasetSource(RowSource):
-    """A folder that the datasets library's ``save_to_disk`` wrote.
+def saved_dataset_source(folder: Path, *, split: str) -> RowSource:
+    """Return a folder that the datasets library's ``save_to_disk`` wrote.
 
     Args:
         folder: The folder.
         split: The split to take where it holds several.
     """
 
-    def __init__(self, folder: Path, *, split: str) -> None:
-        self.name = str(folder)
-        self._folder = folder
-        self._split = split
-
-    def rows(self) -> Iterator[Row]:
-        """See :meth:`RowSource.rows`."""
+    def rows() -> Iterator[Row]:
         import datasets
 
         try:
-            saved = datasets.load_from_disk(str(self._folder))
+            saved = datasets.load_from_disk(str(folder))
         except (OSError, ValueError, KeyError) as failure:
-            raise DataError(f"{self._folder}: datasets.load_from_disk failed: {failure}") from failure
+            raise DataError(f"{folder}: datasets.load_from_disk failed: {failure}") from failure
         if not isinstance(saved, datasets.DatasetDict):
             return _dataset_rows(saved)
-        if self._split not in saved:
-            raise DataError(
-                f"{self._folder} holds split {' and '.join(sorted(saved))}, but none called {self._split!r}"
-            )
-        return _dataset_rows(saved[self._split])
+        if split not in saved:
+            raise DataError(f"{folder} holds split {' and '.join(sorted(saved))}, but none called {split!r}")
+        return _dataset_rows(saved[split])
+
+    return RowSource(str(folder), rows)
 
 
-class HubSource(RowSource):
-    """A dataset of the hub, downloaded once into the datasets library's cache when its rows are first read.
+def hub_source(settings: DataSettings, *, field: str) -> RowSource:
+    """Return a dataset of the hub, downloaded once into the datasets library's cache when its rows are first read.
 
     Args:
         settings: The ``data`` section, or a held-out set's own: its id in ``path``, subset and split.
         field: The setting that names it.
     """
+    path, subset, split = str(settings.path), settings.subset, settings.split
+    name = f"{path}{'' if subset is None else f'/{subset}'} ({split})"
 
-    def __init__(self, settings: DataSettings, *, field: str) -> None:
-        subset = "" if settings.subset is None else f"/{settings.subset}"
-        self.name = f"{settings.path}{subset} ({settings.split})"
-        self._settings = settings
-        self._field = field
-
-    def rows(self) -> Iterator[Row]:
-        """See :meth:`RowSource.rows`."""
-        dataset, is_text = self._downloaded
-        rows = _dataset_rows(dataset)
-        return typed_rows(rows, self.name, self._settings.csv_types) if is_text else rows
-
-    @functools.cached_property
-    def _downloaded(self) -> tuple[datasets.Dataset, bool]:
-        path, subset, split = str(self._settings.path), self._settings.subset, self._settings.split
+    @functools.cache
+    def downloaded() -> tuple[datasets.Dataset, bool]:
         try:
             with hub_lookup(path):
                 return _load(path, subset, split)
@@ -86,10 +69,17 @@ class HubSource(RowSource):
         except Exception as failure:
             call = f"datasets.load_dataset({path!r}, {subset!r}, split={split!r})"
             raise DataError(
-                f"{self._field}: there is no file or folder {path!r} here, so it was taken for a hub id, and "
+                f"{field}: there is no file or folder {path!r} here, so it was taken for a hub id, and "
                 f"{call} failed: {type(failure).__name__}: {failure}. Check the id, data.subset and the split; without "
-                f"a network, set {self._field} to a local .jsonl, .parquet or .csv file or a save_to_disk folder"
+                f"a network, set {field} to a local .jsonl, .parquet or .csv file or a save_to_disk folder"
             ) from failure
+
+    def rows() -> Iterator[Row]:
+        dataset, is_text = downloaded()
+        read = _dataset_rows(dataset)
+        return typed_rows(read, name, settings.csv_types) if is_text else read
+
+    return RowSource(name, rows)
 
 
 def _load(path: str, subset: str | None, split: str) -> tuple[datasets.Dataset, bool]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -74,25 +74,20 @@ class RowTable:
         return rows
 
 
-class RowSource(ABC):
+@dataclass(eq=False)
+class RowSource:
     """A dataset whose rows this process can read."""
 
     name: str
     """What messages call it."""
-
-    @abstractmethod
-    def rows(self) -> Iterator[Row]:
-        """Read the rows in order.
-
-        Raises:
-            DataError: They cannot be read; the cause is named.
-        """
+    rows: Callable[[], Iterator[Row]]
+    """Reads the rows in order; raises ``DataError``, which names the cause, where they cannot be read."""
 
     def sample(self, limit: int) -> list[Row]:
         """Return up to ``limit`` rows from the start.
 
         Raises:
-            DataError: As in :meth:`rows`.
+            DataError: As in :attr:`rows`.
         """
         return list(itertools.islice(self.rows(), limit))
 
@@ -100,7 +95,7 @@ class RowSource(ABC):
         """Read all rows into the object store.
 
         Raises:
-            DataError: As in :meth:`rows`.
+            DataError: As in :attr:`rows`.
         """
         return RowTable.from_rows(self.rows())
 

@@ -56,7 +56,10 @@ def find_source(settings: DataSettings, *, field: str = TRAINING_FIELD) -> Promp
     """
     path: Any = settings.path
     if path is None:
-        return QuickstartSource(held_out=field != TRAINING_FIELD)
+        from rlhf_ray.quickstart import task
+
+        rows = task.train_rows if field == TRAINING_FIELD else task.eval_rows
+        return RowSource("the quickstart task", lambda: iter(rows()))
     if isinstance(path, (str, os.PathLike)):
         return _from_path(os.fspath(path), settings, field=field)
     if isinstance(path, Sequence) and path and all(isinstance(part, (str, os.PathLike)) for part in path):
@@ -69,7 +72,7 @@ def find_source(settings: DataSettings, *, field: str = TRAINING_FIELD) -> Promp
 
 
 def _from_path(path: str, settings: DataSettings, *, field: str) -> PromptSource:
-    from rlhf_ray.prompts.huggingface import HubSource, SavedDatasetSource, is_saved_dataset
+    from rlhf_ray.prompts.huggingface import hub_source, is_saved_dataset, saved_dataset_source
 
     if "://" in path:
         remedy = f"{field} takes local paths and hub ids; build the config in Python and pass ray.data.read_json(...)"
@@ -79,12 +82,12 @@ def _from_path(path: str, settings: DataSettings, *, field: str) -> PromptSource
         )
     local = Path(path).expanduser()
     if not (local.exists() or file_format(local) or looks_local(path)):
-        return HubSource(settings, field=field)
+        return hub_source(settings, field=field)
     local = _local(path, field)
     if not local.is_dir():
         return FileSource([local], settings.csv_types)
     if is_saved_dataset(local):
-        return SavedDatasetSource(local, split=settings.split)
+        return saved_dataset_source(local, split=settings.split)
     return FileSource(_data_files(local, settings.split), settings.csv_types, name=str(local))
 
 
@@ -94,21 +97,6 @@ def _local(path: str, field: str) -> Path:
     if not local.exists():
         raise DataError(f"{field}: no such file or folder: {path} (looked at {local})")
     return local
-
-
-class QuickstartSource(RowSource):
-    """The embedded task's rows (``rlhf_ray.quickstart.task``)."""
-
-    name = "the quickstart task"
-
-    def __init__(self, *, held_out: bool) -> None:
-        self._held_out = held_out
-
-    def rows(self) -> Iterator[Row]:
-        """See :meth:`RowSource.rows`."""
-        from rlhf_ray.quickstart import task
-
-        return iter(task.eval_rows() if self._held_out else task.train_rows())
 
 
 class FileSource(RowSource):
@@ -134,13 +122,10 @@ class FileSource(RowSource):
             raise DataError(
                 f"{name or files[0].parent} holds files of several formats ({', '.join(formats)}); name one"
             )
-        self.name = name or (files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more")
+        called = name or (files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more")
+        super().__init__(called, lambda: itertools.chain.from_iterable(file_rows(file, csv_types) for file in files))
         self._files = files
         self._csv_types = csv_types
-
-    def rows(self) -> Iterator[Row]:
-        """See :meth:`RowSource.rows`."""
-        return itertools.chain.from_iterable(file_rows(file, self._csv_types) for file in self._files)
 
     def sample(self, limit: int) -> list[Row]:
         """See :meth:`RowSource.sample`; files of text are parsed some way beyond."""
