@@ -24,6 +24,7 @@ __all__ = [
     "Int32Array",
     "LoadReport",
     "Prompt",
+    "PromptPosition",
     "PromptText",
     "RewardFailure",
     "RolloutGroup",
@@ -62,6 +63,22 @@ class Prompt:
     continued by the completion, which holds only what was sampled."""
     columns: Mapping[str, Any] = field(default_factory=dict)
     """The row's other columns."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptPosition:
+    """The position of a prompt stream: the next row to hand out.
+
+    Example:
+        Row 3 of the second epoch is next, and two prompts of the first were not trained on:
+        ``PromptPosition(epoch=1, row=3, unfinished=(508, 511))``
+    """
+
+    epoch: int = 0
+    row: int = 0
+    """Index in the epoch's order; counts every row, those that were dropped too."""
+    unfinished: tuple[int, ...] = ()
+    """Ids of earlier prompts that come first, ascending: they were handed out, but not trained on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -35,7 +35,6 @@ LAYER_OF = {part: index for index, parts in enumerate(LAYERS) for part in parts}
 
 # What does not follow the direction, to become fewer: importing module -> imported part.
 UPWARD_AT_THE_TOP = {
-    ("rlhf_ray.checkpoints.checkpoint", "prompts"),
     ("rlhf_ray.reporting.token_texts", "prompts"),
 }
 UPWARD_IN_A_FUNCTION = {

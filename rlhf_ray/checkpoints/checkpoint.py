@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import DataError
-from rlhf_ray.prompts.rows import PromptPosition
+from rlhf_ray.types import PromptPosition
 
 __all__ = ["Checkpoint", "CheckpointState", "CheckpointStore"]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from rlhf_ray.prompts.rows import PromptPosition
 from rlhf_ray.prompts.stream import PromptStream
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 
-__all__ = ["PromptPosition", "PromptStream", "load_tokenizer"]
+__all__ = ["PromptStream", "load_tokenizer"]

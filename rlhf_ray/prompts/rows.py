@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from rlhf_ray.types import PromptPosition
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Int64Array",
     "PromptOrder",
-    "PromptPosition",
     "Row",
     "RowSource",
     "RowTable",
@@ -36,17 +36,6 @@ __all__ = [
 ]
 
 Int64Array = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PromptPosition:
-    """The position of a prompt stream: the next row to hand out."""
-
-    epoch: int = 0
-    row: int = 0
-    """Index in the epoch's order; counts every row, those that were dropped too."""
-    unfinished: tuple[int, ...] = ()
-    """Ids of earlier prompts that come first, ascending: they were handed out, but not trained on."""
 
 
 class PromptOrder:
@@ -147,25 +136,20 @@ class RowTable:
         return rows
 
 
-class RowSource(ABC):
+@dataclass(eq=False)
+class RowSource:
     """A dataset whose rows this process can read."""
 
     name: str
     """What messages call it."""
-
-    @abstractmethod
-    def rows(self) -> Iterator[Row]:
-        """Read the rows in order.
-
-        Raises:
-            DataError: They cannot be read; the cause is named.
-        """
+    rows: Callable[[], Iterator[Row]]
+    """Reads the rows in order; raises ``DataError``, which names the cause, where they cannot be read."""
 
     def sample(self, limit: int) -> list[Row]:
         """Return up to ``limit`` rows from the start.
 
         Raises:
-            DataError: As in :meth:`rows`.
+            DataError: As in :attr:`rows`.
         """
         return list(itertools.islice(self.rows(), limit))
 
@@ -173,7 +157,7 @@ class RowSource(ABC):
         """Read all rows into the object store.
 
         Raises:
-            DataError: As in :meth:`rows`.
+            DataError: As in :attr:`rows`.
         """
         return RowTable.from_rows(self.rows())
 

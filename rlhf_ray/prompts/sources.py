@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 __all__ = [
     "TRAINING_FIELD",
     "FileSource",
-    "HubSource",
     "PromptSource",
-    "SavedDatasetSource",
     "find_source",
+    "hub_source",
     "is_saved_dataset",
+    "saved_dataset_source",
 ]
 
 _BATCH_ROWS = 4096
@@ -44,59 +44,42 @@ def is_saved_dataset(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
-class SavedDatasetSource(RowSource):
-    """A folder that the datasets library's ``save_to_disk`` wrote.
+def saved_dataset_source(folder: Path, *, split: str) -> RowSource:
+    """Return a folder that the datasets library's ``save_to_disk`` wrote.
 
     Args:
         folder: The folder.
         split: The split to take where it holds several.
     """
 
-    def __init__(self, folder: Path, *, split: str) -> None:
-        self.name = str(folder)
-        self._folder = folder
-        self._split = split
-
-    def rows(self) -> Iterator[Row]:
-        """See :meth:`RowSource.rows`."""
+    def rows() -> Iterator[Row]:
         import datasets
 
         try:
-            saved = datasets.load_from_disk(str(self._folder))
+            saved = datasets.load_from_disk(str(folder))
         except (OSError, ValueError, KeyError) as failure:
-            raise DataError(f"{self._folder}: datasets.load_from_disk failed: {failure}") from failure
+            raise DataError(f"{folder}: datasets.load_from_disk failed: {failure}") from failure
         if not isinstance(saved, datasets.DatasetDict):
             return _dataset_rows(saved)
-        if self._split not in saved:
-            raise DataError(
-                f"{self._folder} holds split {' and '.join(sorted(saved))}, but none called {self._split!r}"
-            )
-        return _dataset_rows(saved[self._split])
+        if split not in saved:
+            raise DataError(f"{folder} holds split {' and '.join(sorted(saved))}, but none called {split!r}")
+        return _dataset_rows(saved[split])
+
+    return RowSource(str(folder), rows)
 
 
-class HubSource(RowSource):
-    """A dataset of the hub, downloaded once into the datasets library's cache when its rows are first read.
+def hub_source(settings: DataSettings, *, field: str) -> RowSource:
+    """Return a dataset of the hub, downloaded once into the datasets library's cache when its rows are first read.
 
     Args:
         settings: The ``data`` section, or a held-out set's own: its id in ``path``, subset and split.
         field: The setting that names it.
     """
+    path, subset, split = str(settings.path), settings.subset, settings.split
+    name = f"{path}{'' if subset is None else f'/{subset}'} ({split})"
 
-    def __init__(self, settings: DataSettings, *, field: str) -> None:
-        subset = "" if settings.subset is None else f"/{settings.subset}"
-        self.name = f"{settings.path}{subset} ({settings.split})"
-        self._settings = settings
-        self._field = field
-
-    def rows(self) -> Iterator[Row]:
-        """See :meth:`RowSource.rows`."""
-        dataset, is_text = self._downloaded
-        rows = _dataset_rows(dataset)
-        return typed_rows(rows, self.name, self._settings.csv_types) if is_text else rows
-
-    @functools.cached_property
-    def _downloaded(self) -> tuple[datasets.Dataset, bool]:
-        path, subset, split = str(self._settings.path), self._settings.subset, self._settings.split
+    @functools.cache
+    def downloaded() -> tuple[datasets.Dataset, bool]:
         try:
             with hub_lookup(path):
                 return _load(path, subset, split)
@@ -104,10 +87,17 @@ class HubSource(RowSource):
         except Exception as failure:
             call = f"datasets.load_dataset({path!r}, {subset!r}, split={split!r})"
             raise DataError(
-                f"{self._field}: there is no file or folder {path!r} here, so it was taken for a hub id, and "
+                f"{field}: there is no file or folder {path!r} here, so it was taken for a hub id, and "
                 f"{call} failed: {type(failure).__name__}: {failure}. Check the id, data.subset and the split; without "
-                f"a network, set {self._field} to a local .jsonl, .parquet or .csv file or a save_to_disk folder"
+                f"a network, set {field} to a local .jsonl, .parquet or .csv file or a save_to_disk folder"
             ) from failure
+
+    def rows() -> Iterator[Row]:
+        dataset, is_text = downloaded()
+        read = _dataset_rows(dataset)
+        return typed_rows(read, name, settings.csv_types) if is_text else read
+
+    return RowSource(name, rows)
 
 
 def _load(path: str, subset: str | None, split: str) -> tuple[datasets.Dataset, bool]:
@@ -174,7 +164,10 @@ def find_source(settings: DataSettings, *, field: str = TRAINING_FIELD) -> Promp
     """
     path: Any = settings.path
     if path is None:
-        return QuickstartSource(held_out=field != TRAINING_FIELD)
+        from rlhf_ray.quickstart import task
+
+        rows = task.train_rows if field == TRAINING_FIELD else task.eval_rows
+        return RowSource("the quickstart task", lambda: iter(rows()))
     if isinstance(path, (str, os.PathLike)):
         return _from_path(os.fspath(path), settings, field=field)
     if isinstance(path, Sequence) and path and all(isinstance(part, (str, os.PathLike)) for part in path):
@@ -187,7 +180,7 @@ def find_source(settings: DataSettings, *, field: str = TRAINING_FIELD) -> Promp
 
 
 def _from_path(path: str, settings: DataSettings, *, field: str) -> PromptSource:
-    from rlhf_ray.prompts.sources import HubSource, SavedDatasetSource, is_saved_dataset
+    from rlhf_ray.prompts.sources import hub_source, is_saved_dataset, saved_dataset_source
 
     if "://" in path:
         remedy = f"{field} takes local paths and hub ids; build the config in Python and pass ray.data.read_json(...)"
@@ -197,12 +190,12 @@ def _from_path(path: str, settings: DataSettings, *, field: str) -> PromptSource
         )
     local = Path(path).expanduser()
     if not (local.exists() or file_format(local) or looks_local(path)):
-        return HubSource(settings, field=field)
+        return hub_source(settings, field=field)
     local = _local(path, field)
     if not local.is_dir():
         return FileSource([local], settings.csv_types)
     if is_saved_dataset(local):
-        return SavedDatasetSource(local, split=settings.split)
+        return saved_dataset_source(local, split=settings.split)
     return FileSource(_data_files(local, settings.split), settings.csv_types, name=str(local))
 
 
@@ -212,21 +205,6 @@ def _local(path: str, field: str) -> Path:
     if not local.exists():
         raise DataError(f"{field}: no such file or folder: {path} (looked at {local})")
     return local
-
-
-class QuickstartSource(RowSource):
-    """The embedded task's rows (``rlhf_ray.quickstart.task``)."""
-
-    name = "the quickstart task"
-
-    def __init__(self, *, held_out: bool) -> None:
-        self._held_out = held_out
-
-    def rows(self) -> Iterator[Row]:
-        """See :meth:`RowSource.rows`."""
-        from rlhf_ray.quickstart import task
-
-        return iter(task.eval_rows() if self._held_out else task.train_rows())
 
 
 class FileSource(RowSource):
@@ -252,13 +230,10 @@ class FileSource(RowSource):
             raise DataError(
                 f"{name or files[0].parent} holds files of several formats ({', '.join(formats)}); name one"
             )
-        self.name = name or (files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more")
+        called = name or (files[0].name if len(files) == 1 else f"{files[0].name} and {len(files) - 1} more")
+        super().__init__(called, lambda: itertools.chain.from_iterable(file_rows(file, csv_types) for file in files))
         self._files = files
         self._csv_types = csv_types
-
-    def rows(self) -> Iterator[Row]:
-        """See :meth:`RowSource.rows`."""
-        return itertools.chain.from_iterable(file_rows(file, self._csv_types) for file in self._files)
 
     def sample(self, limit: int) -> list[Row]:
         """See :meth:`RowSource.sample`; files of text are parsed some way beyond."""

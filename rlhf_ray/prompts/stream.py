@@ -24,10 +24,10 @@ from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.builder import Overlong, PromptBuilder
 from rlhf_ray.prompts.check import check_source
 from rlhf_ray.prompts.reader import PromptReader
-from rlhf_ray.prompts.rows import PromptOrder, PromptPosition
+from rlhf_ray.prompts.rows import PromptOrder
 from rlhf_ray.prompts.sources import TRAINING_FIELD, find_source
 from rlhf_ray.prompts.tokenizer import SharedTokenizer, load_tokenizer
-from rlhf_ray.types import Prompt
+from rlhf_ray.types import Prompt, PromptPosition
 
 __all__ = ["PromptStream"]
 

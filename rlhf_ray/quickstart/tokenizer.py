@@ -52,12 +52,7 @@ def build_tokenizer(*, max_length: int) -> Qwen2Tokenizer:
 
 
 def byte_vocabulary() -> dict[str, int]:
-    """Map the byte-level alphabet to byte values.
+    """Map the byte-level alphabet of GPT-2 to byte values."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    The alphabet of GPT-2 ("Language Models are Unsupervised Multitask Learners", 2019) writes a printable Latin-1
-    byte as its own character and the others, in order, as the characters from U+0100 on.
-    """
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
-    others = [byte for byte in range(NUM_BYTES) if byte not in printable]
-    characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return {characters[byte]: byte for byte in range(NUM_BYTES)}
+    return {character: byte for byte, character in sorted(bytes_to_unicode().items())}

@@ -8,12 +8,11 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import wait
 from typing import Any, TypeVar
 
-from rlhf_ray.prompts.rows import PromptPosition
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.streams import cancel_all
 from rlhf_ray.rollouts.tally import Collected
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
+from rlhf_ray.types import Prompt, PromptPosition, RewardFailure, SamplingSettings, ScoredGroup
 
 __all__ = ["RolloutController"]
 

@@ -18,12 +18,11 @@ import numpy as np
 
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import DataError, RolloutError
-from rlhf_ray.prompts.rows import PromptPosition
 from rlhf_ray.rollouts.admission import FlowRules, GroupLedger
 from rlhf_ray.rollouts.rollouter import Engine, Rollouter, Seeds
 from rlhf_ray.rollouts.streams import cancel_all
 from rlhf_ray.rollouts.tally import Collected, Tally, log_failures, now
-from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup
+from rlhf_ray.types import Prompt, PromptPosition, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup
 
 __all__ = ["RolloutFlow", "training_sampling"]
 

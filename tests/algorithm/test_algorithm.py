@@ -22,12 +22,11 @@ from rlhf_ray.algorithm.run_checkpoints import RunCheckpoints
 from rlhf_ray.checkpoints.checkpoint import CheckpointState
 from rlhf_ray.errors import ConfigError, LearnerError
 from rlhf_ray.learner.remote.group import StateLostError
-from rlhf_ray.prompts.rows import PromptPosition
 from rlhf_ray.reporting.reporter_set import ReporterSet
 from rlhf_ray.reporting.run_directory import RunLock
 from rlhf_ray.span_log import SpanLog
 from rlhf_ray.tune import trial_algorithm as trial_module
-from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory
+from rlhf_ray.types import Prompt, PromptPosition, RolloutGroup, ScoredGroup, Trajectory
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from rlhf_ray.algorithm.resuming import RunStart, check_same, open_run, open_tri
 from rlhf_ray.checkpoints.checkpoint import CheckpointState, CheckpointStore
 from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.errors import ConfigError
-from rlhf_ray.prompts.rows import PromptPosition
 from rlhf_ray.reporting.run_directory import RunDirectory, RunLock
+from rlhf_ray.types import PromptPosition
 
 STATE = CheckpointState(policy_version=2, iteration=2, time_total_s=1.0, prompt_position=PromptPosition())
 

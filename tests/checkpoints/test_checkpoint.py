@@ -10,7 +10,7 @@ import pytest
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.errors import DataError
-from rlhf_ray.prompts.rows import PromptPosition
+from rlhf_ray.types import PromptPosition
 
 POSITION = PromptPosition(epoch=2, row=17, unfinished=(30, 34))
 CONFIG = "training: {lr: 1.0e-6}\n"

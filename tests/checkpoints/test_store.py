@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState, CheckpointStore
 from rlhf_ray.checkpoints.folder import Folder
-from rlhf_ray.prompts.rows import PromptPosition
+from rlhf_ray.types import PromptPosition
 
 STATE = CheckpointState(policy_version=1, iteration=1, time_total_s=0.0, prompt_position=PromptPosition())
 

@@ -10,7 +10,7 @@ from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
 from rlhf_ray.checkpoints.folder import Folder, StoredFile
 from rlhf_ray.checkpoints.writer import CheckpointWriter
 from rlhf_ray.errors import DataError, LearnerError
-from rlhf_ray.prompts.rows import PromptPosition
+from rlhf_ray.types import PromptPosition
 
 STATE = CheckpointState(policy_version=3, iteration=3, time_total_s=1.0, prompt_position=PromptPosition(row=4))
 

@@ -8,7 +8,7 @@ from rlhf_ray.checkpoints.checkpoint import Checkpoint, CheckpointState
 from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.cli.measured_model import MeasuredModel, eval_path, measured_model
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.prompts.rows import PromptPosition
+from rlhf_ray.types import PromptPosition
 
 
 @pytest.fixture

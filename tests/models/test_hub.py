@@ -23,7 +23,7 @@ from rlhf_ray import ConfigError, DataError
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.learner.models import load_critic, load_policy
 from rlhf_ray.models.config import load_model_config
-from rlhf_ray.prompts.sources import HubSource
+from rlhf_ray.prompts.sources import hub_source
 from rlhf_ray.prompts.tokenizer import load_tokenizer
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
@@ -38,7 +38,7 @@ LOOK_UPS = {
     "weights of the policy": lambda: load_policy("owner/missing", **KERNEL),
     "weights of the critic": lambda: load_critic("owner/missing", **KERNEL),
     "reward model": lambda: check_reward_model(RewardModelReward("owner/missing"), "rewards.functions[0]"),
-    "dataset": lambda: HubSource(DataSettings(path="owner/missing"), field="data.path").sample(1),
+    "dataset": lambda: hub_source(DataSettings(path="owner/missing"), field="data.path").sample(1),
 }
 
 def phase():

@@ -1,4 +1,4 @@
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -14,13 +14,8 @@ from rlhf_ray.prompts.tokenizer import load_tokenizer
 class Rows(RowSource):
     """A source of rows that are here."""
 
-    name = "data.jsonl"
-
     def __init__(self, *rows: Row) -> None:
-        self._rows = list(rows)
-
-    def rows(self) -> Iterator[Row]:
-        return iter(self._rows)
+        super().__init__("data.jsonl", lambda: iter(rows))
 
     def load(self) -> RowTable:
         raise AssertionError("a check reads no more than a sample")

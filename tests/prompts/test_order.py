@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from rlhf_ray.prompts.rows import PromptOrder, PromptPosition
+from rlhf_ray.prompts.rows import PromptOrder
+from rlhf_ray.types import PromptPosition
 
 
 def test_unshuffled_order_is_the_dataset_again_and_again() -> None:

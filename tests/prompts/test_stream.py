@@ -11,9 +11,9 @@ import pytest
 
 from rlhf_ray.config.settings import DataSettings
 from rlhf_ray.errors import ConfigError, DataError
-from rlhf_ray.prompts import PromptPosition, PromptStream
+from rlhf_ray.prompts import PromptStream
 from rlhf_ray.quickstart import task
-from rlhf_ray.types import Prompt
+from rlhf_ray.types import Prompt, PromptPosition
 
 pytestmark = pytest.mark.usefixtures("local_ray", "short_runs")
 

@@ -17,14 +17,22 @@ import pytest
 from ray.exceptions import ActorDiedError, RayActorError, RayTaskError
 
 from rlhf_ray.errors import DataError, RewardError, RolloutError
-from rlhf_ray.prompts import PromptPosition
 from rlhf_ray.rollouts import controller as thread_module
 from rlhf_ray.rollouts import rollouter as module
 from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.flow import RolloutFlow
 from rlhf_ray.rollouts.rollouter import Engine, SingleTurn, group_seed
-from rlhf_ray.types import Prompt, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup, Trajectory, VersionSpan
+from rlhf_ray.types import (
+    Prompt,
+    PromptPosition,
+    RewardFailure,
+    RolloutGroup,
+    SamplingSettings,
+    ScoredGroup,
+    Trajectory,
+    VersionSpan,
+)
 
 SAMPLING = SamplingSettings(group_size=2, max_new_tokens=4, temperature=1.0)
 GREEDY = SamplingSettings(group_size=1, max_new_tokens=4, temperature=0.0)
