@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 # Where a run lies, how it resumes and how it is shown is not what it is: one begun at a terminal may resume in a queue.
 _MAY_DIFFER = {"reporting.run_dir", "reporting.progress", "checkpointing.resume"}
 _PATH = "checkpointing.path"
-# Tune may start a trial anew while the actor that had it before is still stopping its parts.
+# Tune may restart a trial while the actor that had it before is still stopping its parts.
 _TRIAL_WAIT_S = 120.0
 
 
@@ -94,7 +94,7 @@ def open_run(config: AlgorithmConfig) -> RunStart:
 
 
 def open_trial_run(config: AlgorithmConfig) -> RunStart:
-    """Make the run directory of a Ray Tune trial, or open it again: Tune starts a trial anew after a pause or failure.
+    """Make the run directory of a Ray Tune trial, or open it again: Tune restarts a trial after a pause or failure.
 
     Args:
         config: The trial's settings; ``reporting.run_dir`` is its own.

@@ -479,7 +479,7 @@ class FaultToleranceSettings:
     state_interval: int = setting(
         1,
         "updates between copies of the learners' state in host memory, from which a restarted group continues: it makes "
-        "the updates since then once more; without (0), or with the node, the run goes back to its newest checkpoint",
+        "the updates since then again; without (0), or with the node, the run goes back to its newest checkpoint",
         ge=0,
     )
 

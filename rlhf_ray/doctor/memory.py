@@ -3,7 +3,7 @@
 Training keeps float32 weights (4 bytes per parameter), gradients (4) and Adam's two moments (8), for the policy and for
 the critic, sharded over the learners; a reference is weights alone. Host memory has two copies of weights and moments
 (``fault_tolerance.state_interval``). Where replicas and learners share GPUs (``resources.colocate``), weights and
-moments are there once more while engines sample, and an engine's weights while learners update. What a pass holds
+moments have a further copy there while engines sample, and an engine's weights while learners update. What a pass holds
 besides, gathered layers and activations, is an estimate.
 """
 

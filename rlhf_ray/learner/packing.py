@@ -89,7 +89,7 @@ def plan_update(
         lengths: ``[N]`` prompt plus completion tokens.
         completion_lengths: ``[N]`` tokens that enter the losses.
         num_minibatches: Optimizer steps per epoch.
-        num_epochs: Passes over the batch; the order of minibatches is drawn anew for each after the first.
+        num_epochs: Passes over the batch; the order of minibatches is drawn again for each after the first.
         num_ranks: Learners.
         max_tokens: Tokens in a microbatch; a longer sequence is alone in its own.
         attention_length: Length at which a sequence's attention costs what the rest of the model does, in tokens: see

@@ -83,7 +83,7 @@ def plain_line(progress: Progress) -> str:
 
 
 class ProgressPanel:
-    """Rich renderable: the state of a run in a box that fits 80 columns; drawn anew at each refresh."""
+    """Rich renderable: the state of a run in a box that fits 80 columns; redrawn at each refresh."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

@@ -155,7 +155,7 @@ class RolloutEngine:
     async def sleep(self) -> None:
         """Leave the GPU to a learner: weights go to host memory, the cache is dropped.
 
-        Requests in flight are kept, and computed anew from their tokens afterward. Not level 2: it drops buffers that
+        Requests in flight are kept, and recomputed from their tokens afterward. Not level 2: it drops buffers that
         no publication brings back (vLLM issue 29341).
         """
         self._sleeps = True

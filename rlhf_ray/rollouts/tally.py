@@ -65,7 +65,7 @@ class Tally:
         self._carried_before = carried
 
     def restart(self, carried: int) -> None:
-        """Count anew; ``carried`` is what the ledger has counted until now."""
+        """Reset the counts; ``carried`` is what the ledger has counted until now."""
         self._clear(carried)
         self._since = self._generating_since = now()
 
@@ -76,7 +76,7 @@ class Tally:
             self._since = self._started
 
     def collected(self, groups: Sequence[ScoredGroup], *, carried: int, spans: Sequence[TraceSpan]) -> Collected:
-        """The batch that was waited for, and how it came about; counts anew."""
+        """The batch that was waited for, and how it came about; resets the counts."""
         ended, since = now(), self._started if self._since is None else self._since
         collected = Collected(
             groups=tuple(sorted(groups, key=lambda scored: scored.group.group_id)),

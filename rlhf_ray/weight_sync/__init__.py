@@ -1,1 +1,1 @@
-"""Stage 6 of the loop: the new policy reaches every replica, versioned."""
+"""Weight sync: the new policy reaches every replica, under its version."""

@@ -24,7 +24,7 @@ __all__ = [
 
 
 class ReplicaLostError(WeightSyncError):
-    """A replica died while weights were sent to it; the learners start again and send them once more."""
+    """A replica died while weights were sent to it; the learners are restarted and send them again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,7 +6,7 @@ Its stock client hands every replica the same rank offset, so that two replicas 
 
 A broadcast that has lost a peer never returns, nor does the start of a group. Where a replica dies or fails on the way
 rank 0 ends, Ray Train starts the learners again, replicas that stand in the middle of the update are replaced, and the
-publication is made once more.
+publication is repeated.
 """
 
 from __future__ import annotations

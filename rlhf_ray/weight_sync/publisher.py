@@ -151,7 +151,7 @@ class _Failures:
             self._in_this_try.add(reason)
 
     def next_try(self) -> None:
-        """Look, and begin anew: what failed until now must not fail again."""
+        """Look, and begin another try: what failed until now must not fail again."""
         self.look()
         self._before |= self._in_this_try
         self._in_this_try = set()
@@ -172,7 +172,7 @@ class ObjectStorePublisher(_Publisher):
     Args:
         source: The learner group.
         handle: The rollout app's Serve handle.
-        max_paused: Replicas that load at the same time; none: all.
+        max_paused: Replicas that load at the same time; ``None``: all.
     """
 
     def __init__(self, *, source: WeightSource, handle: Any, max_paused: int | None = None) -> None:
@@ -210,7 +210,7 @@ class ObjectStorePublisher(_Publisher):
         )
 
     def _parts(self) -> Iterator[frozenset[str] | None]:
-        """Ids of the replicas that load together, part by part; none: all that there are.
+        """Ids of the replicas that load together, part by part; ``None``: all that there are.
 
         The last part is always all: those that have loaded have nothing to do, and those that are new have not.
         """
@@ -267,7 +267,7 @@ def checked_pause(version: int, answers: list[LoadReport | BaseException]) -> fl
     """Check that every answer acknowledges ``version``; returns the longest pause in seconds.
 
     A replica that died meanwhile is Serve's to replace, and the new one pulls the version itself; a live one that
-    failed or serves something else is an error, and so is a pool of which nobody answered.
+    failed or serves something else is an error, and so is a pool in which no replica answered.
 
     Raises:
         WeightSyncError: As said.

@@ -126,7 +126,7 @@ def _is_quantized(layer: torch.nn.Module) -> bool:
 
 
 def _forget_expert_kernels(model: torch.nn.Module) -> None:
-    """Let vLLM make the kernels of experts anew with the weights that come.
+    """Let vLLM rebuild the kernels of experts with the incoming weights.
 
     On CPUs a kernel packs its weights when it is made. vLLM 0.32 keeps a kernel over a reload, and so copies weights
     that are not packed to where it looks for packed ones: the layer computes nonsense without an error.

@@ -8,7 +8,7 @@ again finds what it needs. Plain asyncio: ``bridge_actor`` wraps it.
 
 Workers and bridge may die, each by itself. A bridge that was restarted knows nothing: Ray repeats every call that had
 no answer, so a call that tells what the bridge must know stays open until that is true no longer. Weights alone are not
-told again: the learners publish them once more when a replica needs them.
+told again: the learners publish them again when a replica needs them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Around stage 5: what the learner group needs of Ray Train beyond its public API, all of it named here."""
+"""What the learner group needs of Ray Train beyond its public API."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["LearnerTrainer", "RestartPolicy", "announce_controller", "announce_p
 
 
 class LearnerTrainer(TorchTrainer):  # type: ignore[misc]
-    """A ``TorchTrainer`` whose workers nobody takes away.
+    """A ``TorchTrainer`` that keeps its workers.
 
     Ray 2.60 starts an actor that asks the state API every second whether the controller lives, and removes the
     workers' placement group where it does not. It asks whichever cluster of the machine was started last: a second
-    one, somebody else's, and a healthy run ends with "worker health check failed". Ray itself removes the group when
+    one of another user, and a healthy run ends with "worker health check failed". Ray itself removes the group when
     both the controller and the job that it belongs to have ended; for a job of many trials see tune/supervisor.py.
 
     A worker that dies while the group starts costs a start of the group, as later on. Ray 2.60 ends the run where that
