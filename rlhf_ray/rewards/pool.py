@@ -105,7 +105,8 @@ class RewardPool:
         """Score ``group``; where several rewards fail, the functions' failure is the one that is returned.
 
         Raises:
-            RewardError: The pool is not started or is stopped, or the last worker could not be replaced.
+            RewardError: The pool is not started or is stopped, the last worker could not be replaced, or a worker
+                failed outside of the reward functions.
             DataError: A dataset column has the name of an argument that has a value already.
         """
         request = group, self.progress.at(group.trajectories[0].asked_version)
@@ -118,7 +119,7 @@ class RewardPool:
                 scores.append(answer)
             return scored_group(group, self._rewards, scores)
         except (ScoringError, WorkFailed) as failure:
-            if isinstance(failure.__cause__, DataError):
+            if isinstance(failure.__cause__, (DataError, RewardError)):
                 raise failure.__cause__ from None
             return RewardFailure(group_id=group.group_id, kind=failure.kind, message=failure.message)
 

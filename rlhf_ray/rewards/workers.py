@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import numpy as np
 
 from rlhf_ray.actor_pool import LONG_CALL_S
-from rlhf_ray.errors import DataError
+from rlhf_ray.errors import DataError, RewardError
 from rlhf_ray.pickling import deserialize
 from rlhf_ray.rewards.arguments import TrainerState
 from rlhf_ray.rewards.functions import NamedReward
@@ -156,3 +156,7 @@ async def _score(scorer: RewardScorer, request: ScoringRequest) -> Scores | Scor
         return await scorer.scores(*request)
     except ScoringError as error:
         return error
+    except DataError:
+        raise
+    except Exception as error:  # Not a function's: what those raise is a ScoringError. No later group would do better.
+        raise RewardError(f"a reward worker failed outside of the reward functions: {error!r}") from error

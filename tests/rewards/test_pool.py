@@ -337,6 +337,22 @@ def test_a_bad_column_is_an_error_of_the_data(pool: RewardPool, group_of: GroupO
         assert isinstance(score_all(pool, [group_of(["fine"])])[0], ScoredGroup)
 
 
+def test_an_error_outside_of_the_functions_is_raised(cluster: None, group_of: GroupOf) -> None:
+    class Defective:
+        def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+            if token_ids[0] == ord("!"):
+                raise LookupError("no such token")
+            return "text"
+
+    def zero(*, completions: list[str], **columns: Any) -> list[float]:
+        return [0.0 for _ in completions]
+
+    with started(zero, tokenizer=Defective()) as pool, replaced(pool, 0):
+        with pytest.raises(RewardError, match=r"outside of the reward functions: LookupError\('no such token'\)"):
+            score_all(pool, [group_of(["!"])])
+        assert isinstance(score_all(pool, [group_of(["fine"])])[0], ScoredGroup)
+
+
 def test_async_functions_share_a_worker(async_pool: RewardPool, group_of: GroupOf) -> None:
     with replaced(async_pool, 0):
         outcomes = score_all(async_pool, [group_of(["x"], group_id=i) for i in range(40)])
