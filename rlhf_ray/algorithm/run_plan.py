@@ -1,11 +1,12 @@
 """What a run takes of a Ray cluster and gives to replicas and learners: computed once, before anything is started.
 
-``start.py`` starts what the plan says, ``rlhf-ray doctor`` computes the same and prints it.
+``start.py`` starts what the plan says; ``rlhf-ray config --plan`` and ``rlhf-ray doctor`` print it.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -31,6 +32,7 @@ __all__ = [
     "Placement",
     "RunPlan",
     "Shares",
+    "arguments_text",
     "check_device",
     "check_nodes",
     "choose_device",
@@ -59,6 +61,14 @@ class Cluster:
         nodes = tuple(node["Resources"] for node in ray.nodes() if node["Alive"])
         return cls(cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0), nodes=nodes)
 
+    @classmethod
+    def of_machine(cls) -> Self:
+        """The one that Ray would start on this machine."""
+        import torch
+
+        node = {"CPU": float(len(os.sched_getaffinity(0))), "GPU": float(torch.cuda.device_count())}
+        return cls(cpus=node["CPU"], gpus=node["GPU"], nodes=(node,))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
@@ -67,6 +77,9 @@ class Shares:
     replica: float
     learner: float
     reward_worker: float
+
+    def __str__(self) -> str:
+        return f"{self.replica:g} per replica, {self.learner:g} per learner, {self.reward_worker:g} per reward worker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,11 +115,7 @@ class Placement:
         )
 
     def __str__(self) -> str:
-        shares = self.shares
-        reserved = (
-            f"{shares.replica:g} per replica, {shares.learner:g} per learner, {shares.reward_worker:g} per reward"
-        )
-        return f"CPUs reserved: {reserved} worker; the run uses {self.device}"
+        return f"CPUs reserved: {self.shares}; the run uses {self.device}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +144,25 @@ class RunPlan:
             prompt_tokens=inputs.max_prompt_tokens,
         )
         return cls(placement=placement, engine=engine, learner=learner)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """The plan as lines of a label and a value, for printing."""
+        placement, learner = self.placement, self.learner
+        return [
+            ("device", str(placement.device)),
+            ("compute type", placement.device.dtype),
+            ("CPUs reserved", str(placement.shares)),
+            ("resources of the run", f"{placement.cpus:g} CPUs, {placement.gpus:g} GPUs"),
+            ("shared GPUs", "replicas and learners take turns" if placement.device.colocated else "none"),
+            ("weight transfer", self.engine.weight_transfer),
+            ("critic", learner.critic_path or "none"),
+            *((f"vLLM {name}", str(value)) for name, value in sorted(self.engine.engine_args.items())),
+        ]
+
+
+def arguments_text(spec: EngineSpec) -> str:
+    """What a replica's engine is given, in one line."""
+    return ", ".join(f"{name}={value}" for name, value in sorted(spec.engine_args.items()))
 
 
 def choose_device(settings: Settings, gpus: float) -> Device:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_ray.command import Commands, add_command, add_settings, load_config
+from rlhf_ray.config.builder import AlgorithmConfig
 
 __all__ = ["add_check_commands"]
 
@@ -15,7 +16,13 @@ __all__ = ["add_check_commands"]
 def add_check_commands(commands: Commands) -> None:
     """Add ``config``, ``doctor`` and ``report``."""
     summary = "print the resolved settings as YAML, and the schedule they lead to"
-    add_settings(add_command(commands, "config", _config, summary))
+    config = add_command(commands, "config", _config, summary)
+    add_settings(config)
+    config.add_argument(
+        "--plan",
+        action="store_true",
+        help="read model, rewards and data too, and print what a run on this machine would start, without starting it",
+    )
     doctor = add_command(commands, "doctor", _doctor, "check this machine and the settings before a run")
     add_settings(doctor)
     doctor.add_argument("--skip-engine", action="store_true", help="do not start a vLLM engine (about half a minute)")
@@ -47,8 +54,17 @@ def _config(args: argparse.Namespace) -> int:
     title = "From the quickstart's preset, which ends where model.path or data.path is given:"
     shown = f"{_comments(title, rows)}\n\n" if preset else ""
     # As comments, so that `rlhf-ray config > conf.yaml` is a configuration.
-    sys.stdout.write(f"{yaml_text(values)}\n{shown}{_comments('What follows from these settings:', schedule)}\n")
+    plan = f"\n{_comments('What a run on this machine starts:', _plan(config))}\n" if args.plan else ""
+    sys.stdout.write(f"{yaml_text(values)}\n{shown}{_comments('What follows from these settings:', schedule)}\n{plan}")
     return 0
+
+
+def _plan(config: AlgorithmConfig) -> Sequence[tuple[str, str]]:
+    from rlhf_ray.algorithm.inputs import check_inputs
+    from rlhf_ray.algorithm.run_plan import Cluster, Placement, RunPlan
+
+    settings = config.validate().settings
+    return RunPlan.of(settings, check_inputs(settings), Placement.of(settings, Cluster.of_machine())).rows()
 
 
 def _comments(title: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_ray.algorithm.inputs import check_inputs
-from rlhf_ray.algorithm.run_plan import choose_device
+from rlhf_ray.algorithm.run_plan import arguments_text, choose_device
 from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.config.plugins import advantage_plugin
 from rlhf_ray.config.settings import Settings
@@ -91,6 +91,7 @@ def checks(settings: Settings, *, skip_engine: bool, say: Callable[[str], None] 
     except ConfigError as error:
         yield Check.of(error)
         return
+    yield Check("vLLM arguments", "ok", arguments_text(spec))
     need = MemoryNeed.of(
         settings,
         policy,

@@ -341,6 +341,22 @@ def test_config_prints_yaml_that_makes_the_same_config(capsys: pytest.CaptureFix
     assert max(len(line) for line in schedule) <= 80
 
 
+def test_config_prints_the_plan_of_a_run_on_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["config", "--plan", "rollouts.num_replicas=2", "resources.cpus_per_replica=0.25"]) == 0
+    text = capsys.readouterr().out
+    plan = dict(line[4:].split(maxsplit=2)[1:] for line in text.splitlines() if line.startswith("#   vLLM "))
+    assert (plan["dtype"], plan["tensor_parallel_size"]) == ("float32", "1")
+    assert "0.25 per replica" in text
+    assert PPOConfig.from_yaml(text).settings.rollouts.num_replicas == 2
+
+
+def test_the_plan_shows_what_only_the_model_can_refuse(capsys: pytest.CaptureFixture[str]) -> None:
+    heads = ["learners.num_learners=3", "learners.sequence_parallel=3"]
+    assert cli.main(["config", *heads]) == 0
+    assert cli.main(["config", "--plan", *heads]) == 2
+    assert "4 attention heads, which 3 learners cannot share" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("where", ["config", "doctor", "train", "evaluate", "launch local"])
 def test_the_algorithm_is_named_on_the_command_line_as_in_a_file(
     where: str, algorithm: type[FakeAlgorithm], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
