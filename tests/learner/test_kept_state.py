@@ -440,7 +440,7 @@ def test_a_rank_leaves_its_gpu_at_once_and_its_state_is_copied_from_host_memory(
     worker, gate = colocated_rank(), Gate(monkeypatch)
     learner, before = worker._learner, copy.deepcopy(worker._learner.state())
     worker._to_keep = 1, None
-    worker.answered("publish")
+    worker.begin_to_keep()
     assert in_time(worker.offload)
     assert learner.is_offloaded
     assert all(file.version is None for file in worker._kept._files)
