@@ -21,6 +21,7 @@ __all__ = [
     "ChatMessage",
     "Device",
     "Float32Array",
+    "FurtherSequence",
     "Int32Array",
     "LoadReport",
     "Prompt",
@@ -120,6 +121,8 @@ class SamplingSettings:
     """0 is off."""
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    parse: bool = False
+    """Whether the engine reads each completion as a chat message, with its parsers of tool calls and reasoning."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +148,10 @@ class Turn:
     end: int
     """One past the last sampled token; what follows up to the next turn was observed."""
     reward: float = 0.0
+    message: ChatMessage | None = None
+    """What was sampled, as the engine's parsers read it (``content``, ``reasoning``, ``tool_calls``); unset: no chat."""
+    observation: tuple[ChatMessage, ...] = ()
+    """Messages that the environment answered with, of the observed tokens that follow; of a text, one of a user."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +176,10 @@ class Trajectory:
     asked_version: int
     """Policy version when the engine was asked: keys and values of the prompt may be that old."""
     finish_reason: str
-    """``stop`` (EOS or a stop condition) or ``length`` (truncated)."""
+    """``stop`` (EOS, a stop condition, or the environment is done), or why it was truncated: ``length`` (of tokens),
+    ``turns`` (``environment.max_turns``) or ``environment`` (a limit of its own)."""
+    further: tuple[FurtherSequence, ...] = ()
+    """What was sampled after its history had been written anew, in order; rewards and baselines count it once."""
 
     @classmethod
     def single_turn(cls, *, token_ids: Int32Array, **fields: Any) -> Trajectory:
@@ -186,8 +196,36 @@ class Trajectory:
 
     @property
     def truncated(self) -> bool:
-        """Whether a length limit ended it."""
-        return self.finish_reason == "length"
+        """Whether a limit ended it, not the policy or its environment."""
+        return self.finish_reason in _LIMITS
+
+    @property
+    def sequences(self) -> tuple[Trajectory, ...]:
+        """All its sequences: itself, and the further ones."""
+        return (self, *(one.trajectory for one in self.further))
+
+    @property
+    def environment_reward(self) -> float:
+        """The sum of the rewards of all turns."""
+        return sum(turn.reward for sequence in self.sequences for turn in sequence.turns)
+
+
+_LIMITS = frozenset({"length", "turns", "environment"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FurtherSequence:
+    """A sequence of a trajectory with a prompt of its own: history that was shortened, summarized, or forked.
+
+    Example:
+        After 40 turns an agent replaces its history by a summary: ``FurtherSequence(prompt_token_ids=summary,
+        trajectory=rest)``
+    """
+
+    prompt_token_ids: Int32Array
+    """``[P]``"""
+    trajectory: Trajectory
+    """What comes after that prompt; it has no further sequences itself."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,7 +241,9 @@ class RolloutGroup:
     prompt: Prompt
     trajectories: tuple[Trajectory, ...]
     replica_id: str
-    """Which replica wrote the group."""
+    """Which replica wrote the group, or its first turns."""
+    environment: str = ""
+    """Name of the environment; empty: none, a single turn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -237,6 +277,8 @@ class ScoredGroup:
     """``<function>/<column>`` -> ``[G]``, what reward functions logged of each completion: plain values."""
     greedy_reward: float | None = None
     """Reward of a greedy completion of the prompt, where the advantage asks for one."""
+    environment_weight: float = 0.0
+    """Weight of the turns' rewards in ``rewards``: so much of each belongs to its turn, the rest to the last one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -285,9 +327,12 @@ class RewardFailure:
 
     group_id: int
     kind: str
-    """``raised``, ``timeout``, ``wrong_length``, ``not_finite``, ``wrong_type``, ``all_none`` or ``worker_died``."""
+    """``raised``, ``timeout``, ``wrong_length``, ``not_finite``, ``wrong_type``, ``all_none`` or ``worker_died``; of an
+    environment also ``not_seeded``, ``too_long`` and ``limit``."""
     message: str
     """One line for the log, cut to about 1,000 characters: it may quote what a policy wrote."""
+    environment: str = ""
+    """The environment that failed; empty: a reward function."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", shortened(self.message, 1000))

@@ -1,0 +1,1 @@
+"""Multi-turn rollouts: environments, tools and agents, in worker processes."""
