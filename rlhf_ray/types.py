@@ -123,6 +123,8 @@ class SamplingSettings:
     stop_token_ids: tuple[int, ...] = ()
     parse: bool = False
     """Whether the engine reads each completion as a chat message, with its parsers of tool calls and reasoning."""
+    tools: str = ""
+    """JSON of the schemas of the tools that the prompt names, for these parsers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +151,7 @@ class Turn:
     """One past the last sampled token; what follows up to the next turn was observed."""
     reward: float = 0.0
     message: ChatMessage | None = None
-    """What was sampled, as the engine's parsers read it (``content``, ``reasoning``, ``tool_calls``); unset: no chat."""
+    """What was sampled, as the engine's parsers read it: ``content``, ``reasoning``, ``tool_calls``; unset: no chat."""
     observation: tuple[ChatMessage, ...] = ()
     """Messages that the environment answered with, of the observed tokens that follow; of a text, one of a user."""
 

@@ -14,6 +14,8 @@ from rlhf_ray.config.held_out_sets import held_out_sets
 from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.config.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.config.settings import DataSettings, Settings
+from rlhf_ray.environments.registry import NamedEnvironment, resolve_environments
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.models import check_compile_backend
 from rlhf_ray.models.config import (
     check_causal,
@@ -23,8 +25,8 @@ from rlhf_ray.models.config import (
     load_model_config,
 )
 from rlhf_ray.prompts.stream import PromptStream
-from rlhf_ray.prompts.tokenizer import load_tokenizer
-from rlhf_ray.rewards.functions import resolve_rewards, row_check
+from rlhf_ray.prompts.tokenizer import load_tokenizer, read_chat_template, template_variables
+from rlhf_ray.rewards.functions import resolve_rewards, rewards_of_run, row_check
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rollouts.engine_spec import (
@@ -36,7 +38,9 @@ from rlhf_ray.rollouts.engine_spec import (
 )
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from collections.abc import Mapping
+
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 __all__ = ["Inputs", "check_inputs"]
 
@@ -50,6 +54,10 @@ class Inputs:
     """``None``: the advantage needs no critic."""
     advantage: Plugin
     loss: Plugin
+    environments: tuple[NamedEnvironment, ...]
+    """None: a completion is all."""
+    tools: tuple[Mapping[str, Any], ...]
+    """Schemas of the tools that prompts name."""
     tokenizer_path: str
     model_config: PretrainedConfig
     eos_token_ids: tuple[int, ...]
@@ -75,7 +83,8 @@ def check_inputs(settings: Settings) -> Inputs:
     tokenizer_path = _expanded(settings.model.tokenizer_path) or policy_path
     critic_path = _expanded(settings.model.critic_path)
     trust = settings.model.trust_remote_code
-    rewards = resolve_rewards(settings.rewards)
+    rewards = resolve_rewards(rewards_of_run(settings))
+    environments = resolve_environments(settings.environment)
     for index, reward in enumerate(rewards):
         if isinstance(reward.function, RewardModelReward):
             check_reward_model(reward.function, f"rewards.functions[{index}]")
@@ -98,6 +107,7 @@ def check_inputs(settings: Settings) -> Inputs:
     stops = settings.rollouts.stop_token_ids
     eos = eos_token_ids(policy_path, config, tokenizer, stop_token_ids=stops)
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
+    tools = _tools(settings, tokenizer)
     vocabulary_size = check_vocabulary(tokenizer, config)
 
     def stream(data: DataSettings, **given: Any) -> PromptStream:
@@ -107,6 +117,7 @@ def check_inputs(settings: Settings) -> Inputs:
             max_prompt_tokens=prompt_tokens,
             vocabulary_size=vocabulary_size,
             trust_remote_code=trust,
+            tools=tools,
             **given,
         )
 
@@ -122,6 +133,8 @@ def check_inputs(settings: Settings) -> Inputs:
         critic_path=(critic_path or policy_path) if advantage.needs_critic else None,
         advantage=advantage,
         loss=loss,
+        environments=environments,
+        tools=tools,
         tokenizer_path=tokenizer_path,
         model_config=config,
         eos_token_ids=eos,
@@ -130,6 +143,28 @@ def check_inputs(settings: Settings) -> Inputs:
         prompts=prompts,
         held_out=held_out,
     )
+
+
+def _tools(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, Any], ...]:
+    """Schemas of the run's tools.
+
+    Raises:
+        ConfigError: One cannot be described, or the chat template has no place for tools.
+    """
+    if not settings.environment.tools:
+        return ()
+    from rlhf_ray.environments.tools import tool_schemas
+
+    schemas = tuple(tool_schemas(settings.environment.tools))
+    template = read_chat_template(settings.data.chat_template) or tokenizer.chat_template
+    names = [schema["function"]["name"] for schema in schemas]
+    if isinstance(template, dict):  # A template of its own for tools.
+        template = tokenizer.get_chat_template(tools=list(schemas))
+    if template is None or "tools" not in template_variables(template):
+        what = "there is no chat template" if template is None else "the chat template does not read `tools`"
+        remedy = f"{what}, so the model would not know of them; name a model whose template does, or data.chat_template"
+        raise ConfigError("environment.tools", names, remedy)
+    return schemas
 
 
 def _runs_on_cpus(settings: Settings) -> bool:

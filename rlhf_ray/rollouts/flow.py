@@ -266,7 +266,8 @@ class RolloutFlow:
 
         async def one(prompt: Prompt) -> ScoredGroup | RewardFailure:
             async with limit:
-                return await self._scorer.score(await self._rollout(prompt, sampling, version))
+                rollout = await self._rollout(prompt, sampling, version)
+                return rollout if isinstance(rollout, RewardFailure) else await self._scorer.score(rollout)
 
         tasks = [asyncio.create_task(one(prompt)) for prompt in prompts]
         try:
@@ -292,14 +293,16 @@ class RolloutFlow:
     async def _scored(self, group: _InFlight, sampling: SamplingSettings) -> ScoredGroup | RewardFailure:
         with self._tally.generating():
             rollout = await self._rollout(group.prompt, sampling, group.version)
-        self._tally.rolled_out(rollout)
         group.unfinished -= 1
+        if isinstance(rollout, RewardFailure):
+            return rollout
+        self._tally.rolled_out(rollout)
         if sampling is self._sampling:
             self._ledger.written(group.ticket)
         self._changed.set()
         return await self._scorer.score(rollout)
 
-    async def _rollout(self, prompt: Prompt, sampling: SamplingSettings, version: int) -> RolloutGroup:
+    async def _rollout(self, prompt: Prompt, sampling: SamplingSettings, version: int) -> RolloutGroup | RewardFailure:
         engine = replace(self.engine, sampling=sampling, version=version)
         seeds = Seeds(run_seed=self._rules.seed, version=version, prompt_id=prompt.prompt_id)
         return await self._rollouter.rollout(prompt, engine, seeds)

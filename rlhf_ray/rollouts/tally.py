@@ -108,7 +108,8 @@ class Tally:
 
     def rolled_out(self, group: RolloutGroup) -> None:
         """A rollout is finished."""
-        turns = (turn for trajectory in group.trajectories for turn in trajectory.turns)
+        sequences = (sequence for trajectory in group.trajectories for sequence in trajectory.sequences)
+        turns = (turn for sequence in sequences for turn in sequence.turns)
         self._generated_tokens += sum(turn.end - turn.start for turn in turns)
         self._last_rollout = now()
 
