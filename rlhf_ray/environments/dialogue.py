@@ -1,10 +1,10 @@
-"""Conversations as tokens, append only: what was sampled stays, and what follows it is rendered once.
+r"""Conversations as tokens, append only: what was sampled stays, and what follows it is rendered once.
 
 ::
 
     prompt                       sampled              suffix                                       sampled
-    <|im_start|>user\\n2+2?<|im_end|>\\n<|im_start|>assistant\\n
-                                 4<|im_end|>          \\n<|im_start|>user\\n3+3?<|im_end|>\\n<|im_start|>assistant\\n
+    <|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n
+                                 4<|im_end|>          \n<|im_start|>user\n3+3?<|im_end|>\n<|im_start|>assistant\n
                                                                                                    6<|im_end|>
 
 The suffix is what the chat template writes behind an answer. It is rendered in a chat of a few messages, in which the
@@ -18,7 +18,6 @@ import functools
 import hashlib
 import itertools
 import json
-import os.path
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -244,7 +243,7 @@ class ChatFormat:
         shape, text = self._suffix_text(self._prepared(assistant), prepared, tools or self._own_tools)
         if flaw := text_flaw(text):
             raise DataError(f"the observation {flaw}")
-        head = os.path.commonprefix([text, shape.head])
+        head = _common_start(text, shape.head)
         end = [int(token_id) for token_id in sampled_ids[-_END_TOKENS:]]
         rest = text[self._num_sampled(head, shape, assistant, end) :]
         before = end[-1] if end and end[-1] in self._added.texts else self._added.neutral
@@ -521,7 +520,7 @@ class ChatFormat:
             alone = self._render(stub, (), generate=False, of_tools=True).rpartition(_ANSWER)[2]
         except _Refused:
             alone = head
-        common = os.path.commonprefix([alone, head])
+        common = _common_start(alone, head)
         if self._turn_end and self._turn_end in common:
             return common.partition(self._turn_end)[0]
         return common.removesuffix(self._closing)
@@ -554,14 +553,18 @@ class ChatFormat:
         return said[: -len(overlap)].endswith((content.rstrip() if self._strips else content)[-8:])
 
     def _end_text(self, end: list[int]) -> str:
-        text = ""
-        for added, run in itertools.groupby(end, key=self._added.texts.__contains__):
-            text += (
-                "".join(self._added.texts[token_id] for token_id in run)
-                if added
-                else str(self.tokenizer.decode(list(run), clean_up_tokenization_spaces=False))
-            )
-        return text
+        texts = self._added.texts
+        return "".join(
+            "".join(map(texts.__getitem__, run))
+            if added
+            else str(self.tokenizer.decode(list(run), clean_up_tokenization_spaces=False))
+            for added, run in itertools.groupby(end, key=texts.__contains__)
+        )
+
+
+def _common_start(one: str, other: str) -> str:
+    length = next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return one[:length]
 
 
 class Dialogue:
