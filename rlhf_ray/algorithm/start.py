@@ -229,7 +229,6 @@ def _environment_pool(settings: Settings, inputs: Inputs, plan: RunPlan, tokeniz
             step_timeout_s=environment.step_timeout_s,
             startup_timeout_s=environment.startup_timeout_s,
             runtime_env=environment.runtime_env,
-            timeline=settings.reporting.timeline_interval > 0,
         )
     )
 

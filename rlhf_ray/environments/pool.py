@@ -19,7 +19,6 @@ import asyncio
 import functools
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,9 +30,7 @@ from ray.exceptions import RayActorError, RayError
 from rlhf_ray.environments.episode import EpisodeFailed, Reply, Sampled, Start
 from rlhf_ray.environments.worker import Call, EnvironmentWorker, WorkerSettings
 from rlhf_ray.errors import RLHFRayError, RolloutError
-from rlhf_ray.span_log import SpanLog
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.types import TraceSpan
 from rlhf_ray.untrusted_text import shortened
 from rlhf_ray.worker_env import worker_env
 
@@ -55,7 +52,6 @@ class PoolSettings:
     step_timeout_s: float
     startup_timeout_s: float
     runtime_env: dict[str, Any] = field(default_factory=dict)
-    timeline: bool = False
 
 
 class _WorkerLostError(Exception):
@@ -192,9 +188,12 @@ class Played:
 
     async def step(self, sampled: Sampled) -> Reply:
         """As :meth:`Episode.step`."""
-        reply = await self._do("step", sampled)
-        self._pool.count(self.start.environment, reply)
-        return reply
+        return await self._do("step", sampled)
+
+    @property
+    def worker(self) -> str:
+        """What the timeline calls the worker that plays it."""
+        return f"environment worker {self._worker.place + 1}"
 
     async def cut(self, reason: str) -> Reply:
         """As :meth:`Episode.cut`."""
@@ -285,7 +284,6 @@ class EnvironmentPool:
         self.closed = False
         self.workers_replaced = 0
         """Workers that died, or were killed because an episode hung, since the start."""
-        self.spans = SpanLog()
         self._numbers = itertools.count()
         self._actors: list[Any] = []
         """All that live."""
@@ -293,7 +291,6 @@ class EnvironmentPool:
         """Those that wait for the first episode."""
         self._workers: list[_Worker] = []
         self._replacing: set[asyncio.Task[_Worker]] = set()
-        self._counts: dict[str, Counter[str]] = {}
 
     def start(self) -> None:
         """Start all workers and wait until they are ready.
@@ -333,10 +330,6 @@ class EnvironmentPool:
         worker = min(self._workers, key=lambda worker: (len(worker.episodes), worker.place))
         return Played(self, start, worker)
 
-    def take_spans(self) -> list[TraceSpan]:
-        """What environments did since the last call, for the timeline."""
-        return self.spans.take()
-
     def take_actor(self) -> Any:
         """An actor that waits for its first episode, or a new one."""
         return self._unused.pop(0) if self._unused else self._new_actor()
@@ -355,12 +348,6 @@ class EnvironmentPool:
     def next_number(self) -> int:
         """A number that no call and no episode has."""
         return next(self._numbers)
-
-    def count(self, environment: str, reply: Reply) -> None:
-        """Book a step."""
-        counts = self._counts.setdefault(environment, Counter())
-        counts["steps"] += 1
-        counts["step_s"] += reply.step_s  # type: ignore[assignment]
 
     def _new_actor(self) -> Any:
         settings = self.settings

@@ -351,6 +351,7 @@ class _Play:
             message=turn.turns[0].message,
         )
         reply = await self._episode.step(sampled)
+        self._engine.requests.stepped(self._name, self._episode.worker, reply.step_s, reply.metrics)
         sequence.turns[place] = replace(sequence.turns[place], reward=reply.reward, message=reply.message)
         if reply.finish_reason is not None:
             cut = turn.finish_reason == "length" and reply.finish_reason == "environment"

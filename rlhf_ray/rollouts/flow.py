@@ -148,6 +148,8 @@ class RolloutFlow:
         except BaseException:
             await self._cancel_all()
             raise
+        for name, stats in self.engine.requests.take_environments().items():
+            self._tally.stepped(name, stats)
         return self._tally.collected(groups, carried=self._ledger.carried, spans=self.engine.requests.spans.take())
 
     def unfinished(self, version: int) -> list[int]:
@@ -251,6 +253,7 @@ class RolloutFlow:
         self._error = None
         self._tally.restart(self._ledger.carried)
         self.engine.requests.spans.take()
+        self.engine.requests.take_environments()
         for group in groups.values():
             self._ledger.reject(group.ticket)
         self._requeued.extendleft(group.prompt for group in reversed(groups.values()))

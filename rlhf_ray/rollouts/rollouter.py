@@ -10,13 +10,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from rlhf_ray.errors import RolloutError
 from rlhf_ray.span_log import SpanLog
-from rlhf_ray.types import Int32Array, Prompt, RewardFailure, RolloutGroup, SamplingSettings, TraceSpan
+from rlhf_ray.types import (
+    EnvironmentStats,
+    Int32Array,
+    Prompt,
+    RewardFailure,
+    RolloutGroup,
+    SamplingSettings,
+    TraceSpan,
+)
 from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["Engine", "Requests", "Rollouter", "Seeds", "SingleTurn", "group_seed"]
@@ -74,7 +82,21 @@ class Requests:
     retries: int = 0
     """Requests repeated because their replica died."""
     spans: SpanLog = field(default_factory=SpanLog)
-    """What replicas generated."""
+    """What replicas generated, and what environments did."""
+    environments: dict[str, EnvironmentStats] = field(default_factory=dict)
+    """By their names; emptied when a batch is made."""
+
+    def stepped(self, environment: str, worker: str, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Book a step of an environment."""
+        stats = EnvironmentStats.of_step(seconds, metrics)
+        self.environments[environment] = self.environments.get(environment, EnvironmentStats()) + stats
+        self.spans.add(TraceSpan.ending_now(worker, environment, seconds))
+
+    def take_environments(self) -> dict[str, EnvironmentStats]:
+        """What environments did since the last call."""
+        stats = dict(self.environments)
+        self.environments.clear()
+        return stats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

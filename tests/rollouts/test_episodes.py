@@ -66,6 +66,7 @@ class Scripted:
         self.sampled: list[Sampled] = []
         self.cuts: list[str] = []
         self.closed = 0
+        self.worker = "environment worker 1"
 
     async def begin(self) -> Reply:
         return self._begin
