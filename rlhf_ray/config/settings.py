@@ -336,7 +336,7 @@ class TrainingSettings:
     num_minibatches: int = setting(4, "optimizer steps per pass", ge=1, source=f"{_VERL}: 1,024 / 256")
     advantage: str = setting(
         "gae",
-        "how rewards become advantages: gae, grpo, dr_grpo, rloo, opo, maxrl, reinforce_plus_plus, remax, a name given to register_advantage, 'module:function' or 'file.py:function'",
+        "how rewards become advantages: gae, turn_gae, grpo, dr_grpo, rloo, opo, maxrl, reinforce_plus_plus, remax, a name given to register_advantage, 'module:function' or 'file.py:function'",
     )
     advantage_args: dict[str, Any] = setting({}, "further arguments of the advantage function")
     loss: str = setting(

@@ -105,8 +105,11 @@ def test_from_groups_keeps_the_narrow_types_that_travel() -> None:
 
     assert batch.token_ids.dtype == batch.prompt_lengths.dtype == batch.completion_lengths.dtype == np.int32
     assert batch.lengths.dtype == batch.sampled_lengths.dtype == batch.loss_lengths.dtype == np.int32
-    assert batch.sampling_logprobs.dtype == batch.token_rewards.dtype == batch.rewards.dtype == np.float32
-    assert batch.sampled.dtype == batch.loss_mask.dtype == np.bool_
+    assert batch.turn_ids.dtype == batch.staleness.dtype == np.int32
+    assert batch.sampling_logprobs.dtype == batch.rewards.dtype == batch.greedy_rewards.dtype == np.float32
+    assert batch.loss_mask.dtype == np.bool_
+    # Wide: rewards of turns add up to a float32 reward exactly.
+    assert batch.token_rewards.dtype == np.float64
 
 
 def test_select_takes_ragged_pieces_in_the_order_asked_for() -> None:
@@ -143,7 +146,10 @@ def test_a_rank_without_work_gets_an_empty_batch_of_the_same_types() -> None:
 
 
 def two_turns() -> ScoredGroup:
-    """``3 4``, observed ``5 6 7``, ``8``, with a reward of 0.25 for the first turn; and a completion of one turn."""
+    """``3 4``, observed ``5 6 7``, ``8``, with a reward of 0.25 for the first turn; and a completion of one turn.
+
+    The environment's weight is 2.
+    """
     trajectory = Trajectory(
         token_ids=np.asarray([3, 4, 5, 6, 7, 8], dtype=np.int32),
         sampling_logprobs=np.asarray([-1, -2, 0, 0, 0, -3], dtype=np.float32),
@@ -161,7 +167,8 @@ def two_turns() -> ScoredGroup:
     return replace(
         group,
         group=replace(group.group, trajectories=trajectories),
-        rewards=np.asarray([1.0, 2.0], dtype=np.float32),
+        rewards=np.asarray([1.5, 2.0], dtype=np.float32),
+        environment_weight=2.0,
     )
 
 
@@ -169,12 +176,13 @@ def test_observed_tokens_enter_no_loss_and_have_no_reward_and_no_staleness() -> 
     batch = SequenceBatch.from_groups([two_turns()], version=5, max_staleness=1).select([0])
 
     assert batch.completion_lengths.tolist() == [6]
+    assert batch.turn_ids.tolist() == [0, 0, -1, -1, -1, 1]
     assert batch.sampled.tolist() == [True, True, False, False, False, True]
     assert batch.loss_mask.tolist() == [False, True, False, False, False, True]
     assert batch.staleness.tolist() == [2, 1, 0, 0, 0, 0]
-    assert batch.token_rewards.tolist() == [0, 0.25, 0, 0, 0, 1]
+    assert batch.token_rewards.tolist() == [0, 0.5, 0, 0, 0, 1]
     assert (batch.sampled_lengths.tolist(), batch.loss_lengths.tolist()) == ([3], [2])
-    assert batch.rewards.tolist() == [1.25]
+    assert batch.rewards.tolist() == [1.5]
     assert batch.on_policy.tolist() == [False]
 
 
@@ -183,9 +191,9 @@ def test_new_rewards_of_whole_trajectories_leave_those_of_turns_where_they_are()
 
     shaped = batch.with_rewards(np.asarray([5.0, 7.0], dtype=np.float32), scale=2.0)
 
-    assert shaped.token_rewards.tolist() == [0, 0.5, 0, 0, 0, 4.5, 0, 7]
+    assert shaped.token_rewards.tolist() == [0, 1, 0, 0, 0, 4, 0, 7]
     assert shaped.rewards.tolist() == [5, 7]
-    assert batch.rewards.tolist() == [1.25, 2]
+    assert batch.rewards.tolist() == [1.5, 2]
 
 
 def test_a_completion_of_one_turn_has_its_reward_at_its_last_token_bit_for_bit() -> None:
@@ -198,5 +206,5 @@ def test_a_completion_of_one_turn_has_its_reward_at_its_last_token_bit_for_bit()
     )
 
     assert batch.rewards.tobytes() == rewards.tobytes()
-    assert batch.token_rewards[[2, 3, 5]].tobytes() == rewards.tobytes()
+    assert batch.token_rewards[[2, 3, 5]].astype(np.float32).tobytes() == rewards.tobytes()
     assert batch.select([2, 0]).rewards.tobytes() == rewards[[2, 0]].tobytes()
