@@ -126,6 +126,7 @@ class _Worker:
         if blamed is None:  # A suspect that was stepping alone is found out.
             self.next_suspects = {episode for episode, _ in waiting.values()} - self.suspects
         self.replacement = self._pool.replace(self)
+        self.is_open.set()  # Those that wait for this find that it is lost.
         for _, answer in waiting.values():
             if not answer.done():
                 answer.set_exception(_WorkerLostError(blamed))
@@ -216,6 +217,7 @@ class Played:
         call = self._call(method, argument)
         while True:
             worker = self._worker
+            await worker.is_open.wait()
             try:
                 reply = await worker.ask(self, call)
             except _WorkerLostError:
