@@ -10,7 +10,7 @@ from typing import Any
 
 from rlhf_ray.environments.environment import Action, Environment, Step
 
-__all__ = ["Echo", "Guess", "Once", "Unseeded"]
+__all__ = ["Echo", "Guess", "Once", "Sums", "Unseeded"]
 
 
 class Guess(Environment):
@@ -71,6 +71,31 @@ class Echo(Environment):
         if "exit" in text:
             raise SystemExit(3)
         return Step(observation=f"<{text}{self._turn}>", reward=float(self._turn), done="stop" in text)
+
+
+class Sums(Environment):
+    """Several sums in a row, each written behind the answer to the one before."""
+
+    def __init__(self, turns: int = 3) -> None:
+        self._left = turns
+
+    def reset(self, row: Mapping[str, Any], seed: int) -> None:
+        """Keep the row's sum as the first one."""
+        self._random = random.Random(seed)
+        self._answer = str(row["answer"])
+
+    def step(self, action: Action) -> Step:
+        """Grade, and ask for the next one."""
+        self._left -= 1
+        right = action.text == self._answer
+        first, second = self._random.randint(10, 99), self._random.randint(10, 99)
+        self._answer = str(first + second)
+        return Step(
+            observation=f" {first}+{second}=",
+            reward=float(right),
+            done=self._left == 0,
+            metrics={"right": float(right)},
+        )
 
 
 class Unseeded(Environment):
