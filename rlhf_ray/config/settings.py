@@ -108,7 +108,8 @@ class DataSettings:
     """Where prompts come from."""
 
     path: Any = setting(
-        None, "JSONL, Parquet or CSV file or folder, hub id, or a ray.data.Dataset; unset: the quickstart task"
+        None,
+        "JSONL, Parquet or CSV file or folder, hub id, 'module:function' or 'file.py:function' that makes the rows, or a ray.data.Dataset; unset: the quickstart task",
     )
     subset: str | None = setting(None, "configuration name of a hub dataset; files have none")
     split: str = setting("train", "split of a hub dataset")
