@@ -36,9 +36,10 @@ from rlhf_ray.rollouts.engine_spec import (
     max_prompt_tokens,
     vllm_build,
 )
+from rlhf_ray.rollouts.message_parser import check_parser
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -56,8 +57,6 @@ class Inputs:
     loss: Plugin
     environments: tuple[NamedEnvironment, ...]
     """None: a completion is all."""
-    tools: tuple[Mapping[str, Any], ...]
-    """Schemas of the tools that prompts name."""
     tokenizer_path: str
     model_config: PretrainedConfig
     eos_token_ids: tuple[int, ...]
@@ -107,7 +106,8 @@ def check_inputs(settings: Settings) -> Inputs:
     stops = settings.rollouts.stop_token_ids
     eos = eos_token_ids(policy_path, config, tokenizer, stop_token_ids=stops)
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
-    tools = _tools(settings, tokenizer)
+    tools = tuple(schema for one in environments for schema in one.tools)
+    _check_environment(settings, tokenizer, tools)
     vocabulary_size = check_vocabulary(tokenizer, config)
 
     def stream(data: DataSettings, **given: Any) -> PromptStream:
@@ -134,7 +134,6 @@ def check_inputs(settings: Settings) -> Inputs:
         advantage=advantage,
         loss=loss,
         environments=environments,
-        tools=tools,
         tokenizer_path=tokenizer_path,
         model_config=config,
         eos_token_ids=eos,
@@ -145,26 +144,37 @@ def check_inputs(settings: Settings) -> Inputs:
     )
 
 
-def _tools(settings: Settings, tokenizer: PreTrainedTokenizerBase) -> tuple[Mapping[str, Any], ...]:
-    """Schemas of the run's tools.
+def _check_environment(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]]
+) -> None:
+    """Check what the tokenizer's chat template must be able to do, and the names of parsers.
 
     Raises:
-        ConfigError: One cannot be described, or the chat template has no place for tools.
+        ConfigError: There is no chat template where messages are needed, it has no place for tools, or vLLM has no such
+            parser.
     """
-    if not settings.environment.tools:
-        return ()
-    from rlhf_ray.environments.tools import tool_schemas
-
-    schemas = tuple(tool_schemas(settings.environment.tools))
+    environment = settings.environment
+    for name in ("tool_parser", "reasoning_parser"):
+        if (parser := getattr(environment, name)) is not None:
+            check_parser(f"environment.{name}", parser)
+    if not tools and environment.agent is None:
+        return
     template = read_chat_template(settings.data.chat_template) or tokenizer.chat_template
-    names = [schema["function"]["name"] for schema in schemas]
     if isinstance(template, dict):  # A template of its own for tools.
-        template = tokenizer.get_chat_template(tools=list(schemas))
-    if template is None or "tools" not in template_variables(template):
-        what = "there is no chat template" if template is None else "the chat template does not read `tools`"
-        remedy = f"{what}, so the model would not know of them; name a model whose template does, or data.chat_template"
+        template = tokenizer.get_chat_template(tools=list(tools) or None)
+    kind = "tools" if tools else "agent"
+    names = [tool["function"]["name"] for tool in tools] if tools else str(environment.agent)
+    if template is None:
+        remedy = (
+            "its messages need a chat template, and the tokenizer has none; name a chat model, or data.chat_template"
+        )
+        raise ConfigError(f"environment.{kind}", names, remedy)
+    if tools and "tools" not in template_variables(template):
+        remedy = (
+            "the chat template does not read `tools`, so the model would not know of them; name a model whose template "
+            "does, or data.chat_template"
+        )
         raise ConfigError("environment.tools", names, remedy)
-    return schemas
 
 
 def _runs_on_cpus(settings: Settings) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -215,7 +215,7 @@ def _environment_pool(settings: Settings, inputs: Inputs, plan: RunPlan, tokeniz
         trust_remote_code=settings.model.trust_remote_code,
         chat_template=read_chat_template(settings.data.chat_template),
         chat_template_kwargs=settings.data.chat_template_kwargs,
-        tools=inputs.tools,
+        tools=_tools(inputs),
         keep_reasoning=environment.keep_reasoning,
         parses_tools=environment.tool_parser is not None,
         prompt_column=settings.data.prompt_column,
@@ -241,8 +241,13 @@ def _multi_turn(settings: Settings, inputs: Inputs, pool: EnvironmentPool) -> Mu
         names=[one.name for one in inputs.environments],
         column=environment.column,
         parse=environment.tool_parser is not None or environment.reasoning_parser is not None,
-        tools=json.dumps(inputs.tools) if inputs.tools else "",
+        tools=json.dumps(_tools(inputs)) if _tools(inputs) else "",
     )
+
+
+def _tools(inputs: Inputs) -> tuple[Mapping[str, Any], ...]:
+    """Schemas that prompts name."""
+    return tuple(schema for one in inputs.environments for schema in one.tools)
 
 
 def _weight_sync(

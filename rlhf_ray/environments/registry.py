@@ -35,6 +35,8 @@ class NamedEnvironment:
     defined_by: Any
     """What the user wrote, by which the code to send to workers is found."""
     is_agent: bool = False
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Schemas of the tools that prompts name."""
 
     @property
     def deterministic(self) -> bool:
@@ -77,11 +79,15 @@ def resolve_environments(settings: EnvironmentSettings) -> tuple[NamedEnvironmen
 
 
 def _tools(settings: EnvironmentSettings) -> NamedEnvironment:
-    from rlhf_ray.environments.tools import ToolEnvironment, tool_schemas
+    from rlhf_ray.environments.tools import ToolEnvironment, resolve_tools
 
-    tool_schemas(settings.tools)  # Raises where one cannot be described.
-    make = functools.partial(ToolEnvironment, settings.tools, on_error=settings.tool_errors)
-    return NamedEnvironment(name="tools", make=make, defined_by=settings.tools)
+    sources = resolve_tools(settings.tools)
+    return NamedEnvironment(
+        name="tools",
+        make=functools.partial(ToolEnvironment, sources, on_error=settings.tool_errors),
+        defined_by=ToolEnvironment,
+        tools=tuple(schema for source in sources for schema in source.schemas),
+    )
 
 
 def _agent(agent: Any) -> NamedEnvironment:
