@@ -165,9 +165,7 @@ def _check_environment(
     kind = "tools" if tools else "agent"
     names = [tool["function"]["name"] for tool in tools] if tools else str(environment.agent)
     if template is None:
-        remedy = (
-            "its messages need a chat template, and the tokenizer has none; name a chat model, or data.chat_template"
-        )
+        remedy = "messages need a chat template, and the tokenizer has none; name a chat model, or data.chat_template"
         raise ConfigError(f"environment.{kind}", names, remedy)
     if tools and "tools" not in template_variables(template):
         remedy = (

@@ -205,8 +205,8 @@ def _token_lists(trajectory: Trajectory) -> dict[str, list[Any]]:
 def _texts(trajectory: Trajectory, text: str, token_texts: TokenTexts) -> list[str] | None:
     """``[T]`` texts of the tokens of all sequences."""
     if len(trajectory.all_turns) == 1 and trajectory.loss_mask.all():
-        return token_texts.split(trajectory.token_ids, text)
-    parts = [token_texts.split(sequence.token_ids) for sequence in trajectory.sequences]
+        return token_texts.split(trajectory.token_ids.tolist(), text)
+    parts = [token_texts.split(sequence.token_ids.tolist()) for sequence in trajectory.sequences]
     known = [part for part in parts if part is not None]
     return list(itertools.chain.from_iterable(known)) if len(known) == len(parts) else None
 
