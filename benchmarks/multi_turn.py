@@ -2,8 +2,8 @@
 
     python benchmarks/multi_turn.py [--trajectories 256] [--turns 4] [--tokens 64] [--repeats 5]
 
-(a) A run's rollouts, rewards included, and a bare vLLM engine that samples as many tokens in the same turns, each as soon
-    as the one before is there. In turn, with the same settings.
+(a) A run's rollouts, rewards included, and a bare vLLM engine that samples as many tokens in the same turns, each as
+    soon as the one before is there. In turn, with the same settings.
 (b) The same loop over an engine that answers at once: milliseconds of the driver and of the worker per turn.
 (c) Episodes in flight in one worker process whose steps wait: how long all take beside the sum of one's waits.
 (d) Asynchronous beside synchronous iterations, where steps take long-tailed times.
@@ -53,7 +53,7 @@ class Reader(Environment):
 
 
 def config_of(folder: Path, arguments: argparse.Namespace, **environment: Any) -> Any:
-    """A run whose turns are nearly all as long as they may be: its model has learned nothing and hardly ever ends one."""
+    """A run whose turns are nearly all as long as they may be: its model has learned nothing, and ends few."""
     from rlhf_ray import GRPOConfig
 
     length = arguments.turns * (arguments.tokens + len(OBSERVED))
