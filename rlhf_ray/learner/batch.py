@@ -145,7 +145,7 @@ class SequenceBatch:
     @property
     def rewards(self) -> Float32Array:
         """``[M]``, of whole trajectories."""
-        return self.per_trajectory(self._sums(self.token_rewards)).astype(np.float32)
+        return self._trajectory_sums(self.token_rewards).astype(np.float32)
 
     def per_trajectory(self, values: npt.NDArray[Any]) -> Float64Array:
         """``[N]`` numbers of sequences, added up: ``[M]``."""
@@ -159,13 +159,12 @@ class SequenceBatch:
             scale: Factor of the rewards of turns, which keep their places: the last sampled token gets what is left.
         """
         last = np.full(len(rewards), -1)
-        trajectory_of_token = self.of_trajectory[self._sequence_of_token()]
         # The last of equal ones remains.
-        last[trajectory_of_token[self.sampled]] = np.flatnonzero(self.sampled)
+        last[self._trajectory_of_token()[self.sampled]] = np.flatnonzero(self.sampled)
         has_any = last >= 0
         token_rewards = self.token_rewards * scale
         token_rewards[last[has_any]] = 0.0
-        left = rewards - self.per_trajectory(self._sums(token_rewards))
+        left = rewards - self._trajectory_sums(token_rewards)
         token_rewards[last[has_any]] = left[has_any]
         return replace(self, token_rewards=token_rewards)
 
@@ -192,6 +191,14 @@ class SequenceBatch:
     def _sums(self, values: npt.NDArray[Any]) -> Float64Array:
         sums = np.bincount(self._sequence_of_token(), weights=values, minlength=len(self))
         return sums.astype(np.float64, copy=False)
+
+    def _trajectory_sums(self, values: npt.NDArray[Any]) -> Float64Array:
+        # Token by token: the last summand, what was left to a reward, brings the sum to that reward even where it is 0.
+        sums = np.bincount(self._trajectory_of_token(), weights=values, minlength=len(self.last_sequences))
+        return sums.astype(np.float64, copy=False)
+
+    def _trajectory_of_token(self) -> Int64Array:
+        return np.repeat(self.of_trajectory, self.completion_lengths)
 
     def _sequence_of_token(self) -> Int64Array:
         return np.repeat(np.arange(len(self)), self.completion_lengths)
