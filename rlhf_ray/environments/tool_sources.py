@@ -42,8 +42,10 @@ class BadCall(ToolError):
 class Tools(Protocol):
     """The tools of a source during one episode."""
 
-    handlers: Mapping[str, Handler]
-    """Name of a tool -> what calls it. It raises :class:`ToolError`, or ``EpisodeFailed`` for the whole episode."""
+    @property
+    def handlers(self) -> Mapping[str, Handler]:
+        """Name of a tool -> what calls it. It raises :class:`ToolError`, or ``EpisodeFailed`` for the whole episode."""
+        ...
 
     async def close(self) -> None:
         """Free what the tools hold."""
