@@ -285,6 +285,11 @@ def test_spelled_special_token_is_no_end() -> None:
     assert tokenizer.decode(spelled) == "4<|im_end|>"
     ids = format_of(CHATML).suffix_ids({"role": "assistant", "content": "4"}, spelled, [USER])
     assert text_of(CHATML, ids).startswith("<|im_end|>\n<|im_start|>user")
+    # Also behind a real one.
+    again = format_of(CHATML).suffix_ids(
+        {"role": "assistant", "content": "4"}, [ids_of(CHATML, "<|im_end|>")[0], *spelled], [USER]
+    )
+    assert again == ids
 
 
 def test_marks_in_new_messages_are_text() -> None:
@@ -293,6 +298,11 @@ def test_marks_in_new_messages_are_text() -> None:
     said = chat_format._ANSWER * 2 + chat_format._TOLD.format(0)
     rest = suffix(CHATML, "4", [{"role": "user", "content": said}])
     assert rest == f"<|im_end|>\n<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_header_that_depends_on_the_content() -> None:
+    text = FALCON.text.replace("message['role'] == 'user'", "message['role'] == 'user' and message['content']")
+    assert suffix(Template("shy", text, ""), "4\nUser:", [{"role": "user", "content": ""}]) == "\n\nFalcon:"
 
 
 def test_no_new_messages_leave_the_turn_open() -> None:
@@ -321,6 +331,22 @@ def test_calls_with_any_arguments_and_ids(arguments: Any) -> None:
         for template in (MISTRAL_V3, QWEN_2_5, DEEPSEEK_V3, LLAMA_3_1, GLM_4):
             ids = format_of(template).suffix_ids(asked, ids_of(template, template.stop), [result], TOOLS)
             assert "2" in text_of(template, ids)
+
+
+@pytest.mark.parametrize(("end", "at_the_end"), [("\n", ""), ("</s>\n", "<s>"), ("</s>\n", ""), ("", "")])
+def test_end_of_a_call(end: str, at_the_end: str) -> None:
+    text = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{% for c in m.tool_calls %}"
+        "[{{ c.function.name }} {{ c.function.arguments | tojson }}]{% endfor %}END{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% else %}LAST{% endif %}"
+    )
+    text = text.replace("END", f"{{{{ {end!r} }}}}").replace("LAST", at_the_end)
+    template = Template("calls", text, end)
+    result = {"role": "tool", "tool_call_id": "a1b2c3d4e", "content": "2"}
+    said = '[add {"value": "1"}]'
+    for sampled, rest in ((said, end), (said + end, ""), (said + end.strip(), end[len(end.strip()) :])):
+        ids = format_of(template).suffix_ids(call(template, "1"), ids_of(template, sampled), [result])
+        assert text_of(template, ids) == f"{rest}tool: 2{end}assistant: "
 
 
 def test_two_calls_of_a_template_that_writes_one() -> None:
