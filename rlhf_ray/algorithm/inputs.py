@@ -14,6 +14,7 @@ from rlhf_ray.config.held_out_sets import held_out_sets
 from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.config.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.config.settings import DataSettings, Settings
+from rlhf_ray.environments.dialogue import ChatFormat
 from rlhf_ray.environments.registry import NamedEnvironment, resolve_environments
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.models import check_compile_backend
@@ -25,7 +26,7 @@ from rlhf_ray.models.config import (
     load_model_config,
 )
 from rlhf_ray.prompts.stream import PromptStream
-from rlhf_ray.prompts.tokenizer import load_tokenizer, read_chat_template, template_variables
+from rlhf_ray.prompts.tokenizer import load_tokenizer, read_chat_template
 from rlhf_ray.rewards.functions import resolve_rewards, rewards_of_run, row_check
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
@@ -167,12 +168,11 @@ def _check_environment(
     if template is None:
         remedy = "messages need a chat template, and the tokenizer has none; name a chat model, or data.chat_template"
         raise ConfigError(f"environment.{kind}", names, remedy)
-    if tools and "tools" not in template_variables(template):
-        remedy = (
-            "the chat template does not read `tools`, so the model would not know of them; name a model whose template "
-            "does, or data.chat_template"
-        )
-        raise ConfigError("environment.tools", names, remedy)
+    if tools:
+        arguments = settings.data.chat_template_kwargs
+        ChatFormat(
+            tokenizer, template=read_chat_template(settings.data.chat_template), arguments=arguments
+        ).check_tools(tools)
 
 
 def _runs_on_cpus(settings: Settings) -> bool:
