@@ -219,6 +219,7 @@ def _environment_pool(settings: Settings, inputs: Inputs, plan: RunPlan, tokeniz
         keep_reasoning=environment.keep_reasoning,
         parses_tools=environment.tool_parser is not None,
         prompt_column=settings.data.prompt_column,
+        temperature=settings.rollouts.temperature,
     )
     return EnvironmentPool(
         PoolSettings(

@@ -99,6 +99,7 @@ class AgentEpisode:
         *,
         model_name: str = "policy",
         parses_tools: bool = False,
+        keep_reasoning: bool = True,
         temperature: float = 1.0,
         top_p: float = 1.0,
         server: AgentServer | None = None,
@@ -112,7 +113,7 @@ class AgentEpisode:
         self._name = start.environment
         self._row = copy.deepcopy({**start.prompt.columns, "prompt": start.prompt.text})
         self._tokenizer: Any = chat.tokenizer
-        self._history = History(chat)
+        self._history = History(chat, keep_reasoning=keep_reasoning)
         self._offer = Offer(model_name=model_name, parses_tools=parses_tools, temperature=temperature, top_p=top_p)
         self._server = server
         self._idle_s = idle_s

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from rlhf_ray.environments.dialogue import ChatFormat, Dialogue
+from rlhf_ray.environments.dialogue import ChatFormat, Dialogue, HistoryRewritten
 from rlhf_ray.environments.episode import Sampled
 from rlhf_ray.types import ChatMessage
 
@@ -66,8 +67,9 @@ class History:
     history was rewritten, its tools are others, or it branches off earlier or while an answer is pending.
     """
 
-    def __init__(self, chat: ChatFormat) -> None:
+    def __init__(self, chat: ChatFormat, *, keep_reasoning: bool = True) -> None:
         self._chat = chat
+        self._keep_reasoning = keep_reasoning
         self._num_conversations = 0
         # By the messages before the first answer: an episode may have hundreds.
         self._by_opening: dict[tuple[str, ...], list[Conversation]] = {}
@@ -92,8 +94,10 @@ class History:
         if found:
             # Of equally long ones, the first.
             conversation, new = max(found, key=lambda pair: pair[0].num_messages)
-            return conversation, conversation.append(new), new
-        conversation = Conversation(self._num_conversations, Dialogue(self._chat, messages, tools))
+            with suppress(HistoryRewritten):  # By the template: another conversation, in which the history is so.
+                return conversation, conversation.append(new), new
+        dialogue = Dialogue(self._chat, messages, tools, keep_reasoning=self._keep_reasoning)
+        conversation = Conversation(self._num_conversations, dialogue)
         ids = conversation.begin()
         self._num_conversations += 1
         near.append(conversation)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 __all__ = ["EnvironmentEpisode", "Language", "own_line"]
 
 
+_OWN_METRICS = frozenset({"reward_mean", "steps_mean", "step_s", "failures"})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Language:
     """How texts and messages become tokens, and back."""
@@ -210,6 +213,9 @@ class EnvironmentEpisode:
                 "wrong_type", f"{self._name}: step returned {type(step).__name__}; return rlhf_ray.Step(...)"
             )
         reward = step.reward
+        if taken := sorted(_OWN_METRICS.intersection(step.metrics)):
+            message = f"{self._name}: step reports the metric {taken[0]!r}, which every environment has; rename it"
+            raise EpisodeFailed("wrong_type", message)
         if not hasattr(reward, "__float__"):
             message = f"{self._name}: step gave the reward {shortened(repr(reward), 80)}, not a number"
             raise EpisodeFailed("wrong_type", message)

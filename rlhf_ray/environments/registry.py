@@ -118,7 +118,7 @@ def _environment(spec: Any, field: str, name: str | None) -> NamedEnvironment:
         arguments = dict(spec)
         named = arguments.pop("name", None)
         if named is None:
-            remedy = "a mapping needs a name: {name: 'shop.py:Shop', catalogue: items.db}; several need a column"
+            remedy = "a mapping needs a name: {name: 'shop.py:Shop', catalog: items.db}; several need a column"
             raise ConfigError(field, spec, remedy)
         made = _class_of(named, field, spec)
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from rlhf_ray.pickling import deserialize
 from rlhf_ray.untrusted_text import shortened
 
 if TYPE_CHECKING:
+    from rlhf_ray.environments.agent_server import AgentServer
     from rlhf_ray.environments.play import Language
     from rlhf_ray.environments.registry import NamedEnvironment
 
@@ -46,6 +48,8 @@ class WorkerSettings:
     keep_reasoning: bool = True
     parses_tools: bool = False
     prompt_column: str = "prompt"
+    temperature: float = 1.0
+    """Of the sampling, for agents that ask for another one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,7 @@ class EnvironmentWorker:
         self._tasks: set[asyncio.Task[None]] = set()
         self._executor = ThreadPoolExecutor(_THREADS, "environment")
         self._tokenizer: Any = None
+        self._server: AgentServer | None = None
 
     async def ready(self) -> None:
         """Load the environments, once; not when the actor is made, since what goes wrong there loses its type."""
@@ -122,7 +127,7 @@ class EnvironmentWorker:
     async def _reply(self, call: Call) -> Reply:
         if call.method == "close":
             if episode := self._episodes.pop(call.episode, None):
-                await episode.close()
+                await self._close(episode)
             return Reply()
         if call.method == "begin":
             start = call.argument
@@ -135,6 +140,22 @@ class EnvironmentWorker:
         assert isinstance(call.argument, Sampled)
         return await episode.step(call.argument)
 
+    async def _close(self, episode: Episode) -> None:
+        try:
+            await episode.close()
+        except EpisodeFailed as failure:
+            # A thread cannot be ended but with its process: other episodes are played again elsewhere.
+            _LOG.error("%s; this worker ends with it", failure.message)
+            os._exit(1)
+
+    def _agent_server(self) -> AgentServer:
+        """One for all episodes; it opens a port when the first one needs it."""
+        if self._server is None:
+            from rlhf_ray.environments.agent_server import AgentServer
+
+            self._server = AgentServer()
+        return self._server
+
     def _new_episode(self, start: Start) -> Episode:
         environment, settings = self._environments[start.environment], self._settings
         language = self._language(start)
@@ -145,10 +166,10 @@ class EnvironmentWorker:
                 environment.make(),
                 start,
                 language.chat,
-                name=environment.name,
                 parses_tools=settings.parses_tools,
                 keep_reasoning=settings.keep_reasoning,
-                prompt_column=settings.prompt_column,
+                temperature=settings.temperature,
+                server=self._agent_server(),
             )
         from rlhf_ray.environments.play import EnvironmentEpisode
 

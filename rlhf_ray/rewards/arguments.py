@@ -7,12 +7,14 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rlhf_ray.config.settings import REWARD_ARGUMENTS
 from rlhf_ray.config.user_code import bound_arguments
 from rlhf_ray.errors import DataError
-from rlhf_ray.types import ChatMessage, Trajectory
+
+if TYPE_CHECKING:
+    from rlhf_ray.types import ChatMessage, Trajectory
 
 __all__ = [
     "CallLog",

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import DataError, RolloutError
 from rlhf_ray.rollouts.admission import FlowRules, GroupLedger
-from rlhf_ray.rollouts.rollouter import Engine, Rollouter, Seeds
+from rlhf_ray.rollouts.rollouter import Engine, Requests, Rollouter, Seeds
 from rlhf_ray.rollouts.streams import cancel_all
 from rlhf_ray.rollouts.tally import Collected, Tally, log_failures, now
 from rlhf_ray.types import Prompt, PromptPosition, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup
@@ -263,13 +263,14 @@ class RolloutFlow:
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, version: int
     ) -> tuple[ScoredGroup | RewardFailure, ...]:
         """Roll out and score the given prompts (evaluation), in their order; counts for no update."""
+        apart = Requests()  # What environments do here is no part of the next batch's metrics.
         # As many trajectories at once as in training.
         trajectories = self._rules.max_concurrent * self._sampling.group_size
         limit = asyncio.Semaphore(max(1, trajectories // sampling.group_size))
 
         async def one(prompt: Prompt) -> ScoredGroup | RewardFailure:
             async with limit:
-                rollout = await self._rollout(prompt, sampling, version)
+                rollout = await self._rollout(prompt, sampling, version, apart)
                 return rollout if isinstance(rollout, RewardFailure) else await self._scorer.score(rollout)
 
         tasks = [asyncio.create_task(one(prompt)) for prompt in prompts]
@@ -277,6 +278,8 @@ class RolloutFlow:
             outcomes = tuple(await asyncio.gather(*tasks))
         finally:
             await cancel_all(tasks)
+            self.engine.requests.retries += apart.retries
+            self.engine.requests.spans.add(*apart.spans.take())
         log_failures(outcome for outcome in outcomes if isinstance(outcome, RewardFailure))
         return outcomes
 
@@ -305,8 +308,11 @@ class RolloutFlow:
         self._changed.set()
         return await self._scorer.score(rollout)
 
-    async def _rollout(self, prompt: Prompt, sampling: SamplingSettings, version: int) -> RolloutGroup | RewardFailure:
-        engine = replace(self.engine, sampling=sampling, version=version)
+    async def _rollout(
+        self, prompt: Prompt, sampling: SamplingSettings, version: int, requests: Requests | None = None
+    ) -> RolloutGroup | RewardFailure:
+        requests = requests or self.engine.requests
+        engine = replace(self.engine, sampling=sampling, version=version, requests=requests)
         seeds = Seeds(run_seed=self._rules.seed, version=version, prompt_id=prompt.prompt_id)
         return await self._rollouter.rollout(prompt, engine, seeds)
 

@@ -18,11 +18,11 @@ FILE = """
 from rlhf_ray.environments.environment import Environment, Step
 
 class Shop(Environment):
-    def __init__(self, catalogue, size=3):
-        self.catalogue = catalogue
+    def __init__(self, catalog, size=3):
+        self.catalog = catalog
 
     def reset(self, row, seed):
-        return self.catalogue
+        return self.catalog
 
     def step(self, action):
         return Step(done=True)
@@ -51,7 +51,7 @@ def resolved(**values: Any) -> tuple[NamedEnvironment, ...]:
 def test_a_class_a_file_and_a_mapping_name_environments(shop: str) -> None:
     (guess,) = resolved(name=Guess)
     assert (guess.name, guess.is_agent, guess.deterministic) == ("Guess", False, True)
-    (of_file,) = resolved(name={"name": f"{shop}:Shop", "catalogue": "items.db"})
+    (of_file,) = resolved(name={"name": f"{shop}:Shop", "catalog": "items.db"})
     assert of_file.name == "Shop"
     assert deserialize(of_file.serialized()).make().reset({}, 0) == "items.db", "it travels without its file"
     (partial,) = resolved(name=functools.partial(Guess, size=3))
@@ -59,7 +59,7 @@ def test_a_class_a_file_and_a_mapping_name_environments(shop: str) -> None:
 
 
 def test_rows_name_one_of_several(shop: str) -> None:
-    names = {"guess": Guess, "shop": {"name": f"{shop}:Shop", "catalogue": "a"}}
+    names = {"guess": Guess, "shop": {"name": f"{shop}:Shop", "catalog": "a"}}
     assert [one.name for one in resolved(name=names, column="env")] == ["guess", "shop"]
 
 
@@ -110,7 +110,7 @@ def test_what_is_no_environment_is_refused(values: dict[str, Any], field: str | 
 
 
 def test_arguments_that_are_needed_and_things_that_are_no_class(shop: str) -> None:
-    with pytest.raises(ConfigError, match="it needs the argument 'catalogue'"):
+    with pytest.raises(ConfigError, match="it needs the argument 'catalog'"):
         resolved(name=f"{shop}:Shop")
     with pytest.raises(ConfigError, match="is no class"):
         resolved(name=f"{shop}:solve")
@@ -170,7 +170,7 @@ def test_an_environment_may_be_positional() -> None:
 
 
 def test_yaml_names_environments(shop: str) -> None:
-    spec = f"{{guess: 'environments.games:Guess', shop: {{name: '{shop}:Shop', catalogue: a}}}}"
+    spec = f"{{guess: 'environments.games:Guess', shop: {{name: '{shop}:Shop', catalog: a}}}}"
     text = f"environment: {{name: {spec}, column: env}}"
     config = PPOConfig.from_yaml(text)
     again = PPOConfig.from_yaml(config.to_yaml())

@@ -44,8 +44,8 @@ async def lookup(key: str, depth: int | None = None, kind: Literal["a", "b"] = "
 class Shop:
     """A shop, whose cart differs between episodes."""
 
-    def __init__(self, catalogue: Mapping[str, int], greeting: str = "") -> None:
-        self._catalogue = catalogue
+    def __init__(self, catalog: Mapping[str, int], greeting: str = "") -> None:
+        self._catalog = catalog
         self._cart: list[str] = []
 
     def reset(self, row: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ class Shop:
 
     async def total(self, row: dict[str, Any]) -> int:
         """The price of all items."""
-        return sum(self._catalogue[item] for item in self._cart) + row.get("tax", 0)
+        return sum(self._catalog[item] for item in self._cart) + row.get("tax", 0)
 
     @staticmethod
     def currency() -> str:
@@ -131,11 +131,11 @@ def test_schema_of_a_function() -> None:
 
 def test_bound_arguments_and_the_row_are_not_in_the_schema() -> None:
     assert list(properties({"name": lookup, "kind": "b"})["properties"]) == ["key", "depth"]
-    assert list(properties(Shop(catalogue={}).total)["properties"]) == []
+    assert list(properties(Shop(catalog={}).total)["properties"]) == []
 
 
 def test_methods_of_a_class_are_tools() -> None:
-    schemas = tool_schemas([{"name": Shop, "catalogue": {}}])
+    schemas = tool_schemas([{"name": Shop, "catalog": {}}])
 
     assert [schema["function"]["name"] for schema in schemas] == ["add", "currency", "total"]
     assert schemas[0]["function"]["parameters"]["required"] == ["item"]
@@ -278,8 +278,8 @@ class Callable_:
         ({"index": 1}, "must be a function, a class"),
         ({"name": calculator, "digits": 3}, "calculator has no argument 'digits'"),
         ({"name": calculator, "expresion": "1"}, "nearest: 'expression'"),
-        (Shop, r"Shop cannot be made .*'catalogue'.*write \{name:"),
-        ({"name": Shop, "catalogue": {}, "price": 1}, "Shop cannot be made .*'price'"),
+        (Shop, r"Shop cannot be made .*'catalog'.*write \{name:"),
+        ({"name": Shop, "catalog": {}, "price": 1}, "Shop cannot be made .*'price'"),
         (Game, r"Game is an environment: .environment\(Game\)"),
         (Empty, "Empty has no public methods"),
         (Careless, "Careless: find has no docstring.*named _find"),
@@ -524,7 +524,7 @@ def test_a_tool_reads_its_own_copy_of_the_row() -> None:
 
 
 def test_each_episode_has_an_object_of_its_own() -> None:
-    environment = ToolEnvironment([{"name": Shop, "catalogue": {"pen": 3, "slow": 4}}])
+    environment = ToolEnvironment([{"name": Shop, "catalog": {"pen": 3, "slow": 4}}])
     adds = action(call("add", {"item": "slow"}), call("add", {"item": "pen"}))
     total = action(call("total", ""))
 
@@ -609,7 +609,7 @@ def test_tools_travel_to_processes_that_cannot_import_them(tmp_path: Path) -> No
         'MARK = "!"\n\ndef shout(text: str) -> str:\n    """Shout.\n\n    Args:\n        text: What.\n    """\n'
         "    return text.upper() + MARK\n"
     )
-    tools: Sequence[Any] = [calculator, f"{path}:shout", {"name": Shop, "catalogue": {}}]
+    tools: Sequence[Any] = [calculator, f"{path}:shout", {"name": Shop, "catalog": {}}]
     payload = pickle.dumps(resolve_tools(tools))
     path.unlink()
 
