@@ -122,7 +122,8 @@ class ThreadRunner:
         client = _sync_client(self._bridge) if "client" in self._arguments else None
 
         def work() -> None:
-            result, error = None, None
+            result: Any = None
+            error: BaseException | None = None
             try:
                 result = _call(self._agent, self._arguments, row, client, base_url)
             except BaseException as failure:  # What ends a thread must end its episode.

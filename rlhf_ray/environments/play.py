@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import inspect
+import logging
 import math
 import time
 import traceback
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["EnvironmentEpisode", "Language", "own_line"]
 
 
+_LOG = logging.getLogger(__name__)
 _OWN_METRICS = frozenset({"reward_mean", "steps_mean", "step_s", "failures"})
 
 
@@ -143,7 +145,10 @@ class EnvironmentEpisode:
         """Close the environment; what goes wrong there is of no consequence for what was sampled."""
         environment, self._environment = self._environment, None
         if close := getattr(environment, "close", None):
-            await self._call("close", close)
+            try:
+                await self._call("close", close)
+            except EpisodeFailed as failure:
+                _LOG.warning("%s", failure.message)
 
     def _next_request(self, ids: list[int], message: ChatMessage, observation: Observation | None) -> Request:
         self._number += 1
