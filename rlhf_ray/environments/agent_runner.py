@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import inspect
 import json
 import os
@@ -130,7 +131,7 @@ class ThreadRunner:
                 error = failure
             # The worker may be on its way out, its loop closed.
             if not loop.is_closed():
-                loop.call_soon_threadsafe(_set_once, self._over, (result, error))
+                loop.call_soon_threadsafe(functools.partial(_set_once, self._over, (result, error)))
 
         # Threads of an executor would keep the process from ending.
         threading.Thread(target=work, name="agent", daemon=True).start()

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import numpy as np
+
 from rlhf_ray.types import ChatMessage, Float32Array, Int32Array, Prompt
 
 __all__ = ["Episode", "EpisodeFailed", "Reply", "Request", "Sampled", "Start"]
@@ -66,7 +68,7 @@ class Sampled:
     number: int
     token_ids: Int32Array
     """``[T]``, all that was sampled, EOS included."""
-    logprobs: Float32Array
+    logprobs: Float32Array = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     """``[T]``, in nats; for agents that ask for them."""
     finish_reason: str
     """``stop`` or ``length``."""
