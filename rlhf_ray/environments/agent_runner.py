@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
-import functools
 import inspect
 import json
 import os
@@ -95,7 +94,7 @@ class CoroutineRunner:
 
     async def run(self, row: Mapping[str, Any], answer: Answerer, base_url: str) -> Any:
         """See :class:`Runner`."""
-        client = _async_client(answer) if "client" in self._arguments else None
+        client = _async_client(answer) if {"client", "*client"} & set(self._arguments) else None
         return await _call(self._agent, self._arguments, row, client, base_url)
 
     async def stop(self, timeout_s: float) -> bool:
@@ -119,8 +118,9 @@ class ThreadRunner:
         """See :class:`Runner`."""
         loop = asyncio.get_running_loop()
         self._bridge = _Bridge(answer, loop)
-        self._over = loop.create_future()
-        client = _sync_client(self._bridge) if "client" in self._arguments else None
+        over: asyncio.Future[tuple[Any, BaseException | None]] = loop.create_future()
+        self._over = over
+        client = _sync_client(self._bridge) if {"client", "*client"} & set(self._arguments) else None
 
         def work() -> None:
             result: Any = None
@@ -131,11 +131,11 @@ class ThreadRunner:
                 error = failure
             # The worker may be on its way out, its loop closed.
             if not loop.is_closed():
-                loop.call_soon_threadsafe(functools.partial(_set_once, self._over, (result, error)))
+                loop.call_soon_threadsafe(_set_once, over, (result, error))
 
         # Threads of an executor would keep the process from ending.
         threading.Thread(target=work, name="agent", daemon=True).start()
-        result, error = await asyncio.shield(self._over)
+        result, error = await asyncio.shield(over)
         if error is not None:
             raise error
         return result
