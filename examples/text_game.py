@@ -18,19 +18,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_ray import PPOConfig
-from rlhf_ray.environments.environment import Action, Environment, Step
-
-LARGEST = 7
+from rlhf_ray import Action, Environment, PPOConfig, Step
 
 
 class Guess(Environment):
     """One game; all games of a group have the same seed, and therefore the same number."""
 
+    largest = 7
+
     def reset(self, row: Mapping[str, Any], seed: int) -> str:
         """Draw the number, and return the prompt."""
-        self.number = random.Random(seed).randint(1, LARGEST)
-        return f"1-{LARGEST}="
+        self.number = random.Random(seed).randint(1, self.largest)
+        return f"1-{self.largest}="
 
     def step(self, action: Action) -> Step:
         """Answer a guess."""
@@ -49,7 +48,7 @@ def read(text: str) -> int | None:
 
 def config() -> PPOConfig:
     """Build the run; the rows of the built-in task are not used, because ``reset`` returns a prompt."""
-    return PPOConfig().environment(Guess, max_turns=4).training(iterations=60)
+    return PPOConfig().environment(Guess, max_turns=4).rollouts(max_new_tokens=16).training(iterations=60)
 
 
 def main(overrides: Sequence[str]) -> None:
