@@ -205,14 +205,16 @@ class _Given:
             "prompts": lambda: own_copies(prompt.text, count),
             "completions": lambda: self._as_completions(self.texts),
             "completion_ids": lambda: [list(ids) for ids in self._token_ids],
-            "turns": self._turns,
             "trainer_state": lambda: self._state,
             "log_extra": lambda: log.log_extra,
             "log_metric": lambda: log.log_metric,
             **{name: partial(own_copies, value, count) for name, value in prompt.columns.items()},
         }
-        if "completions_with_special_tokens" in reward.parameters.names:  # Not for **columns: it is decoded once more.
+        # Not for **columns: these are decoded once more.
+        if "completions_with_special_tokens" in reward.parameters.names:
             makers["completions_with_special_tokens"] = lambda: self._as_completions(self._texts_with_special_tokens())
+        if "turns" in reward.parameters.names:
+            makers["turns"] = self._turns
         return {name: make() for name, make in makers.items() if reward.parameters.takes(name)}
 
     def _as_completions(self, texts: Sequence[str]) -> list[Any]:
