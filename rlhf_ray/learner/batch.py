@@ -185,7 +185,8 @@ class SequenceBatch:
     @property
     def _is_another(self) -> BoolArray:
         """``[N - 1]``, whether a sequence after the first begins a trajectory."""
-        return self.trajectory_ids[1:] != self.trajectory_ids[:-1]
+        is_another: BoolArray = self.trajectory_ids[1:] != self.trajectory_ids[:-1]
+        return is_another
 
     def _sums(self, values: npt.NDArray[Any]) -> Float64Array:
         sums = np.bincount(self._sequence_of_token(), weights=values, minlength=len(self))
