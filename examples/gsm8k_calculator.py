@@ -4,8 +4,8 @@
 
     python examples/gsm8k_calculator.py models/my-chat-model gsm8k/train.jsonl --tool-parser hermes training.lr=2e-6
 
-Each line of the file has a ``question`` and an ``answer`` that ends with ``#### <number>``. The template shows
-the tool's docstring to the policy, which reads the results of its calls and errors, but is not trained on them.
+Each line of the file has a ``question`` and an ``answer`` that ends with ``#### <number>``. The template shows the
+tool's docstring to the policy, which reads results and errors of its calls, but is not trained on them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import operator
-from collections.abc import Sequence
 
 from rlhf_ray import PPOConfig
 
@@ -59,14 +58,14 @@ def config(model: str, rows: str, tool_parser: str) -> PPOConfig:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Train, and print the mean reward and the number of turns."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model", help="path or hub id of a chat model")
     parser.add_argument("rows", help="JSONL file with the columns question and answer")
     parser.add_argument("--tool-parser", default="hermes", help="vLLM's parser for the model's calls")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings to override")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     algo = config(args.model, args.rows, args.tool_parser).apply_overrides(args.overrides).build_algo()
     try:
         while algo.iteration < algo.settings.training.iterations:
