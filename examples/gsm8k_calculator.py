@@ -2,12 +2,10 @@
 
 ::
 
-    python examples/gsm8k_calculator.py models/my-chat-model gsm8k/train.jsonl
     python examples/gsm8k_calculator.py models/my-chat-model gsm8k/train.jsonl --tool-parser hermes training.lr=2e-6
 
-Each line of the JSONL file has a ``question`` and an ``answer`` that ends with ``#### <number>``, as in the dataset.
-The template shows the tool's docstring and types to the policy. Its calls are executed, and their results are tokens
-that the policy reads but is not trained on. An error, such as a division by zero, is a text that it can react to.
+Each line of the file has a ``question`` and an ``answer`` that ends with ``#### <number>``. The template shows the
+tool's docstring to the policy, which reads results and errors of its calls, but is not trained on them.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from __future__ import annotations
 import argparse
 import ast
 import operator
-from collections.abc import Sequence
 
 from rlhf_ray import PPOConfig
 
@@ -32,7 +29,7 @@ def calculator(expression: str) -> str:
         expression: Numbers, + - * / and parentheses, for example "(48 + 24) / 2".
     """
     if len(expression) > 200:
-        raise ValueError("the expression is longer than 200 characters")
+        raise ValueError("longer than 200 characters")
     return f"{value_of(ast.parse(expression.strip(), mode='eval').body):.10g}"
 
 
@@ -44,8 +41,7 @@ def value_of(node: ast.expr) -> float:
         case ast.UnaryOp(op=ast.USub(), operand=operand):
             return -value_of(operand)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            result: float = OPERATORS[type(op)](value_of(left), value_of(right))
-            return result
+            return float(OPERATORS[type(op)](value_of(left), value_of(right)))
     raise ValueError(f"{ast.unparse(node)!r} is not arithmetic: use numbers, + - * / and parentheses")
 
 
@@ -62,14 +58,14 @@ def config(model: str, rows: str, tool_parser: str) -> PPOConfig:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Train, and print the mean reward and the number of turns."""
-    parser = argparse.ArgumentParser(description="PPO on GSM8K with a calculator.")
+    parser = argparse.ArgumentParser()
     parser.add_argument("model", help="path or hub id of a chat model")
     parser.add_argument("rows", help="JSONL file with the columns question and answer")
     parser.add_argument("--tool-parser", default="hermes", help="vLLM's parser for the model's calls")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="settings to override")
-    args = parser.parse_args(argv)
+    args = parser.parse_args()
     algo = config(args.model, args.rows, args.tool_parser).apply_overrides(args.overrides).build_algo()
     try:
         while algo.iteration < algo.settings.training.iterations:
