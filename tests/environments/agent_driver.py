@@ -30,7 +30,7 @@ def start_of(text: Any = "2+2?", **columns: Any) -> Start:
     return Start(prompt=prompt, seed=7, environment="shop")
 
 
-def call_of(name: str, *, call_id: str | None = "c1", **arguments: Any) -> dict[str, Any]:
+def call_of(name: str, /, *, call_id: str | None = "c1", **arguments: Any) -> dict[str, Any]:
     """A message that calls a tool, as the engine's parser reads it."""
     call = {"id": call_id, "type": "function", "function": {"name": name, "arguments": json.dumps(arguments)}}
     return {"role": "assistant", "content": "", "tool_calls": [call]}
