@@ -104,9 +104,13 @@ class AgentServer:
     async def _respond(self, request: HTTPRequest) -> HTTPResponse:
         from starlette.responses import Response
 
-        answerer = self._answerers.get(request.path_params["secret"])
-        if answerer is None:
-            answer = Refused("there is no such episode, or it is over", status=404).answer
-        else:
-            answer = await answerer(request.method, "/" + request.path_params["path"], await request.body())
+        secret = request.path_params["secret"]
+        answer = Refused("there is no such episode, or it is over", status=404).answer
+        if answerer := self._answerers.get(secret):
+            try:
+                answer = await answerer(request.method, "/" + request.path_params["path"], await request.body())
+            except asyncio.CancelledError:
+                # The end of an episode cancels what it has not answered; the end of the server does too.
+                if secret in self._answerers:
+                    raise
         return Response(answer.body, status_code=answer.status, headers={"content-type": answer.content_type})
