@@ -92,6 +92,9 @@ class EnvironmentWorker:
         if self._tokenizer is None:
             from rlhf_ray.rewards.workers import load_tokenizer
 
+            # Tools that are not async wait there; the default has a few threads.
+            asyncio.get_running_loop().set_default_executor(self._executor)
+
             for payload in self._settings.environments:
                 environment = cast("NamedEnvironment", deserialize(payload))
                 self._environments[environment.name] = environment
