@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from rlhf_ray.algorithms.remax import ReMaxConfig as ReMaxConfig
     from rlhf_ray.algorithms.rloo import RLOOConfig as RLOOConfig
     from rlhf_ray.algorithms.sapo import SAPOConfig as SAPOConfig
+    from rlhf_ray.environments.environment import Action, Environment, Step
     from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 
     CISPO = DAPO = DrGRPO = GMPO = GRPO = GSPO = MaxRL = OPO = PPO = RLOO = ReMax = SAPO = Algorithm
@@ -55,20 +56,26 @@ if TYPE_CHECKING:
 
 _CONFIGS = {config_class.__name__: config_class for config_class in _built_in().values()}
 _LAZY_MODULES = {
+    "Action": "rlhf_ray.environments.environment",
+    "Environment": "rlhf_ray.environments.environment",
+    "Step": "rlhf_ray.environments.environment",
     "Algorithm": "rlhf_ray.tune.trainables",
     "RewardModelReward": "rlhf_ray.rewards.reward_model.reward",
 } | dict.fromkeys(_built_in(), "rlhf_ray.tune.trainables")
 
 __all__ = [
+    "Action",
     "Algorithm",
     "AlgorithmConfig",
     "ConfigError",
     "DataError",
+    "Environment",
     "LearnerError",
     "RLHFRayError",
     "RewardError",
     "RewardModelReward",
     "RolloutError",
+    "Step",
     "WeightSyncError",
     "__version__",
     "register_advantage",

@@ -23,6 +23,10 @@ def serialize(value: object, *, defined_by: object) -> bytes:
     """Pickle ``value``; code of the module that defines ``defined_by`` is included where workers cannot import it.
 
     This process's module path is included too, as with Python's own ``multiprocessing``.
+
+    Args:
+        value: What is pickled.
+        defined_by: An object that the user defined, or a list of some.
     """
     with _pickled_by_value(defined_by):
         pickled: bytes = cloudpickle.dumps(value)
@@ -39,7 +43,8 @@ def deserialize(payload: bytes) -> object:
 @contextmanager
 def _pickled_by_value(value: object) -> Iterator[None]:
     """Within, cloudpickle writes out the module of ``value`` instead of naming it, where only this process has it."""
-    names = {name for name in _module_names(value) if not _importable(name)}
+    defined = value if isinstance(value, list) else [value]
+    names = {name for one in defined for name in _module_names(one) if not _importable(name)}
     modules = [sys.modules[name] for name in names if name in sys.modules]
     with _PICKLING:
         for module in modules:

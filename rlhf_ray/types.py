@@ -7,6 +7,7 @@ arrays are variable-length numpy arrays, never padded batches.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -20,6 +21,7 @@ __all__ = [
     "BoolArray",
     "ChatMessage",
     "Device",
+    "EnvironmentStats",
     "Float32Array",
     "FurtherSequence",
     "Int32Array",
@@ -123,6 +125,8 @@ class SamplingSettings:
     stop_token_ids: tuple[int, ...] = ()
     parse: bool = False
     """Whether the engine reads each completion as a chat message, with its parsers of tool calls and reasoning."""
+    tools: str = ""
+    """JSON of the schemas of the tools that the prompt names, for these parsers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +153,7 @@ class Turn:
     """One past the last sampled token; what follows up to the next turn was observed."""
     reward: float = 0.0
     message: ChatMessage | None = None
-    """What was sampled, as the engine's parsers read it (``content``, ``reasoning``, ``tool_calls``); unset: no chat."""
+    """What was sampled, as the engine's parsers read it: ``content``, ``reasoning``, ``tool_calls``; unset: no chat."""
     observation: tuple[ChatMessage, ...] = ()
     """Messages that the environment answered with, of the observed tokens that follow; of a text, one of a user."""
 
@@ -205,9 +209,19 @@ class Trajectory:
         return (self, *(one.trajectory for one in self.further))
 
     @property
+    def all_turns(self) -> tuple[Turn, ...]:
+        """The turns of all its sequences, in order."""
+        return tuple(turn for sequence in self.sequences for turn in sequence.turns)
+
+    @property
+    def num_sampled(self) -> int:
+        """How many tokens the policy sampled, in all its sequences."""
+        return sum(turn.end - turn.start for turn in self.all_turns)
+
+    @property
     def environment_reward(self) -> float:
         """The sum of the rewards of all turns."""
-        return sum(turn.reward for sequence in self.sequences for turn in sequence.turns)
+        return sum(turn.reward for turn in self.all_turns)
 
 
 _LIMITS = frozenset({"length", "turns", "environment"})
@@ -304,7 +318,8 @@ class TraceSpan:
     """
 
     lane: str
-    """Who: ``replica <id>``, ``reward worker <n>``, ``<reward model> <n>``, ``learner <rank>`` or ``algorithm``."""
+    """Who: ``replica <id>``, ``environment worker <n>``, ``reward worker <n>``, ``<reward model> <n>``,
+    ``learner <rank>`` or ``algorithm``."""
     name: str
     start: float
     """Unix time in seconds."""
@@ -336,3 +351,39 @@ class RewardFailure:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "message", shortened(self.message, 1000))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentStats:
+    """What the episodes of an environment came to; two of them add up.
+
+    Example:
+        Of 40 steps in 2 seconds 10 reported a distance, 31.5 in all, and one group was dropped::
+
+            EnvironmentStats(steps=40, steps_s=2.0, metrics={"distance": (31.5, 10)}, failures={"timeout": 1})
+    """
+
+    steps: int = 0
+    steps_s: float = 0.0
+    """Seconds that the environment took for these steps."""
+    metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Metric -> the sum of what steps reported, and how many of them did."""
+    failures: Mapping[str, int] = field(default_factory=dict)
+    """Kind of a failure (``RewardFailure.kind``) -> groups that were dropped because of it."""
+
+    @classmethod
+    def of_step(cls, step_s: float, metrics: Mapping[str, float]) -> EnvironmentStats:
+        """One step, with what it reported."""
+        return cls(steps=1, steps_s=step_s, metrics={name: (value, 1) for name, value in metrics.items()})
+
+    def __add__(self, other: EnvironmentStats) -> EnvironmentStats:
+        metrics = dict(self.metrics)
+        for name, (total, count) in other.metrics.items():
+            before, counted = metrics.get(name, (0.0, 0))
+            metrics[name] = (before + total, counted + count)
+        return EnvironmentStats(
+            steps=self.steps + other.steps,
+            steps_s=self.steps_s + other.steps_s,
+            metrics=metrics,
+            failures=Counter(self.failures) + Counter(other.failures),
+        )

@@ -16,7 +16,7 @@ PACKAGE = Path(rlhf_ray.__file__).parent
 LAYERS = (
     {"cli", "command", "doctor", "launchers", "tune"},
     {"algorithm"},
-    {"evaluation", "learner", "prompts", "quickstart", "rewards", "rollouts", "weight_sync"},
+    {"environments", "evaluation", "learner", "prompts", "quickstart", "rewards", "rollouts", "weight_sync"},
     {"advantages", "algorithms", "checkpoints", "losses", "models", "reporting"},
     {"config"},
     {

@@ -4,7 +4,7 @@ Half precision may be given anywhere and is computed in float32 or better. Resul
 where an input is; results per completion, and :func:`whiten`'s, have the dtype of the rewards that they replace.
 """
 
-from rlhf_ray.advantages.gae import gae, reinforce_plus_plus
+from rlhf_ray.advantages.gae import gae, reinforce_plus_plus, turn_gae
 from rlhf_ray.advantages.group_advantages import group_advantages, remax
 from rlhf_ray.advantages.kl import AdaptiveKLController, kl
 from rlhf_ray.advantages.moments import Moments, explained_variance, whiten
@@ -22,5 +22,6 @@ __all__ = [
     "reinforce_plus_plus",
     "remax",
     "shape_rewards",
+    "turn_gae",
     "whiten",
 ]

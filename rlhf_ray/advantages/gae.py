@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rlhf_ray.advantages.padding import blank, checked_mask, widened
 
-__all__ = ["gae", "reinforce_plus_plus"]
+__all__ = ["gae", "reinforce_plus_plus", "turn_gae"]
 
 # Of float32 numbers times this nothing is left next to another one, and their quotients by it are finite in float64.
 _SMALLEST_POWER = 1e-100
@@ -75,6 +75,71 @@ def gae(
     sums = _discounted_sums(deltas, gamma * lam)
     advantages = blank(sums.gather(1, (places - 1).clamp_(min=0)).to(values.dtype), mask)
     return advantages, advantages + values
+
+
+def turn_gae(
+    rewards: Tensor,
+    values: Tensor,
+    mask: Tensor,
+    turn_ids: Tensor,
+    *,
+    gamma: float,
+    lam: float,
+    bootstrap: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""Generalized advantage estimation with one step per turn instead of one per token.
+
+    With ``r_k`` the sum of the rewards of turn ``k``'s unmasked tokens, ``V_k`` the value at the first of them, and
+    ``k'`` the next turn that has any::
+
+        delta_k = r_k + gamma * V_k' - V_k
+        A_k     = delta_k + gamma * lam * A_k'
+        R_k     = A_k + V_k
+
+    Each unmasked token has the advantage ``A_k`` and the return ``R_k`` of its turn. So a critic is drawn to the turn's
+    return at all of its tokens, though only its value at the first one is read: before a turn it predicts what the rest
+    of the trajectory brings, and within the turn it predicts the same with more tokens of it to go by.
+
+    "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (arXiv:1506.02438), with a whole turn
+    as the action. For turns of one token it is :func:`gae`; of a finished trajectory with a single turn the advantage
+    is reward minus first value. Rewards at masked positions are ignored. The results carry no gradient.
+
+    >>> rewards = torch.tensor([[0.0, 0.25, 0.0, 1.0]])
+    >>> values = torch.tensor([[0.5, 9.0, 0.5, 9.0]])
+    >>> turn_ids = torch.tensor([[0, 0, 1, 1]])
+    >>> advantages, returns = turn_gae(rewards, values, torch.ones(1, 4), turn_ids, gamma=1.0, lam=0.5)
+    >>> advantages, returns
+    (tensor([[0.5000, 0.5000, 0.5000, 0.5000]]), tensor([[1., 1., 1., 1.]]))
+
+    Args:
+        rewards: ``[B, T]``, reward of each token.
+        values: ``[B, T]``, the critic's value of the state in which each token was chosen.
+        mask: ``[B, T]``, True where a token was chosen by the policy.
+        turn_ids: ``[B, T]`` integers, the number of each token's turn, from 0, ascending along a row; not read where
+            masked.
+        gamma: Discount per turn, in [0, 1].
+        lam: GAE's lambda per turn, in [0, 1].
+        bootstrap: ``[B]``, value of the state after the last turn: the critic's where the trajectory was truncated, 0
+            where it finished. None: 0 everywhere.
+
+    Returns:
+        Advantages and returns, ``[B, T]`` each, float32 (float64 if ``values`` are), 0 at masked positions.
+
+    Raises:
+        ValueError: A shape does not fit, or ``gamma`` or ``lam`` lies outside [0, 1].
+    """
+    mask = checked_mask(mask, ndim=2, rewards=rewards, values=values, turn_ids=turn_ids)
+    rewards, values = blank(rewards.detach(), mask), blank(values.detach(), mask)
+    rows, width = mask.shape
+    turn_of = turn_ids.long().masked_fill(~mask, 0)
+    count = int(turn_of.max()) + 1 if turn_of.numel() else 0
+    columns = torch.arange(width, device=mask.device).expand(rows, width).masked_fill(~mask, width)
+    first = columns.new_full((rows, count), width).scatter_reduce_(1, turn_of, columns, "amin")
+    turn_rewards = rewards.new_zeros(rows, count, dtype=torch.float64).scatter_add_(1, turn_of, rewards.double())
+    turn_values = values.gather(1, first.clamp(max=max(width - 1, 0)))
+    of_turns, _ = gae(turn_rewards, turn_values, first < width, gamma=gamma, lam=lam, bootstrap=bootstrap)
+    advantages, first_values = (blank(x.gather(1, turn_of), mask) for x in (of_turns, turn_values))
+    return advantages, advantages + first_values
 
 
 def reinforce_plus_plus(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:

@@ -14,6 +14,9 @@ from rlhf_ray.config.held_out_sets import held_out_sets
 from rlhf_ray.config.local_path import absolute_if_local
 from rlhf_ray.config.plugins import Plugin, advantage_plugin, loss_plugin
 from rlhf_ray.config.settings import DataSettings, Settings
+from rlhf_ray.environments.dialogue import ChatFormat
+from rlhf_ray.environments.registry import NamedEnvironment, resolve_environments
+from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.models import check_compile_backend
 from rlhf_ray.models.config import (
     check_causal,
@@ -23,8 +26,8 @@ from rlhf_ray.models.config import (
     load_model_config,
 )
 from rlhf_ray.prompts.stream import PromptStream
-from rlhf_ray.prompts.tokenizer import load_tokenizer
-from rlhf_ray.rewards.functions import resolve_rewards, row_check
+from rlhf_ray.prompts.tokenizer import load_tokenizer, read_chat_template
+from rlhf_ray.rewards.functions import resolve_rewards, rewards_of_run, row_check
 from rlhf_ray.rewards.reward_model.check import check_reward_model
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rollouts.engine_spec import (
@@ -34,9 +37,12 @@ from rlhf_ray.rollouts.engine_spec import (
     max_prompt_tokens,
     vllm_build,
 )
+from rlhf_ray.rollouts.message_parser import check_parser
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from collections.abc import Mapping, Sequence
+
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 __all__ = ["Inputs", "check_inputs"]
 
@@ -50,6 +56,8 @@ class Inputs:
     """``None``: the advantage needs no critic."""
     advantage: Plugin
     loss: Plugin
+    environments: tuple[NamedEnvironment, ...]
+    """None: a completion is all."""
     tokenizer_path: str
     model_config: PretrainedConfig
     eos_token_ids: tuple[int, ...]
@@ -75,7 +83,8 @@ def check_inputs(settings: Settings) -> Inputs:
     tokenizer_path = _expanded(settings.model.tokenizer_path) or policy_path
     critic_path = _expanded(settings.model.critic_path)
     trust = settings.model.trust_remote_code
-    rewards = resolve_rewards(settings.rewards)
+    rewards = resolve_rewards(rewards_of_run(settings))
+    environments = resolve_environments(settings.environment)
     for index, reward in enumerate(rewards):
         if isinstance(reward.function, RewardModelReward):
             check_reward_model(reward.function, f"rewards.functions[{index}]")
@@ -98,6 +107,8 @@ def check_inputs(settings: Settings) -> Inputs:
     stops = settings.rollouts.stop_token_ids
     eos = eos_token_ids(policy_path, config, tokenizer, stop_token_ids=stops)
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
+    tools = tuple(schema for one in environments for schema in one.tools)
+    _check_environment(settings, tokenizer, tools)
     vocabulary_size = check_vocabulary(tokenizer, config)
 
     def stream(data: DataSettings, **given: Any) -> PromptStream:
@@ -107,6 +118,7 @@ def check_inputs(settings: Settings) -> Inputs:
             max_prompt_tokens=prompt_tokens,
             vocabulary_size=vocabulary_size,
             trust_remote_code=trust,
+            tools=tools,
             **given,
         )
 
@@ -122,6 +134,7 @@ def check_inputs(settings: Settings) -> Inputs:
         critic_path=(critic_path or policy_path) if advantage.needs_critic else None,
         advantage=advantage,
         loss=loss,
+        environments=environments,
         tokenizer_path=tokenizer_path,
         model_config=config,
         eos_token_ids=eos,
@@ -130,6 +143,36 @@ def check_inputs(settings: Settings) -> Inputs:
         prompts=prompts,
         held_out=held_out,
     )
+
+
+def _check_environment(
+    settings: Settings, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]]
+) -> None:
+    """Check what the tokenizer's chat template must be able to do, and the names of parsers.
+
+    Raises:
+        ConfigError: There is no chat template where messages are needed, it has no place for tools, or vLLM has no such
+            parser.
+    """
+    environment = settings.environment
+    for name in ("tool_parser", "reasoning_parser"):
+        if (parser := getattr(environment, name)) is not None:
+            check_parser(f"environment.{name}", parser)
+    if not tools and environment.agent is None:
+        return
+    template = read_chat_template(settings.data.chat_template) or tokenizer.chat_template
+    if isinstance(template, dict):  # A template of its own for tools.
+        template = tokenizer.get_chat_template(tools=list(tools) or None)
+    kind = "tools" if tools else "agent"
+    names = [tool["function"]["name"] for tool in tools] if tools else str(environment.agent)
+    if template is None:
+        remedy = "messages need a chat template, and the tokenizer has none; name a chat model, or data.chat_template"
+        raise ConfigError(f"environment.{kind}", names, remedy)
+    if tools:
+        arguments = settings.data.chat_template_kwargs
+        ChatFormat(
+            tokenizer, template=read_chat_template(settings.data.chat_template), arguments=arguments
+        ).check_tools(tools)
 
 
 def _runs_on_cpus(settings: Settings) -> bool:

@@ -15,6 +15,7 @@ from rlhf_ray.learner.packing import UpdatePlan
 from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.rewards.scoring import logged_means
 from rlhf_ray.rollouts.tally import Collected
+from rlhf_ray.types import EnvironmentStats, Trajectory
 from rlhf_ray.weight_sync.publisher import SyncResult
 
 __all__ = ["Iteration", "Stage", "is_due", "iteration_result"]
@@ -108,6 +109,7 @@ def iteration_result(iteration: Iteration, *, weight_sync_s: float, iteration_s:
     return {
         "rollouts": _rollout_metrics(collected, batch),
         "rewards": _reward_metrics(collected),
+        **({"environment": environments} if (environments := _environment_metrics(collected)) else {}),
         "learner": nested({name: value for name, value in update.metrics.items() if name not in _TIMERS}, separator="/")
         | {
             "num_tokens": tokens,
@@ -137,13 +139,23 @@ def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, An
     # As the functions gave them; the batch's own may be shaped.
     rewards = np.concatenate([scored.rewards for scored in collected.groups])
     staleness = batch.staleness[batch.loss_mask]
+    # Of the groups: a trajectory may have several rows of the batch.
+    groups = [scored.group for scored in collected.groups]
+    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
+    sampled = np.asarray([trajectory.num_sampled for trajectory in trajectories])
+    observed: dict[str, float] = {}
+    if any(group.environment for group in groups):
+        tokens = [sum(len(one.token_ids) for one in trajectory.sequences) for trajectory in trajectories]
+        observed["observed_tokens_mean"] = float((np.asarray(tokens) - sampled).mean())
     return {
         "reward_mean": float(rewards.mean()),
         "reward_std": float(rewards.std()),
-        "completion_tokens_mean": float(batch.sampled_lengths.mean()),
-        "completion_tokens_max": int(batch.sampled_lengths.max()),
-        "prompt_tokens_mean": float(batch.prompt_lengths.mean()),
-        "truncated_fraction": float(batch.truncated.mean()),
+        "completion_tokens_mean": float(sampled.mean()),
+        "completion_tokens_max": int(sampled.max()),
+        "prompt_tokens_mean": float(np.mean([len(g.prompt.token_ids) for g in groups for _ in g.trajectories])),
+        "truncated_fraction": float(np.mean([trajectory.truncated for trajectory in trajectories])),
+        "turns_mean": float(np.mean([len(trajectory.all_turns) for trajectory in trajectories])),
+        **observed,
         "tokens_per_s": collected.generated_tokens / collected.generating_s if collected.generating_s > 0 else 0.0,
         "idle_fraction": max(0.0, 1.0 - collected.generating_s / collected.elapsed_s),
         "in_loss_fraction": len(staleness) / int(batch.sampled.sum()),
@@ -154,7 +166,7 @@ def _rollout_metrics(collected: Collected, batch: SequenceBatch) -> dict[str, An
             for distance, count in zip(*np.unique(staleness, return_counts=True), strict=True)
         },
         "num_groups": len(collected.groups),
-        "num_completions": len(batch),
+        "num_completions": len(trajectories),
         "equal_reward_groups": collected.equal_reward_groups,
         "carried_groups": collected.carried_groups,
     }
@@ -173,3 +185,22 @@ def _reward_metrics(collected: Collected) -> dict[str, Any]:
     for name, logged in logged_means(collected.groups).items():
         metrics[name] |= logged
     return metrics | {"failures": dict(collected.failures)}
+
+
+def _environment_metrics(collected: Collected) -> dict[str, Any]:
+    """Name of an environment -> its metrics; empty where a run has none."""
+    played: defaultdict[str, list[Trajectory]] = defaultdict(list)
+    for scored in collected.groups:
+        if scored.group.environment:
+            played[scored.group.environment] += scored.group.trajectories
+    metrics: dict[str, Any] = {}
+    for name in sorted(played.keys() | collected.environments.keys()):
+        stats = collected.environments.get(name, EnvironmentStats())
+        own: dict[str, Any] = {metric: total / count for metric, (total, count) in stats.metrics.items()}
+        if stats.steps:
+            own["step_s"] = stats.steps_s / stats.steps
+        if trajectories := played[name]:
+            own["reward_mean"] = float(np.mean([trajectory.environment_reward for trajectory in trajectories]))
+            own["steps_mean"] = float(np.mean([len(trajectory.all_turns) for trajectory in trajectories]))
+        metrics[name] = own | {"failures": dict(stats.failures)}
+    return metrics

@@ -77,9 +77,13 @@ class Shares:
     replica: float
     learner: float
     reward_worker: float
+    environment_worker: float | None = None
+    """``None``: there is no environment."""
 
     def __str__(self) -> str:
-        return f"{self.replica:g} per replica, {self.learner:g} per learner, {self.reward_worker:g} per reward worker"
+        shares = f"{self.replica:g} per replica, {self.learner:g} per learner, {self.reward_worker:g} per reward worker"
+        of_environment = self.environment_worker
+        return shares if of_environment is None else f"{shares}, {of_environment:g} per environment worker"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,7 @@ class Placement:
     device: Device
     shares: Shares
     cpus: float
-    """All CPUs that replicas, learners and reward workers reserve."""
+    """All CPUs that replicas, learners, reward and environment workers reserve."""
     gpus: float
     """All GPUs, those of reward models included."""
 
@@ -109,7 +113,8 @@ class Placement:
             shares=shares,
             cpus=shares.replica * settings.rollouts.num_replicas
             + shares.learner * settings.learners.num_learners
-            + shares.reward_worker * _num_reward_workers(settings),
+            + shares.reward_worker * _num_reward_workers(settings)
+            + (shares.environment_worker or 0.0) * settings.environment.num_workers,
             gpus=_gpus_of_models(settings, on_gpu=device.on_gpu)
             + (_gpus_needed(settings, colocated=device.colocated) if device.on_gpu else 0),
         )
@@ -269,19 +274,22 @@ def cpu_shares(settings: Settings, cluster_cpus: float) -> Shares:
         (resources.cpus_per_learner, settings.learners.num_learners),
         (resources.cpus_per_reward_worker, _num_reward_workers(settings)),
     ]
+    if settings.environment.is_used:
+        asked.append((resources.cpus_per_environment_worker, settings.environment.num_workers))
     fixed = sum(cpus * count for cpus, count in asked if cpus is not None)
     open_actors = sum(count for cpus, count in asked if cpus is None)
     left = cluster_cpus - _SPARE_CPUS - fixed
     if fixed > cluster_cpus or (open_actors and left < open_actors * _SMALLEST_SHARE):
         raise ConfigError(
-            "resources.cpus_per_replica / cpus_per_learner / cpus_per_reward_worker",
+            "resources.cpus_per_replica / cpus_per_learner / cpus_per_reward_worker / cpus_per_environment_worker",
             fixed,
-            f"replicas, learners and reward workers need more than the cluster's {cluster_cpus:g} CPUs; lower them",
+            f"replicas, learners and workers need more than the cluster's {cluster_cpus:g} CPUs; lower them",
         )
     # Ray counts fractions in ten-thousandths, and only below one.
     share = 1.0 if not open_actors or left >= open_actors else math.floor(left / open_actors * 100) / 100
-    replica, learner, reward_worker = (share if cpus is None else cpus for cpus, _ in asked)
-    return Shares(replica=replica, learner=learner, reward_worker=reward_worker)
+    replica, learner, reward_worker, *others = (share if cpus is None else cpus for cpus, _ in asked)
+    environment_worker = others[0] if others else None
+    return Shares(replica=replica, learner=learner, reward_worker=reward_worker, environment_worker=environment_worker)
 
 
 def check_nodes(settings: Settings, shares: Shares, nodes: Sequence[Mapping[str, float]], *, on_gpu: bool) -> None:
@@ -299,6 +307,9 @@ def check_nodes(settings: Settings, shares: Shares, nodes: Sequence[Mapping[str,
         ("resources.cpus_per_learner", shares.learner, learners.num_learners, shares.learner, learner_gpus),
         ("resources.cpus_per_reward_worker", worker_cpus, settings.rewards.num_workers, worker_cpus, 0),
     ]
+    if (of_environment := shares.environment_worker) is not None:
+        workers = settings.environment.num_workers
+        asked.append(("resources.cpus_per_environment_worker", of_environment, workers, of_environment, 0))
     for model in reward_models(settings.rewards):
         gpus = model.gpus_per_worker(on_gpu=on_gpu)
         asked.append(("rewards.functions", model.path, model.num_workers, worker_cpus, gpus))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import threading
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -14,15 +15,20 @@ from rlhf_ray.algorithm.ray_session import RaySession
 from rlhf_ray.algorithm.run_plan import RunPlan
 from rlhf_ray.config.schedule import Schedule
 from rlhf_ray.config.settings import Settings
+from rlhf_ray.environments.pool import EnvironmentPool, PoolSettings
+from rlhf_ray.environments.worker import WorkerSettings
 from rlhf_ray.learner.remote.group import LearnerGroup
+from rlhf_ray.pickling import serialize
 from rlhf_ray.prompts.stream import PromptStream
-from rlhf_ray.prompts.tokenizer import load_tokenizer
+from rlhf_ray.prompts.tokenizer import load_tokenizer, read_chat_template
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.rewards.arguments import TrainingProgress
+from rlhf_ray.rewards.functions import rewards_of_run
 from rlhf_ray.rewards.pool import RewardPool
 from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.app import RolloutApp
 from rlhf_ray.rollouts.controller import RolloutController
+from rlhf_ray.rollouts.episodes import MultiTurn, TurnLimits
 from rlhf_ray.rollouts.flow import RolloutFlow, training_sampling
 from rlhf_ray.rollouts.rollouter import Engine, Rollouter
 from rlhf_ray.rollouts.streams import GroupStreams
@@ -42,6 +48,8 @@ class Parts:
     learners: LearnerGroup
     app: RolloutApp
     rewards: RewardPool
+    environments: EnvironmentPool | None
+    """``None``: a completion is all."""
     controller: RolloutController
     weight_sync: WeightSyncScheduler
 
@@ -53,6 +61,7 @@ class Parts:
             # After the controller, which would open it again.
             ("prompts", self.prompts.close),
             ("reward workers", self.rewards.stop),
+            *(() if self.environments is None else (("environment workers", self.environments.stop),)),
             ("rollout replicas", self.app.stop),
             ("learners", self.learners.stop),
             ("Ray", self.session.stop),
@@ -80,16 +89,21 @@ def start_parts(
         begun.append(("learners", learners.stop))
         app = _rollout_app(settings, plan, run_id, learners.bridge, ray_ends=session.ends_ray)
         begun.append(("rollout replicas", app.stop))
+        portable_tokenizer = _portable_tokenizer(settings, inputs)
         rewards = RewardPool(
-            settings.rewards,
+            rewards_of_run(settings),
             run_id=run_id,
             tokenizer_path=inputs.tokenizer_path,
-            tokenizer=_portable_tokenizer(settings, inputs),
+            tokenizer=portable_tokenizer,
             trust_remote_code=settings.model.trust_remote_code,
             num_cpus=plan.placement.shares.reward_worker,
             on_gpu=plan.placement.device.on_gpu,
         )
         begun.append(("reward workers", rewards.stop))
+        environments = _environment_pool(settings, inputs, plan, portable_tokenizer)
+        if environments is not None:
+            begun.append(("environment workers", environments.stop))
+            rollouter = _multi_turn(settings, inputs, environments)
         session.begun(app.name, learners.bridge)
         colocated = plan.placement.device.colocated
         if colocated:
@@ -104,7 +118,7 @@ def start_parts(
         # The dataset is read in this thread while the others wait for processes.
         inputs.prompts.open()
         rewards.progress = training_progress(settings, inputs)
-        _wait(learners, app, rewards, say, in_turn=colocated)
+        _wait(learners, app, rewards, environments, say, in_turn=colocated)
         session.started()
         controller = _controller(settings, inputs, app, learners, rewards, rollouter)
         begun.append(("rollout controller", controller.stop))
@@ -114,6 +128,7 @@ def start_parts(
             learners=learners,
             app=app,
             rewards=rewards,
+            environments=environments,
             controller=controller,
             weight_sync=_weight_sync(settings, plan, app, learners, controller),
         )
@@ -170,7 +185,14 @@ def _controller(
     rewards: RewardPool,
     rollouter: Rollouter,
 ) -> RolloutController:
-    streams = GroupStreams(app.handle.options(stream=True).generate.remote, num_replicas=settings.rollouts.num_replicas)
+    handle = app.handle
+
+    def generate(replica_id: str) -> Callable[..., Any]:
+        options = {"session_id": replica_id} if replica_id else {}
+        remote: Callable[..., Any] = handle.options(stream=True, **options).generate.remote
+        return remote
+
+    streams = GroupStreams(generate, num_replicas=settings.rollouts.num_replicas)
     engine = Engine(
         generate=streams.generate,
         sampling=training_sampling(settings),
@@ -180,6 +202,53 @@ def _controller(
     rules = FlowRules.of(settings, greedy_baseline=inputs.advantage.needs_greedy_rewards)
     flow = RolloutFlow(rollouter=rollouter, engine=engine, scorer=rewards, prompts=inputs.prompts, rules=rules)
     return RolloutController(flow, while_waiting=learners.restore_restarted_ranks)
+
+
+def _environment_pool(settings: Settings, inputs: Inputs, plan: RunPlan, tokenizer: Any) -> EnvironmentPool | None:
+    environment, shares = settings.environment, plan.placement.shares
+    if not inputs.environments:
+        return None
+    assert shares.environment_worker is not None
+    worker = WorkerSettings(
+        environments=tuple(one.serialized() for one in inputs.environments),
+        tokenizer=inputs.tokenizer_path if tokenizer is None else serialize(tokenizer, defined_by=tokenizer),
+        trust_remote_code=settings.model.trust_remote_code,
+        chat_template=read_chat_template(settings.data.chat_template),
+        chat_template_kwargs=settings.data.chat_template_kwargs,
+        tools=_tools(inputs),
+        keep_reasoning=environment.keep_reasoning,
+        parses_tools=environment.tool_parser is not None,
+        prompt_column=settings.data.prompt_column,
+        temperature=settings.rollouts.temperature,
+    )
+    return EnvironmentPool(
+        PoolSettings(
+            worker=worker,
+            deterministic=frozenset(one.name for one in inputs.environments if one.deterministic),
+            num_workers=environment.num_workers,
+            num_cpus=shares.environment_worker,
+            step_timeout_s=environment.step_timeout_s,
+            startup_timeout_s=environment.startup_timeout_s,
+            runtime_env=environment.runtime_env,
+        )
+    )
+
+
+def _multi_turn(settings: Settings, inputs: Inputs, pool: EnvironmentPool) -> MultiTurn:
+    environment = settings.environment
+    return MultiTurn(
+        pool,
+        TurnLimits.of(settings, inputs.max_prompt_tokens),
+        names=[one.name for one in inputs.environments],
+        column=environment.column,
+        parse=environment.tool_parser is not None or environment.reasoning_parser is not None,
+        tools=json.dumps(_tools(inputs)) if _tools(inputs) else "",
+    )
+
+
+def _tools(inputs: Inputs) -> tuple[Mapping[str, Any], ...]:
+    """Schemas that prompts name."""
+    return tuple(schema for one in inputs.environments for schema in one.tools)
 
 
 def _weight_sync(
@@ -196,9 +265,15 @@ def _weight_sync(
 
 
 def _wait(
-    learners: LearnerGroup, app: RolloutApp, rewards: RewardPool, say: Callable[[str], None], *, in_turn: bool
+    learners: LearnerGroup,
+    app: RolloutApp,
+    rewards: RewardPool,
+    environments: EnvironmentPool | None,
+    say: Callable[[str], None],
+    *,
+    in_turn: bool,
 ) -> None:
-    """Wait for all three; the first that fails ends the wait for the others."""
+    """Wait for all of them; the first that fails ends the wait for the others."""
     stopped = threading.Event()
 
     def start_rewards() -> None:
@@ -211,13 +286,15 @@ def _wait(
             wait([learners_ready])
         app.wait_ready()
 
-    with ThreadPoolExecutor(3, "start-up") as pool:
+    with ThreadPoolExecutor(4, "start-up") as pool:
         learners_ready = pool.submit(learners.wait_ready)
         pending = {
             learners_ready: "learners",
             pool.submit(wait_for_app): "rollout replicas",
             pool.submit(start_rewards): "reward workers",
         }
+        if environments is not None:
+            pending[pool.submit(environments.start)] = "environment workers"
         try:
             while pending:
                 say("starting " + ", ".join(sorted(pending.values())))

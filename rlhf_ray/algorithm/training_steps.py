@@ -185,4 +185,5 @@ class TrainingSteps:
             attention_length=attention_length(self._inputs.model_config.get_text_config().hidden_size),
             packed=self._running().learners.packed,
             seed=self.settings.debugging.seed * 1_000_003 + self._now.version,
+            of_trajectory=batch.of_trajectory.tolist(),
         )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlhf_ray.command import Commands, add_command, add_settings, install_sigterm, load_config, say
+from rlhf_ray.command import Commands, add_command, add_settings, install_sigterm, is_algorithm, load_config, say
 from rlhf_ray.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,6 +32,9 @@ def add_train_commands(commands: Commands) -> None:
         "--resume", metavar="DIR", help="resume the run in this folder from its newest checkpoint, with its settings"
     )
     quickstart = add_command(commands, "quickstart", _quickstart, "train the built-in model on the built-in task")
+    quickstart.add_argument(
+        "--environment", choices=["calculator"], help="the built-in task of several turns, with a calculator"
+    )
     add_settings(quickstart, None, "settings that replace defaults")
 
 
@@ -76,7 +79,12 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    config = load_config(None, [f"evaluation.interval={_QUICKSTART_EVALUATION_INTERVAL}", *args.overrides])
+    from rlhf_ray.quickstart import CALCULATOR
+
+    chosen = load_config(None, [override for override in args.overrides if is_algorithm(override)])
+    preset = CALCULATOR if args.environment is not None else {}
+    config = type(chosen).from_dict({**preset, "evaluation.interval": _QUICKSTART_EVALUATION_INTERVAL})
+    config.apply_overrides(args.overrides)
     import rich
 
     from rlhf_ray.reporting.summary import show_accuracy, show_quickstart

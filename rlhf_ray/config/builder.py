@@ -136,6 +136,13 @@ class AlgorithmConfig:
         """Set how completions are sampled, and on what."""
         return self._set({"rollouts": values})
 
+    def environment(self, *name: Any, **values: Any) -> Self:
+        """Set what answers the policy, turn by turn; the environment may be positional."""
+        if len(name) > 1 or (name and "name" in values):
+            remedy = "one environment is given by position; several by name: {guess: Guess, shop: Shop}, with column"
+            raise ConfigError("environment.name", list(name), remedy)
+        return self._set({"environment": {"name": name[0], **values} if name else values})
+
     def rewards(self, *functions: RewardSpec, **values: Any) -> Self:
         """Set how completions are scored; reward functions may be positional."""
         if functions and "functions" in values:

@@ -101,7 +101,7 @@ _OF_THIS: Final[Mapping[str, str]] = {
     "reporting.wandb_project": "project_name use_wandb",
     # Parts of other libraries: sections of a file, or methods of a configuration.
     "rollouts (vLLM replicas sample completions)": "env_runners sampler vllm",
-    "data and rewards (prompts and what scores their completions)": "env environment",
+    "environment (and data for its rows)": "env envs environments",
     "model": "actor actor_rollout_ref policy rl_module",
     "training.critic_lr and model.critic_path": "critic",
     "training.kl_coef (above 0 it starts the reference)": "ref ref_model reference",

@@ -39,11 +39,12 @@ __all__ = [
 Function = TypeVar("Function", bound=Callable[..., Any])
 _BY_NAME: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
-PER_TOKEN: Final = ("rewards", "values", "mask", "bootstrap", "gamma", "lam")
-"""What an advantage of tokens may ask for: a rank's rows, ``[N, T]`` each (``bootstrap`` ``[N]``), and two settings."""
-_OF_TOKENS_ALONE: Final = ("values", "mask", "bootstrap")
+PER_TOKEN: Final = ("rewards", "values", "mask", "bootstrap", "turn_ids", "gamma", "lam")
+"""What an advantage of tokens may ask for: a rank's trajectories, a row ``[N, T]`` each (``bootstrap`` ``[N]``), and
+two settings."""
+_OF_TOKENS_ALONE: Final = ("values", "mask", "bootstrap", "turn_ids")
 PER_COMPLETION: Final = ("rewards", "group_ids", "lengths", "greedy_rewards")
-"""What an advantage of completions may ask for: the whole batch of all ranks, ``[B]`` each."""
+"""What an advantage of completions may ask for: the trajectories of the whole batch of all ranks, ``[B]`` each."""
 OF_LOSS: Final = (
     "logprobs",
     "old_logprobs",
@@ -197,6 +198,7 @@ _CLIPPED: Final = f"{_LOSS_TENSORS} clip_low clip_high {_LOSS_SETTINGS}"
 ADVANTAGES: Final = PluginTable("training.advantage", advantage_parameters)
 """Every advantage that a setting may name."""
 ADVANTAGES.add_built_in("gae", "rlhf_ray.advantages:gae", "rewards values mask gamma lam bootstrap")
+ADVANTAGES.add_built_in("turn_gae", "rlhf_ray.advantages:turn_gae", "rewards values mask turn_ids gamma lam bootstrap")
 for _method in ("grpo", "dr_grpo", "rloo", "opo", "maxrl"):
     ADVANTAGES.add_built_in(
         _method, "rlhf_ray.advantages:group_advantages", "rewards group_ids lengths", arguments={"method": _method}
@@ -220,8 +222,9 @@ LOSSES.add_built_in(
 def register_advantage(name: str) -> Callable[[Function], Function]:
     """Make a function available as ``training.advantage``; a decorator.
 
-    With a parameter called ``mask``, ``values`` or ``bootstrap`` it gives advantages of tokens: it is called with a
-    learner rank's rows and returns ``[N, T]``, or ``(advantages, returns)`` when it takes the critic's ``values``.
+    With a parameter called ``mask``, ``values``, ``bootstrap`` or ``turn_ids`` it gives advantages of tokens: it is
+    called with a learner rank's trajectories, a row each, and returns ``[N, T]``, or ``(advantages, returns)`` when it
+    takes the critic's ``values``.
     Without, it gives advantages of completions: it is called with the whole batch of all ranks and returns ``[B]``.
     See :data:`PER_TOKEN` and :data:`PER_COMPLETION`; other parameters come from ``training.advantage_args``.
 

@@ -25,6 +25,7 @@ __all__ = [
     "CheckpointingSettings",
     "DataSettings",
     "DebuggingSettings",
+    "EnvironmentSettings",
     "EvaluationSettings",
     "FaultToleranceSettings",
     "LearnerSettings",
@@ -63,6 +64,7 @@ REWARD_ARGUMENTS: Final = frozenset(
         "completions",
         "completion_ids",
         "completions_with_special_tokens",
+        "turns",
         "trainer_state",
         "log_extra",
         "log_metric",
@@ -106,7 +108,8 @@ class DataSettings:
     """Where prompts come from."""
 
     path: Any = setting(
-        None, "JSONL, Parquet or CSV file or folder, hub id, or a ray.data.Dataset; unset: the quickstart task"
+        None,
+        "JSONL, Parquet or CSV file or folder, hub id, 'module:function' or 'file.py:function' that makes the rows, or a ray.data.Dataset; unset: the quickstart task",
     )
     subset: str | None = setting(None, "configuration name of a hub dataset; files have none")
     split: str = setting("train", "split of a hub dataset")
@@ -230,12 +233,60 @@ class RolloutSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EnvironmentSettings:
+    """What answers the policy, turn by turn: an environment, tools, or an agent that calls the policy."""
+
+    name: Any = setting(
+        None,
+        "an Environment class, 'module:Class', 'file.py:Class', the name of a built-in (calculator), or {name: one of these, arguments}; with column several by name, {guess: ..., shop: ...}; unset: none",
+    )
+    column: str | None = setting(None, "column in which each row names its environment; unset: there is one")
+    tools: list[Any] = setting(
+        [],
+        "functions that the policy may call, typed and documented, each as in name; a class whose methods are tools; or {mcp: {command: [...]}} and {mcp: {url: ...}}, all tools of a server",
+    )
+    agent: Any = setting(
+        None,
+        "async def solve(row, client) -> reward, written against the OpenAI client, as a function, 'module:function' or 'file.py:function'; or {command: [...]}, a program that is given a row and prints its reward; unset: none",
+    )
+    tool_parser: str | None = setting(
+        None, "vLLM's parser of tool calls in what the model writes, such as hermes; needed for tools"
+    )
+    reasoning_parser: str | None = setting(
+        None, "vLLM's parser of reasoning in what the model writes, such as qwen3; unset: it stays in the content"
+    )
+    keep_reasoning: bool = setting(
+        True,
+        "keep earlier reasoning in the context; false: where the chat template drops it at a new turn of the user, the history is written anew and a further sequence of the trajectory begins",
+    )
+    tool_errors: Literal["observe", "fail"] = setting(
+        "observe", "what a tool that raises becomes: a text that the policy reads, or a failed group"
+    )
+    max_turns: int = setting(8, "turns of the policy in a trajectory", ge=1)
+    max_turn_tokens: int | None = setting(
+        None, "longest turn in tokens; unset: rollouts.max_new_tokens, which bounds the trajectory", ge=1
+    )
+    step_timeout_s: float = setting(
+        60.0, "time limit of one step, in seconds; the worker is killed and replaced, its other episodes replayed", gt=0
+    )
+    timeout_s: float = setting(3600.0, "time limit of an episode, in seconds", gt=0)
+    num_workers: int = setting(1, "environment actors, each of which plays many episodes at once", ge=1)
+    startup_timeout_s: float = setting(300.0, "longest wait for the environment actors to start, in seconds", gt=0)
+    runtime_env: dict[str, Any] = setting({}, "Ray runtime environment of the actors, such as {pip: [...]}")
+
+    @property
+    def is_used(self) -> bool:
+        """Whether completions are answered at all."""
+        return self.name is not None or bool(self.tools) or self.agent is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSettings:
     """How completions are scored."""
 
     functions: list[RewardSpec] = setting(
         [],
-        "callables, names of built-in rewards, 'module:function', 'file.py:function', or {name: ..., arguments}, such as {name: reward_model, path: ...}; unset: the checker of the quickstart task",
+        "callables, names of built-in rewards, 'module:function', 'file.py:function', or {name: ..., arguments}, such as {name: reward_model, path: ...}; environment: what the environment gave; unset: that, or the checker of the quickstart task",
     )
     weights: list[float] | None = setting(None, "one weight per function; unset: 1 each")
     num_workers: int = setting(1, "reward actors", ge=1)
@@ -286,7 +337,7 @@ class TrainingSettings:
     num_minibatches: int = setting(4, "optimizer steps per pass", ge=1, source=f"{_VERL}: 1,024 / 256")
     advantage: str = setting(
         "gae",
-        "how rewards become advantages: gae, grpo, dr_grpo, rloo, opo, maxrl, reinforce_plus_plus, remax, a name given to register_advantage, 'module:function' or 'file.py:function'",
+        "how rewards become advantages: gae, turn_gae, grpo, dr_grpo, rloo, opo, maxrl, reinforce_plus_plus, remax, a name given to register_advantage, 'module:function' or 'file.py:function'",
     )
     advantage_args: dict[str, Any] = setting({}, "further arguments of the advantage function")
     loss: str = setting(
@@ -534,6 +585,9 @@ class ResourceSettings:
     cpus_per_reward_worker: float | None = setting(
         None, "CPUs reserved per reward actor; unset: 1, or a fair share where the cluster is small", ge=0
     )
+    cpus_per_environment_worker: float | None = setting(
+        None, "CPUs reserved per environment actor; unset: 1, or a fair share where the cluster is small", ge=0
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -543,6 +597,7 @@ class Settings:
     model: ModelSettings = field(default_factory=ModelSettings)
     data: DataSettings = field(default_factory=DataSettings)
     rollouts: RolloutSettings = field(default_factory=RolloutSettings)
+    environment: EnvironmentSettings = field(default_factory=EnvironmentSettings)
     rewards: RewardSettings = field(default_factory=RewardSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
     learners: LearnerSettings = field(default_factory=LearnerSettings)

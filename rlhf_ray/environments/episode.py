@@ -15,7 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from rlhf_ray.types import ChatMessage, Int32Array, Prompt
+import numpy as np
+
+from rlhf_ray.types import ChatMessage, Float32Array, Int32Array, Prompt
 
 __all__ = ["Episode", "EpisodeFailed", "Reply", "Request", "Sampled", "Start"]
 
@@ -48,11 +50,15 @@ class Request:
     token_ids: Int32Array
     """Of a new sequence the whole prompt, else what comes after the tokens that it has: not sampled, only read."""
     messages: tuple[ChatMessage, ...] = ()
-    """What these tokens say, for reports: the whole prompt's messages, or the observation's; none of a text prompt."""
+    """What these tokens say, for reports: the whole prompt's messages, or the observation's."""
+    text: str | None = None
+    """What the prompt of a new sequence says that is a text and no chat."""
     max_tokens: int | None = None
     """Longest answer, where the episode asks for less than the run's limits."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer, in addition to the run's."""
+    tools: str = ""
+    """JSON of the schemas of the tools that the prompt names; empty: those of the run, if any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +68,7 @@ class Sampled:
     number: int
     token_ids: Int32Array
     """``[T]``, all that was sampled, EOS included."""
-    logprobs: tuple[float, ...] = ()
+    logprobs: Float32Array = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
     """``[T]``, in nats; for agents that ask for them."""
     finish_reason: str
     """``stop`` or ``length``."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.rewards.scoring import logged_means
-from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup
+from rlhf_ray.types import Prompt, RewardFailure, SamplingSettings, ScoredGroup, Trajectory
 
 __all__ = ["Evaluator", "Outcomes", "evaluation_due", "evaluation_metrics", "evaluation_sampling", "pass_at_k"]
 
@@ -34,8 +35,25 @@ def evaluation_metrics(outcomes: Sequence[ScoredGroup | RewardFailure], *, pass_
         **{f"rewards/{name}/{metric}": mean for name, metrics in logged for metric, mean in metrics.items()},
         "num_prompts": len(outcomes),
         "failures": len(outcomes) - len(scored),
-        "completion_tokens_mean": float(np.mean([len(c.token_ids) for c in completions])) if completions else 0.0,
+        "completion_tokens_mean": float(np.mean([c.num_sampled for c in completions])) if completions else 0.0,
         "truncated_fraction": float(np.mean([c.truncated for c in completions])) if completions else 0.0,
+        **_environment_metrics(scored),
+    }
+
+
+def _environment_metrics(scored: Sequence[ScoredGroup]) -> dict[str, float]:
+    played: defaultdict[str, list[Trajectory]] = defaultdict(list)
+    for one in scored:
+        if one.group.environment:
+            played[one.group.environment] += one.group.trajectories
+    if not played:
+        return {}
+    turns = [len(trajectory.all_turns) for one in scored for trajectory in one.group.trajectories]
+    rewards = {name: [one.environment_reward for one in trajectories] for name, trajectories in played.items()}
+    return {
+        "turns_mean": float(np.mean(turns)),
+        # Not ".../<name>/reward_mean": a name of a set may contain slashes, and this is not a set's reward.
+        **{f"environment_reward_mean/{name}": float(np.mean(values)) for name, values in rewards.items()},
     }
 
 

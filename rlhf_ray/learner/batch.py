@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rlhf_ray.types import BoolArray, Float32Array, Int32Array, ScoredGroup
+from rlhf_ray.types import BoolArray, Float32Array, Int32Array, ScoredGroup, Trajectory
 
 __all__ = ["SequenceBatch"]
 
 Int64Array = npt.NDArray[np.int64]
+Float64Array = npt.NDArray[np.float64]
 
-
-_PER_COMPLETION_TOKEN = ("sampled", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
+_PER_COMPLETION_TOKEN = ("turn_ids", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceBatch:
-    """N sequences (a prompt and the tokens after it) laid end to end.
+    """N sequences (a prompt and the tokens after it) of M trajectories, laid end to end.
+
+    A trajectory has one sequence, or several where its history was rewritten: these are adjacent, in order.
 
     Example:
         After the prompt ``7 7`` the policy samples ``1 2``, observes ``9``, and samples ``3`` for a reward of 1::
 
-            token_ids      7 7 1 2 9 3
-            sampled            1 1 0 1
-            token_rewards      0 0 0 1
+            token_ids      7 7 1 2  9 3
+            turn_ids           0 0 -1 1
+            token_rewards      0 0  0 1
     """
 
     token_ids: Int32Array
@@ -37,20 +39,23 @@ class SequenceBatch:
     """``[N]``, P"""
     completion_lengths: Int32Array
     """``[N]``, T: all tokens after the prompt, observed ones too"""
-    sampled: BoolArray
-    """``[sum(T)]``, sampled by the policy, not observed"""
+    turn_ids: Int32Array
+    """``[sum(T)]``, number of the turn in its trajectory, from 0; -1 at observed tokens"""
     loss_mask: BoolArray
     """``[sum(T)]``, sampled, and enters the losses"""
     sampling_logprobs: Float32Array
     """``[sum(T)]``, 0 at observed tokens"""
     staleness: Int32Array
     """``[sum(T)]``, policy version that is trained minus the version that sampled the token; 0 at observed tokens"""
-    token_rewards: Float32Array
-    """``[sum(T)]``, rewards at the last sampled tokens of turns; the last one has that of the whole trajectory too"""
+    token_rewards: Float64Array
+    """``[sum(T)]``, rewards of turns at their last tokens; the trajectory's last sampled token has the rest of its
+    reward. In double precision, so that they add up to a float32 reward exactly."""
     on_policy: BoolArray
     """``[N]``, sampled from the first token to the last by the policy that is trained"""
     truncated: BoolArray
-    """``[N]``, cut by a length limit: bootstraps from the critic"""
+    """``[N]``, the last sequence of a trajectory that a limit ended: bootstraps from the critic"""
+    trajectory_ids: Int64Array
+    """``[N]``, sequences of one trajectory have the same, unique in the batch"""
     group_ids: Int64Array
     """``[N]``, trajectories of one prompt have the same"""
     greedy_rewards: Float32Array
@@ -58,16 +63,18 @@ class SequenceBatch:
 
     @classmethod
     def from_groups(cls, groups: Sequence[ScoredGroup], *, version: int, max_staleness: int) -> SequenceBatch:
-        """Lay out the trajectories of all groups, in order; ``version`` is the policy's that is to be trained.
+        """Lay out all sequences of all trajectories, in order; ``version`` is the policy's that is to be trained.
 
         Tokens that are staler than ``max_staleness``, of trajectories that were carried over, do not enter the losses.
         """
+        trajectories = [(scored, trajectory) for scored in groups for trajectory in scored.group.trajectories]
         rows = [
-            _row(scored, index, version, max_staleness)
-            for scored in groups
-            for index in range(len(scored.group.trajectories))
+            row
+            for number, (scored, trajectory) in enumerate(trajectories)
+            for row in _rows(scored, trajectory, number, version, max_staleness)
         ]
-        return cls(**{one.name: np.concatenate([row[one.name] for row in rows]) for one in fields(cls)})
+        batch = cls(**{one.name: np.concatenate([row[one.name] for row in rows]) for one in fields(cls)})
+        return batch.with_rewards(np.concatenate([scored.rewards for scored in groups]))
 
     @classmethod
     def single_turn(
@@ -83,18 +90,19 @@ class SequenceBatch:
         Args:
             prompt_lengths: ``[N]``, P.
             completion_lengths: ``[N]``, T, at least 1.
-            rewards: ``[N]``, of whole completions; unset: 0.
+            rewards: ``[N]``, of whole completions, each a trajectory of its own; unset: 0.
             known: Other fields, ``token_ids`` among them.
         """
         count, tokens = len(prompt_lengths), int(completion_lengths.sum())
         arrays = {
-            "sampled": np.ones(tokens, dtype=np.bool_),
+            "turn_ids": np.zeros(tokens, dtype=np.int32),
             "loss_mask": np.ones(tokens, dtype=np.bool_),
             "sampling_logprobs": np.zeros(tokens, dtype=np.float32),
             "staleness": np.zeros(tokens, dtype=np.int32),
-            "token_rewards": np.zeros(tokens, dtype=np.float32),
+            "token_rewards": np.zeros(tokens, dtype=np.float64),
             "on_policy": np.ones(count, dtype=np.bool_),
             "truncated": np.zeros(count, dtype=np.bool_),
+            "trajectory_ids": np.arange(count),
             "group_ids": np.arange(count),
             "greedy_rewards": np.zeros(count, dtype=np.float32),
         }
@@ -103,6 +111,11 @@ class SequenceBatch:
 
     def __len__(self) -> int:
         return len(self.prompt_lengths)
+
+    @property
+    def sampled(self) -> BoolArray:
+        """``[sum(T)]``, sampled by the policy, not observed."""
+        return self.turn_ids >= 0
 
     @property
     def lengths(self) -> Int32Array:
@@ -120,23 +133,38 @@ class SequenceBatch:
         return self._sums(self.loss_mask).astype(np.int32)
 
     @property
+    def of_trajectory(self) -> Int64Array:
+        """``[N]``, index of each sequence's trajectory, from 0."""
+        return np.cumsum(np.append(False, self._is_another))[: len(self)]
+
+    @property
+    def last_sequences(self) -> Int64Array:
+        """``[M]``, index of each trajectory's last sequence: what holds for a trajectory is read there."""
+        return np.flatnonzero(np.append(self._is_another, len(self) > 0))
+
+    @property
     def rewards(self) -> Float32Array:
-        """``[N]``, of whole trajectories."""
-        return self._sums(self.token_rewards).astype(np.float32)
+        """``[M]``, of whole trajectories."""
+        return self._trajectory_sums(self.token_rewards).astype(np.float32)
+
+    def per_trajectory(self, values: npt.NDArray[Any]) -> Float64Array:
+        """``[N]`` numbers of sequences, added up: ``[M]``."""
+        return np.bincount(self.of_trajectory, weights=values, minlength=len(self.last_sequences)).astype(np.float64)
 
     def with_rewards(self, rewards: Float32Array, *, scale: float = 1.0) -> SequenceBatch:
         """Rewards of whole trajectories replaced.
 
         Args:
-            rewards: ``[N]``.
+            rewards: ``[M]``.
             scale: Factor of the rewards of turns, which keep their places: the last sampled token gets what is left.
         """
-        last = np.full(len(self), -1)
-        last[self._sequence_of_token()[self.sampled]] = np.flatnonzero(self.sampled)  # The last of equal ones remains.
+        last = np.full(len(rewards), -1)
+        # The last of equal ones remains.
+        last[self._trajectory_of_token()[self.sampled]] = np.flatnonzero(self.sampled)
         has_any = last >= 0
-        token_rewards = self.token_rewards * np.float32(scale)
+        token_rewards = self.token_rewards * scale
         token_rewards[last[has_any]] = 0.0
-        left = (rewards - self._sums(token_rewards)).astype(np.float32)
+        left = rewards - self._trajectory_sums(token_rewards)
         token_rewards[last[has_any]] = left[has_any]
         return replace(self, token_rewards=token_rewards)
 
@@ -154,39 +182,61 @@ class SequenceBatch:
         places |= dict.fromkeys(_PER_COMPLETION_TOKEN, _places(self.completion_lengths, order))
         return SequenceBatch(**{name: getattr(self, name)[of_array] for name, of_array in places.items()})
 
-    def _sums(self, values: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    @property
+    def _is_another(self) -> BoolArray:
+        """``[N - 1]``, whether a sequence after the first begins a trajectory."""
+        is_another: BoolArray = self.trajectory_ids[1:] != self.trajectory_ids[:-1]
+        return is_another
+
+    def _sums(self, values: npt.NDArray[Any]) -> Float64Array:
         sums = np.bincount(self._sequence_of_token(), weights=values, minlength=len(self))
         return sums.astype(np.float64, copy=False)
+
+    def _trajectory_sums(self, values: npt.NDArray[Any]) -> Float64Array:
+        # Token by token: the last summand, what was left to a reward, brings the sum to that reward even where it is 0.
+        sums = np.bincount(self._trajectory_of_token(), weights=values, minlength=len(self.last_sequences))
+        return sums.astype(np.float64, copy=False)
+
+    def _trajectory_of_token(self) -> Int64Array:
+        return np.repeat(self.of_trajectory, self.completion_lengths)
 
     def _sequence_of_token(self) -> Int64Array:
         return np.repeat(np.arange(len(self)), self.completion_lengths)
 
 
-def _row(scored: ScoredGroup, index: int, version: int, max_staleness: int) -> dict[str, npt.NDArray[Any]]:
-    """A batch of one trajectory, by the names of the fields."""
-    prompt, trajectory = scored.group.prompt, scored.group.trajectories[index]
-    staleness = np.zeros(len(trajectory.token_ids), dtype=np.int32)
-    for span in trajectory.version_spans:
-        staleness[span.start : span.end] = version - span.version
-    token_rewards = np.zeros(len(trajectory.token_ids), dtype=np.float32)
-    for turn in trajectory.turns:
-        token_rewards[turn.end - 1] = turn.reward
-    token_rewards[trajectory.turns[-1].end - 1] += scored.rewards[index]
-    sampled = trajectory.loss_mask
-    return {
-        "token_ids": np.concatenate([prompt.token_ids, trajectory.token_ids]),
-        "prompt_lengths": np.asarray([len(prompt.token_ids)], dtype=np.int32),
-        "completion_lengths": np.asarray([len(trajectory.token_ids)], dtype=np.int32),
-        "sampled": sampled,
-        "loss_mask": sampled & (staleness <= max_staleness),
-        "sampling_logprobs": trajectory.sampling_logprobs,
-        "staleness": staleness,
-        "token_rewards": token_rewards,
-        "on_policy": np.asarray([trajectory.asked_version == version and not staleness.any()]),
-        "truncated": np.asarray([trajectory.truncated]),
-        "group_ids": np.asarray([scored.group.group_id], dtype=np.int64),
-        "greedy_rewards": np.asarray([scored.greedy_reward or 0.0], dtype=np.float32),
-    }
+def _rows(
+    scored: ScoredGroup, trajectory: Trajectory, number: int, version: int, max_staleness: int
+) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """A batch of one sequence each, by the names of the fields; rewards are those of turns alone."""
+    prompts = (scored.group.prompt.token_ids, *(one.prompt_token_ids for one in trajectory.further))
+    last, turn_id = len(prompts) - 1, 0
+    for place, (prompt, sequence) in enumerate(zip(prompts, trajectory.sequences, strict=True)):
+        turn_ids = np.full(len(sequence.token_ids), -1, dtype=np.int32)
+        token_rewards = np.zeros(len(sequence.token_ids), dtype=np.float64)
+        for turn in sequence.turns:
+            turn_ids[turn.start : turn.end] = turn_id
+            turn_id += 1
+            if turn.start < turn.end:  # Else the trajectory's last token gets it.
+                token_rewards[turn.end - 1] = turn.reward * scored.environment_weight
+        staleness = np.zeros(len(sequence.token_ids), dtype=np.int32)
+        for span in sequence.version_spans:
+            staleness[span.start : span.end] = version - span.version
+        yield {
+            "token_ids": np.concatenate([prompt, sequence.token_ids]),
+            "prompt_lengths": np.asarray([len(prompt)], dtype=np.int32),
+            "completion_lengths": np.asarray([len(sequence.token_ids)], dtype=np.int32),
+            "turn_ids": turn_ids,
+            "loss_mask": sequence.loss_mask & (staleness <= max_staleness),
+            "sampling_logprobs": sequence.sampling_logprobs,
+            "staleness": staleness,
+            "token_rewards": token_rewards,
+            "on_policy": np.asarray([sequence.asked_version == version and not staleness.any()]),
+            # What comes after an earlier sequence is the next one.
+            "truncated": np.asarray([trajectory.truncated and place == last]),
+            "trajectory_ids": np.asarray([number], dtype=np.int64),
+            "group_ids": np.asarray([scored.group.group_id], dtype=np.int64),
+            "greedy_rewards": np.asarray([scored.greedy_reward or 0.0], dtype=np.float32),
+        }
 
 
 def _places(lengths: Int32Array, order: Int64Array) -> Int64Array:

@@ -23,6 +23,7 @@ from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.estimates import Estimates
 from rlhf_ray.learner.mesh import gather_objects
 from rlhf_ray.learner.metrics import MetricSums
+from rlhf_ray.learner.trajectory_rows import TrajectoryRows
 from rlhf_ray.losses import aggregate
 
 __all__ = ["CreditAssignment", "gathered_rows", "merged_moments"]
@@ -30,6 +31,8 @@ __all__ = ["CreditAssignment", "gathered_rows", "merged_moments"]
 
 class CreditAssignment:
     """Computes advantages by the run's plug-in and keeps the weight of the KL penalty.
+
+    The plug-in sees trajectories: one row, or one reward, for all sequences of each.
 
     Args:
         training: The training section.
@@ -54,10 +57,10 @@ class CreditAssignment:
         """Weight of the KL to the reference now."""
         return self._training.kl_coef if self._controller is None else self._controller.coef
 
-    def adapt(self, kl_to_reference: float | None, num_sequences: int) -> None:
+    def adapt(self, kl_to_reference: float | None, num_trajectories: int) -> None:
         """Move the weight after an update; ``None``, or not finite: the batch gives nothing to go by."""
         if self._controller is not None and kl_to_reference is not None and math.isfinite(kl_to_reference):
-            self._controller.update(kl_to_reference, num_sequences)
+            self._controller.update(kl_to_reference, num_trajectories)
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """What a checkpoint must hold."""
@@ -85,9 +88,9 @@ class CreditAssignment:
             metrics.add({name: aggregate(x, mask, "token_mean") for name, x in means.items()}, tokens)
         returns: torch.Tensor | None = None
         if self._plugin.per_completion:
-            advantages = self._of_sequences(batch, penalty, mask)
+            advantages = self._of_trajectories(batch, penalty, mask)
         else:
-            advantages, returns = self._of_tokens(penalty, estimates)
+            advantages, returns = self._of_tokens(batch, penalty, estimates)
         measured = [advantages]
         if returns is not None and estimates.values is not None:
             measured += [returns, returns - estimates.values]
@@ -100,16 +103,20 @@ class CreditAssignment:
         return replace(estimates, advantages=advantages, returns=returns), reported
 
     def _of_tokens(
-        self, penalty: torch.Tensor | None, estimates: Estimates
+        self, batch: SequenceBatch, penalty: torch.Tensor | None, estimates: Estimates
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Advantages of this rank's tokens, and returns where the plug-in gives them."""
         coef = 0.0 if penalty is None else self.kl_coef
+        rows = TrajectoryRows(batch, estimates.mask.device)
+        mask, values, bootstrap = rows.join(estimates.mask), estimates.values, estimates.bootstrap
+        last = torch.from_numpy(batch.last_sequences).to(mask.device)
         result = self._plugin.call(
             {
-                "rewards": kl_penalized_rewards(estimates.rewards, estimates.mask, kl=penalty, coef=coef),
-                "values": estimates.values,
-                "mask": estimates.mask,
-                "bootstrap": estimates.bootstrap,
+                "rewards": rows.join(kl_penalized_rewards(estimates.rewards, estimates.mask, kl=penalty, coef=coef)),
+                "values": None if values is None else rows.join(values),
+                "mask": mask,
+                "bootstrap": None if bootstrap is None else bootstrap[last],
+                "turn_ids": rows.join(estimates.turn_ids),
                 "gamma": self._training.gamma,
                 "lam": self._training.lambda_,
             }
@@ -117,15 +124,16 @@ class CreditAssignment:
         advantages, returns = result if isinstance(result, tuple) else (result, None)
         if self._plugin.needs_critic and returns is None:
             raise ValueError(f"advantage {self._plugin.name} takes values, so it must return (advantages, returns)")
-        self._check_shape(advantages, estimates.mask.shape)
-        return advantages, returns
+        self._check_shape(advantages, mask.shape)
+        return rows.split(advantages), None if returns is None else rows.split(returns)
 
-    def _of_sequences(self, batch: SequenceBatch, penalty: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
-        """The sequences' advantages, compared over all ranks, at each of their tokens."""
+    def _of_trajectories(self, batch: SequenceBatch, penalty: torch.Tensor | None, mask: torch.Tensor) -> torch.Tensor:
+        """The trajectories' advantages, compared over all ranks, at each of their tokens."""
         rewards = torch.tensor(batch.rewards, device=mask.device)
         if penalty is not None:
-            rewards = rewards - self.kl_coef * (penalty * mask).sum(dim=1)
-        own = np.stack([batch.group_ids, batch.sampled_lengths, batch.greedy_rewards], axis=1).astype(np.float64)
+            rewards = rewards - self.kl_coef * TrajectoryRows(batch, mask.device).join(penalty * mask).sum(dim=1)
+        last, lengths = batch.last_sequences, batch.per_trajectory(batch.sampled_lengths)
+        own = np.stack([batch.group_ids[last], lengths, batch.greedy_rewards[last]], axis=1).astype(np.float64)
         table, first = gathered_rows(
             torch.cat([rewards.double()[:, None], torch.tensor(own, device=mask.device)], dim=1), self._group
         )
@@ -138,7 +146,7 @@ class CreditAssignment:
             }
         )
         self._check_shape(advantages, table.shape[:1])
-        return advantages[first : first + len(batch), None] * mask
+        return advantages[first + torch.from_numpy(batch.of_trajectory).to(mask.device), None] * mask
 
     def _check_shape(self, advantages: torch.Tensor, expected: torch.Size) -> None:
         if advantages.shape != expected:

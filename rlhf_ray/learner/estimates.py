@@ -12,6 +12,8 @@ from rlhf_ray.learner.layout import Microbatch
 
 __all__ = ["Estimates", "gather_rows", "scatter_rows"]
 
+_PER_SEQUENCE = ("bootstrap", "trajectory_share")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimates:
@@ -20,7 +22,9 @@ class Estimates:
     mask: torch.Tensor
     """Bool, true at tokens that enter the losses."""
     rewards: torch.Tensor
-    """At the last sampled tokens of turns; the last one has that of the whole trajectory too."""
+    """At the last sampled tokens of turns; the trajectory's last one has the rest of its reward."""
+    turn_ids: torch.Tensor
+    """Number of the turn in its trajectory, from 0; -1 at observed tokens, 0 in padding."""
     sampling_logprobs: torch.Tensor
     staleness: torch.Tensor
     """Whole versions, 0 where a token is of the policy that is trained."""
@@ -31,13 +35,15 @@ class Estimates:
     values: torch.Tensor | None = None
     """The critic's; ``None`` without one."""
     bootstrap: torch.Tensor | None = None
-    """``[N]``, value after the last token; 0 where the trajectory finished."""
+    """``[N]``, value after the last token; 0 where the trajectory finished, or has a further sequence."""
     ref_logprobs: torch.Tensor | None = None
     """``None`` without a reference."""
     advantages: torch.Tensor | None = None
     returns: torch.Tensor | None = None
     kept: torch.Tensor | None = None
     """Bool, false at tokens whose policy loss is left out (M2PO); ``None``: none is."""
+    trajectory_share: torch.Tensor | None = None
+    """``[N]``, the part of its trajectory's tokens in the losses that a sequence has; ``None``: each has all."""
 
     @classmethod
     def of(cls, batch: SequenceBatch, device: torch.device) -> Estimates:
@@ -46,20 +52,27 @@ class Estimates:
         def padded(flat: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(batch.padded(flat)).to(device)
 
-        mask = padded(batch.loss_mask)
+        mask, lengths = padded(batch.loss_mask), batch.loss_lengths
+        of_trajectory = np.maximum(batch.per_trajectory(lengths), 1)[batch.of_trajectory]
+        several = len(batch.last_sequences) < len(batch)
         return cls(
             mask=mask,
-            rewards=padded(batch.token_rewards),
+            rewards=padded(batch.token_rewards.astype(np.float32)),
+            turn_ids=padded(batch.turn_ids),
             sampling_logprobs=padded(batch.sampling_logprobs),
             staleness=padded(batch.staleness.astype(np.float32)),
             on_policy=torch.tensor(batch.on_policy, device=device)[:, None].expand(mask.shape),
+            trajectory_share=torch.tensor(lengths / of_trajectory, device=device).float() if several else None,
         )
 
     def rows(self, micro: Microbatch) -> Estimates:
         """Those of a microbatch's tokens, ``[B, T]`` each; zeros for an empty one."""
-        known = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "bootstrap"}
+        known = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _PER_SEQUENCE}
         gathered = {name: None if table is None else gather_rows(table, micro) for name, table in known.items()}
-        return replace(self, bootstrap=None, **gathered)
+        share = self.trajectory_share
+        if share is not None:
+            share = share[micro.rows] if len(micro.rows) else share.new_zeros(len(micro.mask))
+        return replace(self, bootstrap=None, trajectory_share=share, **gathered)
 
 
 def scatter_rows(target: torch.Tensor, micro: Microbatch, rows: torch.Tensor) -> None:

@@ -45,7 +45,7 @@ class FiniteGuard:
 
     def __init__(self, batch: SequenceBatch, estimates: Estimates, sequences: Indices) -> None:
         self._names = list(zip(sequences, batch.group_ids.tolist(), strict=True))
-        rewards = torch.from_numpy(np.isfinite(batch.rewards) & np.isfinite(batch.greedy_rewards))
+        rewards = torch.from_numpy(np.isfinite(batch.rewards)[batch.of_trajectory] & np.isfinite(batch.greedy_rewards))
         self._known = torch.zeros(len(_STAGES), len(batch), dtype=torch.bool, device=estimates.mask.device)
         self._known[0] = ~rewards.to(self._known.device)
         for stage, tensor in (

@@ -211,19 +211,23 @@ class Learner(LearnerState):
     def _step(self, run: _Update, minibatch: Minibatch, *, first: bool) -> bool:
         """One optimizer step of critic and policy over a minibatch; false where it was skipped."""
         run.guard.begin(itertools.chain.from_iterable(minibatch.microbatches))
-        normalizer = global_normalizer(
+        denominator = global_normalizer(
             minibatch.completion_lengths, self._training.loss_aggregation, max_length=self._spec.rollouts.max_new_tokens
         )
         trained = self._trained()
         last = len(minibatch.microbatches) - 1
         for position, rows in enumerate(minibatch.microbatches):
+            micro, known = run.microbatches[rows]
+            normalizer: float | torch.Tensor = denominator
+            if self._training.loss_aggregation == "seq_mean_token_mean" and known.trajectory_share is not None:
+                normalizer = max(denominator, 1.0) / known.trajectory_share
             for model in trained.values():
                 # Unreduced, the gradients of a whole model would stay on every GPU; on CPUs each reduction costs more.
                 model.model.set_requires_gradient_sync(position == last or self._device.type == "cuda")
             if self.critic is not None:
-                self._backward_critic(run, *run.microbatches[rows], normalizer)
+                self._backward_critic(run, micro, known, normalizer)
             if run.update_policy:
-                self._backward_policy(run, *run.microbatches[rows], normalizer, first=first)
+                self._backward_policy(run, micro, known, normalizer, first=first)
         stepped = {name: model for name, model in trained.items() if run.update_policy or name != "policy"}
         norms = {name: model.grad_norm() for name, model in stepped.items()}
         refusal = run.guard.refusal(norms)
@@ -241,7 +245,9 @@ class Learner(LearnerState):
             raise LearnerError(f"{MOST_SKIPPED} optimizer steps in a row were skipped, the last one for: {refusal}")
         return refusal is None
 
-    def _backward_critic(self, run: _Update, micro: Microbatch, known: Estimates, normalizer: float) -> None:
+    def _backward_critic(
+        self, run: _Update, micro: Microbatch, known: Estimates, normalizer: float | torch.Tensor
+    ) -> None:
         assert known.values is not None
         assert known.returns is not None
         values = self._models.values(micro)[micro.value_index]
@@ -263,7 +269,7 @@ class Learner(LearnerState):
         run.metrics.add(means, len(micro.scored))
 
     def _backward_policy(
-        self, run: _Update, micro: Microbatch, known: Estimates, normalizer: float, *, first: bool
+        self, run: _Update, micro: Microbatch, known: Estimates, normalizer: float | torch.Tensor, *, first: bool
     ) -> None:
         metrics = run.metrics
         logprobs, entropies = self._models.score(micro, entropy_gradient=self._training.entropy_coef != 0.0)

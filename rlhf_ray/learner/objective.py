@@ -23,7 +23,7 @@ def policy_objective(
     entropies: torch.Tensor,
     proximal_logprobs: torch.Tensor,
     behavior_weights: torch.Tensor | None,
-    normalizer: float,
+    normalizer: float | torch.Tensor,
     kl_coef: float,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     """The policy loss of the run's plug-in, the entropy bonus and the KL to the reference, of a microbatch.
@@ -36,7 +36,7 @@ def policy_objective(
         entropies: ``[B, T]``, with a gradient where ``entropy_coef`` is not 0.
         proximal_logprobs: ``[B, T]``.
         behavior_weights: ``[B, T]``, correct for another sampling policy; ``None`` where nothing is corrected.
-        normalizer: The global denominator.
+        normalizer: The global denominator, or ``[B]`` of each row.
         kl_coef: Weight of the KL.
 
     Returns:

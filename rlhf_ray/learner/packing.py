@@ -1,7 +1,8 @@
-"""Plans an update on the driver: which sequence is in which minibatch, on which rank, in which microbatch.
+"""Plans an update on the driver: which trajectory is in which minibatch on which rank, in which microbatches.
 
 Consumes lengths only. A sequence keeps its minibatch, rank and microbatch for the whole update, so that old and new
-log-probabilities are computed in the same packing and the first ratio is exactly 1.
+log-probabilities are computed in the same packing and the first ratio is exactly 1. Sequences of one trajectory share
+minibatch and rank, where credit passes between them, but not always the microbatch.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Minibatch:
     microbatches: tuple[Indices, ...]
     """Indices into the rank's own sequences; an empty entry keeps ranks in step where one has less to do."""
     completion_lengths: tuple[int, ...]
-    """Tokens in the losses, of every sequence of the minibatch over *all* ranks: the global denominator."""
+    """Tokens in the losses, of every trajectory of the minibatch over *all* ranks: the global denominator."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,7 +38,7 @@ class RankPlan:
     """One rank's share."""
 
     sequences: Indices
-    """Which sequences of the batch it holds, in its local order."""
+    """Which sequences of the batch it holds, in its local order: those of a trajectory are adjacent, in order."""
     minibatches: tuple[Minibatch, ...]
     epochs: tuple[Indices, ...]
     """Order of the minibatches in each epoch."""
@@ -77,13 +78,14 @@ def plan_update(
     attention_length: float,
     packed: bool,
     seed: int,
+    of_trajectory: Sequence[int] | None = None,
 ) -> UpdatePlan:
     """Split a batch.
 
-    Minibatches are a seeded random partition (sizes differ by at most one) and do not depend on the number of ranks.
-    Within one, sequences are dealt to ranks so that all compute about the same number of operations, attention
-    included, then cut into microbatches of at most ``max_tokens``: the padded rectangle, or the sum of lengths where
-    rows are ``packed``.
+    Minibatches are a seeded random partition of trajectories (sizes differ by at most one) and do not depend on the
+    number of ranks. Within one, trajectories are dealt to ranks so that all compute about the same number of
+    operations, attention included, then their sequences are cut into microbatches of at most ``max_tokens``: the padded
+    rectangle, or the sum of lengths where rows are ``packed``.
 
     Args:
         lengths: ``[N]`` prompt plus completion tokens.
@@ -96,9 +98,15 @@ def plan_update(
             :func:`attention_length`. Infinity counts tokens alone.
         packed: Whether rows are packed instead of padded.
         seed: Of the partition.
+        of_trajectory: ``[N]`` index of each sequence's trajectory, from 0; unset: each sequence is one.
     """
+    of_trajectory = range(len(lengths)) if of_trajectory is None else of_trajectory
+    members: list[list[int]] = [[] for _ in range(max(of_trajectory, default=-1) + 1)]
+    for index, trajectory in enumerate(of_trajectory):
+        members[trajectory].append(index)
+    work = [sum(lengths[i] * (1.0 + lengths[i] / attention_length) for i in own) for own in members]
     rng = np.random.default_rng(seed)
-    parts = np.array_split(rng.permutation(len(lengths)), num_minibatches)
+    parts = np.array_split(rng.permutation(len(members)), num_minibatches)
     epochs = tuple(
         tuple(range(num_minibatches)) if epoch == 0 else tuple(int(i) for i in rng.permutation(num_minibatches))
         for epoch in range(num_epochs)
@@ -107,14 +115,18 @@ def plan_update(
     minibatches: list[list[Minibatch]] = [[] for _ in range(num_ranks)]
     planned = 0
     for part in parts:
-        shares = _deal([int(i) for i in part], lengths, num_ranks, attention_length)
-        split = [_microbatches(share, lengths, max_tokens, packed=packed) for share in shares]
+        shares = _deal([int(i) for i in part], work, num_ranks)
+        longest_first = [
+            sorted((i for each in share for i in members[each]), key=lambda i: (-lengths[i], i)) for share in shares
+        ]
+        split = [_microbatches(own, lengths, max_tokens, packed=packed) for own in longest_first]
         count = max(len(microbatches) for microbatches in split)
-        totals = tuple(int(completion_lengths[i]) for i in part)
+        totals = tuple(sum(int(completion_lengths[i]) for i in members[each]) for each in part)
         for rank, microbatches in enumerate(split):
             planned += sum(_cost([lengths[i] for i in m], packed=packed) for m in microbatches)
-            start = {index: len(local[rank]) + k for k, index in enumerate(i for m in microbatches for i in m)}
-            local[rank].extend(start)
+            side_by_side = [i for each in shares[rank] for i in members[each]]
+            start = {index: len(local[rank]) + k for k, index in enumerate(side_by_side)}
+            local[rank].extend(side_by_side)
             renumbered = [tuple(start[i] for i in m) for m in microbatches]
             renumbered += [()] * (count - len(renumbered))
             minibatches[rank].append(Minibatch(microbatches=tuple(renumbered), completion_lengths=totals))
@@ -127,14 +139,14 @@ def plan_update(
     )
 
 
-def _deal(indices: list[int], lengths: Sequence[int], num_ranks: int, attention_length: float) -> list[list[int]]:
-    """Longest first, each to the rank that has least to do so far: each share stays in order of length."""
+def _deal(trajectories: list[int], work: Sequence[float], num_ranks: int) -> list[list[int]]:
+    """Most work first, each to the rank that has least to do so far: each share stays in order of work."""
     shares: list[list[int]] = [[] for _ in range(num_ranks)]
-    work = [0.0] * num_ranks
-    for index in sorted(indices, key=lambda i: (-lengths[i], i)):
-        rank = min(range(num_ranks), key=lambda r: (work[r], r))
-        shares[rank].append(index)
-        work[rank] += lengths[index] * (1.0 + lengths[index] / attention_length)
+    dealt = [0.0] * num_ranks
+    for trajectory in sorted(trajectories, key=lambda each: (-work[each], each)):
+        rank = min(range(num_ranks), key=lambda r: (dealt[r], r))
+        shares[rank].append(trajectory)
+        dealt[rank] += work[trajectory]
     return shares
 
 

@@ -9,9 +9,11 @@ mode                                   numerator                            deno
 ``seq_mean_token_sum_norm``            sum over tokens                      sequences x a constant length
 ====================================== ==================================== ===================================
 
-A sequence without unmasked tokens is not counted. ``token_mean`` is DAPO's ("DAPO: An Open-Source LLM Reinforcement
-Learning System at Scale", arXiv:2503.14476), ``seq_mean_token_mean`` GRPO's, ``seq_mean_token_sum_norm`` Dr. GRPO's
-("Understanding R1-Zero-Like Training: A Critical Perspective", arXiv:2503.20783).
+A sequence without unmasked tokens is not counted. Where trajectories have several sequences, a row each, "sequences" in
+this table are trajectories, which count once: see ``normalizer`` of :func:`aggregate`. ``token_mean`` is DAPO's ("DAPO:
+An Open-Source LLM Reinforcement Learning System at Scale", arXiv:2503.14476), ``seq_mean_token_mean`` GRPO's,
+``seq_mean_token_sum_norm`` Dr. GRPO's ("Understanding R1-Zero-Like Training: A Critical Perspective",
+arXiv:2503.20783).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ __all__ = ["aggregate", "global_normalizer"]
 MODES = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
 
 
-def aggregate(x: Tensor, mask: Tensor, mode: str, normalizer: float | None = None) -> Tensor:
+def aggregate(x: Tensor, mask: Tensor, mode: str, normalizer: float | Tensor | None = None) -> Tensor:
     """Reduce per-token numbers to one, by the table at the head of this module.
 
     >>> import torch
@@ -40,21 +42,28 @@ def aggregate(x: Tensor, mask: Tensor, mode: str, normalizer: float | None = Non
         mask: ``[B, T]``, True where a token counts.
         mode: How tokens and sequences are weighted.
         normalizer: The denominator of the *whole* minibatch over all microbatches and ranks, as
-            :func:`global_normalizer` counts it: results of the parts then add up to that of the whole. None: the
-            denominator of this tensor alone, with its padded width ``T`` as the constant length.
+            :func:`global_normalizer` counts it: results of the parts then add up to that of the whole. Or ``[B]``, one
+            for each row: in ``seq_mean_token_mean`` a row that holds a fraction of its trajectory's tokens divides by
+            the denominator over that fraction, so that the trajectory's rows add up to the mean over all its tokens.
+            None: the denominator of this tensor alone, with its padded width ``T`` as the constant length.
 
     Returns:
         A scalar, float32 (float64 if ``x`` is); 0, with zero gradients, when everything is masked.
 
     Raises:
-        ValueError: The shapes do not fit, the mode is unknown, or the normalizer is negative, or 0 although there
-            are unmasked tokens.
+        ValueError: The shapes do not fit, the mode is unknown, or the normalizer is a number that is negative, or 0
+            although there are unmasked tokens.
     """
     _check_mode(mode)
     mask = checked_mask(mask, ndim=2, x=x)
     lengths = mask.sum(dim=1)
     sums = blank(x, mask).sum(dim=1)
-    total = (sums / lengths.clamp(min=1) if mode == "seq_mean_token_mean" else sums).sum()
+    of_rows = sums / lengths.clamp(min=1) if mode == "seq_mean_token_mean" else sums
+    if isinstance(normalizer, Tensor):
+        if normalizer.shape != lengths.shape:
+            raise ValueError(f"normalizer {tuple(normalizer.shape)} does not fit {len(lengths)} rows")
+        return (of_rows / normalizer).sum()
+    total = of_rows.sum()
     if normalizer is None:
         return total / _own_normalizer(lengths, mode, mask.shape[1]).clamp(min=1)
     if not normalizer >= 0 or (normalizer == 0 and bool(mask.any())):
@@ -63,15 +72,15 @@ def aggregate(x: Tensor, mask: Tensor, mode: str, normalizer: float | None = Non
 
 
 def global_normalizer(lengths: Sequence[int], mode: str, *, max_length: int | None = None) -> float:
-    """Count the denominator of ``mode`` for a whole minibatch, from the lengths of its completions.
+    """Count the denominator of ``mode`` for a whole minibatch, from the lengths of its trajectories.
 
-    Counts of disjoint sets of sequences add up to the count of all.
+    Counts of disjoint sets of trajectories add up to the count of all.
 
     >>> [global_normalizer([2, 1, 0], mode, max_length=4) for mode in MODES]
     [3.0, 2.0, 2.0, 8.0]
 
     Args:
-        lengths: Unmasked tokens of each completion, over all microbatches and ranks.
+        lengths: Unmasked tokens of each trajectory, of all its sequences together, over all microbatches and ranks.
         mode: As in :func:`aggregate`.
         max_length: The constant length of ``seq_mean_token_sum_norm``, in tokens, usually
             ``rollouts.max_new_tokens``; the other modes do not use it.

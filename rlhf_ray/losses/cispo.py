@@ -20,7 +20,7 @@ def cispo_loss(
     clip_high: float,
     behavior_weights: Tensor | None = None,
     aggregation: str = "token_mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """REINFORCE with importance weights that are clipped, so that every token keeps a gradient.
 

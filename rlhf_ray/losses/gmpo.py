@@ -22,7 +22,7 @@ def gmpo_loss(
     clip_high: float,
     behavior_weights: Tensor | None = None,
     aggregation: str = "token_mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss with the geometric mean of a sequence's ratios, each clipped before the mean is taken.
 

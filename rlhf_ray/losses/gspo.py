@@ -21,7 +21,7 @@ def gspo_loss(
     clip_high: float,
     behavior_weights: Tensor | None = None,
     aggregation: str = "token_mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate with one ratio for all tokens of a sequence: the geometric mean of theirs.
 

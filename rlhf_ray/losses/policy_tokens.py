@@ -73,7 +73,7 @@ class PolicyTokens:
         ratio: Tensor,
         clip: tuple[float, float],
         aggregation: str,
-        normalizer: float | None,
+        normalizer: float | Tensor | None,
         *,
         dual_clip: float | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:

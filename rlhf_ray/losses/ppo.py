@@ -20,7 +20,7 @@ def ppo_loss(
     dual_clip: float | None = None,
     behavior_weights: Tensor | None = None,
     aggregation: str = "token_mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Clipped surrogate loss of PPO, to be minimized.
 

@@ -16,7 +16,7 @@ def entropy_bonus(
     mask: Tensor,
     *,
     aggregation: str = "token_mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Aggregate entropies as a loss is aggregated. A bonus: subtract ``entropy_coef`` times it from the loss.
 
@@ -50,7 +50,7 @@ def kl_loss(
     *,
     estimator: str,
     aggregation: str = "token_mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """KL divergence from the reference as a loss: the chosen estimator's value, with a gradient that is a KL's.
 

@@ -21,7 +21,7 @@ def sapo_loss(
     temperature_negative: float,
     behavior_weights: Tensor | None = None,
     aggregation: str = "token_mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Policy loss whose gradient fades as the ratio leaves 1, in both directions, where a clip cuts it off.
 

@@ -21,7 +21,7 @@ def value_loss(
     clip: float | None = None,
     huber: float | None = None,
     aggregation: str = "token_mean",
-    normalizer: float | None = None,
+    normalizer: float | Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Half the squared error of the critic, optionally clipped around the old values, optionally Huber's.
 

@@ -65,6 +65,7 @@ class PromptBuilder:
         tokenizer_name: What messages call the tokenizer.
         max_prompt_tokens: Longest prompt in tokens.
         vocabulary_size: Rows of the model's embedding; ``None``: token ids are not compared with it.
+        tools: Schemas of the tools that every prompt names.
 
     Raises:
         ConfigError: ``data.prompt_template`` has no place for the prompt, or ``data.chat_template`` is none.
@@ -78,6 +79,7 @@ class PromptBuilder:
         tokenizer_name: str,
         max_prompt_tokens: int,
         vocabulary_size: int | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         template = settings.prompt_template
         if template is not None and "{prompt}" not in template:
@@ -89,6 +91,7 @@ class PromptBuilder:
         self._tokenizer_name = tokenizer_name
         self.max_prompt_tokens = max_prompt_tokens
         self._vocabulary_size = vocabulary_size
+        self._tools = [dict(schema) for schema in tools]
 
     def build(
         self,
@@ -194,6 +197,10 @@ class PromptBuilder:
             )
 
     def _check_string(self, row: Row) -> None:
+        if self._tools:
+            names = [schema["function"]["name"] for schema in self._tools]
+            remedy = f"tools need chats, and column {self.settings.prompt_column!r} holds strings; set data.as_chat"
+            raise ConfigError("environment.tools", names, remedy)
         for name in ("system_prompt", "chat_template", "chat_template_kwargs"):
             if given := getattr(self.settings, name):
                 remedy = (
@@ -281,7 +288,8 @@ class PromptBuilder:
         own = row.get(_ARGUMENTS_COLUMN) if column != _ARGUMENTS_COLUMN else None
         if own is not None and not isinstance(own, Mapping):
             raise DataError(f"{_ARGUMENTS_COLUMN!r} is {shortened(repr(own), 80)}, not a mapping of arguments")
-        arguments = {**of_run, **(own or {})}
+        of_tools = {"tools": self._tools} if self._tools else {}
+        arguments = {**of_tools, **of_run, **(own or {})}
         if arguments:
             template = tokenizer.get_chat_template(self.settings.chat_template, tools=arguments.get("tools"))
             known = template_variables(template) - _OWN_ARGUMENTS

@@ -1,4 +1,4 @@
-"""The path of a dataset, for training or held out -> where its rows are: files, a hub id, a Dataset, the quickstart."""
+"""The path of a dataset, for training or held out -> where its rows are: files, a hub id, a function, a Dataset."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import functools
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,11 +15,13 @@ import numpy as np
 
 from rlhf_ray.config.local_path import looks_local
 from rlhf_ray.config.settings import DataSettings
+from rlhf_ray.config.user_code import load_reference
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.models.hub import hub_lookup
 from rlhf_ray.prompts.formats import DATA_SUFFIXES, file_format, file_rows, typed_rows
 from rlhf_ray.prompts.reader import ITEM_COLUMN, configure, data_errors, mapped, ordered_tasks
 from rlhf_ray.prompts.rows import Row, RowSource, RowTable, arrow_rows, encode_table, encoded_blocks
+from rlhf_ray.untrusted_text import shortened
 
 if TYPE_CHECKING:
     import datasets
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 _BATCH_ROWS = 4096
+# A hub id has no colon.
+_FUNCTION = re.compile(r"(.+\.py|[A-Za-z_][\w.]*):[A-Za-z_][\w.]*")
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -189,6 +193,8 @@ def _from_path(path: str, settings: DataSettings, *, field: str) -> PromptSource
             "of columns unless convert_options names them)"
         )
     local = Path(path).expanduser()
+    if _FUNCTION.fullmatch(path) and not local.exists():
+        return FunctionSource(path, field=field)
     if not (local.exists() or file_format(local) or looks_local(path)):
         return hub_source(settings, field=field)
     local = _local(path, field)
@@ -277,6 +283,36 @@ def _data_files(folder: Path, split: str) -> list[Path]:
 def _is_visible_data(relative: Path, path: Path) -> bool:
     hidden = any(part.startswith((".", "_")) for part in relative.parts)
     return not hidden and path.is_file() and file_format(path) is not None and path.name not in _NOT_DATA
+
+
+class FunctionSource(RowSource):
+    """Rows that a function makes: they need no file, as the tasks of many environments.
+
+    Args:
+        reference: ``module:function`` or ``file.py:function``.
+        field: The setting that names it.
+
+    Raises:
+        ConfigError: There is no such function.
+    """
+
+    def __init__(self, reference: str, *, field: str) -> None:
+        function = load_reference(reference, field=field, value=reference)
+        super().__init__(reference, functools.partial(_made_rows, function, reference))
+
+
+def _made_rows(function: Callable[[], Iterable[Row]], reference: str) -> Iterator[Row]:
+    try:
+        rows = iter(function())
+        for number, row in enumerate(rows):
+            if not isinstance(row, Mapping):
+                message = f"row {number} is {shortened(repr(row), 80)}, and not a mapping of columns"
+                raise DataError(f"{reference}: {message}")
+            yield dict(row)
+    except DataError:
+        raise
+    except Exception as error:  # It is the user's code.
+        raise DataError(f"{reference} raised {type(error).__name__}: {shortened(error)}") from error
 
 
 class RayDatasetSource:

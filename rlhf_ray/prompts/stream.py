@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -48,6 +48,7 @@ class PromptStream(Iterator[Prompt]):
         epochs: Epochs after which the stream ends; ``None``: it never does.
         vocabulary_size: Rows of the model's embedding; a prompt with a token beyond them is an error.
         trust_remote_code: Whether to run code that ships with the tokenizer.
+        tools: Schemas of the tools that prompts name.
 
     Raises:
         ConfigError: A setting is impossible on its face.
@@ -65,6 +66,7 @@ class PromptStream(Iterator[Prompt]):
         epochs: int | None = None,
         vocabulary_size: int | None = None,
         trust_remote_code: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         self._source = find_source(settings, field=field)
         self._builder = PromptBuilder(
@@ -73,6 +75,7 @@ class PromptStream(Iterator[Prompt]):
             tokenizer_name=tokenizer_path,
             max_prompt_tokens=max_prompt_tokens,
             vocabulary_size=vocabulary_size,
+            tools=tools,
         )
         self._tokenizer_path = tokenizer_path
         self._trust_remote_code = trust_remote_code

@@ -15,7 +15,17 @@ from typing import Any, TypeAlias
 
 from rlhf_ray.config import nested
 
-__all__ = ["METRICS", "Metric", "Scalar", "finite", "flatten", "held_out_set", "metric_for", "number"]
+__all__ = [
+    "METRICS",
+    "Metric",
+    "Scalar",
+    "environment_name",
+    "finite",
+    "flatten",
+    "held_out_set",
+    "metric_for",
+    "number",
+]
 
 Scalar: TypeAlias = bool | int | float | str
 
@@ -42,13 +52,23 @@ METRICS: tuple[Metric, ...] = (
     Metric("timestamp", "s", "Unix time at the end of the iteration"),
     # What was sampled.
     Metric("rollouts/num_groups", "groups", "scored groups handed to the learner"),
-    Metric("rollouts/num_completions", "completions", "completions in those groups"),
+    Metric("rollouts/num_completions", "completions", "completions in those groups; one of several turns counts once"),
     Metric("rollouts/reward_mean", "reward", "mean over completions of the weighted sum over reward functions"),
     Metric("rollouts/reward_std", "reward", "standard deviation over completions of the same sum"),
     Metric("rollouts/prompt_tokens_mean", "tokens", "mean prompt length over groups"),
-    Metric("rollouts/completion_tokens_mean", "tokens", "mean completion length, EOS included"),
-    Metric("rollouts/completion_tokens_max", "tokens", "longest completion, EOS included"),
-    Metric("rollouts/truncated_fraction", "fraction", "completions whose finish_reason is length / completions"),
+    Metric("rollouts/completion_tokens_mean", "tokens", "mean sampled tokens of a completion, EOS included"),
+    Metric("rollouts/completion_tokens_max", "tokens", "most sampled tokens of a completion, EOS included"),
+    Metric(
+        "rollouts/truncated_fraction",
+        "fraction",
+        "completions whose finish_reason is length, turns or environment / completions",
+    ),
+    Metric("rollouts/turns_mean", "turns", "mean number of turns of a completion, 1 without an environment"),
+    Metric(
+        "rollouts/observed_tokens_mean",
+        "tokens",
+        "mean tokens of a completion that an environment wrote; neither prompt nor sampled",
+    ),
     Metric(
         "rollouts/tokens_per_s",
         "tokens/s",
@@ -94,9 +114,23 @@ METRICS: tuple[Metric, ...] = (
     # What the reward functions said.
     Metric("rewards/<function>/mean", "reward", "mean of one function, unweighted, where it did not answer None"),
     Metric(
-        "rewards/failures/<kind>", "groups", "groups dropped and replaced in this iteration because of this failure"
+        "rewards/failures/<kind>", "groups", "groups dropped and replaced in this iteration because a reward failed so"
     ),
     Metric("rewards/<function>/<metric>", "any", "mean over its calls of what the function gave to log_metric"),
+    # What the environments said. The first two are of the batch, the others of all that was played since the last one.
+    Metric(
+        "environment/<name>/reward_mean",
+        "reward",
+        "mean over completions of the sum of the rewards that the environment gave in all turns, unweighted",
+    ),
+    Metric("environment/<name>/steps_mean", "turns", "mean number of turns of the environment's completions"),
+    Metric("environment/<name>/step_s", "s", "time that the environment took for its steps / steps"),
+    Metric(
+        "environment/<name>/failures/<kind>",
+        "groups",
+        "groups dropped and replaced in this iteration because the environment failed so",
+    ),
+    Metric("environment/<name>/<metric>", "any", "mean over the steps that reported it in Step.metrics"),
     # The update; token means are over completion tokens of all optimizer steps of the iteration.
     Metric("learner/policy_loss", "loss", "policy loss (training.loss) over its global denominator"),
     Metric(
@@ -212,8 +246,16 @@ METRICS: tuple[Metric, ...] = (
     ),
     Metric("evaluation/<dataset>/num_prompts", "prompts", "held-out prompts that were sampled"),
     Metric("evaluation/<dataset>/failures", "prompts", "held-out prompts whose reward failed; left out of the others"),
-    Metric("evaluation/<dataset>/completion_tokens_mean", "tokens", "mean completion length, EOS included"),
+    Metric(
+        "evaluation/<dataset>/completion_tokens_mean", "tokens", "mean sampled tokens of a completion, EOS included"
+    ),
     Metric("evaluation/<dataset>/truncated_fraction", "fraction", "truncated completions / completions"),
+    Metric("evaluation/<dataset>/turns_mean", "turns", "mean number of turns of a completion"),
+    Metric(
+        "evaluation/<dataset>/environment_reward_mean/<name>",
+        "reward",
+        "mean over completions of the sum of the rewards that the environment gave in all turns, unweighted",
+    ),
     # What went wrong and was survived, since the run began, before it was resumed too.
     Metric("fault_tolerance/group_retries", "groups", "groups sent again because their replica died"),
     Metric("fault_tolerance/reward_workers_replaced", "actors", "reward actors killed for time or found dead"),
@@ -266,6 +308,12 @@ def flatten(result: Mapping[str, Any]) -> dict[str, Scalar]:
 def held_out_set(key: str) -> str | None:
     """Name of the held-out set whose mean reward a flat key is, ``None`` for other keys."""
     match = _pattern("evaluation/<dataset>/reward_mean").fullmatch(key)
+    return match[1] if match else None
+
+
+def environment_name(key: str) -> str | None:
+    """Name of the environment whose mean reward a flat key is, ``None`` for other keys."""
+    match = _pattern("environment/<name>/reward_mean").fullmatch(key)
     return match[1] if match else None
 
 

@@ -68,16 +68,19 @@ def short(number: float) -> str:
 
 def plain_line(progress: Progress) -> str:
     """Write the newest result as one line of ASCII for logs."""
+    environments = progress.environments
     fields = [
-        ("reward {}", "rollouts/reward_mean"),
-        *(("held-out {}", f"evaluation/{name}/reward_mean") for name in progress.evaluations),
-        ("KL {}", "learner/approx_kl"),
-        ("length {}", "rollouts/completion_tokens_mean"),
-        ("{} tok/s", "rollouts/tokens_per_s"),
-        ("{} s", "timers/iteration_s"),
+        ("reward ", "rollouts/reward_mean", ""),
+        *((f"{name} ", f"environment/{name}/reward_mean", "") for name in environments),
+        *(("held-out ", f"evaluation/{name}/reward_mean", "") for name in progress.evaluations),
+        ("KL ", "learner/approx_kl", ""),
+        ("length ", "rollouts/completion_tokens_mean", ""),
+        *([("turns ", "rollouts/turns_mean", "")] if environments else []),
+        ("", "rollouts/tokens_per_s", " tok/s"),
+        ("", "timers/iteration_s", " s"),
     ]
-    numbers = ((form, progress.number(key)) for form, key in fields)
-    shown = "  ".join(form.format(short(number)) for form, number in numbers if number is not None)
+    numbers = ((before, progress.number(key), after) for before, key, after in fields)
+    shown = "  ".join(f"{before}{short(number)}{after}" for before, number, after in numbers if number is not None)
     width = len(str(progress.iterations))
     return f"{progress.iteration:{width}d}/{progress.iterations}  {shown}"
 
@@ -129,6 +132,10 @@ def _numbers(progress: Progress, blocks: str) -> RenderableType:
             rows[name].append(f"{label} {write(number)}")
     for name, shown in rows.items():
         grid.add_row(name, Text("  ".join(shown), no_wrap=True))
+    for name in progress.environments:
+        written = ((label, progress.number(f"environment/{name}/{key}")) for label, key in _OF_ENVIRONMENT)
+        shown = [f"{label} {short(number)}" for label, number in written if number is not None]
+        grid.add_row(Text(name[-16:]), Text("  ".join(shown), no_wrap=True))
     if troubles := _troubles(progress):
         grid.add_row(Text("faults", style="yellow"), Text(troubles, style="yellow"))
     return grid
@@ -168,6 +175,10 @@ _NUMBERS: tuple[tuple[str, str, str, Callable[[float], str]], ...] = (
 """Row of the panel, label, key, and how its number is written."""
 
 
+_OF_ENVIRONMENT = (("reward", "reward_mean"), ("turns", "steps_mean"), ("seconds per step", "step_s"))
+"""Label and key in the row of an environment."""
+
+
 def _troubles(progress: Progress) -> str:
     counts = (
         ("reward failures", "rewards/failures/"),
@@ -177,4 +188,6 @@ def _troubles(progress: Progress) -> str:
         ("rewinds", "fault_tolerance/rewinds"),
         ("reporter failures", "reporting/failures"),
     )
-    return "  ".join(f"{name} {total:.0f}" for name, prefix in counts if (total := progress.total(prefix)))
+    totals = [(name, progress.total(prefix)) for name, prefix in counts]
+    totals.insert(1, ("environment failures", progress.environment_failures))
+    return "  ".join(f"{name} {total:.0f}" for name, total in totals if total)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Mapping
 
-from rlhf_ray.reporting.metrics import Scalar, held_out_set, number
+from rlhf_ray.reporting.metrics import Scalar, environment_name, held_out_set, number
 
 __all__ = ["Progress"]
 
@@ -53,6 +54,16 @@ class Progress:
             return None
         recent = self._times[-10:]
         return max(0, self.iterations - self.iteration) * sum(recent) / len(recent)
+
+    @property
+    def environments(self) -> list[str]:
+        """Names of the environments of the newest result."""
+        return [name for key in self.row if (name := environment_name(key))]
+
+    @property
+    def environment_failures(self) -> float:
+        """Groups of the newest result that were dropped because their environment failed."""
+        return sum(self.number(key) or 0.0 for key in self.row if re.fullmatch("environment/.+/failures/.+", key))
 
     def number(self, key: str) -> float | None:
         """Read a number of the newest result, ``None`` where it has none."""

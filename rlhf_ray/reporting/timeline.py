@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -30,7 +31,8 @@ class TimelineReporter(Reporter):
 def trace_events(spans: Sequence[TraceSpan]) -> list[dict[str, Any]]:
     """Spans as complete events of the Trace Event Format, times in microseconds since the first one.
 
-    A lane is a process. Spans that overlap without one being within the other are in different rows.
+    A lane is a process; worker 2 comes before worker 10. Spans that overlap without one being within the other are in
+    different rows.
     """
     if not spans:
         return []
@@ -39,12 +41,16 @@ def trace_events(spans: Sequence[TraceSpan]) -> list[dict[str, Any]]:
     for span in spans:
         lanes[span.lane].append(span)
     events: list[dict[str, Any]] = []
-    for process, lane in enumerate(sorted(lanes), start=1):
+    for process, lane in enumerate(sorted(lanes, key=_by_number), start=1):
         events.append({"ph": "M", "name": "process_name", "pid": process, "args": {"name": lane}})
         for row, span in _in_rows(lanes[lane]):
             start, length = 1e6 * (span.start - origin), 1e6 * (span.end - span.start)
             events.append({"ph": "X", "name": span.name, "pid": process, "tid": row, "ts": start, "dur": length})
     return events
+
+
+def _by_number(lane: str) -> list[str | int]:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", lane)]
 
 
 def _in_rows(spans: Iterable[TraceSpan]) -> Iterable[tuple[int, TraceSpan]]:

@@ -41,18 +41,19 @@ class TokenTexts:
         self._piece = lru_cache(maxsize=None)(self._read_piece)
         self._whole = lru_cache(maxsize=None)(self._read_whole)
 
-    def split(self, token_ids: Sequence[int], text: str) -> list[str] | None:
+    def split(self, token_ids: Sequence[int], text: str | None = None) -> list[str] | None:
         """``[T]`` texts of the tokens of a completion.
 
         Args:
             token_ids: ``[T]``
-            text: The decoded completion, special tokens left out.
+            text: The decoded completion, special tokens left out; unset: as this tokenizer decodes it.
 
         Returns:
             ``None`` where the tokenizer changes a text after it put the tokens together (it tidies spaces, say), so
             that no split is the right one.
         """
         ids = [int(token) for token in token_ids]
+        text = decoded(self._tokenizer, ids) if text is None else text
         ways = (self._split_bytes, self._split_windows) if self._is_byte_level else (self._split_windows,)
         return next((texts for way in ways if "".join(texts := way(ids)) == text), None)
 

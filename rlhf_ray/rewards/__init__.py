@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rlhf_ray.rewards.builtin.environment import environment
 from rlhf_ray.rewards.builtin.gsm8k import gsm8k
 from rlhf_ray.rewards.builtin.length import length, overlong
 from rlhf_ray.rewards.builtin.math_equivalence import math_equivalence
@@ -25,6 +26,7 @@ __all__ = [
     "RewardModelReward",
     "RewardPool",
     "RewardScorer",
+    "environment",
     "exact_match",
     "format",
     "gsm8k",

@@ -7,11 +7,14 @@ import functools
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rlhf_ray.config.settings import REWARD_ARGUMENTS
 from rlhf_ray.config.user_code import bound_arguments
 from rlhf_ray.errors import DataError
+
+if TYPE_CHECKING:
+    from rlhf_ray.types import ChatMessage, Trajectory
 
 __all__ = [
     "CallLog",
@@ -21,6 +24,7 @@ __all__ = [
     "TrainingProgress",
     "column",
     "completion_texts",
+    "messages_of",
     "own_copies",
     "unbound",
 ]
@@ -33,8 +37,23 @@ _IMMUTABLE = frozenset({str, int, float, bool, bytes, type(None)})
 
 
 def completion_texts(completions: Completions) -> list[str]:
-    """``[G]`` texts: a plain completion as it is, the last message's content of a chat completion."""
-    return [item if isinstance(item, str) else item[-1]["content"] for item in completions]
+    """``[G]`` texts: a plain completion as it is, the content of a chat completion's last message of the assistant."""
+    return [item if isinstance(item, str) else _last_of_assistant(item) for item in completions]
+
+
+def _last_of_assistant(messages: Sequence[Mapping[str, Any]]) -> str:
+    contents = [message["content"] for message in messages if message["role"] == "assistant"]
+    return str(contents[-1] if contents else messages[-1]["content"])
+
+
+def messages_of(trajectory: Trajectory) -> list[ChatMessage] | None:
+    """All messages after the prompt of a chat, sampled and observed; ``None`` where they are not known as messages."""
+    messages: list[ChatMessage] = []
+    for turn in (turn for sequence in trajectory.sequences for turn in sequence.turns):
+        if turn.message is None:
+            return None
+        messages += [turn.message, *turn.observation]
+    return messages
 
 
 def column(columns: Mapping[str, Sequence[Any]], name: str) -> Sequence[Any]:

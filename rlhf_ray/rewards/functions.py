@@ -6,11 +6,11 @@ import functools
 import inspect
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import rlhf_ray.rewards.builtin  # noqa: F401  (registers the built-in rewards)
-from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardFunction, RewardSettings, RewardSpec
+from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardFunction, RewardSettings, RewardSpec, Settings
 from rlhf_ray.config.user_code import bound_arguments, load_reference
 from rlhf_ray.errors import ConfigError, DataError
 from rlhf_ray.rewards.arguments import Parameters, unbound
@@ -18,7 +18,7 @@ from rlhf_ray.rewards.registry import RowCheck, build_reward, check_known_argume
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.untrusted_text import shortened
 
-__all__ = ["NamedReward", "resolve_rewards", "reward_models", "row_check"]
+__all__ = ["NamedReward", "resolve_rewards", "reward_models", "rewards_of_run", "row_check"]
 
 DEFAULT_REWARD = "rlhf_ray.quickstart.task:reward"
 """Scores the quickstart task; used where no function is named."""
@@ -127,6 +127,14 @@ def resolve_rewards(settings: RewardSettings) -> tuple[NamedReward, ...]:
         NamedReward(name=name, weight=float(weight), function=function)
         for name, weight, function in zip(names, weights, functions, strict=True)
     )
+
+
+def rewards_of_run(settings: Settings) -> RewardSettings:
+    """The rewards section of a run: where it names no function, an environment's own rewards are those."""
+    rewards, environment = settings.rewards, settings.environment
+    if environment.is_used and not rewards.functions and not environment.tools:
+        return replace(rewards, functions=["environment"])
+    return rewards
 
 
 def reward_models(settings: RewardSettings) -> tuple[RewardModelReward, ...]:

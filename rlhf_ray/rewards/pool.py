@@ -44,7 +44,7 @@ class RewardPool:
     :meth:`score` may be awaited on any event loop, hundreds of times at once.
 
     Args:
-        settings: The ``rewards`` section.
+        settings: The ``rewards`` section, from :func:`rewards_of_run`.
         run_id: First part of the names of reward models' actors.
         tokenizer_path: Folder or hub id of the policy's tokenizer.
         num_cpus: CPUs that Ray reserves for an actor.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import time
 import traceback
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from rlhf_ray.config.settings import REWARD_ARGUMENTS, RewardFunction
 from rlhf_ray.errors import DataError
 from rlhf_ray.prompts.tokenizer import decoded
-from rlhf_ray.rewards.arguments import CallLog, TrainerState, own_copies, unbound
+from rlhf_ray.rewards.arguments import CallLog, TrainerState, messages_of, own_copies, unbound
+from rlhf_ray.rewards.builtin.environment import is_environment
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.types import Float32Array, RolloutGroup, ScoredGroup
 from rlhf_ray.untrusted_text import shortened
@@ -94,6 +96,7 @@ def scored_group(group: RolloutGroup, rewards: Sequence[NamedReward], scores: Se
         reward_s=max(one.reward_s for one in scores),
         logged={name: metrics for one in scores for name, metrics in one.logged.items()},
         extras={name: column for one in scores for name, column in one.extras.items()},
+        environment_weight=sum(reward.weight for reward in rewards if is_environment(reward.function)),
     )
 
 
@@ -181,6 +184,7 @@ class _Given:
         self.texts = decoded_texts(group, tokenizer)
         self._prompt = group.prompt
         self._tokenizer = tokenizer
+        self._trajectories = group.trajectories
         self._token_ids = [completion.token_ids.tolist() for completion in group.trajectories]
         self._state = state
 
@@ -206,15 +210,37 @@ class _Given:
             "log_metric": lambda: log.log_metric,
             **{name: partial(own_copies, value, count) for name, value in prompt.columns.items()},
         }
-        if "completions_with_special_tokens" in reward.parameters.names:  # Not for **columns: it is decoded once more.
+        # Not for **columns: these are decoded once more.
+        if "completions_with_special_tokens" in reward.parameters.names:
             makers["completions_with_special_tokens"] = lambda: self._as_completions(self._texts_with_special_tokens())
+        if "turns" in reward.parameters.names:
+            makers["turns"] = self._turns
         return {name: make() for name, make in makers.items() if reward.parameters.takes(name)}
 
     def _as_completions(self, texts: Sequence[str]) -> list[Any]:
-        """For a string prompt a completion is its text, for a chat a list with one assistant message."""
+        """For a string prompt a completion is its text, for a chat a list of messages, those of tools included."""
         if isinstance(self._prompt.text, str):
             return list(texts)
-        return [[{"role": "assistant", "content": text}] for text in texts]
+        return [
+            copy.deepcopy(messages_of(trajectory)) or [{"role": "assistant", "content": text}]
+            for trajectory, text in zip(self._trajectories, texts, strict=True)
+        ]
+
+    def _turns(self) -> list[list[dict[str, Any]]]:
+        """``[G]`` lists: of each turn its text, its reward, its message and what was observed after it."""
+        return [
+            [
+                {
+                    "text": decoded(self._tokenizer, sequence.token_ids[turn.start : turn.end].tolist()),
+                    "reward": turn.reward,
+                    "message": copy.deepcopy(turn.message),
+                    "observation": copy.deepcopy(list(turn.observation)),
+                }
+                for sequence in trajectory.sequences
+                for turn in sequence.turns
+            ]
+            for trajectory in self._trajectories
+        ]
 
     def _texts_with_special_tokens(self) -> list[str]:
         ends = {getattr(self._tokenizer, name, None) for name in ("eos_token_id", "pad_token_id")}

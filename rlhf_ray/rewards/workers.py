@@ -12,7 +12,7 @@ import numpy as np
 from rlhf_ray.actor_pool import LONG_CALL_S
 from rlhf_ray.errors import DataError, RewardError
 from rlhf_ray.pickling import deserialize
-from rlhf_ray.rewards.arguments import TrainerState
+from rlhf_ray.rewards.arguments import TrainerState, messages_of
 from rlhf_ray.rewards.functions import NamedReward
 from rlhf_ray.rewards.reward_model.reward import RewardModelReward
 from rlhf_ray.rewards.scoring import RewardScorer, Scores, ScoringError, Tokenizer, checked_answer, decoded_texts
@@ -123,8 +123,16 @@ class RewardModelWorker:
         return self._loaded
 
     def _encoded(self, group: RolloutGroup, texts: tuple[str, ...]) -> list[list[int]] | ScoringError:
+        prompts, last = [], []
+        for trajectory, text in zip(group.trajectories, texts, strict=True):
+            prompt, messages = group.prompt.text, messages_of(trajectory)
+            if messages is not None and not isinstance(prompt, str):
+                sampled = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+                prompt, text = [*prompt, *messages[:sampled]], messages[sampled]["content"]
+            prompts.append(prompt)
+            last.append(text)
         try:
-            return self._model().encoded([group.prompt.text] * len(texts), texts)
+            return self._model().encoded(prompts, last)
         except DataError as error:
             return ScoringError("raised", f"{self._name}: {error}")
 

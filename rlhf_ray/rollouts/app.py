@@ -13,10 +13,12 @@ from typing import Any
 
 import ray
 from ray import serve
+from ray.serve.config import RequestRouterConfig
 from ray.serve.schema import ApplicationStatus, LoggingConfig
 
 from rlhf_ray.errors import RolloutError
 from rlhf_ray.learner.remote.turns import REPLICA_SHARE
+from rlhf_ray.rollouts.affinity import AFFINITY
 from rlhf_ray.rollouts.engine import EngineSpec
 from rlhf_ray.rollouts.replica import RolloutReplica, root_cause
 from rlhf_ray.stopping import stop_all
@@ -248,6 +250,7 @@ class RolloutApp:
             health_check_timeout_s=30.0,
             graceful_shutdown_wait_loop_s=0.1,
             graceful_shutdown_timeout_s=5.0,
+            request_router_config=RequestRouterConfig(request_router_class=AFFINITY),
             **replica_options(self._spec, self._num_cpus, worker_env(**self._spec.env)),
         )
 

@@ -6,15 +6,17 @@ Plain class, no Ray: the Serve deployment (replica.py) constructs it and forward
 from __future__ import annotations
 
 import asyncio
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rlhf_ray.errors import ConfigError, RolloutError
-from rlhf_ray.types import Prompt, SamplingSettings, Trajectory, VersionSpan
+from rlhf_ray.rollouts.message_parser import MessageParser
+from rlhf_ray.types import ChatMessage, Prompt, SamplingSettings, Trajectory, Turn, VersionSpan
 from rlhf_ray.untrusted_text import shortened
 from rlhf_ray.weight_sync.buckets import ByteArray
 from rlhf_ray.weight_sync.manifest import WeightManifest
@@ -40,6 +42,11 @@ class EngineSpec:
     """Whether replicas tell when they were paused for new weights."""
     colocated: bool = False
     """Whether a learner shares the engine's GPU, and takes turns with it."""
+    tool_parser: str | None = None
+    """vLLM's name of a parser of tool calls; unset: none are read."""
+    reasoning_parser: str | None = None
+    tokenizer_path: str = ""
+    """Folder or hub id of the tokenizer, which parsers need."""
 
 
 class RolloutEngine:
@@ -57,6 +64,7 @@ class RolloutEngine:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         self._spec = spec
+        self._parser = MessageParser.of(spec)
         self._engine = AsyncLLM.from_engine_args(
             AsyncEngineArgs(**spec.engine_args),
             # Tokens per step by the GPU's memory, for throughput: 8,192 or 16,384. Without a context vLLM takes 2,048,
@@ -86,8 +94,16 @@ class RolloutEngine:
 
         await self._engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
 
-    async def generate(self, prompt: Prompt, sampling: SamplingSettings, *, seed: int) -> tuple[Trajectory, ...]:
+    async def generate(
+        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, max_tokens: int | None = None
+    ) -> tuple[Trajectory, ...]:
         """Draw ``sampling.group_size`` completions of one prompt; the i-th one's seed is ``seed + i``.
+
+        Args:
+            prompt: All tokens so far.
+            sampling: How tokens are drawn.
+            seed: Of the first.
+            max_tokens: Longest completion; unset: ``sampling.max_new_tokens``.
 
         Raises:
             RolloutError: The engine does not take such a prompt or such sampling settings.
@@ -100,7 +116,7 @@ class RolloutEngine:
             # A prefix is shared among requests that came under the same weights only. To clear the cache would not do:
             # vLLM keeps it where sequences are in flight.
             {"prompt_token_ids": prompt.token_ids.tolist(), "cache_salt": str(self._updates)},
-            self._sampling_params(sampling, seed),
+            self._sampling_params(sampling, seed, max_tokens or sampling.max_new_tokens),
             request_id=f"{prompt.prompt_id}-{self._requests}",
         )
         output = None
@@ -111,9 +127,11 @@ class RolloutEngine:
             raise RolloutError(f"the engine refuses prompt {prompt.prompt_id}: {shortened(error)}") from error
         if output is None or not output.finished:
             raise RuntimeError(f"the engine ended prompt {prompt.prompt_id} without an output")
-        return tuple(
-            _completion(choice, asked_version) for choice in sorted(output.outputs, key=lambda choice: choice.index)
+        parse = (
+            functools.partial(self._parser.message, tools=sampling.tools) if self._parser and sampling.parse else None
         )
+        choices = sorted(output.outputs, key=lambda choice: choice.index)
+        return tuple(_completion(choice, asked_version, parse) for choice in choices)
 
     async def load_weights(self, manifest: WeightManifest, buckets: Sequence[Sequence[ByteArray]]) -> None:
         """Load one published version through shared memory; sequences in flight continue under the new weights."""
@@ -179,14 +197,14 @@ class RolloutEngine:
         """End the engine's process."""
         self._engine.shutdown()
 
-    def _sampling_params(self, sampling: SamplingSettings, seed: int) -> Any:
+    def _sampling_params(self, sampling: SamplingSettings, seed: int, max_tokens: int) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         greedy = sampling.temperature == 0.0
         return SamplingParams(
             n=sampling.group_size,
-            max_tokens=sampling.max_new_tokens,
+            max_tokens=max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
@@ -202,7 +220,7 @@ class RolloutEngine:
         )
 
 
-def _completion(choice: Any, asked_version: int) -> Trajectory:
+def _completion(choice: Any, asked_version: int, parse: Callable[[list[int]], ChatMessage] | None = None) -> Trajectory:
     token_ids = np.asarray(choice.token_ids, dtype=np.int32)
     logprobs = np.asarray(choice.logprobs.logprobs, dtype=np.float32)
     if len(logprobs) != len(token_ids):
@@ -210,8 +228,10 @@ def _completion(choice: Any, asked_version: int) -> Trajectory:
     spans = tuple(
         VersionSpan(version=int(span.version), start=span.start, end=span.end) for span in choice.weight_versions
     )
-    return Trajectory.single_turn(
+    message = None if parse is None else parse(token_ids.tolist())
+    return Trajectory(
         token_ids=token_ids,
+        turns=(Turn(start=0, end=len(token_ids), message=message),),
         sampling_logprobs=logprobs,
         version_spans=spans,
         asked_version=asked_version,

@@ -253,8 +253,8 @@ def engine_spec(
         "tensor_parallel_size": rollouts.tensor_parallel_size,
         "enforce_eager": rollouts.enforce_eager,
         "quantization": rollouts.quantization,
-        # Prompts are token ids; only stop strings need text, and so the tokenizer.
-        "skip_tokenizer_init": not rollouts.stop,
+        # Prompts are token ids; only stop strings, which agents may send too, need text, and so the tokenizer.
+        "skip_tokenizer_init": not rollouts.stop and settings.environment.agent is None,
         # The log-probability of the distribution sampled from: after temperature, not before.
         "logprobs_mode": "processed_logprobs",
         "disable_log_stats": True,
@@ -280,6 +280,9 @@ def engine_spec(
         on_gpu=device.on_gpu,
         colocated=device.colocated,
         timeline=settings.reporting.timeline_interval > 0,
+        tool_parser=settings.environment.tool_parser,
+        reasoning_parser=settings.environment.reasoning_parser,
+        tokenizer_path=tokenizer_path,
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.errors import DataError, RolloutError
 from rlhf_ray.rollouts.admission import FlowRules, GroupLedger
-from rlhf_ray.rollouts.rollouter import Engine, Rollouter, Seeds
+from rlhf_ray.rollouts.rollouter import Engine, Requests, Rollouter, Seeds
 from rlhf_ray.rollouts.streams import cancel_all
 from rlhf_ray.rollouts.tally import Collected, Tally, log_failures, now
 from rlhf_ray.types import Prompt, PromptPosition, RewardFailure, RolloutGroup, SamplingSettings, ScoredGroup
@@ -148,6 +148,8 @@ class RolloutFlow:
         except BaseException:
             await self._cancel_all()
             raise
+        for name, stats in self.engine.requests.take_environments().items():
+            self._tally.stepped(name, stats)
         return self._tally.collected(groups, carried=self._ledger.carried, spans=self.engine.requests.spans.take())
 
     def unfinished(self, version: int) -> list[int]:
@@ -251,6 +253,7 @@ class RolloutFlow:
         self._error = None
         self._tally.restart(self._ledger.carried)
         self.engine.requests.spans.take()
+        self.engine.requests.take_environments()
         for group in groups.values():
             self._ledger.reject(group.ticket)
         self._requeued.extendleft(group.prompt for group in reversed(groups.values()))
@@ -260,19 +263,23 @@ class RolloutFlow:
         self, prompts: Sequence[Prompt], sampling: SamplingSettings, version: int
     ) -> tuple[ScoredGroup | RewardFailure, ...]:
         """Roll out and score the given prompts (evaluation), in their order; counts for no update."""
+        apart = Requests()  # What environments do here is no part of the next batch's metrics.
         # As many trajectories at once as in training.
         trajectories = self._rules.max_concurrent * self._sampling.group_size
         limit = asyncio.Semaphore(max(1, trajectories // sampling.group_size))
 
         async def one(prompt: Prompt) -> ScoredGroup | RewardFailure:
             async with limit:
-                return await self._scorer.score(await self._rollout(prompt, sampling, version))
+                rollout = await self._rollout(prompt, sampling, version, apart)
+                return rollout if isinstance(rollout, RewardFailure) else await self._scorer.score(rollout)
 
         tasks = [asyncio.create_task(one(prompt)) for prompt in prompts]
         try:
             outcomes = tuple(await asyncio.gather(*tasks))
         finally:
             await cancel_all(tasks)
+            self.engine.requests.retries += apart.retries
+            self.engine.requests.spans.add(*apart.spans.take())
         log_failures(outcome for outcome in outcomes if isinstance(outcome, RewardFailure))
         return outcomes
 
@@ -292,15 +299,20 @@ class RolloutFlow:
     async def _scored(self, group: _InFlight, sampling: SamplingSettings) -> ScoredGroup | RewardFailure:
         with self._tally.generating():
             rollout = await self._rollout(group.prompt, sampling, group.version)
-        self._tally.rolled_out(rollout)
         group.unfinished -= 1
+        if isinstance(rollout, RewardFailure):
+            return rollout
+        self._tally.rolled_out(rollout)
         if sampling is self._sampling:
             self._ledger.written(group.ticket)
         self._changed.set()
         return await self._scorer.score(rollout)
 
-    async def _rollout(self, prompt: Prompt, sampling: SamplingSettings, version: int) -> RolloutGroup:
-        engine = replace(self.engine, sampling=sampling, version=version)
+    async def _rollout(
+        self, prompt: Prompt, sampling: SamplingSettings, version: int, requests: Requests | None = None
+    ) -> RolloutGroup | RewardFailure:
+        requests = requests or self.engine.requests
+        engine = replace(self.engine, sampling=sampling, version=version, requests=requests)
         seeds = Seeds(run_seed=self._rules.seed, version=version, prompt_id=prompt.prompt_id)
         return await self._rollouter.rollout(prompt, engine, seeds)
 

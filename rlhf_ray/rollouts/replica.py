@@ -129,15 +129,21 @@ class RolloutReplica:
         self._is_starting = False
 
     async def generate(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seeds: Sequence[int], min_version: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        *,
+        seeds: Sequence[int],
+        max_tokens: Sequence[int],
+        min_version: int,
     ) -> AsyncIterator[FinishedGroups]:
         """Write a rollout group for each prompt with weights of ``min_version`` or newer, each given when finished."""
         await self._awake.wait()
         await self._catch_up(min_version)
         finished: asyncio.Queue[asyncio.Task[tuple[Trajectory, ...]]] = asyncio.Queue()
         positions = {}
-        for position, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True)):
-            task = asyncio.create_task(self._engine.generate(prompt, sampling, seed=seed))
+        for position, (prompt, seed, longest) in enumerate(zip(prompts, seeds, max_tokens, strict=True)):
+            task = asyncio.create_task(self._engine.generate(prompt, sampling, seed=seed, max_tokens=longest))
             task.add_done_callback(finished.put_nowait)
             positions[task] = position
         try:

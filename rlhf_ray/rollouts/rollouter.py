@@ -10,13 +10,21 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from rlhf_ray.errors import RolloutError
 from rlhf_ray.span_log import SpanLog
-from rlhf_ray.types import Prompt, RolloutGroup, SamplingSettings, TraceSpan
+from rlhf_ray.types import (
+    EnvironmentStats,
+    Int32Array,
+    Prompt,
+    RewardFailure,
+    RolloutGroup,
+    SamplingSettings,
+    TraceSpan,
+)
 from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["Engine", "Requests", "Rollouter", "Seeds", "SingleTurn", "group_seed"]
@@ -24,7 +32,11 @@ __all__ = ["Engine", "Requests", "Rollouter", "Seeds", "SingleTurn", "group_seed
 
 def group_seed(run_seed: int, version: int, prompt_id: int) -> int:
     """Seed of a group's first completion, below 2**62; the i-th completion's is ``group_seed(...) + i``."""
-    digest = hashlib.blake2b(f"{run_seed}/{version}/{prompt_id}".encode(), digest_size=8).digest()
+    return _seed(f"{run_seed}/{version}/{prompt_id}")
+
+
+def _seed(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 2
 
 
@@ -41,6 +53,22 @@ class Seeds:
         """Of the first trajectory's first turn; the i-th one's is ``first_turn + i``."""
         return group_seed(self.run_seed, self.version, self.prompt_id)
 
+    def later_turn(self, index: int, prefix: Int32Array, times: int) -> int:
+        """Of a later turn of trajectory ``index``: by the tokens before it, not by when it was asked for.
+
+        Args:
+            index: The trajectory's in its group.
+            prefix: ``[P]``, all tokens before the turn.
+            times: Turns of this trajectory that were sampled after the same tokens before.
+        """
+        digest = hashlib.blake2b(prefix.tobytes(), digest_size=16).hexdigest()
+        return _seed(f"{self.run_seed}/{self.version}/{self.prompt_id}/{index}/{digest}/{times}")
+
+    @property
+    def environment(self) -> int:
+        """Of the environment, the same for all trajectories of a group, whichever policy plays them."""
+        return _seed(f"{self.run_seed}/environment/{self.prompt_id}")
+
 
 _LOG = logging.getLogger(__name__)
 
@@ -54,18 +82,32 @@ class Requests:
     retries: int = 0
     """Requests repeated because their replica died."""
     spans: SpanLog = field(default_factory=SpanLog)
-    """What replicas generated."""
+    """What replicas generated, and what environments did."""
+    environments: dict[str, EnvironmentStats] = field(default_factory=dict)
+    """By their names; emptied when a batch is made."""
+
+    def stepped(self, environment: str, worker: str, seconds: float, metrics: Mapping[str, float]) -> None:
+        """Book a step of an environment."""
+        stats = EnvironmentStats.of_step(seconds, metrics)
+        self.environments[environment] = self.environments.get(environment, EnvironmentStats()) + stats
+        self.spans.add(TraceSpan.ending_now(worker, environment, seconds))
+
+    def take_environments(self) -> dict[str, EnvironmentStats]:
+        """What environments did since the last call."""
+        stats = dict(self.environments)
+        self.environments.clear()
+        return stats
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
     """All replicas, as one rollout sees them.
 
-    ``dataclasses.replace`` gives the engine of a later turn: newer weights at least, one sample, fewer tokens.
+    ``dataclasses.replace`` gives the engine of a later turn: newer weights at least, one sample, the same replica.
     """
 
     generate: Callable[..., Awaitable[RolloutGroup]]
-    """``generate(prompt, sampling, seed=, min_version=)`` -> group, awaited: one request to any replica."""
+    """``generate(prompt, sampling, seed=, max_tokens=, min_version=, replica_id=)`` -> group, awaited: one request."""
     sampling: SamplingSettings
     """How tokens are drawn: as in training, greedily for a baseline, or as in evaluation."""
     version: int = 0
@@ -74,17 +116,24 @@ class Engine:
     """Times a request is repeated because its replica died."""
     timeout_s: float
     """Longest wait for one request."""
+    replica_id: str = ""
+    """Replica that has the tokens before in its cache, and answers if it lives; empty: any."""
     requests: Requests = field(default_factory=Requests)
 
-    async def sample(self, prompt: Prompt, *, seed: int) -> RolloutGroup:
+    async def sample(self, prompt: Prompt, *, seed: int, max_tokens: int | None = None) -> RolloutGroup:
         """Sample ``sampling.group_size`` continuations of a prompt; the i-th one's seed is ``seed + i``.
+
+        Args:
+            prompt: All tokens so far.
+            seed: Of the first.
+            max_tokens: Longest continuation; unset: ``sampling.max_new_tokens``.
 
         Raises:
             RolloutError: The prompt is refused, took longer than ``timeout_s``, or replicas died at each try.
         """
         for attempt in range(self.max_retries + 1):
             try:
-                return await self._sample_once(prompt, seed)
+                return await self._sample_once(prompt, seed, max_tokens or self.sampling.max_new_tokens)
             except _replica_errors() as error:
                 if isinstance(refusal := getattr(error, "cause", None), RolloutError):
                     raise refusal from error
@@ -98,13 +147,20 @@ class Engine:
                 await asyncio.sleep(_RETRY_PAUSE_S)
         raise AssertionError("unreachable")
 
-    async def _sample_once(self, prompt: Prompt, seed: int) -> RolloutGroup:
+    async def _sample_once(self, prompt: Prompt, seed: int, max_tokens: int) -> RolloutGroup:
         bare = replace(prompt, columns={}, text="")  # All that a replica reads.
         loop = asyncio.get_running_loop()
         started = loop.time()
         try:
             async with asyncio.timeout(self.timeout_s) as limit:
-                group = await self.generate(bare, self.sampling, seed=seed, min_version=self.version)
+                group = await self.generate(
+                    bare,
+                    self.sampling,
+                    seed=seed,
+                    max_tokens=max_tokens,
+                    min_version=self.version,
+                    replica_id=self.replica_id,
+                )
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -119,8 +175,8 @@ class Engine:
 class Rollouter(Protocol):
     """A kind of rollout; :attr:`rlhf_ray.Algorithm.rollouter` names the one that an algorithm uses."""
 
-    async def rollout(self, prompt: Prompt, engine: Engine, seeds: Seeds) -> RolloutGroup:
-        """Roll a prompt out to ``engine.sampling.group_size`` trajectories.
+    async def rollout(self, prompt: Prompt, engine: Engine, seeds: Seeds) -> RolloutGroup | RewardFailure:
+        """Roll a prompt out to ``engine.sampling.group_size`` trajectories, or say why there are none to score.
 
         Called for training, for greedy baselines and for evaluation, many at a time on one event loop; it is cancelled
         when its group is not needed any more. What it draws must follow from its arguments alone, so that a group which

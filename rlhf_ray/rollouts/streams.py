@@ -8,6 +8,7 @@ loop therefore go out together, and each comes back as soon as it is finished.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ _REQUESTS_PER_REPLICA = 4
 class _Call:
     prompt: Prompt
     seed: int
+    max_tokens: int
     group: asyncio.Future[RolloutGroup]
 
 
@@ -46,19 +48,28 @@ class GroupStreams:
     """An awaitable call per group over streamed requests; use it on one event loop.
 
     Args:
-        generate: ``generate(prompts, sampling, seeds=, min_version=)`` -> asynchronous iterator of
-            :data:`FinishedGroups` with a ``cancel`` method: the Serve handle's method, streaming.
+        generate: ``generate(replica_id)`` gives ``f(prompts, sampling, seeds=, max_tokens=, min_version=)`` ->
+            asynchronous iterator of :data:`FinishedGroups` with a ``cancel`` method: the Serve handle's method,
+            streaming, which that replica answers if it lives (empty: any).
         num_replicas: Size of the pool.
     """
 
-    def __init__(self, generate: Callable[..., Any], *, num_replicas: int) -> None:
-        self._generate = generate
+    def __init__(self, generate: Callable[[str], Callable[..., Any]], *, num_replicas: int) -> None:
+        self._generate = functools.lru_cache(maxsize=1024)(generate)
+        self._has_choice = num_replicas > 1
         self._max_requests = 1 if num_replicas == 1 else num_replicas * _REQUESTS_PER_REPLICA
-        self._waiting: dict[tuple[SamplingSettings, int], list[_Call]] = defaultdict(list)
+        self._waiting: dict[tuple[SamplingSettings, int, str], list[_Call]] = defaultdict(list)
         self._streams: set[asyncio.Task[None]] = set()
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int
+        self,
+        prompt: Prompt,
+        sampling: SamplingSettings,
+        *,
+        seed: int,
+        max_tokens: int,
+        min_version: int,
+        replica_id: str = "",
     ) -> RolloutGroup:
         """Write one rollout group with weights of ``min_version`` or newer.
 
@@ -68,26 +79,29 @@ class GroupStreams:
         if not self._waiting:
             # After all tasks that are ready now have asked for theirs.
             loop.call_soon(self._send)
-        call = _Call(prompt=prompt, seed=seed, group=loop.create_future())
-        self._waiting[sampling, min_version].append(call)
+        call = _Call(prompt=prompt, seed=seed, max_tokens=max_tokens, group=loop.create_future())
+        self._waiting[sampling, min_version, replica_id if self._has_choice else ""].append(call)
         return await call.group
 
     def _send(self) -> None:
         waiting, self._waiting = self._waiting, defaultdict(list)
-        for (sampling, min_version), calls in waiting.items():
-            for part in split_evenly(calls, self._max_requests):
-                stream = asyncio.get_running_loop().create_task(self._receive(part, sampling, min_version))
+        for key, calls in waiting.items():
+            for part in split_evenly(calls, 1 if key[2] else self._max_requests):
+                stream = asyncio.get_running_loop().create_task(self._receive(part, *key))
                 self._streams.add(stream)  # the loop itself holds tasks weakly
                 stream.add_done_callback(self._streams.discard)
                 _cancel_with(stream, part)
 
-    async def _receive(self, calls: Sequence[_Call], sampling: SamplingSettings, min_version: int) -> None:
+    async def _receive(
+        self, calls: Sequence[_Call], sampling: SamplingSettings, min_version: int, replica_id: str
+    ) -> None:
         answers: Any = None
         try:
-            answers = self._generate(
+            answers = self._generate(replica_id)(
                 tuple(call.prompt for call in calls),
                 sampling,
                 seeds=tuple(call.seed for call in calls),
+                max_tokens=tuple(call.max_tokens for call in calls),
                 min_version=min_version,
             )
             await _deliver(answers, calls)

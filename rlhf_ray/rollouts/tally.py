@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rlhf_ray.errors import RewardError
 from rlhf_ray.rollouts.admission import FlowRules
-from rlhf_ray.types import RewardFailure, RolloutGroup, ScoredGroup, TraceSpan
+from rlhf_ray.types import EnvironmentStats, RewardFailure, RolloutGroup, ScoredGroup, TraceSpan
 
 __all__ = ["Collected", "Tally", "log_failures", "now"]
 
@@ -25,7 +25,7 @@ class Collected:
     groups: tuple[ScoredGroup, ...]
     """Sorted by ``group_id``."""
     failures: Counter[str]
-    """Groups dropped since the last batch because their reward failed, by kind."""
+    """Groups dropped since the last batch because a reward function failed, by kind."""
     equal_reward_groups: int
     """Groups dropped because their rewards were all equal (dynamic sampling)."""
     carried_groups: int
@@ -42,6 +42,8 @@ class Collected:
     """All of the time since the last batch."""
     spans: tuple[TraceSpan, ...]
     """What replicas generated since the last batch."""
+    environments: Mapping[str, EnvironmentStats] = field(default_factory=dict)
+    """Name of an environment -> its steps and failures since the last batch, of whichever batch."""
 
 
 class Tally:
@@ -60,6 +62,7 @@ class Tally:
 
     def _clear(self, carried: int) -> None:
         self._failures: Counter[str] = Counter()
+        self._environments: dict[str, EnvironmentStats] = {}
         self._equal = self._generated_tokens = 0
         self._generating_s = 0.0
         self._carried_before = carried
@@ -89,6 +92,7 @@ class Tally:
             generating_s=self._generating_s + (ended - self._generating_since if self._generating else 0.0),
             elapsed_s=ended - since,
             spans=tuple(spans),
+            environments=self._environments,
         )
         self.restart(carried)
         return collected
@@ -108,9 +112,12 @@ class Tally:
 
     def rolled_out(self, group: RolloutGroup) -> None:
         """A rollout is finished."""
-        turns = (turn for trajectory in group.trajectories for turn in trajectory.turns)
-        self._generated_tokens += sum(turn.end - turn.start for turn in turns)
+        self._generated_tokens += sum(trajectory.num_sampled for trajectory in group.trajectories)
         self._last_rollout = now()
+
+    def stepped(self, environment: str, stats: EnvironmentStats) -> None:
+        """Add what an environment did: a step, or all steps of an episode."""
+        self._environments[environment] = self._environments.get(environment, EnvironmentStats()) + stats
 
     def equal_rewards(self, last: ScoredGroup, *, kept: int) -> None:
         """A group is dropped because its rewards are all equal (dynamic sampling).
@@ -129,31 +136,50 @@ class Tally:
             )
 
     def failed(self, failure: RewardFailure) -> None:
-        """A group is dropped because its reward failed.
+        """A group is dropped because its reward or its environment failed.
 
         Raises:
             RewardError: It is one too many.
         """
-        self._failures[failure.kind] += 1
+        if failure.environment:
+            self.stepped(failure.environment, EnvironmentStats(failures={failure.kind: 1}))
+        else:
+            self._failures[failure.kind] += 1
+        counts = self._failure_counts()
         # The first of a kind in an iteration; the rest are in its metrics.
-        level = logging.WARNING if self._failures[failure.kind] == 1 else logging.DEBUG
-        message = "group %d is dropped, its reward failed (%s): %s"
-        _LOG.log(level, message, failure.group_id, failure.kind, failure.message)
-        if self._failures.total() > self._rules.max_failures:
-            counts = ", ".join(f"{count} {kind}" for kind, count in self._failures.items())
+        level = logging.WARNING if counts[_source(failure)] == 1 else logging.DEBUG
+        message = "group %d is dropped, its %s failed (%s): %s"
+        what = "environment" if failure.environment else "reward"
+        _LOG.log(level, message, failure.group_id, what, _source(failure), failure.message)
+        if counts.total() > self._rules.max_failures:
+            told = ", ".join(f"{count} {source}" for source, count in counts.items())
             raise RewardError(
-                f"{self._failures.total()} groups of one iteration could not be scored ({counts}); "
+                f"{counts.total()} groups of one iteration could not be scored ({told}); "
                 f"the limit is rewards.max_failures = {self._rules.max_failures}. Last: {failure.message}"
             )
+
+    def _failure_counts(self) -> Counter[str]:
+        """Failures since the last batch, by :func:`_source`."""
+        of_environments = {
+            f"{name}: {kind}": count
+            for name, stats in self._environments.items()
+            for kind, count in stats.failures.items()
+        }
+        return self._failures + Counter(of_environments)
+
+
+def _source(failure: RewardFailure) -> str:
+    """``timeout`` of a reward function, ``guess: timeout`` of an environment."""
+    return f"{failure.environment}: {failure.kind}" if failure.environment else failure.kind
 
 
 def log_failures(failures: Iterable[RewardFailure]) -> None:
     """Say why rewards failed that no batch is made of: the first of each kind, the rest are in the metrics."""
     first: dict[str, RewardFailure] = {}
     for failure in failures:
-        first.setdefault(failure.kind, failure)
-    for failure in first.values():
-        _LOG.warning("group %d has no reward (%s): %s", failure.group_id, failure.kind, failure.message)
+        first.setdefault(_source(failure), failure)
+    for source, failure in first.items():
+        _LOG.warning("group %d has no reward (%s): %s", failure.group_id, source, failure.message)
 
 
 def now() -> float:

@@ -14,7 +14,16 @@ from rlhf_ray.learner.packing import plan_update
 from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.reporting.metrics import flatten, metric_for
 from rlhf_ray.rollouts.tally import Collected
-from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
+from rlhf_ray.types import (
+    EnvironmentStats,
+    FurtherSequence,
+    Prompt,
+    RolloutGroup,
+    ScoredGroup,
+    Trajectory,
+    Turn,
+    VersionSpan,
+)
 from rlhf_ray.weight_sync.publisher import SyncResult
 
 NAN = float("nan")
@@ -60,7 +69,10 @@ FIGURES = {"policy_loss": -0.5, "entropy": 1.5, "lr": 1e-6, "advantage_s": 0.5, 
 
 
 def make_result(
-    groups: tuple[ScoredGroup, ...] = GROUPS, *, iteration_s: float = 4.5, **overrides: Any
+    groups: tuple[ScoredGroup, ...] = GROUPS,
+    *,
+    environments: dict[str, EnvironmentStats] | None = None,
+    **overrides: Any,
 ) -> dict[str, Any]:
     collected = Collected(
         groups=groups,
@@ -73,6 +85,7 @@ def make_result(
         generating_s=4.0,
         elapsed_s=5.0,
         spans=(),
+        environments=environments or {},
     )
     batch = SequenceBatch.from_groups(GROUPS, version=5, max_staleness=1)
     iteration = Iteration(
@@ -115,6 +128,7 @@ def test_rollouts_by_hand() -> None:
         "tokens_per_s": pytest.approx(8 / 4.0),
         # 4 of 8 tokens are one version old.
         "idle_fraction": pytest.approx(0.2),
+        "turns_mean": 1.0,
         "in_loss_fraction": 1.0,
         "staleness_mean": pytest.approx(0.5),
         "staleness_max": 1,
@@ -225,3 +239,74 @@ def test_what_reward_functions_log_is_averaged_over_calls() -> None:
         declared = metric_for(key)
         assert declared is not None
         assert "log_metric" in declared.formula
+
+
+def played(name: str, *trajectories: Trajectory) -> ScoredGroup:
+    one = scored(1, 3, list(trajectories), [1.0] * len(trajectories))
+    return replace(one, group=replace(one.group, environment=name))
+
+
+def turns(*places: tuple[int, int, float], finish_reason: str = "stop", further: int = 0) -> Trajectory:
+    """(start, end, reward) of each turn; so many further sequences of two tokens, one of them sampled for 0.5."""
+    of_one = completion(places[-1][1], finish_reason=finish_reason)
+    own = tuple(Turn(start=start, end=end, reward=reward) for start, end, reward in places)
+    later = replace(completion(2), turns=(Turn(start=0, end=1, reward=0.5),))
+    sequences = (FurtherSequence(prompt_token_ids=np.arange(9, dtype=np.int32), trajectory=later),) * further
+    return replace(of_one, turns=own, further=sequences)
+
+
+def test_without_an_environment_there_are_no_metrics_of_one() -> None:
+    result = make_result()
+
+    assert "environment" not in result
+    assert "observed_tokens_mean" not in result["rollouts"]
+
+
+def test_a_trajectory_of_several_turns_and_sequences_counts_once() -> None:
+    groups = (
+        # 3 sampled and 2 observed tokens; then 2 sampled, 1 observed, and 2 further sequences of 1 and 1.
+        played("guess", turns((0, 2, 0.0), (4, 5, 1.0)), turns((0, 1, 0.25), (2, 3, 0.0), further=2)),
+        played("shop", turns((0, 4, -1.0), finish_reason="turns")),
+    )
+    result = make_result(groups)
+
+    rollouts = result["rollouts"]
+    assert rollouts["num_completions"] == 3
+    assert rollouts["turns_mean"] == pytest.approx((2 + 4 + 1) / 3)
+    assert rollouts["completion_tokens_mean"] == pytest.approx((3 + 4 + 4) / 3)
+    assert rollouts["completion_tokens_max"] == 4
+    assert rollouts["observed_tokens_mean"] == pytest.approx((2 + 3 + 0) / 3)
+    assert rollouts["prompt_tokens_mean"] == 3.0
+    assert rollouts["truncated_fraction"] == pytest.approx(1 / 3)
+    assert result["environment"] == {
+        "guess": {"reward_mean": pytest.approx((1.0 + 1.25) / 2), "steps_mean": 3.0, "failures": {}},
+        "shop": {"reward_mean": -1.0, "steps_mean": 1.0, "failures": {}},
+    }
+
+
+def test_environments_tell_their_steps_metrics_and_failures() -> None:
+    stats = EnvironmentStats.of_step(0.5, {"distance": 3.0}) + EnvironmentStats.of_step(0.25, {})
+    stats += EnvironmentStats.of_step(0.75, {"distance": 4.0, "hits": 1.0})
+    failed = EnvironmentStats(failures={"raised": 1}) + EnvironmentStats(failures={"timeout": 1})
+    failed += EnvironmentStats(failures={"timeout": 1})
+    result = make_result((played("guess", turns((0, 1, 1.0))),), environments={"guess": stats, "shop": failed})
+
+    assert result["environment"] == {
+        "guess": {
+            "reward_mean": 1.0,
+            "steps_mean": 1.0,
+            "step_s": pytest.approx(0.5),
+            "distance": pytest.approx(3.5),
+            "hits": 1.0,
+            "failures": {},
+        },
+        # None of its groups got into the batch.
+        "shop": {"failures": {"raised": 1, "timeout": 2}},
+    }
+    assert result["rewards"]["failures"] == {"timeout": 2, "raised": 1}
+    flat = flatten(result)
+    assert flat["environment/shop/failures/timeout"] == 2
+    assert [key for key in flat if metric_for(key) is None] == []
+    declared = metric_for("environment/guess/distance")
+    assert declared is not None
+    assert declared.key == "environment/<name>/<metric>"

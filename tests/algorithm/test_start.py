@@ -20,7 +20,7 @@ from rlhf_ray.errors import ConfigError, RolloutError
 from rlhf_ray.rollouts.rollouter import SingleTurn
 from rlhf_ray.types import Device
 
-ENDS = ["weight_sync", "controller", "prompts", "rewards", "app", "learners", "session"]
+ENDS = ["weight_sync", "controller", "prompts", "rewards", "environments", "app", "learners", "session"]
 
 
 class Part:
@@ -72,6 +72,8 @@ def test_every_part_is_stopped_whatever_another_one_raises(failing: str, error: 
         "learners.wait_ready",
         "app.wait_ready",
         "rewards.start",
+        "_environment_pool",
+        "environments.start",
         "RolloutFlow",
         "WeightSyncScheduler",
     ],
@@ -83,7 +85,12 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
     # No stop works, and yet all are called.
     fails: dict[str, BaseException] = {f"{name}.stop": TimeoutError("not deleted after 60s") for name in ENDS}
     parts = all_parts(calls, fails | {failing: RolloutError("the cause")})
-    made = {"_learner_group": "learners", "_rollout_app": "app", "RewardPool": "rewards"}
+    made = {
+        "_learner_group": "learners",
+        "_rollout_app": "app",
+        "RewardPool": "rewards",
+        "_environment_pool": "environments",
+    }
 
     def maker(function: str, name: str) -> Callable[..., Any]:
         def make(*_: Any, **__: Any) -> Any:
@@ -103,7 +110,11 @@ def test_a_start_that_fails_raises_the_cause_and_stops_what_was_made(
     )
     monkeypatch.setattr(module, "_portable_tokenizer", lambda *_: None)
     inputs: Any = SimpleNamespace(
-        prompts=parts["prompts"], tokenizer_path="", advantage=SimpleNamespace(needs_greedy_rewards=False)
+        prompts=parts["prompts"],
+        tokenizer_path="",
+        advantage=SimpleNamespace(needs_greedy_rewards=False),
+        environments=(),
+        max_prompt_tokens=8,
     )
     session: Any = SimpleNamespace(ends_ray=True, begun=lambda *_: None, started=lambda: None)
     device = SimpleNamespace(on_gpu=False, colocated=False)
@@ -141,7 +152,7 @@ def test_the_time_of_engines_that_wait_for_learners_begins_after_these(in_turn: 
     learners: Any = SimpleNamespace(wait_ready=wait_for_learners, wait_placed=lambda stopped: None)
     app: Any = SimpleNamespace(wait_ready=wait_for_app)
     rewards: Any = SimpleNamespace(start=lambda: None)
-    module._wait(learners, app, rewards, lambda text: None, in_turn=in_turn)
+    module._wait(learners, app, rewards, None, lambda text: None, in_turn=in_turn)
     assert sorted(calls) == ["app", "learners"]
     assert not in_turn or calls == ["learners", "app"]
 

@@ -123,6 +123,14 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "resources.cpus_per_replica": ([0.0, 0.5, None], [-1.0]),
     "resources.cpus_per_learner": ([0.0, None], [-1.0]),
     "resources.cpus_per_reward_worker": ([0.0, None], [-1.0]),
+    "resources.cpus_per_environment_worker": ([0.0, None], [-1.0]),
+    # What a run without an environment may have; others are in tests/environments/test_registry.py.
+    "environment.max_turns": ([1, 8], [0]),
+    "environment.max_turn_tokens": ([None], [0]),
+    "environment.step_timeout_s": ([60.0], [0.0]),
+    "environment.timeout_s": ([3600.0], [0.0]),
+    "environment.num_workers": ([1], [0]),
+    "environment.startup_timeout_s": ([300.0], [0.0]),
 }
 
 

@@ -29,7 +29,7 @@ from rlhf_ray.config.plugins import (
 from rlhf_ray.config.settings import TrainingSettings
 from rlhf_ray.pickling import serialize
 
-BUILT_IN_ADVANTAGES = ("dr_grpo", "gae", "grpo", "maxrl", "opo", "reinforce_plus_plus", "remax", "rloo")
+BUILT_IN_ADVANTAGES = ("dr_grpo", "gae", "grpo", "maxrl", "opo", "reinforce_plus_plus", "remax", "rloo", "turn_gae")
 BUILT_IN_LOSSES = ("cispo", "gmpo", "gspo", "ppo", "sapo")
 
 TEMPERATURES = {"temperature_positive": 1.0, "temperature_negative": 1.05}

@@ -4,11 +4,12 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from rlhf_ray.evaluation.evaluator import evaluation_metrics
-from rlhf_ray.reporting.metrics import flatten, metric_for
-from rlhf_ray.types import RewardFailure, ScoredGroup
+from rlhf_ray.reporting.metrics import flatten, held_out_set, metric_for
+from rlhf_ray.types import FurtherSequence, RewardFailure, ScoredGroup, Trajectory, Turn
 
 FAILURE = RewardFailure(group_id=3, kind="timeout", message="too slow")
 
@@ -71,3 +72,28 @@ def test_every_key_is_declared(groups: Groups) -> None:
 def test_what_reward_functions_log(groups: Groups) -> None:
     logging = [replace(group, logged={"judge": {"hits": [float(i), 1.0]}}) for i, group in enumerate(groups)]
     assert evaluation_metrics([*logging, FAILURE], pass_threshold=1.0)["rewards/judge/hits"] == pytest.approx(0.75)
+
+
+def test_turns_and_rewards_of_environments(groups: Groups) -> None:
+    def of_turns(one: Trajectory, *rewards: float) -> Trajectory:
+        turns = tuple(Turn(start=2 * i, end=2 * i + 1, reward=reward) for i, reward in enumerate(rewards))
+        tokens = np.zeros(2 * len(rewards), dtype=np.int32)
+        return replace(one, token_ids=tokens, sampling_logprobs=tokens.astype(np.float32), turns=turns)
+
+    def played(of: ScoredGroup, name: str, *trajectories: Trajectory) -> ScoredGroup:
+        return replace(of, group=replace(of.group, environment=name, trajectories=trajectories))
+
+    one, *others = groups[1].group.trajectories
+    later = FurtherSequence(prompt_token_ids=np.zeros(1, dtype=np.int32), trajectory=of_turns(one, 0.5))
+    three = replace(of_turns(one, 0.25, 0.25), further=(later,))
+    guess = played(groups[1], "guess", three, *others)
+    metrics = evaluation_metrics([played(groups[0], "a/b", of_turns(one, -1.0, 1.0)), guess], pass_threshold=1.0)
+
+    assert metrics["turns_mean"] == pytest.approx((2 + 3 + 1 + 1 + 1) / 5)
+    assert metrics["environment_reward_mean/guess"] == pytest.approx(0.25)
+    assert metrics["environment_reward_mean/a/b"] == 0.0
+    # Sampled tokens: half of those of the two that have several turns.
+    assert metrics["completion_tokens_mean"] == pytest.approx((2 + 3 + 1 + 1 + 1) / 5)
+    flat = flatten({"evaluation": {"set/x": metrics}})
+    assert [key for key in flat if metric_for(key) is None] == []
+    assert [key for key in flat if held_out_set(key)] == ["evaluation/set/x/reward_mean"]

@@ -10,7 +10,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,15 @@ from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.packing import RankPlan, UpdatePlan, plan_update
 from rlhf_ray.learner.remote.commands import UpdateResult
 from rlhf_ray.learner.trained_model import TrainedModel
-from rlhf_ray.types import Device
+from rlhf_ray.types import Device, ScoredGroup
 from rlhf_ray.weight_sync import buckets as weight_buckets
 from rlhf_ray.weight_sync.buckets import ByteArray, full_tensor
 from rlhf_ray.weight_sync.manifest import BucketLayout
 
 VOCABULARY = 64
 MAX_NEW_TOKENS = 12
+NEWEST, MAX_STALENESS = 7, 3
+"""Version of the policy that is trained on rollouts of several turns, and the bound of their staleness."""
 AGGREGATIONS = ("token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm")
 WALL_TIMES = ("advantage_s", "update_s")
 
@@ -71,6 +73,8 @@ class Scenario:
     """A sequence with a number that is not finite, which changes nothing else: the reward of its greedy completion."""
     packed: bool = False
     """Whether microbatches are packed rows, which attention by cumulative lengths reads."""
+    groups: Callable[[int], Sequence[ScoredGroup]] | None = None
+    """Seed -> rollouts of several turns, which an update is made from; unset: random completions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,11 +329,14 @@ def plan_of(batch: SequenceBatch, scenario: Scenario, seed: int) -> UpdatePlan:
         attention_length=1536.0,
         packed=scenario.packed,
         seed=seed,
+        of_trajectory=batch.of_trajectory.tolist(),
     )
 
 
 def batch_of(scenario: Scenario, number: int) -> SequenceBatch:
     """All sequences of the run's update ``number``, from 0."""
+    if scenario.groups is not None:
+        return SequenceBatch.from_groups(scenario.groups(100 + number), version=NEWEST, max_staleness=MAX_STALENESS)
     batch = make_batch(scenario.num_sequences, seed=100 + number, masked=scenario.masked, stale=scenario.stale)
     if scenario.spoiled is not None:
         indices = np.arange(scenario.num_sequences)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 
 from rlhf_ray.learner.batch import SequenceBatch
-from rlhf_ray.types import Prompt, RolloutGroup, ScoredGroup, Trajectory, Turn, VersionSpan
+from rlhf_ray.types import FurtherSequence, Prompt, RolloutGroup, ScoredGroup, Trajectory, Turn, VersionSpan
 
 
 def scored_group(group_id: int, prompt: list[int], completions: list[tuple[list[int], str]]) -> ScoredGroup:
@@ -105,8 +105,11 @@ def test_from_groups_keeps_the_narrow_types_that_travel() -> None:
 
     assert batch.token_ids.dtype == batch.prompt_lengths.dtype == batch.completion_lengths.dtype == np.int32
     assert batch.lengths.dtype == batch.sampled_lengths.dtype == batch.loss_lengths.dtype == np.int32
-    assert batch.sampling_logprobs.dtype == batch.token_rewards.dtype == batch.rewards.dtype == np.float32
-    assert batch.sampled.dtype == batch.loss_mask.dtype == np.bool_
+    assert batch.turn_ids.dtype == batch.staleness.dtype == np.int32
+    assert batch.sampling_logprobs.dtype == batch.rewards.dtype == batch.greedy_rewards.dtype == np.float32
+    assert batch.loss_mask.dtype == np.bool_
+    # Wide: rewards of turns add up to a float32 reward exactly.
+    assert batch.token_rewards.dtype == np.float64
 
 
 def test_select_takes_ragged_pieces_in_the_order_asked_for() -> None:
@@ -143,7 +146,10 @@ def test_a_rank_without_work_gets_an_empty_batch_of_the_same_types() -> None:
 
 
 def two_turns() -> ScoredGroup:
-    """``3 4``, observed ``5 6 7``, ``8``, with a reward of 0.25 for the first turn; and a completion of one turn."""
+    """``3 4``, observed ``5 6 7``, ``8``, with a reward of 0.25 for the first turn; and a completion of one turn.
+
+    The environment's weight is 2.
+    """
     trajectory = Trajectory(
         token_ids=np.asarray([3, 4, 5, 6, 7, 8], dtype=np.int32),
         sampling_logprobs=np.asarray([-1, -2, 0, 0, 0, -3], dtype=np.float32),
@@ -161,7 +167,8 @@ def two_turns() -> ScoredGroup:
     return replace(
         group,
         group=replace(group.group, trajectories=trajectories),
-        rewards=np.asarray([1.0, 2.0], dtype=np.float32),
+        rewards=np.asarray([1.5, 2.0], dtype=np.float32),
+        environment_weight=2.0,
     )
 
 
@@ -169,12 +176,13 @@ def test_observed_tokens_enter_no_loss_and_have_no_reward_and_no_staleness() -> 
     batch = SequenceBatch.from_groups([two_turns()], version=5, max_staleness=1).select([0])
 
     assert batch.completion_lengths.tolist() == [6]
+    assert batch.turn_ids.tolist() == [0, 0, -1, -1, -1, 1]
     assert batch.sampled.tolist() == [True, True, False, False, False, True]
     assert batch.loss_mask.tolist() == [False, True, False, False, False, True]
     assert batch.staleness.tolist() == [2, 1, 0, 0, 0, 0]
-    assert batch.token_rewards.tolist() == [0, 0.25, 0, 0, 0, 1]
+    assert batch.token_rewards.tolist() == [0, 0.5, 0, 0, 0, 1]
     assert (batch.sampled_lengths.tolist(), batch.loss_lengths.tolist()) == ([3], [2])
-    assert batch.rewards.tolist() == [1.25]
+    assert batch.rewards.tolist() == [1.5]
     assert batch.on_policy.tolist() == [False]
 
 
@@ -183,9 +191,9 @@ def test_new_rewards_of_whole_trajectories_leave_those_of_turns_where_they_are()
 
     shaped = batch.with_rewards(np.asarray([5.0, 7.0], dtype=np.float32), scale=2.0)
 
-    assert shaped.token_rewards.tolist() == [0, 0.5, 0, 0, 0, 4.5, 0, 7]
+    assert shaped.token_rewards.tolist() == [0, 1, 0, 0, 0, 4, 0, 7]
     assert shaped.rewards.tolist() == [5, 7]
-    assert batch.rewards.tolist() == [1.25, 2]
+    assert batch.rewards.tolist() == [1.5, 2]
 
 
 def test_a_completion_of_one_turn_has_its_reward_at_its_last_token_bit_for_bit() -> None:
@@ -198,5 +206,85 @@ def test_a_completion_of_one_turn_has_its_reward_at_its_last_token_bit_for_bit()
     )
 
     assert batch.rewards.tobytes() == rewards.tobytes()
-    assert batch.token_rewards[[2, 3, 5]].tobytes() == rewards.tobytes()
+    assert batch.token_rewards[[2, 3, 5]].astype(np.float32).tobytes() == rewards.tobytes()
     assert batch.select([2, 0]).rewards.tobytes() == rewards[[2, 0]].tobytes()
+
+
+def rewritten_history() -> ScoredGroup:
+    """The first trajectory goes on after ``7``: it samples ``8``, observes ``5``, samples ``4``, and is cut then."""
+    further = Trajectory(
+        token_ids=np.asarray([8, 5, 4], dtype=np.int32),
+        sampling_logprobs=np.asarray([-4, 0, -5], dtype=np.float32),
+        turns=(Turn(start=0, end=1, reward=0.5), Turn(start=2, end=3, reward=-1.0)),
+        version_spans=(VersionSpan(version=5, start=0, end=1), VersionSpan(version=5, start=2, end=3)),
+        asked_version=5,
+        finish_reason="stop",
+    )
+    group = two_turns()
+    first, second = group.group.trajectories
+    sequence = FurtherSequence(prompt_token_ids=np.asarray([7], dtype=np.int32), trajectory=further)
+    first = replace(first, finish_reason="turns", further=(sequence,))
+    return replace(group, group=replace(group.group, trajectories=(first, second)))
+
+
+def test_a_trajectory_has_a_row_for_each_of_its_sequences() -> None:
+    batch = SequenceBatch.from_groups([rewritten_history(), two_turns()], version=5, max_staleness=2)
+
+    assert batch.select([0, 1, 2]).token_ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 7, 8, 5, 4, 1, 2, 9, 9]
+    assert batch.prompt_lengths.tolist() == [2, 1, 2, 2, 2]
+    assert batch.completion_lengths.tolist() == [6, 3, 2, 6, 2]
+    assert batch.trajectory_ids.tolist() == batch.of_trajectory.tolist() == [0, 0, 1, 2, 3]
+    assert batch.last_sequences.tolist() == [1, 2, 3, 4]
+    assert batch.turn_ids.tolist()[:11] == [0, 0, -1, -1, -1, 1, 2, -1, 3, 0, 0]
+    # The continuation of the first sequence is the second, which is where the limit cut.
+    assert batch.truncated.tolist() == [False, True, False, False, False]
+    assert batch.on_policy.tolist() == [False, True, False, False, False]
+    # Twice 0.25 and 0.5 for turns; of 1.5 in all that leaves 0, whatever the last turn had.
+    assert batch.token_rewards.tolist()[:11] == [0, 0.5, 0, 0, 0, 0, 1, 0, 0, 0, 2]
+    assert batch.rewards.tolist() == [1.5, 2, 1.5, 2]
+    assert batch.per_trajectory(batch.sampled_lengths).tolist() == [5, 2, 3, 2]
+
+
+def test_new_rewards_are_left_to_the_last_sequence_of_a_trajectory() -> None:
+    batch = SequenceBatch.from_groups([rewritten_history()], version=5, max_staleness=2)
+
+    shaped = batch.with_rewards(np.asarray([5.0, 7.0], dtype=np.float32), scale=2.0)
+
+    assert shaped.token_rewards.tolist() == [0, 1, 0, 0, 0, 0, 2, 0, 2, 0, 7]
+    assert shaped.rewards.tolist() == [5, 7]
+
+
+def test_a_last_sequence_without_a_sampled_token_leaves_the_reward_to_the_one_before() -> None:
+    batch = SequenceBatch.from_groups([rewritten_history()], version=5, max_staleness=2)
+    batch = replace(batch, turn_ids=np.where(np.arange(11) < 6, batch.turn_ids, -1), token_rewards=np.zeros(11))
+
+    assert batch.with_rewards(np.asarray([5.0, 7.0], dtype=np.float32)).token_rewards.tolist()[5] == 5
+    assert batch.with_rewards(np.asarray([5.0, 7.0], dtype=np.float32)).rewards.tolist() == [5, 0]
+
+
+def test_the_reward_of_a_turn_without_tokens_is_left_to_the_end() -> None:
+    group = two_turns()
+    first = group.group.trajectories[0]
+    turns = (first.turns[0], Turn(start=3, end=3, reward=9.0), first.turns[1])
+    trajectories = (replace(first, turns=turns), group.group.trajectories[1])
+
+    batch = SequenceBatch.from_groups(
+        [replace(group, group=replace(group.group, trajectories=trajectories))], version=5, max_staleness=2
+    )
+
+    assert batch.token_rewards.tolist() == [0, 0.5, 0, 0, 0, 1, 0, 2]
+
+
+def test_rewards_of_turns_that_cancel_leave_exactly_the_reward() -> None:
+    group = rewritten_history()
+    first = group.group.trajectories[0]
+    turns = tuple(replace(turn, reward=reward) for turn, reward in zip(first.turns, (0.1, 0.7), strict=True))
+    for reward in (0.0, 0.3, -1.1):
+        changed = replace(
+            group,
+            group=replace(group.group, trajectories=(replace(first, turns=turns), group.group.trajectories[1])),
+            rewards=np.asarray([reward, 2.0], dtype=np.float32),
+            environment_weight=1 / 3,
+        )
+        batch = SequenceBatch.from_groups([changed], version=5, max_staleness=2)
+        assert batch.rewards.tolist() == [np.float32(reward), 2.0]

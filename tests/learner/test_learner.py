@@ -879,7 +879,7 @@ def test_first_tokens_that_are_left_out_are_as_part_of_the_prompt(
         completion_lengths=batch.completion_lengths - starts,
         **{
             name: getattr(batch, name)[in_loss]
-            for name in ("sampled", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
+            for name in ("turn_ids", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
         },
     )
     outcomes = []
@@ -910,7 +910,7 @@ def two_turn_batch() -> SequenceBatch:
     assert 2 <= observed.sum() < 4
     return replace(
         batch,
-        sampled=~observed,
+        turn_ids=np.where(observed, -1, np.cumsum(observed)).astype(np.int32),
         loss_mask=~observed,
         sampling_logprobs=sampling,
         token_rewards=rewards,

@@ -241,3 +241,61 @@ def test_no_rank_has_a_long_sequence_more_to_do_than_another(ranks: int) -> None
 
 def test_attention_costs_what_the_rest_does_at_twelve_hidden_sizes() -> None:
     assert attention_length(128) == 1536.0
+
+
+def of_trajectories(n: int, seed: int = 0) -> list[int]:
+    """Trajectory of each of ``n`` sequences: runs of 1 to 4."""
+    rng = np.random.default_rng(seed)
+    return np.repeat(np.arange(n), rng.integers(1, 5, size=n))[:n].tolist()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("ranks", "minibatches"), [(1, 1), (2, 3), (3, 2)])
+def test_sequences_of_a_trajectory_stay_together_in_order(ranks: int, minibatches: int, packed: bool) -> None:
+    lengths, completions = lengths_of(40)
+    of = of_trajectories(40)
+    plan = plan_of(lengths, completions, num_ranks=ranks, num_minibatches=minibatches, packed=packed, of_trajectory=of)
+
+    held = [index for share in plan.sequences for index in share]
+    assert sorted(held) == list(range(40))
+    # Adjacent and in order, as they are in the batch.
+    for share in plan.sequences:
+        runs = [list(own) for _, own in itertools.groupby(share, key=lambda i: of[i])]
+        assert all(run == [i for i in range(40) if of[i] == of[run[0]]] for run in runs)
+    members = [{of[i] for i in minibatch_members(plan, index)} for index in range(minibatches)]
+    assert sum(map(len, members)) == len(set(of)) == len(set.union(*members))
+    assert max(map(len, members)) - min(map(len, members)) <= 1
+    for index in range(minibatches):
+        wanted = sorted(sum(n for n, t in zip(completions, of, strict=True) if t == own) for own in members[index])
+        for share in plan.ranks:
+            assert sorted(share.minibatches[index].completion_lengths) == wanted
+    for rank, share in enumerate(plan.ranks):
+        for microbatch in (m for minibatch in share.minibatches for m in minibatch.microbatches):
+            own = [lengths[plan.sequences[rank][local]] for local in microbatch]
+            assert (sum(own) if packed else max(own, default=0) * len(own)) <= 32 or len(own) == 1
+
+
+def test_a_trajectory_may_be_longer_than_a_microbatch() -> None:
+    plan = plan_of([8, 3, 8, 5], num_minibatches=1, max_tokens=8, packed=True, of_trajectory=[0, 0, 0, 1])
+
+    assert plan.sequences == ((0, 1, 2, 3),)
+    # Longest first: 8, 8, then 5 with 3.
+    assert plan.ranks[0].minibatches[0].microbatches == ((0,), (2,), (3, 1))
+    assert plan.ranks[0].minibatches[0].completion_lengths in ((19, 5), (5, 19))
+
+
+def test_ranks_get_the_same_work_where_trajectories_differ_in_sequences() -> None:
+    # One trajectory of three sequences of 10 against three of one.
+    plan = plan_of([10] * 6, num_minibatches=1, num_ranks=2, of_trajectory=[0, 1, 1, 1, 2, 3])
+
+    assert plan.sequences == ((1, 2, 3), (0, 4, 5))
+
+
+@pytest.mark.parametrize(("n", "ranks", "minibatches"), SPLITS)
+def test_trajectories_of_one_sequence_are_planned_as_sequences(n: int, ranks: int, minibatches: int) -> None:
+    lengths, completions = lengths_of(n)
+    arguments = {"num_ranks": ranks, "num_minibatches": minibatches, "num_epochs": 2}
+
+    assert plan_of(lengths, completions, of_trajectory=list(range(n)), **arguments) == plan_of(
+        lengths, completions, **arguments
+    )

@@ -141,3 +141,28 @@ def test_misuse_is_refused():
     for max_length in (None, 0):
         with pytest.raises(ValueError, match=f"max_length = {max_length}"):
             global_normalizer([3], "seq_mean_token_sum_norm", max_length=max_length)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rows_of_a_trajectory_add_up_to_one_row_of_all_its_tokens(mode):
+    # Of two trajectories the first has rows of 3 and 1 tokens, which may lie in two calls, and one without tokens.
+    rows = torch.tensor([[1.0, 2.0, 3.0], [8.0, 50.0, 50.0], [50.0, 50.0, 50.0], [4.0, 6.0, 50.0]], requires_grad=True)
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    joined = torch.tensor([[1.0, 2.0, 3.0, 8.0], [4.0, 6.0, 0.0, 0.0]], requires_grad=True)
+    count = global_normalizer([4, 2], mode, max_length=4)
+    whole = aggregate(joined, torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), mode, count)
+    share = torch.tensor([3 / 4, 1 / 4, 0.0, 1.0]) if mode == "seq_mean_token_mean" else torch.ones(4)
+    normalizer = count / share
+    parts = [aggregate(rows[i : i + 2], mask[i : i + 2], mode, normalizer[i : i + 2]) for i in (0, 2)]
+    (sum(parts)).backward()
+    whole.backward()
+    assert sum(parts).item() == pytest.approx(whole.item())
+    wanted = torch.stack(
+        [joined.grad[0, :3], torch.tensor([joined.grad[0, 3], 0, 0]), torch.zeros(3), joined.grad[1, :3]]
+    )
+    torch.testing.assert_close(rows.grad, wanted * mask)
+
+
+def test_a_normalizer_of_other_rows_is_refused():
+    with pytest.raises(ValueError, match=r"normalizer \(2,\) does not fit 3 rows"):
+        aggregate(X, MASK, "token_mean", torch.ones(2))

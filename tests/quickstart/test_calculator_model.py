@@ -6,18 +6,20 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from rlhf_ray.environments.environment import Action
-from rlhf_ray.quickstart import calculator_model_path, model_path
+from rlhf_ray.quickstart import CALCULATOR as PRESET
+from rlhf_ray.quickstart import model_path
 from rlhf_ray.quickstart.calculator import Calculator, eval_rows
 from rlhf_ray.quickstart.make_model import CALCULATOR, measure
 from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID, PAD_TOKEN_ID
 
-MAX_TURNS = 4
-MAX_TURN_TOKENS = 8
+MODEL_PATH = PRESET["model.path"]
+MAX_TURNS = PRESET["environment.max_turns"]
+MAX_TURN_TOKENS = PRESET["environment.max_turn_tokens"]
 
 
 @pytest.fixture(scope="module")
 def model() -> Qwen2ForCausalLM:
-    return AutoModelForCausalLM.from_pretrained(calculator_model_path(), dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype=torch.float32)
 
 
 class Play:
@@ -60,8 +62,15 @@ def play_greedily(model: Qwen2ForCausalLM, rows: list[dict[str, str]]) -> list[P
     return plays
 
 
+def test_a_trajectory_of_the_most_and_longest_turns_fits() -> None:
+    assert max(len(row["prompt"]) for row in eval_rows()) <= PRESET["rollouts.max_prompt_tokens"]
+    longest_observation = len("1998;")
+    longest = MAX_TURNS * MAX_TURN_TOKENS + (MAX_TURNS - 1) * longest_observation
+    assert longest <= PRESET["rollouts.max_new_tokens"]
+
+
 def test_it_differs_from_the_model_for_sums_in_nothing_but_its_weights(model: Qwen2ForCausalLM) -> None:
-    here, there = Path(calculator_model_path()), Path(model_path())
+    here, there = Path(MODEL_PATH), Path(model_path())
     assert {path.name for path in here.iterdir()} == {path.name for path in there.iterdir()}
     differing = {path.name for path in here.iterdir() if path.read_bytes() != (there / path.name).read_bytes()}
     assert differing == {"model.safetensors", "README.md"}
@@ -70,7 +79,7 @@ def test_it_differs_from_the_model_for_sums_in_nothing_but_its_weights(model: Qw
 
 
 def test_the_weights_are_stored_in_float32_and_finite() -> None:
-    stored = AutoModelForCausalLM.from_pretrained(calculator_model_path(), dtype="auto")
+    stored = AutoModelForCausalLM.from_pretrained(MODEL_PATH, dtype="auto")
     assert {parameter.dtype for parameter in stored.parameters()} == {torch.float32}
     assert all(parameter.isfinite().all() for parameter in stored.parameters())
 
@@ -89,7 +98,7 @@ def test_held_out_accuracy_is_what_the_card_says_and_leaves_room_to_learn(model:
     accuracy = measure(model, eval_rows(), CALCULATOR)
     assert accuracy.greedy <= 0.6
     assert accuracy.sampled >= 0.2
-    card = (Path(calculator_model_path()) / "README.md").read_text()
+    card = (Path(MODEL_PATH) / "README.md").read_text()
     assert [float(number) for number in re.findall(r"\b0\.\d{3}\b", card)] == pytest.approx(
         [accuracy.sampled, accuracy.greedy], abs=0.005
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,18 @@ from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
 from rlhf_ray.reporting import RunDirectory, flatten
 from rlhf_ray.reporting.completions import CompletionsReporter
 from rlhf_ray.reporting.jsonl import JsonlReporter
-from rlhf_ray.types import Float32Array, Prompt, PromptText, RolloutGroup, ScoredGroup, Trajectory, VersionSpan
+from rlhf_ray.types import (
+    ChatMessage,
+    Float32Array,
+    FurtherSequence,
+    Prompt,
+    PromptText,
+    RolloutGroup,
+    ScoredGroup,
+    Trajectory,
+    Turn,
+    VersionSpan,
+)
 
 HOSTILE = (
     "</script><script>window.hacked = 'script'</script>",
@@ -116,4 +128,75 @@ def _completion(text: str, finish: str) -> Trajectory:
         ),
         asked_version=3,
         finish_reason=finish,
+    )
+
+
+def tries(*, further: Sequence[str] = ()) -> ScoredGroup:
+    """Guesses of a number as texts: ``4``, observed ``no``, ``7``; then texts of further sequences for 0.25 each."""
+    observed = ({"role": "user", "content": "no"},)
+    turns = (Turn(start=0, end=1, reward=-0.5, observation=observed), Turn(start=3, end=4, reward=1.0))
+    first = _trajectory(b"4no7", [-0.5, 0.0, 0.0, -0.25], turns, versions=(3, 4))
+    sequences = tuple(
+        FurtherSequence(
+            prompt_token_ids=np.asarray([1, 2, 3], dtype=np.int32),
+            trajectory=_trajectory(
+                text.encode(), [-1.0] * len(text), (Turn(start=0, end=len(text), reward=0.25),), versions=(2,)
+            ),
+        )
+        for text in further
+    )
+    return _played("guess", "Guess: ", replace(first, further=sequences), "4no7")
+
+
+def tool_chat(*, arguments: str = '{"sum": "37+58"}', name: str = "calculator", answer: str = "95") -> ScoredGroup:
+    """A chat in which the policy calls a tool, is answered ``95``, and says so."""
+    call = f"<tool_call>{name}</tool_call>".encode()
+    said = answer.encode("utf-8", "replace")
+    ids = [*call, EOS_TOKEN_ID, *b"\ntool: ", *said, *b"\nassistant: ", *b"It is 95.", EOS_TOKEN_ID]
+    second = len(ids) - len(b"It is 95.") - 1
+    message: ChatMessage = {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [{"type": "function", "function": {"name": name, "arguments": arguments}}],
+    }
+    turns = (
+        Turn(start=0, end=len(call) + 1, message=message, observation=({"role": "tool", "content": answer},)),
+        Turn(start=second, end=len(ids), reward=1.0, message={"role": "assistant", "content": "It is 95."}),
+    )
+    logprobs = [-0.5 if index <= len(call) or index >= second else 0.0 for index in range(len(ids))]
+    trajectory = _trajectory(ids, logprobs, turns, versions=(3, 4))
+    chat = [{"role": "user", "content": "What is 37+58?"}]
+    return _played("shop", chat, trajectory, bytes(i for i in ids if i < EOS_TOKEN_ID).decode())
+
+
+def _trajectory(
+    ids: Iterable[int], logprobs: Sequence[float], turns: Sequence[Turn], *, versions: Sequence[int]
+) -> Trajectory:
+    return Trajectory(
+        token_ids=np.asarray(list(ids), dtype=np.int32),
+        sampling_logprobs=np.asarray(logprobs, dtype=np.float32),
+        turns=tuple(turns),
+        version_spans=tuple(
+            VersionSpan(version=version, start=turn.start, end=turn.end)
+            for version, turn in zip(versions, turns, strict=True)
+        ),
+        asked_version=3,
+        finish_reason="turns",
+    )
+
+
+def _played(environment: str, prompt: PromptText, trajectory: Trajectory, text: str) -> ScoredGroup:
+    rewards = np.asarray([trajectory.environment_reward], dtype=np.float32)
+    return ScoredGroup(
+        group=RolloutGroup(
+            group_id=9,
+            prompt=Prompt(prompt_id=9, token_ids=np.asarray([1], dtype=np.int32), text=prompt),
+            trajectories=(trajectory,),
+            replica_id="replica",
+            environment=environment,
+        ),
+        rewards=rewards,
+        rewards_by_function={"environment": rewards},
+        texts=(text,),
+        reward_s=0.01,
     )

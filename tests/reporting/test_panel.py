@@ -75,6 +75,43 @@ def test_the_panel_shows_what_matters() -> None:
     assert "learner restarts" not in text
 
 
+def with_environments() -> Progress:
+    progress = Progress(name="run", iterations=40)
+    played = {
+        "guess": {"reward_mean": 0.625, "steps_mean": 2.5, "step_s": 0.0125, "failures": {"raised": 2}},
+        "[red]{shop}[/]": {"reward_mean": -1.5, "steps_mean": 4.0, "failures": {"raised": 1, "timeout": 4}},
+        "broken": {"failures": {"raised": 1}},
+    }
+    result = full_result(1)
+    result["rollouts"]["turns_mean"] = 3.25
+    progress.record(flatten(result | {"environment": played}))
+    return progress
+
+
+def test_environments_have_rows_of_their_own() -> None:
+    lines = drawn(with_environments())
+    (guess,) = [line for line in lines if "guess" in line]
+    (shop,) = [line for line in lines if "[red]{shop}[/]" in line]
+    assert "reward 0.625  turns 2.50  seconds per step 0.0125" in guess
+    assert "reward -1.50  turns 4 " in shop
+    assert "seconds" not in shop
+    assert not any("broken" in line for line in lines)
+    assert any("reward failures 2  environment failures 8" in line for line in lines)
+    assert {len(line) for line in lines} == {80}
+
+
+def test_without_environments_there_are_no_turns() -> None:
+    progress = Progress(name="run", iterations=40)
+    progress.record(flatten({"training_iteration": 1, "rollouts": {"reward_mean": 0.5, "turns_mean": 1.0}}))
+    assert "turns" not in "\n".join(drawn(progress)) + plain_line(progress)
+
+
+def test_the_plain_line_has_turns_and_rewards_of_environments() -> None:
+    line = plain_line(with_environments())
+    assert "reward 0.0333  guess 0.625  [red]{shop}[/] -1.50  held-out 0.510" in line
+    assert "length 1.4k  turns 3.25" in line.replace("length 1432", "length 1.4k")
+
+
 def test_a_narrow_panel_still_has_its_frame() -> None:
     assert {len(line) for line in drawn(after(3), width=40)} == {40}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from chromium import NAMES, Chromium, find_chromium
-from report_runs import HOSTILE, SETTINGS, additions, group, iteration, iterations, write_run
+from report_runs import HOSTILE, SETTINGS, additions, group, iteration, iterations, tool_chat, tries, write_run
 
 from rlhf_ray.reporting.report import write_report
 
@@ -54,9 +54,12 @@ def hostile_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("hostile") / "<img src=x onerror=alert(1)>"
     groups = [group(number, text, [text, text], [0.0, 1.0]) for number, text in enumerate(HOSTILE)]
     chat = [{"role": "<script>alert(1)</script>", "content": HOSTILE[1]}]
+    calls = [tool_chat(arguments=text, name=text, answer=text) for text in HOSTILE]
     results = [iteration(1) | {"evaluation": {HOSTILE[1]: {"reward_mean": 0.5}}}]
     settings = {"algorithm": HOSTILE[0], "data": {"path": HOSTILE[1]}, HOSTILE[0]: {HOSTILE[1]: HOSTILE[2]}}
-    path = write_run(folder, settings=settings, results=results, tables={1: [group(99, chat, ["x"], [1.0]), *groups]})
+    path = write_run(
+        folder, settings=settings, results=results, tables={1: [group(99, chat, ["x"], [1.0]), *groups, *calls]}
+    )
     return write_report([path]).as_uri()
 
 
@@ -97,7 +100,7 @@ def test_the_page_draws_its_charts_without_a_complaint(browser: Chromium, one_ru
 
 
 @pytest.mark.parametrize("width", [390, 1280])
-@pytest.mark.parametrize("runs", ["one_run", "three_runs", "hostile_run"])
+@pytest.mark.parametrize("runs", ["one_run", "three_runs", "hostile_run", "episodes"])
 def test_nothing_is_wider_than_the_screen(
     browser: Chromium, runs: str, width: int, request: pytest.FixtureRequest
 ) -> None:
@@ -147,6 +150,60 @@ def test_a_token_that_is_clicked_tells_its_numbers(browser: Chromium, one_run: s
     assert text(browser, "#tooltip div") == "no text of its own: a special token, or part of a character"
     browser.click("h2")
     assert browser.evaluate("document.querySelector('#tooltip').hidden")
+
+
+@pytest.fixture(scope="module")
+def episodes(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Address of the page of a run of environments: a chat with a tool, and texts whose history is rewritten."""
+    nan = np.nan
+    chat = tool_chat()
+    (trajectory,) = chat.group.trajectories
+    of_chat = np.where(trajectory.loss_mask, np.linspace(-1, 1, len(trajectory.token_ids)), nan)
+    advantages = [of_chat, np.asarray([1, nan, nan, 2]), np.asarray([-1, -2])]
+    path = write_run(
+        tmp_path_factory.mktemp("episodes") / "run",
+        tables={5: [chat, tries(further=("ab",))]},
+        advantages=[one.astype(np.float32) for one in advantages],
+    )
+    return write_report([path]).as_uri()
+
+
+def test_a_trajectory_is_a_conversation(browser: Chromium, episodes: str) -> None:
+    browser.open(episodes)
+    parts = "[...document.querySelectorAll('[data-place=\"%d\"] .conversation > *')].map((one) => one.textContent)"
+    assert browser.evaluate(parts % 0) == [
+        'turn 1 reward 0<tool_call>calculator</tool_call>tool call calculator{"sum": "37+58"}',
+        "tool\ntool: 95\nassistant: ",
+        "turn 2 reward 1It is 95.",
+    ]
+    assert browser.evaluate(parts % 1) == [
+        "turn 1 reward \u22120.5004",
+        "observedno",
+        "turn 2 reward 17",
+        "history rewritten: a prompt of 3 tokens",
+        "turn 3 reward 0.250ab",
+    ]
+    facts = "[...document.querySelectorAll('[data-place=\"1\"] .facts .fact')].map((one) => one.textContent)"
+    assert browser.evaluate(facts) == ["guess", "3 turns", "6 tokens", "2 observed", "no turns left", "version 2"]
+    assert not browser.evaluate("document.querySelector('.call').open")
+    browser.click(".call summary")
+    assert browser.evaluate("document.querySelector('.call').open")
+    assert browser.complaints() == []
+
+
+def test_observed_tokens_have_no_color_and_say_so(browser: Chromium, episodes: str) -> None:
+    browser.open(episodes)
+    shades = (
+        "[...document.querySelectorAll('[data-place=\"1\"] .token')].map((one) => one.style.backgroundColor !== '')"
+    )
+    for coloring in ("advantage", "logprob", "version", "group"):
+        browser.choose("color by", coloring)
+        assert browser.evaluate(shades) == [True, False, False, True, True, True], coloring
+    browser.click('[data-place="1"] .observation .token')
+    told = "[...document.querySelectorAll('#tooltip div')].map((one) => one.textContent)"
+    assert browser.evaluate(told) == ['"n"', "token 110", "observed, not sampled"]
+    browser.click('[data-place="1"] .turn .token')
+    assert "advantage +1" in browser.evaluate(told)
 
 
 def test_a_token_that_is_touched_keeps_telling_its_numbers(browser: Chromium, one_run: str) -> None:

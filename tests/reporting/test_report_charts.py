@@ -53,3 +53,13 @@ def test_one_reward_function_is_the_reward_itself() -> None:
     assert chart_contents(["rewards/style/mean"])[0] == []
     ((chart,), _) = chart_contents(["rewards/style/mean", "rewards/correct/mean"])
     assert [curve["label"] for curve in chart["curves"]] == ["correct", "style"]
+
+
+def test_environments_have_charts_of_their_own() -> None:
+    drawn, missing = chart_contents(["environment/guess/reward_mean", "environment/guess/steps_mean"])
+    assert [(chart["title"], chart["curves"][0]["label"]) for chart in drawn] == [
+        ("Rewards of environments", "guess"),
+        ("Turns", "guess"),
+    ]
+    assert not {"Rewards of environments", "Turns"} & set(chart_contents(["learner/entropy"])[1])
+    assert "Reward" in missing

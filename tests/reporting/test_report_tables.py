@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from report_runs import additions, group, write_run
+from report_runs import additions, group, tool_chat, tries, write_run
 
 from rlhf_ray.reporting.report.tables import MAX_COMPLETIONS, Tables, read_tables, spread
 
@@ -51,6 +52,101 @@ def test_a_table_as_the_page_reads_it(tmp_path: Path) -> None:
     # A completion that was left out of the loss has none; a small one is not rounded away.
     assert "advantages" not in table["rows"][2]
     assert last["advantages"] == [0.0, 0.0, 1e-5]
+
+
+def test_a_trajectory_as_the_page_reads_it(tmp_path: Path) -> None:
+    nan = math.nan
+    advantages = [np.asarray(values, dtype=np.float32) for values in ([0.5, nan, nan, 1.0], [2.0, -1.0])]
+    path = write_run(tmp_path / "run", tables={5: [tries(further=("ab",))]}, advantages=advantages)
+    (row,) = the_table(path)["rows"]
+    assert row == {
+        "group": 0,
+        "reward": 0.75,
+        "functions": {},
+        "finish": "turns",
+        "tokens": 6,
+        "version": 2,
+        "environment": "guess",
+        "ids": [ord(letter) for letter in "4no7ab"],
+        "texts": list("4no7ab"),
+        "logprobs": [-0.5, None, None, -0.25, -1.0, -1.0],
+        "versions": [3, None, None, 4, 2, 2],
+        "advantages": [0.5, None, None, 1.0, 2.0, -1.0],
+        "numTurns": 3,
+        "numObserved": 2,
+        "segments": [
+            {"start": 0, "sequence": 0, "turn": 0, "observed": False},
+            {"start": 1, "sequence": 0, "turn": 0, "observed": True},
+            {"start": 3, "sequence": 0, "turn": 1, "observed": False},
+            {"start": 4, "sequence": 1, "turn": 2, "observed": False},
+        ],
+        "turns": {"0": {"reward": -0.5}, "1": {"reward": 1.0}, "2": {"reward": 0.25}},
+        "furtherPrompts": [3],
+    }
+
+
+def test_tool_calls_and_who_answered(tmp_path: Path) -> None:
+    (row,) = the_table(write_run(tmp_path / "run", tables={1: [tool_chat()]}))["rows"]
+    assert row["turns"] == {
+        "0": {"reward": 0.0, "calls": [{"name": "calculator", "arguments": '{"sum": "37+58"}'}], "roles": ["tool"]},
+        "1": {"reward": 1.0},
+    }
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        "not json",
+        "null",
+        "[1, 2, 3]",
+        "[" * 100_000,
+        '[{"role": "assistant"}]',
+        '[{"role": "assistant", "tool_calls": 1}, {"role": "tool"}, {}]',
+        '[{"role": "assistant", "tool_calls": [1, {"function": 2}]}, {"role": "tool"}, {}]',
+    ],
+)
+def test_messages_that_cannot_be_read_are_left_out(tmp_path: Path, messages: str) -> None:
+    path = write_run(tmp_path / "run", tables={5: [tool_chat()]})
+    rewrite(path, messages=messages)
+    (row,) = the_table(path)["rows"]
+    assert len(row["segments"]) == 3
+    assert "calls" not in row["turns"]["0"]
+
+
+def test_a_call_is_cut_and_a_turn_has_so_many_of_them(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", tables={5: [tool_chat()]})
+    call = {"function": {"name": "n" * 5000, "arguments": {"a": "x" * 5000}}}
+    messages = [{"role": "assistant", "tool_calls": [call] * 50}, {"role": "tool"}, {"role": "assistant"}]
+    rewrite(path, messages=json.dumps(messages))
+    calls = the_table(path)["rows"][0]["turns"]["0"]["calls"]
+    assert len(calls) == 16
+    assert calls[0]["arguments"].startswith('{"a": "xxx')
+    assert max(len(text) for one in calls for text in one.values()) < 1010
+
+
+def test_lists_of_turns_that_do_not_fit_the_tokens_are_no_conversation(tmp_path: Path) -> None:
+    path = write_run(tmp_path / "run", tables={5: [tries()]})
+    rewrite(path, turn=[0])
+    (row,) = the_table(path)["rows"]
+    assert "segments" not in row
+    assert row["texts"] == list("4no7")
+
+
+def test_the_middle_of_a_long_conversation_is_left_out(tmp_path: Path) -> None:
+    text = "".join(chr(ord("a") + number % 26) for number in range(2500))
+    path = write_run(tmp_path / "run", tables={1: [tries(further=(text, "end"))]})
+    (row,) = the_table(path)["rows"]
+    assert row["omitted"] == {"at": 1000, "count": 507}
+    assert len(row["texts"]) == 2000
+    assert [segment["start"] for segment in row["segments"]] == [0, 1, 3, 4, 1997]
+    assert row["segments"][-1]["sequence"] == 2
+
+
+def rewrite(path: Path, **values: object) -> None:
+    """Change the only row of the table."""
+    file = path / "completions" / "step_000005.parquet"
+    (row,) = pq.read_table(file).to_pylist()
+    pq.write_table(pa.Table.from_pylist([row | values], schema=pq.read_schema(file)), file)
 
 
 def test_an_old_table_has_texts_and_rewards(tmp_path: Path) -> None:

@@ -38,6 +38,19 @@ def test_every_lane_is_a_process_with_its_name() -> None:
     }
 
 
+def test_lanes_are_in_the_order_of_their_numbers() -> None:
+    lanes = ["replica x", "environment worker 10", "reward worker 0", "environment worker 2", "learner 0"]
+    events = trace_events([span(lane, "step", 0, 1) for lane in lanes])
+
+    assert [event["args"]["name"] for event in events if event["ph"] == "M"] == [
+        "environment worker 2",
+        "environment worker 10",
+        "learner 0",
+        "replica x",
+        "reward worker 0",
+    ]
+
+
 def test_what_lies_within_another_shares_its_row() -> None:
     assert rows(span("l", "update", 0, 3), span("l", "first half", 0, 1), span("l", "second half", 1, 3)) == {
         "update": 0,

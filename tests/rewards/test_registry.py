@@ -18,6 +18,7 @@ def build(name: str, **arguments: object) -> object:
 
 def test_the_public_names_are_the_registered_ones() -> None:
     assert built_in_names() == (
+        "environment",
         "exact_match",
         "format",
         "gsm8k",
@@ -56,7 +57,7 @@ def test_arguments_reach_the_factory() -> None:
     ("name", "arguments", "remedy"),
     [
         ("gsm8", {}, r"nearest: 'gsm8k'"),
-        ("org/none", {}, r"called 'org/none' \(all: exact_match, format"),
+        ("org/none", {}, r"called 'org/none' \(all: environment, exact_match, format"),
         ("gsm8k", {"lastnumber": True}, r"no argument 'lastnumber'; nearest: 'last_number'"),
         ("gsm8k", {"last_number": "yes"}, r"last_number must be bool, not str"),
         ("gsm8k", {"answer_column": True}, r"answer_column must be str, not bool"),

@@ -71,7 +71,7 @@ class Replicas:
         self.cancelled: list[int] = []
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int
+        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int, **_: Any
     ) -> RolloutGroup:
         self.calls.append((prompt, sampling, seed, min_version))
         self.running += 1

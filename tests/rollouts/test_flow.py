@@ -69,7 +69,7 @@ class RandomRun:
             yield Prompt(prompt_id=number, token_ids=np.zeros(1, dtype=np.int32), text="")
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int
+        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int, **_: Any
     ) -> RolloutGroup:
         assert min_version <= self.version, "asked for weights that no replica has"
         self.running += 1

@@ -27,7 +27,7 @@ class Replicas:
         self.requests: list[tuple[list[int], int, int, int]] = []
 
     async def generate(
-        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int
+        self, prompt: Prompt, sampling: SamplingSettings, *, seed: int, min_version: int, **_: Any
     ) -> RolloutGroup:
         number = len(self.requests)
         self.requests.append((prompt.token_ids.tolist(), sampling.group_size, seed, min_version))

@@ -39,11 +39,24 @@ class Handle:
     def __init__(self, script: Script) -> None:
         self._script = script
         self.requests: list[tuple[list[int], SamplingSettings, tuple[int, ...], int]] = []
+        self.max_tokens: list[tuple[int, ...]] = []
+        self.replica_ids: list[str] = []
         self.answers: list[Answer] = []
 
+    def of_replica(self, replica_id: str) -> Handle:
+        self.replica_ids.append(replica_id)
+        return self
+
     def __call__(
-        self, prompts: Sequence[Prompt], sampling: SamplingSettings, *, seeds: tuple[int, ...], min_version: int
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingSettings,
+        *,
+        seeds: tuple[int, ...],
+        max_tokens: tuple[int, ...],
+        min_version: int,
     ) -> Answer:
+        self.max_tokens.append(max_tokens)
         self.requests.append(([prompt.prompt_id for prompt in prompts], sampling, seeds, min_version))
         self.answers.append(Answer(self._script(prompts)))
         return self.answers[-1]
@@ -87,16 +100,30 @@ async def first_then_end(prompts: Sequence[Prompt]) -> AsyncIterator[list[int]]:
 
 
 def ask(
-    streams: GroupStreams, numbers: Sequence[int], sampling: SamplingSettings = SAMPLING, min_version: int = 0
+    streams: GroupStreams,
+    numbers: Sequence[int],
+    sampling: SamplingSettings = SAMPLING,
+    min_version: int = 0,
+    replica_id: str = "",
 ) -> list[Coroutine[Any, Any, RolloutGroup]]:
-    return [streams.generate(prompt(number), sampling, seed=number * 10, min_version=min_version) for number in numbers]
+    return [
+        streams.generate(
+            prompt(number),
+            sampling,
+            seed=number * 10,
+            max_tokens=number,
+            min_version=min_version,
+            replica_id=replica_id,
+        )
+        for number in numbers
+    ]
 
 
 @pytest.mark.parametrize("script", [backwards, all_at_once])
 @pytest.mark.parametrize("num_replicas", [1, 3])
 def test_every_caller_gets_its_own_group(script: Script, num_replicas: int) -> None:
     handle = Handle(script)
-    streams = GroupStreams(handle, num_replicas=num_replicas)
+    streams = GroupStreams(handle.of_replica, num_replicas=num_replicas)
     numbers = [7, 3, 9, 4, 1, *range(20, 40)]
 
     async def run() -> list[RolloutGroup]:
@@ -116,7 +143,7 @@ def test_every_caller_gets_its_own_group(script: Script, num_replicas: int) -> N
 @pytest.mark.parametrize(("num_replicas", "requests"), [(1, 1), (2, 8), (16, 25)])
 def test_one_turn_of_the_loop_makes_few_requests(num_replicas: int, requests: int) -> None:
     handle = Handle(all_at_once)
-    streams = GroupStreams(handle, num_replicas=num_replicas)
+    streams = GroupStreams(handle.of_replica, num_replicas=num_replicas)
 
     async def run() -> None:
         await asyncio.gather(*ask(streams, range(25)))
@@ -129,7 +156,7 @@ def test_one_turn_of_the_loop_makes_few_requests(num_replicas: int, requests: in
 
 def test_requests_do_not_mix_sampling_or_versions() -> None:
     handle = Handle(all_at_once)
-    streams = GroupStreams(handle, num_replicas=1)
+    streams = GroupStreams(handle.of_replica, num_replicas=1)
 
     async def run() -> None:
         await asyncio.gather(
@@ -144,9 +171,35 @@ def test_requests_do_not_mix_sampling_or_versions() -> None:
     ]
 
 
+def test_a_turn_goes_to_the_replica_that_it_names() -> None:
+    handle = Handle(all_at_once)
+    streams = GroupStreams(handle.of_replica, num_replicas=2)
+
+    async def run() -> None:
+        await asyncio.gather(*ask(streams, [1, 2], replica_id="a"), *ask(streams, [3], replica_id="b"))
+        await asyncio.gather(*ask(streams, [4], replica_id="a"))
+
+    asyncio.run(run())
+    assert [request for request, *_ in handle.requests] == [[1, 2], [3], [4]]
+    assert handle.max_tokens == [(1, 2), (3,), (4,)]
+    assert handle.replica_ids == ["a", "b"]
+
+
+def test_one_replica_leaves_no_choice() -> None:
+    handle = Handle(all_at_once)
+    streams = GroupStreams(handle.of_replica, num_replicas=1)
+
+    async def run() -> None:
+        await asyncio.gather(*ask(streams, [1], replica_id="a"), *ask(streams, [2], replica_id="gone"))
+
+    asyncio.run(run())
+    assert [request for request, *_ in handle.requests] == [[1, 2]]
+    assert handle.replica_ids == [""]
+
+
 @pytest.mark.parametrize(("script", "error"), [(first_then_death, ActorDiedError), (first_then_end, RuntimeError)])
 def test_a_request_that_ends_early_keeps_what_was_finished(script: Script, error: type[Exception]) -> None:
-    streams = GroupStreams(Handle(script), num_replicas=1)
+    streams = GroupStreams(Handle(script).of_replica, num_replicas=1)
 
     async def run() -> list[RolloutGroup | BaseException]:
         return await asyncio.gather(*ask(streams, [1, 2, 3]), return_exceptions=True)
@@ -159,7 +212,7 @@ def test_a_request_that_ends_early_keeps_what_was_finished(script: Script, error
 
 def test_a_request_is_cancelled_with_the_last_of_its_callers() -> None:
     handle = Handle(first_and_no_more)
-    streams = GroupStreams(handle, num_replicas=1)
+    streams = GroupStreams(handle.of_replica, num_replicas=1)
 
     async def run() -> None:
         tasks = [asyncio.create_task(call) for call in ask(streams, [1, 2, 3])]
@@ -179,7 +232,7 @@ def test_a_finished_request_is_not_cancelled() -> None:
     handle = Handle(all_at_once)
 
     async def run() -> None:
-        await asyncio.gather(*ask(GroupStreams(handle, num_replicas=1), [1, 2]))
+        await asyncio.gather(*ask(GroupStreams(handle.of_replica, num_replicas=1), [1, 2]))
         await asyncio.sleep(0.01)
 
     asyncio.run(run())
@@ -203,7 +256,7 @@ async def ended_by_its_replica(prompts: Sequence[Prompt]) -> AsyncIterator[list[
 
 
 def test_a_request_that_ends_with_its_replica_is_one_to_send_again() -> None:
-    streams = GroupStreams(Handle(ended_by_its_replica), num_replicas=1)
+    streams = GroupStreams(Handle(ended_by_its_replica).of_replica, num_replicas=1)
 
     async def run() -> list[Any]:
         return await asyncio.wait_for(asyncio.gather(*ask(streams, [1, 2]), return_exceptions=True), 5.0)
@@ -217,7 +270,7 @@ def test_a_handle_that_raises_at_once_answers_every_caller() -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise ActorDiedError()
 
-    streams = GroupStreams(broken, num_replicas=1)
+    streams = GroupStreams(lambda _: broken, num_replicas=1)
 
     async def run() -> list[Any]:
         return await asyncio.wait_for(asyncio.gather(*ask(streams, [1, 2]), return_exceptions=True), 5.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf_ray.config.checks import data, machine, training
+from rlhf_ray.config.checks import data, environment, machine, training
 from rlhf_ray.config.plugins import Plugin
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.config.values import check_value
@@ -25,7 +25,7 @@ def validate(settings: Settings) -> None:
     """
     for field, value in settings:
         check_value(field, value)
-    for problems in (*data.COMBINATIONS, *training.COMBINATIONS, *machine.COMBINATIONS):
+    for problems in (*data.COMBINATIONS, *environment.COMBINATIONS, *training.COMBINATIONS, *machine.COMBINATIONS):
         _raise_first(settings, problems(settings))
 
 

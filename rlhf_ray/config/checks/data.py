@@ -52,7 +52,15 @@ def reward_problems(settings: Settings) -> Iterator[tuple[str, str]]:
 
     rewards = settings.rewards
     has_own_data = settings.data.path is not None or settings.data.eval_path is not None
-    if has_own_data and not rewards.functions:
+    environment = settings.environment
+    gives_rewards = environment.is_used and not environment.tools
+    named = [spec.get("name") if isinstance(spec, Mapping) else spec for spec in rewards.functions]
+    if "environment" in named and not gives_rewards:
+        remedy = "tools give no rewards" if environment.tools else "there is no environment: .environment(...)"
+        yield "rewards.functions", f"{remedy}; name another reward"
+    if environment.tools and not rewards.functions:
+        yield "rewards.functions", "tools give no rewards; name a function that scores what the policy writes"
+    if has_own_data and not rewards.functions and not gives_rewards:
         yield (
             "rewards.functions",
             "the quickstart task's checker cannot score other data; pass a function, .rewards(my_reward), or name a "

@@ -4,7 +4,7 @@
 
     run directories -- run.py -----.
                        charts.py --+--> writing.py --> page.py --> report.html
-                       tables.py --'                      ^
+      conversation.py, tables.py --'                      ^
                                                assets/ --'
 """
 

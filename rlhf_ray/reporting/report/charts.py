@@ -35,6 +35,8 @@ class Chart:
 CHARTS: tuple[Chart, ...] = (
     Chart("Reward", {"rollouts/reward_mean": "training", "evaluation/<dataset>/reward_mean": "evaluation"}),
     Chart("Reward functions", {"rewards/<function>/mean": ""}, expected=False),
+    Chart("Rewards of environments", {"environment/<name>/reward_mean": ""}, expected=False),
+    Chart("Turns", {"environment/<name>/steps_mean": ""}, from_zero=True, expected=False),
     Chart("KL of the update", {"learner/approx_kl": "approx_kl"}),
     Chart("KL to the reference", {"learner/kl_to_reference": "kl_to_reference"}),
     Chart("Entropy", {"learner/entropy": "entropy"}, from_zero=True),

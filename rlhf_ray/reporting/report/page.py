@@ -28,6 +28,7 @@ _SCRIPTS = (
     "charts.js",
     "runs.js",
     "tokens.js",
+    "conversation.js",
     "browser.js",
     "main.js",
 )

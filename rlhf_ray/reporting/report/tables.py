@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rlhf_ray.reporting.report.conversation import conversation, is_conversation
 from rlhf_ray.reporting.report.page import rounded
 
 if TYPE_CHECKING:
@@ -144,19 +145,28 @@ def _row(row: Mapping[str, Any], group: int) -> dict[str, Any]:
         "tokens": row.get("num_tokens"),
         "version": row.get("version"),
     }
-    texts = row.get("token_texts")
+    if row.get("environment"):
+        content["environment"] = row["environment"]
+    texts, several = row.get("token_texts"), is_conversation(row)
     # Lists that do not fit the text, as of a run under another version, are not shown.
-    if texts is None or "".join(texts) != row["completion"]:
+    if texts is None or ("".join(texts) != row["completion"] and not several):
         return content | {"text": _cut_text(row["completion"])}
+    if several:
+        content |= conversation(row, _kept)
     for column, name in _TOKEN_LISTS.items():
         values = row.get(column)
         if values is not None and len(values) == len(texts):
-            kept = values if len(texts) <= _MAX_TOKENS else values[:_HALF] + values[-_HALF:]
+            kept = _kept(values)
             numbers = name in ("logprobs", "advantages")
             content[name] = [rounded(value, _TOKEN_DIGITS) for value in kept] if numbers else kept
     if len(texts) > _MAX_TOKENS:
         content["omitted"] = {"at": _HALF, "count": len(texts) - 2 * _HALF}
     return content
+
+
+def _kept(values: list[Any]) -> list[Any]:
+    """What the page shows of a list with an entry per token."""
+    return values if len(values) <= _MAX_TOKENS else values[:_HALF] + values[-_HALF:]
 
 
 def _prompt(prompt: str) -> list[dict[str, str]]:

@@ -1,5 +1,5 @@
 """The built-in rewards; importing this package registers them."""
 
-from rlhf_ray.rewards.builtin import gsm8k, length, math_equivalence, patterns
+from rlhf_ray.rewards.builtin import environment, gsm8k, length, math_equivalence, patterns
 
-__all__ = ["gsm8k", "length", "math_equivalence", "patterns"]
+__all__ = ["environment", "gsm8k", "length", "math_equivalence", "patterns"]

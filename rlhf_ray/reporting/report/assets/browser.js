@@ -3,7 +3,12 @@
 const ROWS_A_PAGE = 16;
 
 const lowest = (value) => value ?? -Infinity;
-const meanOf = (values) => (values?.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
+const known = (values) => (values ?? []).filter((value) => value !== null);
+const mean = (values) => (values.length ? values.reduce((sum, value) => sum + value, 0) / values.length : null);
+const meanOf = (values) => mean(known(values));
+
+// Why a trajectory is truncated.
+const CUTS = { length: "cut at the limit", turns: "no turns left", environment: "cut by the environment" };
 
 const ORDERS = {
   table: ["as sampled", null],
@@ -198,10 +203,13 @@ function groupElement(group) {
 
 function rowElement(row, group, coloring, scale, place) {
   const difference = group.mean === null || row.reward === null ? null : aboveGroup(row, group);
-  const finish = row.finish === "length" ? "cut at the limit" : row.finish;
+  const cut = CUTS[row.finish];
   const facts = [
+    row.environment ? fact("", row.environment) : null,
+    row.segments ? fact("", row.numTurns === 1 ? "1 turn" : `${row.numTurns} turns`) : null,
     row.tokens === null ? null : fact("", `${row.tokens} tokens`),
-    row.finish === null ? null : fact("", finish, row.finish === "length" ? "cut" : ""),
+    row.numObserved ? fact("", `${row.numObserved} observed`) : null,
+    row.finish === null ? null : fact("", cut ?? row.finish, cut ? "cut" : ""),
     row.version === null ? null : fact("version", row.version),
     ...Object.entries(row.functions).map(([name, value]) => fact(name, formatNumber(value))),
   ];
@@ -219,7 +227,7 @@ function rowElement(row, group, coloring, scale, place) {
       ),
       ...facts.filter((one) => one !== null),
     ),
-    completionElement(row, group, coloring, scale),
+    row.segments ? conversationElement(row, group, coloring, scale) : completionElement(row, group, coloring, scale),
   );
 }
 

@@ -115,22 +115,35 @@ function completionElement(row, group, coloring, scale) {
     made.append(whole);
     return made;
   }
-  row.texts.forEach((text, token) => {
-    if (row.omitted && token === row.omitted.at) {
-      made.append(element("span", { class: "omitted", text: `${row.omitted.count} tokens left out` }));
-    }
-    const span = appendVisible(element("span", { class: text ? "token" : "token silent", data: { token } }), text);
-    const value = shaded ? coloring.value(row, group, token) : null;
-    if (value !== null && value !== undefined) span.style.backgroundColor = scale.shade(value);
-    made.append(span);
-  });
+  appendTokens(made, row, [0, row.texts.length], shaded ? tokenShade(row, group, coloring, scale) : null);
   return made;
 }
 
+function tokenShade(row, group, coloring, scale) {
+  return (token) => {
+    const value = coloring.value(row, group, token) ?? null;
+    return value === null ? "" : scale.shade(value);
+  };
+}
+
+// Tokens from the first up to the second number; without a shade they are plain text.
+function appendTokens(parent, row, [start, end], shade) {
+  for (let token = start; token < end; token += 1) {
+    if (row.omitted && token === row.omitted.at) {
+      parent.append(element("span", { class: "omitted", text: `${row.omitted.count} tokens left out` }));
+    }
+    const text = row.texts[token];
+    const span = appendVisible(element("span", { class: text ? "token" : "token silent", data: { token } }), text);
+    if (shade) span.style.backgroundColor = shade(token);
+    parent.append(span);
+  }
+}
 function tokenFacts(row, token) {
   const text = row.texts[token];
   const facts = [text ? JSON.stringify(text) : "no text of its own: a special token, or part of a character"];
   if (row.ids) facts.push(`token ${row.ids[token]}`);
+  const segment = row.segments?.findLast(({ start }) => start <= token);
+  if (segment?.observed) return [...facts, "observed, not sampled"];
   const logprob = row.logprobs?.[token] ?? null;
   if (logprob !== null) {
     facts.push(`log-probability ${formatNumber(logprob)} (${formatNumber(100 * Math.exp(logprob))} %)`);
