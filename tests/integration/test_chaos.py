@@ -1,6 +1,6 @@
 """A run on two nodes whose parts are killed at random, driver and nodes included: every group is trained on once.
 
-``RLHF_RAY_CHAOS_FAULTS`` faults (each kind at least once where there are 8 or more), drawn by ``RLHF_RAY_CHAOS_SEED``.
+``RLHF_RAY_CHAOS_FAULTS`` faults (each kind at least once where there are 10 or more), drawn by ``RLHF_RAY_CHAOS_SEED``.
 """
 
 from __future__ import annotations
@@ -24,17 +24,21 @@ from ray.cluster_utils import Cluster
 
 from rlhf_ray.checkpoints.checkpoint import CheckpointStore
 from rlhf_ray.checkpoints.folder import Folder
+from rlhf_ray.quickstart import CALCULATOR
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(7200)]
 
 FAULTS = int(os.environ.get("RLHF_RAY_CHAOS_FAULTS", "24"))
 SEED = int(os.environ.get("RLHF_RAY_CHAOS_SEED", "0"))
 HANG = "reward worker that hangs"
+HANG_OF_ENVIRONMENT = "environment worker that hangs"
 RECOVERY_TIMEOUT_S = 300.0
 SETTINGS = (
+    *(f"{name}={json.dumps(value)}" for name, value in CALCULATOR.items()),
     "data.batch_size=8",
+    "environment.num_workers=2",
+    "environment.step_timeout_s=5",
     "rollouts.max_staleness=1",
-    "rollouts.max_prompt_tokens=16",
     "rollouts.num_threads=1",
     "learners.num_learners=2",
     "learners.num_threads=1",
@@ -72,6 +76,8 @@ class Chaos:
             "replica": lambda: self._send("ray::ServeReplica"),
             "engine": lambda: self._send("VLLM::EngineCore"),
             "reward worker": lambda: self._send("ray::SequentialRewardWorker"),
+            "environment worker": lambda: self._send("ray::EnvironmentWorker"),
+            HANG_OF_ENVIRONMENT: lambda: self._send("ray::EnvironmentWorker", signal.SIGSTOP),
             HANG: lambda: self._send("ray::SequentialRewardWorker", signal.SIGSTOP),
             "learner": lambda: self._send("ray::RayTrainWorker"),
             "bridge": lambda: self._send("ray::Bridge"),
@@ -152,7 +158,7 @@ def test_every_group_is_trained_on_once_whatever_dies(chaos: Chaos) -> None:
     hangs = 0
     for _, (name, fault) in zip(range(FAULTS), chaos.kinds(), strict=False):
         chaos.hurt(name, fault)
-        hangs += name == HANG
+        hangs += (name == HANG) + (name == HANG_OF_ENVIRONMENT)
     assert chaos.end() == 143
 
     checkpoint = CheckpointStore(Folder.at(chaos.run_dir / "checkpoints")).newest()
@@ -163,6 +169,6 @@ def test_every_group_is_trained_on_once_whatever_dies(chaos: Chaos) -> None:
     assert state.prompt_position.epoch == 0
     accounted = [*trained, *state.prompt_position.unfinished]
     assert len(accounted) == len(set(accounted))
-    # A reward worker that hangs is one whose function takes too long: its group is dropped.
+    # A worker that hangs is one whose function, or environment, takes too long: its group is dropped.
     dropped = set(range(state.prompt_position.row)) - set(accounted)
     assert len(dropped) <= hangs

@@ -5,7 +5,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
+from rlhf_ray import PPOConfig
+from rlhf_ray.algorithm.inputs import check_inputs
 from rlhf_ray.environments.environment import Action
+from rlhf_ray.environments.registry import resolve_environments
 from rlhf_ray.quickstart import CALCULATOR as PRESET
 from rlhf_ray.quickstart import model_path
 from rlhf_ray.quickstart.calculator import Calculator, eval_rows
@@ -102,3 +105,14 @@ def test_held_out_accuracy_is_what_the_card_says_and_leaves_room_to_learn(model:
     assert [float(number) for number in re.findall(r"\b0\.\d{3}\b", card)] == pytest.approx(
         [accuracy.sampled, accuracy.greedy], abs=0.005
     )
+
+
+def test_the_preset_is_a_run_of_this_model_and_task() -> None:
+    config = PPOConfig.from_dict(dict(PRESET)).validate()
+    assert config.settings.model.path == MODEL_PATH
+    (environment,) = resolve_environments(config.settings.environment)
+    assert environment.make().__class__ is Calculator
+    inputs = check_inputs(config.settings)
+    assert list(inputs.held_out) == ["calculator"]
+    longest = 3 * 8 + 2 * 4  # Three turns and two answers of the calculator.
+    assert longest <= config.settings.rollouts.max_new_tokens
