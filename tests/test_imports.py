@@ -43,6 +43,8 @@ UPWARD_IN_A_FUNCTION = {
     # What names and texts settings may have is known where they are used.
     ("rlhf_ray.config.checks.data", "quickstart"),
     ("rlhf_ray.config.checks.data", "rewards"),
+    ("rlhf_ray.config.checks.environment", "environments"),
+    ("rlhf_ray.config.checks.environment", "rollouts"),
     ("rlhf_ray.reporting.completions", "prompts"),
     ("rlhf_ray.reporting.completions", "quickstart"),
     ("rlhf_ray.reporting.token_texts", "quickstart"),

@@ -56,6 +56,7 @@ INPUTS = {
     "bias": numbers(50, seed=19),
     "mask": MASK,
     "group_ids": GROUP_IDS,
+    "turn_ids": (torch.arange(WIDTH) // 100).expand(ROWS, WIDTH),
     "lengths": torch.tensor([3000, 1, 70000, 5]),
     "targets": torch.tensor([0, 49, 7, 7]),
     "method": "grpo",

@@ -37,7 +37,6 @@ from rlhf_ray.rollouts.engine_spec import (
     max_prompt_tokens,
     vllm_build,
 )
-from rlhf_ray.rollouts.message_parser import check_parser
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -148,16 +147,12 @@ def check_inputs(settings: Settings) -> Inputs:
 def _check_environment(
     settings: Settings, tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]]
 ) -> None:
-    """Check what the tokenizer's chat template must be able to do, and the names of parsers.
+    """Check what the tokenizer's chat template must be able to do.
 
     Raises:
-        ConfigError: There is no chat template where messages are needed, it has no place for tools, or vLLM has no such
-            parser.
+        ConfigError: There is no chat template where messages are needed, or it has no place for tools.
     """
     environment = settings.environment
-    for name in ("tool_parser", "reasoning_parser"):
-        if (parser := getattr(environment, name)) is not None:
-            check_parser(f"environment.{name}", parser)
     if not tools and environment.agent is None:
         return
     template = read_chat_template(settings.data.chat_template) or tokenizer.chat_template

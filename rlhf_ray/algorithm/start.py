@@ -224,7 +224,9 @@ def _environment_pool(settings: Settings, inputs: Inputs, plan: RunPlan, tokeniz
     return EnvironmentPool(
         PoolSettings(
             worker=worker,
-            deterministic=frozenset(one.name for one in inputs.environments if one.deterministic),
+            deterministic=frozenset(
+                one.name for one in inputs.environments if one.deterministic and environment.replay
+            ),
             num_workers=environment.num_workers,
             num_cpus=shares.environment_worker,
             step_timeout_s=environment.step_timeout_s,

@@ -270,6 +270,10 @@ class EnvironmentSettings:
         60.0, "time limit of one step, in seconds; the worker is killed and replaced, its other episodes replayed", gt=0
     )
     timeout_s: float = setting(3600.0, "time limit of an episode, in seconds", gt=0)
+    replay: bool = setting(
+        True,
+        "play the other episodes of a worker that died again, from what was sampled; false, for tools with effects: they are dropped and counted",
+    )
     num_workers: int = setting(1, "environment actors, each of which plays many episodes at once", ge=1)
     startup_timeout_s: float = setting(300.0, "longest wait for the environment actors to start, in seconds", gt=0)
     runtime_env: dict[str, Any] = setting({}, "Ray runtime environment of the actors, such as {pip: [...]}")

@@ -235,7 +235,7 @@ class Played:
             if self._worker is not lost:
                 return None
             if self.start.environment not in self._pool.settings.deterministic and self._past:
-                message = "its worker died, and what is not deterministic cannot be played again"
+                message = "its worker died, and it is not to be played again (environment.replay, deterministic)"
                 raise EpisodeFailed("worker_died", f"{self.start.environment}: {message}")
             worker = await asyncio.shield(lost.replacement)
             self._worker = worker

@@ -108,6 +108,7 @@ class RolloutFlow:
         self._requeued: deque[Prompt] = deque()
         self._error: BaseException | None = None
         self._changed = asyncio.Event()
+        engine.requests.on_step = self._changed.set
         # One that is cancelled ends what it had in flight before the next begins, which would wait for that.
         self._collecting = asyncio.Lock()
         self._last: tuple[int, Collected] | None = None

@@ -75,6 +75,10 @@ _LOG = logging.getLogger(__name__)
 _RETRY_PAUSE_S = 1.0
 
 
+def _nothing() -> None:
+    pass
+
+
 @dataclass(slots=True)
 class Requests:
     """What became of the requests to replicas since the start."""
@@ -86,11 +90,15 @@ class Requests:
     environments: dict[str, EnvironmentStats] = field(default_factory=dict)
     """By their names; emptied when a batch is made."""
 
+    on_step: Callable[[], None] = _nothing
+    """Called after each step of an environment: long episodes make progress, too."""
+
     def stepped(self, environment: str, worker: str, seconds: float, metrics: Mapping[str, float]) -> None:
         """Book a step of an environment."""
         stats = EnvironmentStats.of_step(seconds, metrics)
         self.environments[environment] = self.environments.get(environment, EnvironmentStats()) + stats
         self.spans.add(TraceSpan.ending_now(worker, environment, seconds))
+        self.on_step()
 
     def take_environments(self) -> dict[str, EnvironmentStats]:
         """What environments did since the last call."""

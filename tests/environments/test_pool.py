@@ -286,7 +286,7 @@ def test_what_is_not_deterministic_is_not_played_again() -> None:
         played = pool.play(start_of())
         await played.begin()
         pool.actors[0].die()
-        with pytest.raises(EpisodeFailed, match="cannot be played again") as failure:
+        with pytest.raises(EpisodeFailed, match="not to be played again") as failure:
             await played.step(sampled_of("a"))
         assert failure.value.kind == "worker_died"
 

@@ -146,6 +146,10 @@ def test_what_cannot_travel_is_named() -> None:
         ({"name": Guess, "max_turns": 0}, "environment.max_turns"),
         ({"name": Guess, "step_timeout_s": 10.0, "timeout_s": 5.0}, "environment.step_timeout_s"),
         ({"name": Guess, "num_workers": 0}, "environment.num_workers"),
+        ({"name": "calcuator"}, "environment.name"),
+        ({"name": {"a": "calcuator"}, "column": "env"}, "environment.name.a"),
+        ({"name": Guess, "tool_parser": "hermess"}, "environment.tool_parser"),
+        ({"name": Guess, "reasoning_parser": "qwen33"}, "environment.reasoning_parser"),
     ],
 )
 def test_combinations_that_cannot_work(values: dict[str, Any], field: str) -> None:

@@ -22,7 +22,7 @@ from rlhf_ray.rollouts import rollouter as module
 from rlhf_ray.rollouts.admission import FlowRules
 from rlhf_ray.rollouts.controller import RolloutController
 from rlhf_ray.rollouts.flow import RolloutFlow
-from rlhf_ray.rollouts.rollouter import Engine, SingleTurn, group_seed
+from rlhf_ray.rollouts.rollouter import Engine, Seeds, SingleTurn, group_seed
 from rlhf_ray.types import (
     Prompt,
     PromptPosition,
@@ -150,7 +150,7 @@ def make() -> Iterator[Callable[..., RolloutController]]:
             "seed": 5,
         }
         flow = RolloutFlow(
-            rollouter=SingleTurn(),
+            rollouter=overrides.pop("rollouter", SingleTurn()),
             engine=engine,
             scorer=rewards or Rewards(),
             prompts=prompts,
@@ -896,6 +896,44 @@ def test_a_wait_without_progress_ends_and_says_what_for(make: Callable[..., Roll
     assert "3 scored groups of 4" in str(caught.value)
     assert "1 to be generated; the oldest is prompt 2" in str(caught.value)
     assert replicas.running == 0
+
+
+class Stepping(SingleTurn):
+    """An environment takes several steps, each shorter than the longest wait."""
+
+    async def rollout(self, prompt: Prompt, engine: Engine, seeds: Seeds) -> RolloutGroup:
+        for _ in range(6):
+            await asyncio.sleep(0.1)
+            engine.requests.stepped("game", "environment worker 1", 0.1, {"distance": 2.0})
+        return await super().rollout(prompt, engine, seeds)
+
+
+def test_steps_of_an_environment_are_progress_and_are_counted(make: Callable[..., RolloutController]) -> None:
+    controller = make(Replicas(), rollouter=Stepping(), stall_timeout_s=0.3)
+    collected = controller.collect(0)
+    stats = collected.environments["game"]
+    assert (stats.steps, stats.metrics) == (24, {"distance": (48.0, 24)})
+    assert {span.lane for span in collected.spans} == {"replica r", "environment worker 1"}
+    controller.score_prompts([prompt(30)], SAMPLING, 0)
+    assert controller.collect(1).environments["game"].steps == 24, "evaluation is no part of the next batch"
+
+
+class Failing(SingleTurn):
+    """The environment of every other prompt fails."""
+
+    async def rollout(self, prompt: Prompt, engine: Engine, seeds: Seeds) -> RolloutGroup | RewardFailure:
+        if prompt.prompt_id % 2:
+            return RewardFailure(group_id=prompt.prompt_id, kind="timeout", message="late", environment="game")
+        return await super().rollout(prompt, engine, seeds)
+
+
+def test_groups_whose_environment_failed_are_replaced_and_counted(make: Callable[..., RolloutController]) -> None:
+    collected = make(Replicas(), rollouter=Failing(), max_failures=8).collect(0)
+    assert ids(collected.groups) == [0, 2, 4, 6]
+    assert collected.failures == Counter()
+    assert collected.environments["game"].failures["timeout"] >= 3
+    with pytest.raises(RewardError, match="game: timeout"):
+        make(Replicas(), rollouter=Failing(), max_failures=2).collect(0)
 
 
 def test_a_wait_for_a_reward_names_the_reward(make: Callable[..., RolloutController]) -> None:

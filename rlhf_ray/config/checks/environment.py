@@ -31,6 +31,12 @@ def environment_problems(settings: Settings) -> Iterator[tuple[str, str]]:
             "several environments need environment.column, by which a row names its own; a single one with arguments "
             "is {name: ..., arguments}",
         )
+    for name in ("tool_parser", "reasoning_parser"):
+        if (parser := getattr(environment, name)) is not None:
+            from rlhf_ray.rollouts.message_parser import check_parser
+
+            check_parser(f"environment.{name}", parser)
+    _check_name(environment)
     if environment.tools and environment.tool_parser is None:
         yield (
             "environment.tool_parser",
@@ -41,6 +47,16 @@ def environment_problems(settings: Settings) -> Iterator[tuple[str, str]]:
         yield "environment.max_turn_tokens", f"is more than rollouts.max_new_tokens = {most}, the whole trajectory"
     if environment.step_timeout_s > environment.timeout_s:
         yield "environment.step_timeout_s", f"is more than environment.timeout_s = {environment.timeout_s:g}"
+
+
+def _check_name(environment: EnvironmentSettings) -> None:
+    """Refuse the name of an environment that the library does not have; others are imported when the run starts."""
+    from rlhf_ray.environments.registry import BUILT_IN, resolve_environments
+
+    specs = list(environment.name.values()) if environment.column is not None else [environment.name]
+    named = [spec.get("name") if isinstance(spec, Mapping) else spec for spec in specs]
+    if any(isinstance(name, str) and ":" not in name and name not in BUILT_IN for name in named):
+        resolve_environments(environment)  # Raises, and names the nearest.
 
 
 def _unused(environment: EnvironmentSettings) -> Iterator[tuple[str, str]]:
