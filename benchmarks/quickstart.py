@@ -1,7 +1,8 @@
-"""The quickstart's learning curve: quickstart.png and quickstart.json of a run.
+"""Learning curves of the quickstart: a picture and a JSON file of its runs.
 
-python benchmarks/quickstart.py                 # trains with the quickstart's own settings; writes to results/
-python benchmarks/quickstart.py runs/ppo-...    # draws a run that is there; writes to its directory
+python benchmarks/quickstart.py                                           # trains; writes quickstart.* to results/
+python benchmarks/quickstart.py --environment calculator --seeds 0 1 2    # writes quickstart_calculator.*
+python benchmarks/quickstart.py runs/ppo-...                              # draws runs that are there, in their folder
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,34 +20,48 @@ import matplotlib.pyplot as plt
 from provenance import RESULTS, write_result
 
 from rlhf_ray import PPOConfig
-from rlhf_ray.quickstart import model_path
-
-HELD_OUT = "evaluation/quickstart/reward_mean"
 
 
-def read_run(run_dir: Path) -> list[dict[str, Any]]:
-    """One flat dictionary an iteration."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def train(seed: int, environment: str | None) -> tuple[Path, float]:
+    """Run ``rlhf-ray quickstart``; returns its run directory, and the seconds of the whole command."""
+    run_dir = Path(tempfile.mkdtemp()) / f"seed{seed}"
+    command = [sys.executable, "-m", "rlhf_ray.cli", "quickstart"]
+    command += [] if environment is None else ["--environment", environment]
+    overrides = [f"debugging.seed={seed}", "evaluation.at_start=true", f"reporting.run_dir={run_dir}"]
+    started = time.perf_counter()
+    subprocess.run([*command, *overrides], check=True)
+    return run_dir, time.perf_counter() - started
 
 
-def accuracy_before(path: str) -> float:
-    """Greedy held-out accuracy of the model that the run started from."""
-    from transformers import Qwen2ForCausalLM
+def read_run(run_dir: Path) -> dict[str, Any]:
+    """What a run's metrics say of its learning."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    held_out = {
+        row["training_iteration"]: value
+        for row in rows
+        for key, value in row.items()
+        if key.startswith("evaluation/") and key.endswith("/reward_mean")
+    }
+    trained = [row for row in rows if row["training_iteration"] > 0]
+    return {
+        "seed": PPOConfig.from_yaml(run_dir / "config.yaml").settings.debugging.seed,
+        "iterations": len(trained),
+        "held_out_accuracy": held_out,
+        "training_reward": [row["rollouts/reward_mean"] for row in trained],
+        "sampling_logprob_diff_max": max(row["learner/sampling_logprob_diff_max"] for row in trained),
+        "iteration_s_median": sorted(row["timers/iteration_s"] for row in trained)[len(trained) // 2],
+    }
 
-    from rlhf_ray.quickstart.make_model import measure
-    from rlhf_ray.quickstart.task import eval_rows
 
-    return measure(Qwen2ForCausalLM.from_pretrained(path), eval_rows()).greedy
-
-
-def draw(rows: list[dict[str, Any]], held_out: dict[int, float], path: Path) -> None:
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Mean training reward of each iteration, and greedy held-out accuracy where it was measured."""
     figure, axes = plt.subplots(figsize=(7.2, 3.6), layout="constrained")
-    iterations = [row["training_iteration"] for row in rows]
-    axes.plot(
-        iterations, [row["rollouts/reward_mean"] for row in rows], color="#9aa7b8", label="training reward, sampled"
-    )
-    axes.plot(list(held_out), list(held_out.values()), color="#c2410c", marker="o", label="held-out accuracy, greedy")
+    for number, run in enumerate(runs):
+        reward, held_out = run["training_reward"], run["held_out_accuracy"]
+        # One entry per kind of curve in the legend.
+        of_sampled, of_greedy = ("training reward, sampled", "held-out accuracy, greedy") if number == 0 else ("", "")
+        axes.plot(range(1, len(reward) + 1), reward, color="#9aa7b8", alpha=0.6, label=of_sampled)
+        axes.plot(list(held_out), list(held_out.values()), color="#c2410c", marker="o", ms=4, label=of_greedy)
     axes.set(xlabel="iteration", ylabel="share of sums right", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
@@ -55,27 +71,19 @@ def draw(rows: list[dict[str, Any]], held_out: dict[int, float], path: Path) -> 
 def main() -> None:
     """Train or read, then draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run_dir", nargs="?", type=Path)
-    run_dir = parser.parse_args().run_dir
-    folder = run_dir or RESULTS
-    if run_dir is None:
-        run_dir = Path(tempfile.mkdtemp()) / "run"
-        command = [sys.executable, "-c", "import sys; from rlhf_ray.cli import main; sys.exit(main(sys.argv[1:]))"]
-        subprocess.run([*command, "quickstart", f"reporting.run_dir={run_dir}"], check=True)
-    rows = read_run(run_dir)
-    settings = PPOConfig.from_yaml(run_dir / "config.yaml").settings
-    before = accuracy_before(settings.model.path or str(model_path()))
-    held_out = {0: before} | {row["training_iteration"]: row[HELD_OUT] for row in rows if HELD_OUT in row}
-    draw(rows, held_out, folder / "quickstart.png")
-    result = {
-        "seed": settings.debugging.seed,
-        "iterations": len(rows),
-        "held_out_accuracy": held_out,
-        "training_reward_last_10": sum(row["rollouts/reward_mean"] for row in rows[-10:]) / len(rows[-10:]),
-        "sampling_logprob_diff_max": max(row["learner/sampling_logprob_diff_max"] for row in rows),
-        "iteration_s_median": sorted(row["timers/iteration_s"] for row in rows)[len(rows) // 2],
-    }
-    print("written to", write_result("quickstart", result, folder), "and quickstart.png")
+    parser.add_argument("run_dirs", nargs="*", type=Path)
+    parser.add_argument("--environment", choices=["calculator"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    arguments = parser.parse_args()
+    runs, folder = [read_run(run_dir) for run_dir in arguments.run_dirs], RESULTS
+    if runs:
+        folder = arguments.run_dirs[0]
+    for seed in () if runs else arguments.seeds:
+        run_dir, seconds = train(seed, arguments.environment)
+        runs.append(read_run(run_dir) | {"command_s": seconds})
+    name = "quickstart" if arguments.environment is None else f"quickstart_{arguments.environment}"
+    draw(runs, folder / f"{name}.png")
+    print("written to", write_result(name, {"runs": runs}, folder), f"and {name}.png")
 
 
 if __name__ == "__main__":
