@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import operator
 import random
 import re
 import time
@@ -45,13 +46,12 @@ _FORM = re.compile(r"(?s).*\bAnswer: ([0-9]+)\.?\s*")
 _HELD_OUT = 20
 
 
-def _rows(sign: str, question: str) -> list[dict[str, Any]]:
+def _rows(result: Callable[[int, int], int], question: str) -> list[dict[str, Any]]:
     """All 81 one-digit questions, in a fixed random order; the first 20 are held out."""
     pairs = list(itertools.product(range(1, 10), repeat=2))
     random.Random(0).shuffle(pairs)
-    results = {"+": lambda a, b: a + b, "*": lambda a, b: a * b}[sign]
     return [
-        {"prompt": [{"role": "user", "content": question.format(a=a, b=b)}], "answer": str(results(a, b))}
+        {"prompt": [{"role": "user", "content": question.format(a=a, b=b)}], "answer": str(result(a, b))}
         for a, b in pairs
     ]
 
@@ -73,9 +73,9 @@ def _text(completion: Any) -> str:
 
 
 TASKS: dict[str, tuple[Callable[[], list[dict[str, Any]]], Callable[..., list[float]]]] = {
-    "sums": (lambda: _rows("+", "What is {a} + {b}?"), last_number),
-    "products": (lambda: _rows("*", "What is {a} * {b}?"), last_number),
-    "format": (lambda: _rows("+", 'What is {a} + {b}? End with "Answer: " and the number.'), answer_form),
+    "sums": (lambda: _rows(operator.add, "What is {a} + {b}?"), last_number),
+    "products": (lambda: _rows(operator.mul, "What is {a} * {b}?"), last_number),
+    "format": (lambda: _rows(operator.add, 'What is {a} + {b}? End with "Answer: " and the number.'), answer_form),
 }
 
 

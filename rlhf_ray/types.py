@@ -33,6 +33,7 @@ __all__ = [
     "RolloutGroup",
     "SamplingSettings",
     "ScoredGroup",
+    "TokenEstimates",
     "TraceSpan",
     "Trajectory",
     "Turn",
@@ -307,6 +308,22 @@ class LoadReport:
     version: int
     pause_s: float
     """Seconds during which generation was paused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenEstimates:
+    """What learners computed of the tokens of one sequence, for reports; NaN at tokens that do not enter the losses.
+
+    Example:
+        Of ``1 2 9 3``, of which ``9`` is observed, with a reward of 1 at the end, and ``lambda_`` and ``gamma`` 1::
+
+            TokenEstimates(advantages=[0.6 0.5 nan 0.2], values=[0.4 0.5 nan 0.8])
+    """
+
+    advantages: Float32Array
+    """``[T]``, as they entered the policy loss: whitened where ``training.whiten_advantages`` says so."""
+    values: Float32Array | None = None
+    """``[T]``, the critic's before the update, of what was before each token, in reward; ``None`` without a critic."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,7 +104,7 @@ class TrainingSteps:
         iteration_s, now = time.perf_counter() - self._step_started, self._now
         assert now.collected and now.update, "collect() and update() come first"
         if self._completions_are_due:
-            self._reporters.report_completions(self.iteration + 1, now.collected.groups, now.update.advantages)
+            self._reporters.report_completions(self.iteration + 1, now.collected.groups, now.update.estimates)
         self._spans.add(*now.collected.spans)
         weight_sync_s = self._running().weight_sync.blocked_s
         return iteration_result(now, weight_sync_s=weight_sync_s, iteration_s=iteration_s)
@@ -119,7 +119,7 @@ class TrainingSteps:
                 version=version + 1,
                 # Not by version, which runs ahead of the iterations after a rewind.
                 update_policy=self.iteration >= self.settings.training.critic_warmup_iterations,
-                with_advantages=self._completions_are_due,
+                with_estimates=self._completions_are_due,
             )
         self._now = replace(
             self._now, stage=Stage.PUBLISHING, version=version + 1, batch=batch, plan=plan, update=update

@@ -37,7 +37,7 @@ from rlhf_ray.learner.proximal import LoglinearProximal, RecomputedProximal
 from rlhf_ray.learner.spec import LearnerSpec
 from rlhf_ray.learner.state import LearnerState
 from rlhf_ray.losses import aggregate, global_normalizer, value_loss
-from rlhf_ray.types import Float32Array
+from rlhf_ray.types import Float32Array, TokenEstimates
 
 __all__ = ["Learner", "LearnerSpec"]
 
@@ -66,8 +66,7 @@ class Learner(LearnerState):
         kept: Where copies of its state lie; ``None``: in memory that is freed when a checkpoint has been written.
 
     Attributes:
-        advantages: Of the last update's sequences, where it was asked to keep them: ``[T]`` each, NaN at tokens that do
-            not enter the losses.
+        token_estimates: Of the last update's sequences, where it was asked to keep them.
     """
 
     def __init__(self, spec: LearnerSpec, kept: KeptState | None = None) -> None:
@@ -82,7 +81,7 @@ class Learner(LearnerState):
         credit = CreditAssignment(spec.training, spec.advantage.loaded(), self._mesh.data)
         super().__init__(spec, build_models(spec, self._mesh), credit, kept)
         self._kl_in_reward = self._models.reference is not None and spec.training.kl_in == "reward"
-        self.advantages: tuple[Float32Array, ...] | None = None
+        self.token_estimates: tuple[TokenEstimates, ...] | None = None
 
     def close(self) -> None:
         """Give back what the process would keep, when nothing is being copied or saved any more."""
@@ -91,7 +90,7 @@ class Learner(LearnerState):
         self._mesh.close()
 
     def update(
-        self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True, keep_advantages: bool = False
+        self, batch: SequenceBatch, plan: RankPlan, *, update_policy: bool = True, keep_estimates: bool = False
     ) -> dict[str, float]:
         """Train on one batch; returns the metrics of the update, the same on every rank.
 
@@ -99,7 +98,7 @@ class Learner(LearnerState):
             batch: This rank's sequences.
             plan: Minibatches, microbatches and epochs over them.
             update_policy: False in the critic's warm-up.
-            keep_advantages: Whether to leave them in :attr:`advantages`.
+            keep_estimates: Whether to leave those of tokens in :attr:`token_estimates`.
 
         Raises:
             LearnerError: A number is not finite, and ``training.nonfinite_updates`` ends the run by it; on every rank,
@@ -113,7 +112,7 @@ class Learner(LearnerState):
             if self._training.value_init == "reward_mean":
                 self._start_values_at_mean(batch)
             run, result = self._prepare(batch, plan, sums, update_policy=update_policy)
-            self.advantages = _for_report(batch, run.estimates) if keep_advantages else None
+            self.token_estimates = _for_report(batch, run.estimates) if keep_estimates else None
             estimated = time.perf_counter()
             skipped = 0
             for number, index in enumerate(itertools.chain.from_iterable(plan.epochs)):
@@ -326,7 +325,12 @@ class Learner(LearnerState):
             metrics.add({"first_ratio_deviation_max": deviation.max()}, len(micro.scored))
 
 
-def _for_report(batch: SequenceBatch, estimates: Estimates) -> tuple[Float32Array, ...]:
+def _for_report(batch: SequenceBatch, estimates: Estimates) -> tuple[TokenEstimates, ...]:
+    def rows(table: torch.Tensor) -> list[Float32Array]:
+        in_loss = table.float().masked_fill(~estimates.mask, math.nan).cpu().numpy()
+        return [row[:length] for row, length in zip(in_loss, batch.completion_lengths, strict=True)]
+
     assert estimates.advantages is not None
-    table = estimates.advantages.float().masked_fill(~estimates.mask, math.nan).cpu().numpy()
-    return tuple(row[:length] for row, length in zip(table, batch.completion_lengths, strict=True))
+    advantages = rows(estimates.advantages)
+    values = [None] * len(advantages) if estimates.values is None else rows(estimates.values)
+    return tuple(TokenEstimates(advantages=one, values=its) for one, its in zip(advantages, values, strict=True))

@@ -17,7 +17,7 @@ from rlhf_ray.config.settings import Settings
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.reporting.token_texts import TokenTexts
-from rlhf_ray.types import Float32Array, PromptText, ScoredGroup, Trajectory
+from rlhf_ray.types import Float32Array, PromptText, ScoredGroup, TokenEstimates, Trajectory
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -47,9 +47,10 @@ class CompletionsReporter(Reporter):
     Lists with an entry per token: ``token_ids``, ``token_texts`` (joined they are ``completion`` where all was sampled
     in one turn; null where a tokenizer's text does not come apart), ``sampled`` (false: observed), ``turn`` (index of
     its turn; observed tokens have that of the turn before), ``sequence`` (0, and from 1 on the further ones, whose
-    history was rewritten), ``sampling_logprobs`` in nats, ``token_versions`` and ``advantages`` as they entered the
-    loss. The last three are null at observed tokens; the advantages also where the trajectory, or some of its tokens,
-    were left out of the loss.
+    history was rewritten), ``sampling_logprobs`` in nats, ``token_versions``, ``advantages`` as they entered the loss,
+    and ``values``, the critic's before the update of what was before the token, in reward (null without a critic). The
+    last four are null at observed tokens; advantages and values also where the trajectory, or some of its tokens, were
+    left out of the losses.
 
     ``turn_rewards`` has an entry per turn, ``further_prompts`` the prompt's token ids of each further sequence.
     ``messages`` is what came after the prompt as a chat in JSON (null for texts): each turn's message of the assistant,
@@ -62,14 +63,14 @@ class CompletionsReporter(Reporter):
         self._model = settings.model
 
     def report_completions(
-        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+        self, step: int, groups: Sequence[ScoredGroup], estimates: Sequence[TokenEstimates] | None = None
     ) -> None:
         """Write the iteration's table."""
         import pyarrow.parquet as pq
 
         path = completions_path(self._run_dir, step)
         unfinished = path.with_suffix(".tmp")
-        pq.write_table(_table(step, groups, advantages, self._token_texts), unfinished)
+        pq.write_table(_table(step, groups, estimates, self._token_texts), unfinished)
         # A reader that follows the folder must never open half a table.
         os.replace(unfinished, path)
 
@@ -83,7 +84,7 @@ class CompletionsReporter(Reporter):
 
 
 def _table(
-    step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None, token_texts: TokenTexts
+    step: int, groups: Sequence[ScoredGroup], estimates: Sequence[TokenEstimates] | None, token_texts: TokenTexts
 ) -> pa.Table:
     import pyarrow as pa
 
@@ -109,6 +110,7 @@ def _table(
             ("sampling_logprobs", pa.list_(pa.float32())),
             ("token_versions", pa.list_(pa.int32())),
             ("advantages", pa.list_(pa.float32())),
+            ("values", pa.list_(pa.float32())),
             ("turn_rewards", pa.list_(pa.float32())),
             ("further_prompts", pa.list_(pa.list_(pa.int32()))),
             ("messages", pa.string()),
@@ -118,10 +120,11 @@ def _table(
     rows = [
         _row(step, scored, index, token_texts) for scored in groups for index in range(len(scored.group.trajectories))
     ]
-    if advantages is not None:
-        lengths = [len(trajectory.sequences) for scored in groups for trajectory in scored.group.trajectories]
-        for row, own in zip(rows, _joined(advantages, lengths), strict=True):
-            row["advantages"] = _or_none(own)
+    if estimates is not None:
+        counts = [len(trajectory.sequences) for scored in groups for trajectory in scored.group.trajectories]
+        for row, own in zip(rows, _of_trajectories(estimates, counts), strict=True):
+            row["advantages"] = _or_none([one.advantages for one in own])
+            row["values"] = _or_none([one.values for one in own if one.values is not None])
     table = pa.Table.from_pylist(rows, schema=schema)
     for name in dict.fromkeys(name for scored in groups for name in scored.extras):
         values = [value for scored in groups for value in scored.extras.get(name, [None] * len(scored.texts))]
@@ -129,13 +132,15 @@ def _table(
     return table
 
 
-def _joined(advantages: Sequence[Float32Array], counts: Sequence[int]) -> Iterator[Float32Array]:
-    """Advantages of sequences, joined to those of trajectories of so many sequences each."""
-    if len(advantages) != sum(counts):
-        raise ValueError(f"advantages of {len(advantages)} sequences, but the trajectories have {sum(counts)}")
-    remaining = iter(advantages)
+def _of_trajectories(
+    estimates: Sequence[TokenEstimates], counts: Sequence[int]
+) -> Iterator[tuple[TokenEstimates, ...]]:
+    """Estimates of sequences as those of trajectories of so many sequences each."""
+    if len(estimates) != sum(counts):
+        raise ValueError(f"estimates of {len(estimates)} sequences, but the trajectories have {sum(counts)}")
+    remaining = iter(estimates)
     for count in counts:
-        yield np.concatenate(list(itertools.islice(remaining, count)))
+        yield tuple(itertools.islice(remaining, count))
 
 
 def _column(values: Sequence[Any]) -> pa.Array:
@@ -147,9 +152,9 @@ def _column(values: Sequence[Any]) -> pa.Array:
         return pa.array([None if value is None else str(value) for value in values])
 
 
-def _or_none(values: Float32Array) -> list[float | None] | None:
-    """One value per token, ``None`` at tokens that do not enter the losses; unset where none does."""
-    listed = [None if value != value else value for value in values.tolist()]
+def _or_none(parts: Sequence[Float32Array]) -> list[float | None] | None:
+    """A number per token of all sequences, ``None`` at tokens that do not enter the losses; unset where none does."""
+    listed = [None if value != value else value for part in parts for value in part.tolist()]
     return listed if any(value is not None for value in listed) else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rlhf_ray.reporting.metrics import Scalar
-from rlhf_ray.types import Float32Array, ScoredGroup, TraceSpan
+from rlhf_ray.types import ScoredGroup, TokenEstimates, TraceSpan
 
 __all__ = ["Reporter"]
 
@@ -24,15 +24,15 @@ class Reporter:
         """Receive the result of an iteration: the keys of ``METRICS``, joined by ``/``, and their values."""
 
     def report_completions(
-        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+        self, step: int, groups: Sequence[ScoredGroup], estimates: Sequence[TokenEstimates] | None = None
     ) -> None:
         """Receive the groups that iteration ``step`` trained on, in iterations whose completions are reported.
 
         Args:
             step: Number of the iteration, from 1.
             groups: In the order of the batch.
-            advantages: One array per completion, in the order of the groups: ``[T]`` as they entered the loss, ``[0]``
-                where the completion was left out of it.
+            estimates: Of each sequence, in the order of the groups and of their trajectories' sequences; ``None`` where
+                learners were not asked for them.
         """
 
     def report_spans(self, step: int, spans: Sequence[TraceSpan]) -> None:

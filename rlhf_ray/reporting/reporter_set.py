@@ -14,7 +14,7 @@ from rlhf_ray.reporting.metrics import flatten
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory
 from rlhf_ray.stopping import stop_all
-from rlhf_ray.types import Float32Array, ScoredGroup, TraceSpan
+from rlhf_ray.types import ScoredGroup, TokenEstimates, TraceSpan
 from rlhf_ray.untrusted_text import shortened
 
 __all__ = ["ReporterSet"]
@@ -92,10 +92,10 @@ class ReporterSet:
         self._each("report", flatten(result) | {"reporting/failures": self._failures})
 
     def report_completions(
-        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+        self, step: int, groups: Sequence[ScoredGroup], estimates: Sequence[TokenEstimates] | None = None
     ) -> None:
         """Hand the iteration's groups to every reporter."""
-        self._each("report_completions", step, groups, advantages)
+        self._each("report_completions", step, groups, estimates)
 
     def report_spans(self, step: int, spans: Sequence[TraceSpan]) -> None:
         """Hand the iteration's spans to every reporter."""

@@ -16,7 +16,7 @@ from rlhf_ray.reporting.completions import prompt_text
 from rlhf_ray.reporting.metrics import Scalar
 from rlhf_ray.reporting.reporter import Reporter
 from rlhf_ray.reporting.run_directory import RunDirectory, kept_id
-from rlhf_ray.types import Float32Array, ScoredGroup
+from rlhf_ray.types import ScoredGroup, TokenEstimates
 
 __all__ = ["WandbReporter"]
 
@@ -57,7 +57,7 @@ class WandbReporter(Reporter):
         self._run.log(dict(row), step=int(row["training_iteration"]))
 
     def report_completions(
-        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+        self, step: int, groups: Sequence[ScoredGroup], estimates: Sequence[TokenEstimates] | None = None
     ) -> None:
         """Log the first of the iteration's completions as a table, with the step's other numbers."""
         import wandb

@@ -344,10 +344,10 @@ def batch_of(scenario: Scenario, number: int) -> SequenceBatch:
     return batch
 
 
-def update(learner: Learner, scenario: Scenario, number: int, *, keep_advantages: bool = False) -> Figures:
+def update(learner: Learner, scenario: Scenario, number: int, *, keep_estimates: bool = False) -> Figures:
     """The run's update ``number``, from 0."""
     batch, plan = share_of(batch_of(scenario, number), scenario, seed=number)
-    return learner.update(batch, plan, update_policy=scenario.update_policy[number], keep_advantages=keep_advantages)
+    return learner.update(batch, plan, update_policy=scenario.update_policy[number], keep_estimates=keep_estimates)
 
 
 def build(folder: Path, scenario: Scenario) -> Learner:
@@ -361,7 +361,7 @@ def run(scenario: Scenario, folder: Path) -> Outcome:
     """Build a learner and make all its updates."""
     learner = build(folder, scenario)
     count = len(scenario.update_policy)
-    figures = [update(learner, scenario, number, keep_advantages=number == count - 1) for number in range(count)]
+    figures = [update(learner, scenario, number, keep_estimates=number == count - 1) for number in range(count)]
     return outcome_of(learner, scenario, figures)
 
 
@@ -371,7 +371,7 @@ def run_in_turns(scenario: Scenario, folder: Path) -> Outcome:
     figures = []
     for number in range(len(scenario.update_policy)):
         take_turns(learner)
-        figures.append(update(learner, scenario, number, keep_advantages=True))
+        figures.append(update(learner, scenario, number, keep_estimates=True))
     take_turns(learner)
     return outcome_of(learner, scenario, figures)
 
@@ -436,7 +436,7 @@ def outcome_of(learner: Learner, scenario: Scenario, figures: list[Figures]) -> 
         figures=figures,
         policy=full_weights(learner.policy),
         critic={} if learner.critic is None else full_weights(learner.critic),
-        last=UpdateResult(metrics=figures[-1], advantages=learner.advantages),
+        last=UpdateResult(metrics=figures[-1], estimates=learner.token_estimates),
         sequences=plan_of(batch_of(scenario, number), scenario, number).sequences[share_number(scenario)],
     )
 

@@ -28,7 +28,7 @@ def update(version: int = 1, **fields: Any) -> UpdateCommand:
         "batch": None,
         "plan": None,
         "update_policy": True,
-        "with_advantages": False,
+        "with_estimates": False,
         "keeps_state": False,
         "spared_version": None,
     }

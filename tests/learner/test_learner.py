@@ -35,6 +35,7 @@ from rlhf_ray.learner.packing import plan_update
 from rlhf_ray.learner.remote.commands import UpdateResult, merge_results
 from rlhf_ray.learner.trained_model import TrainedModel
 from rlhf_ray.reporting.metrics import metric_for
+from rlhf_ray.types import Float32Array, TokenEstimates
 from rlhf_ray.weight_sync.buckets import ByteArray
 from rlhf_ray.weight_sync.manifest import BucketLayout, under_each_name
 
@@ -703,10 +704,11 @@ def test_what_a_quantized_engine_samples_is_corrected_for(
 
     monkeypatch.setattr(TrainedModel, "step", keep)
     share, plan = runs.share_of(batch, scenario)
-    figures = learner.update(share, plan, keep_advantages=True)
+    figures = learner.update(share, plan, keep_estimates=True)
 
     policy = AutoModelForCausalLM.from_pretrained(models / "policy").eval()
-    advantages = np.concatenate(learner.advantages)
+    assert learner.token_estimates is not None
+    advantages = np.concatenate([one.advantages for one in learner.token_estimates])
     logprobs = torch.cat(list(completion_logprobs(policy, share, 0.8)))
     weights = (logprobs.detach() - torch.tensor(share.sampling_logprobs)).exp()
     assert (weights > 1.5).any()
@@ -956,14 +958,15 @@ def test_observed_tokens_have_no_share_in_the_gradient(
 
     monkeypatch.setattr(TrainedModel, "step", keep)
     share, plan = runs.share_of(two_turn_batch(), scenario)
-    figures = learner.update(share, plan, keep_advantages=True)
+    figures = learner.update(share, plan, keep_estimates=True)
 
-    assert learner.advantages is not None
-    advantages = torch.tensor(np.concatenate(learner.advantages))
+    assert learner.token_estimates is not None
+    kept = [one.advantages for one in learner.token_estimates]
+    advantages = torch.tensor(np.concatenate(kept))
     sampled = torch.tensor(share.sampled)
     assert torch.equal(advantages.isnan(), ~sampled)
     baselines = [share.rewards[share.group_ids == group].mean() for group in share.group_ids]
-    for row, own in enumerate(learner.advantages):
+    for row, own in enumerate(kept):
         np.testing.assert_allclose(own[~np.isnan(own)], share.rewards[row] - baselines[row], atol=1e-5)
     policy = AutoModelForCausalLM.from_pretrained(models / "policy").eval()
     logprobs = torch.cat(list(completion_logprobs(policy, share, 0.8)))
@@ -1145,15 +1148,24 @@ def test_advantages_of_two_ranks_come_in_the_order_of_the_batch_and_are_those_of
 
     _, first, second = two_ranks
     alone, together = in_order(on_one_rank(name)), in_order(first.outcomes[name], second.outcomes[name])
-    assert alone.advantages is not None
-    assert together.advantages is not None
+    assert alone.estimates is not None
+    assert together.estimates is not None
 
     batch = runs.batch_of(SCENARIOS[name], len(SCENARIOS[name].update_policy) - 1)
-    for advantages in (alone.advantages, together.advantages):
-        assert [len(one) for one in advantages] == batch.completion_lengths.tolist()
-        assert np.array_equal(~np.isnan(np.concatenate(advantages)), batch.loss_mask)
+    for tables in of_tokens(alone.estimates), of_tokens(together.estimates):
+        for table in tables:
+            assert [len(one) for one in table] == batch.completion_lengths.tolist()
+            assert np.array_equal(~np.isnan(np.concatenate(table)), batch.loss_mask)
     # After a first update that differs by rounding between the two.
-    np.testing.assert_allclose(np.concatenate(together.advantages), np.concatenate(alone.advantages), atol=1e-4)
+    for mine, theirs in zip(of_tokens(together.estimates), of_tokens(alone.estimates), strict=True):
+        np.testing.assert_allclose(np.concatenate(mine), np.concatenate(theirs), atol=1e-4)
+
+
+def of_tokens(estimates: tuple[TokenEstimates, ...]) -> list[list[Float32Array]]:
+    """Advantages, and values where there are some, of each sequence."""
+    values = [one.values for one in estimates if one.values is not None]
+    assert len(values) in (0, len(estimates))
+    return [[one.advantages for one in estimates], *([values] if values else [])]
 
 
 def test_kept_advantages_are_those_of_the_loss(make_learner: Callable[..., Learner]) -> None:
@@ -1166,10 +1178,14 @@ def test_kept_advantages_are_those_of_the_loss(make_learner: Callable[..., Learn
     batch = replace(batch, group_ids=np.asarray([7, 7, 8, 7, 8, 8]), loss_mask=np.concatenate(in_loss))
     own, plan = runs.share_of(batch, scenario)
 
-    learner.update(own, plan, keep_advantages=True)
+    learner.update(own, plan, keep_estimates=True)
 
-    assert learner.advantages is not None
-    kept = dict(zip(runs.plan_of(batch, scenario, 0).sequences[0], learner.advantages, strict=True))
+    assert learner.token_estimates is not None
+    kept = {
+        index: one.advantages
+        for index, one in zip(runs.plan_of(batch, scenario, 0).sequences[0], learner.token_estimates, strict=True)
+    }
+    assert all(one.values is None for one in learner.token_estimates)
     # Reward minus the mean of its group, at each token; NaN at what is left out of the loss.
     for index, wanted in enumerate([0, -1, 0, 1, 1, -1]):
         np.testing.assert_array_equal(kept[index], np.where(in_loss[index], wanted, np.nan))
@@ -1177,12 +1193,29 @@ def test_kept_advantages_are_those_of_the_loss(make_learner: Callable[..., Learn
 
 def test_advantages_are_not_kept_where_nobody_asks(make_learner: Callable[..., Learner]) -> None:
     learner = make_learner()
-    runs.update(learner, Scenario(), 0, keep_advantages=True)
-    assert learner.advantages is not None
+    runs.update(learner, Scenario(), 0, keep_estimates=True)
+    assert learner.token_estimates is not None
 
     runs.update(learner, Scenario(), 1)
 
-    assert learner.advantages is None
+    assert learner.token_estimates is None
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_kept_values_are_the_critics_of_what_was_before_each_token(
+    models: Path, make_learner: Callable[..., Learner], packed: bool
+) -> None:
+    scenario = Scenario(num_sequences=5, packed=packed)
+    learner = make_learner(scenario)
+    own, plan = runs.share_of(runs.make_batch(5, seed=8), scenario)
+
+    learner.update(own, plan, keep_estimates=True)
+
+    assert learner.token_estimates is not None
+    kept = zip(learner.token_estimates, critic_values(models, own), own.prompt_lengths, strict=True)
+    for estimates, wanted, prompt in kept:
+        assert estimates.values is not None
+        np.testing.assert_allclose(estimates.values, wanted[prompt - 1 : -1].numpy(), atol=1e-5)
 
 
 # Saving and loading.

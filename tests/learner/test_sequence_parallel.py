@@ -92,10 +92,10 @@ def test_two_ranks_with_a_slice_each_learn_what_one_rank_does(
     assert without_times(first.figures[-1]) == without_times(second.figures[-1])
     answers = merge_results([first.last], [first.sequences])
     wanted = merge_results([on_one_rank(name).last], [on_one_rank(name).sequences])
-    assert answers.advantages is not None
-    assert wanted.advantages is not None
-    for mine, theirs in zip(answers.advantages, wanted.advantages, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-5)
+    assert answers.estimates is not None
+    assert wanted.estimates is not None
+    for mine, theirs in zip(answers.estimates, wanted.estimates, strict=True):
+        assert mine.advantages == pytest.approx(theirs.advantages, abs=1e-5)
 
 
 @pytest.mark.slow
@@ -114,8 +114,8 @@ def test_four_ranks_learn_what_one_rank_does(
             assert_same(result.outcomes[name], on_one_rank(name))
         shares = [result.outcomes[name] for result in results[::size]]
         merged = merge_results([share.last for share in shares], [share.sequences for share in shares])
-        assert merged.advantages is not None
-        assert len(merged.advantages) == SCENARIOS[name].num_sequences
+        assert merged.estimates is not None
+        assert len(merged.estimates) == SCENARIOS[name].num_sequences
     for name in SCORED:
         for mine, theirs in zip(results[-1].scores[name], whole_scores[name], strict=True):
             torch.testing.assert_close(mine, theirs, atol=2e-6, rtol=0.0)

@@ -23,6 +23,7 @@ from rlhf_ray.types import (
     PromptText,
     RolloutGroup,
     ScoredGroup,
+    TokenEstimates,
     Trajectory,
     Turn,
     VersionSpan,
@@ -79,8 +80,9 @@ def write_run(
     results: Iterable[Mapping[str, Any]] | None = None,
     tables: Mapping[int, Sequence[ScoredGroup]] | None = None,
     advantages: Sequence[Float32Array] | None = None,
+    values: Sequence[Float32Array] | None = None,
 ) -> Path:
-    """Write a run: by default five iterations and a table after the last; all tables have the same advantages."""
+    """Write a run: by default five iterations and a table after the last; all tables have the same estimates."""
     directory = RunDirectory.create(str(folder), algorithm="PPO")
     directory.write_config(yaml.safe_dump(dict(settings)))
     metrics = JsonlReporter(Settings(), directory)
@@ -89,8 +91,18 @@ def write_run(
     metrics.stop()
     completions = CompletionsReporter(Settings(), directory)
     for step, groups in ({5: additions()} if tables is None else tables).items():
-        completions.report_completions(step, groups, advantages)
+        completions.report_completions(step, groups, None if advantages is None else estimates(advantages, values))
     return directory.path
+
+
+def estimates(
+    advantages: Sequence[Sequence[float] | Float32Array],
+    values: Sequence[Sequence[float] | Float32Array] | None = None,
+) -> list[TokenEstimates]:
+    """Of each sequence."""
+    parts = [[None] * len(advantages) if values is None else values, advantages]
+    arrays = [[None if one is None else np.asarray(one, dtype=np.float32) for one in part] for part in parts]
+    return [TokenEstimates(advantages=own, values=value) for value, own in zip(*arrays, strict=True)]
 
 
 def additions() -> list[ScoredGroup]:

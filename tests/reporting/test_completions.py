@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from report_runs import tool_chat, tries
+from report_runs import estimates, tool_chat, tries
 
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.quickstart.tokenizer import EOS_TOKEN_ID
@@ -46,6 +46,7 @@ def test_one_row_per_completion(run_dir: RunDirectory, groups: list[ScoredGroup]
         "sampling_logprobs": [0.0, -0.25],
         "token_versions": [3, 4],
         "advantages": None,
+        "values": None,
         "turn_rewards": [0.0],
         "further_prompts": [],
         "messages": None,
@@ -77,27 +78,29 @@ def test_groups_without_a_function_get_null_for_it(run_dir: RunDirectory, groups
 
 def test_advantages_go_to_their_completions(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
     nan = float("nan")
-    advantages = [np.array(values, dtype=np.float32) for values in ([0.5, 1.5], [nan] * 4, [1, 2, 3, 4, 5, -6])]
-    started(run_dir).report_completions(1, groups, advantages)
+    advantages, values = [[0.5, 1.5], [nan] * 4, [1, 2, 3, 4, 5, -6]], [[0.25, 0.5], [nan] * 4, [0, 0, 0, 0, 0, 1]]
+    started(run_dir).report_completions(1, groups, estimates(advantages, values))
     rows = pq.read_table(completions_path(run_dir, 1)).to_pylist()
     # The second was left out of the loss.
     assert [row["advantages"] for row in rows] == [[0.5, 1.5], None, [1, 2, 3, 4, 5, -6]]
+    assert [row["values"] for row in rows] == [[0.25, 0.5], None, [0, 0, 0, 0, 0, 1]]
 
 
 def test_first_tokens_that_were_left_out_of_the_loss_have_no_advantage(
     run_dir: RunDirectory, groups: list[ScoredGroup]
 ) -> None:
     nan = float("nan")
-    advantages = [np.array(values, dtype=np.float32) for values in ([nan, 1.5], [nan], [5, nan, nan, nan, nan, -6])]
-    started(run_dir).report_completions(1, groups, advantages)
+    advantages = [[nan, 1.5], [nan], [5, nan, nan, nan, nan, -6]]
+    started(run_dir).report_completions(1, groups, estimates(advantages))
 
     rows = pq.read_table(completions_path(run_dir, 1)).to_pylist()
     assert [row["advantages"] for row in rows] == [[None, 1.5], None, [5, None, None, None, None, -6]]
+    assert [row["values"] for row in rows] == [None, None, None]
 
 
 def test_advantages_of_other_completions_are_an_error(run_dir: RunDirectory, groups: list[ScoredGroup]) -> None:
-    with pytest.raises(ValueError, match="advantages of 1 sequences, but the trajectories have 3"):
-        started(run_dir).report_completions(1, groups, [np.zeros(2, dtype=np.float32)])
+    with pytest.raises(ValueError, match="estimates of 1 sequences, but the trajectories have 3"):
+        started(run_dir).report_completions(1, groups, estimates([[0.0, 0.0]]))
     assert list(run_dir.completions.iterdir()) == []
 
 
@@ -131,7 +134,7 @@ def test_what_functions_log_is_a_column(run_dir: RunDirectory, groups: list[Scor
 
 
 def rows_of(run_dir: RunDirectory, group: ScoredGroup, advantages: list[list[float]] | None = None) -> list[Any]:
-    given = None if advantages is None else [np.array(values, dtype=np.float32) for values in advantages]
+    given = None if advantages is None else estimates(advantages)
     started(run_dir).report_completions(1, [group], given)
     return list(pq.read_table(completions_path(run_dir, 1)).to_pylist())
 
@@ -183,5 +186,5 @@ def test_advantages_are_joined_by_trajectory(run_dir: RunDirectory) -> None:
     group = replace(one, group=both, rewards=two, rewards_by_function={"guess": two}, texts=one.texts * 2)
     rows = rows_of(run_dir, group, [[1.0] * 4, [2.0] * 2, [3.0] * 4])
     assert [row["advantages"] for row in rows] == [[1, 1, 1, 1, 2, 2], [3, 3, 3, 3]]
-    with pytest.raises(ValueError, match="advantages of 2 sequences, but the trajectories have 3"):
+    with pytest.raises(ValueError, match="estimates of 2 sequences, but the trajectories have 3"):
         rows_of(run_dir, group, [[1.0] * 4, [2.0] * 2])

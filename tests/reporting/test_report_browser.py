@@ -19,6 +19,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"needs a Chromium: non
 OTHER = "a-run-whose-name-tells-every-setting-that-differs-lr-2e-4-gamma-1.0-seed-1"
 CARD = "#completions .row"
 ADVANTAGES = [np.asarray(values, dtype=np.float32) for values in ([1, 2], [-1, -2], [], [0.5, 0, 0])]
+VALUES = [np.asarray(values, dtype=np.float32) for values in ([3, -4], [1, 2], [], [0.5, 0, 0])]
 COLORS = """[...document.querySelectorAll('[data-place="0"] .token')].map((one) => one.style.backgroundColor)"""
 
 
@@ -34,7 +35,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 def one_run(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Address of the page of one run."""
     folder = tmp_path_factory.mktemp("one")
-    path = write_run(folder / "run", tables={3: additions(), 5: additions()}, advantages=ADVANTAGES)
+    path = write_run(folder / "run", tables={3: additions(), 5: additions()}, advantages=ADVANTAGES, values=VALUES)
     return write_report([path]).as_uri()
 
 
@@ -145,7 +146,8 @@ def test_a_token_that_is_clicked_tells_its_numbers(browser: Chromium, one_run: s
     assert browser.evaluate("document.querySelector('#tooltip').hidden")
     browser.click(f"{CARD} .token")
     facts = browser.evaluate("[...document.querySelectorAll('#tooltip div')].map((one) => one.textContent)")
-    assert facts == ['"2"', "token 50", "log-probability 0 (100 %)", "policy version 3", "advantage +1"]
+    of_token = ["token 50", "log-probability 0 (100 %)", "policy version 3", "advantage +1", "value before it 3"]
+    assert facts == ['"2"', *of_token]
     browser.click(f"{CARD} .token.silent")
     assert text(browser, "#tooltip div") == "no text of its own: a special token, or part of a character"
     browser.click("h2")
@@ -196,7 +198,7 @@ def test_observed_tokens_have_no_color_and_say_so(browser: Chromium, episodes: s
     shades = (
         "[...document.querySelectorAll('[data-place=\"1\"] .token')].map((one) => one.style.backgroundColor !== '')"
     )
-    for coloring in ("advantage", "logprob", "version", "group"):
+    for coloring in ("advantage", "value", "logprob", "version", "group"):
         browser.choose("color by", coloring)
         assert browser.evaluate(shades) == [True, False, False, True, True, True], coloring
     browser.click('[data-place="1"] .observation .token')

@@ -27,7 +27,7 @@ def the_table(path: Path, **limits: int) -> Any:
 
 def test_a_table_as_the_page_reads_it(tmp_path: Path) -> None:
     advantages = [np.asarray(values, dtype=np.float32) for values in ([0.5, 0.25], [-1, 2], [], [0, 0, 1e-5])]
-    path = write_run(tmp_path / "run", advantages=advantages)
+    path = write_run(tmp_path / "run", advantages=advantages, values=[2 * one for one in advantages])
     assert tables_of(path).notes == []
     table = the_table(path)
     assert (table["step"], table["total"]) == (5, 4)
@@ -48,6 +48,7 @@ def test_a_table_as_the_page_reads_it(tmp_path: Path) -> None:
         "logprobs": [0.0, -0.5],
         "versions": [3, 4],
         "advantages": [0.5, 0.25],
+        "values": [1.0, 0.5],
     }
     # A completion that was left out of the loss has none; a small one is not rounded away.
     assert "advantages" not in table["rows"][2]

@@ -10,7 +10,7 @@ import pytest
 from rlhf_ray.config.settings import ReportingSettings, Settings
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.reporting import Reporter, ReporterSet, RunDirectory, flatten
-from rlhf_ray.types import Float32Array, ScoredGroup
+from rlhf_ray.types import ScoredGroup, TokenEstimates
 
 
 class Recorder(Reporter):
@@ -34,7 +34,7 @@ class Recorder(Reporter):
         self._called("report")
 
     def report_completions(
-        self, step: int, groups: Sequence[ScoredGroup], advantages: Sequence[Float32Array] | None = None
+        self, step: int, groups: Sequence[ScoredGroup], estimates: Sequence[TokenEstimates] | None = None
     ) -> None:
         self._called("report_completions")
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_ray.checkpoints.folder import Folder
 from rlhf_ray.learner.packing import RankPlan
-from rlhf_ray.types import Float32Array
+from rlhf_ray.types import TokenEstimates
 
 if TYPE_CHECKING:  # It imports PyTorch, which the bridge does without until a command brings one.
     from rlhf_ray.learner.spec import LearnerSpec
@@ -78,8 +78,8 @@ class UpdateCommand(Command):
     """Of the policy afterward."""
     update_policy: bool
     """False in the critic's warm-up."""
-    with_advantages: bool
-    """Whether the answer holds them."""
+    with_estimates: bool
+    """Whether the answer holds those of tokens."""
     keeps_state: bool
     """Whether the state afterward is to be kept."""
     spared_version: int | None
@@ -231,8 +231,8 @@ class UpdateResult:
 
     metrics: Mapping[str, float]
     """The same on every rank."""
-    advantages: tuple[Float32Array, ...] | None = None
-    """Per sequence ``[T]`` as they enter the loss, NaN at tokens that do not; ``None`` where they are not asked for."""
+    estimates: tuple[TokenEstimates, ...] | None = None
+    """Of each sequence; ``None`` where they are not asked for."""
     kept_version: int | None = None
     """The newest policy version whose state is kept, on all ranks; ``None``: there is no such version."""
 
@@ -248,12 +248,12 @@ def merge_results(results: Sequence[UpdateResult], sequences: Sequence[Sequence[
     kept = [result.kept_version for result in results if result.kept_version is not None]
     kept_version = min(kept) if len(kept) == len(results) else None
     shares = results[:: len(results) // len(sequences)]
-    if any(result.advantages is None for result in shares):
+    if any(result.estimates is None for result in shares):
         return UpdateResult(metrics=metrics, kept_version=kept_version)
     of_sequence = {
-        index: advantages
+        index: estimates
         for result, indices in zip(shares, sequences, strict=True)
-        for index, advantages in zip(indices, result.advantages or (), strict=True)
+        for index, estimates in zip(indices, result.estimates or (), strict=True)
     }
-    advantages = tuple(of_sequence[index] for index in sorted(of_sequence))
-    return UpdateResult(metrics=metrics, advantages=advantages, kept_version=kept_version)
+    estimates = tuple(of_sequence[index] for index in sorted(of_sequence))
+    return UpdateResult(metrics=metrics, estimates=estimates, kept_version=kept_version)

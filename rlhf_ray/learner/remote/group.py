@@ -161,7 +161,7 @@ class LearnerGroup(TrainRun):
         self.packed = all(self._execute(LayoutCommand(), needs_state=False))
 
     def update(
-        self, batch: SequenceBatch, plan: UpdatePlan, *, version: int, update_policy: bool, with_advantages: bool
+        self, batch: SequenceBatch, plan: UpdatePlan, *, version: int, update_policy: bool, with_estimates: bool
     ) -> UpdateResult:
         """Train on a batch, after which the policy is ``version``; each rank gets its own sequences by reference.
 
@@ -172,7 +172,7 @@ class LearnerGroup(TrainRun):
             plan: Which share of the ranks trains on which.
             version: Of the policy afterward.
             update_policy: False in the critic's warm-up.
-            with_advantages: Whether the result holds them, in the order of the batch.
+            with_estimates: Whether the result holds those of tokens, in the order of the batch.
 
         Raises:
             LearnerError: A rank failed, or Ray Train restarted the group too often.
@@ -187,7 +187,7 @@ class LearnerGroup(TrainRun):
                 plan=rank,
                 version=version,
                 update_policy=update_policy,
-                with_advantages=with_advantages and place == 0,
+                with_estimates=with_estimates and place == 0,
                 keeps_state=keeps_state,
                 spared_version=self._saving_version,
             )
@@ -406,7 +406,7 @@ class LearnerGroup(TrainRun):
             return False
         for commands in since:
             _LOG.warning("the update to policy version %d is repeated", commands[0].version)
-            repeated = [replace(command, keeps_state=False, with_advantages=False) for command in commands]
+            repeated = [replace(command, keeps_state=False, with_estimates=False) for command in commands]
             answers = self._request(repeated)
             if answers is None:
                 return None

@@ -236,7 +236,7 @@ class _Worker:
                 ray.get(command.batch),
                 command.plan,
                 update_policy=command.update_policy,
-                keep_advantages=command.with_advantages,
+                keep_estimates=command.with_estimates,
             )
         except LearnerError as error:
             message = f"policy version {version}: {error}"
@@ -247,7 +247,9 @@ class _Worker:
         if command.keeps_state:
             self._to_keep = version, command.spared_version
         result = UpdateResult(
-            metrics=metrics, advantages=self._learner.advantages, kept_version=max(self._kept.versions, default=None)
+            metrics=metrics,
+            estimates=self._learner.token_estimates,
+            kept_version=max(self._kept.versions, default=None),
         )
         self._updated = version, result
         return result

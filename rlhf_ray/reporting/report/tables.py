@@ -34,6 +34,7 @@ _TOKEN_LISTS = {
     "sampling_logprobs": "logprobs",
     "token_versions": "versions",
     "advantages": "advantages",
+    "values": "values",
 }
 """Column -> its name in the page."""
 _TOKEN_DIGITS = 3
@@ -157,7 +158,7 @@ def _row(row: Mapping[str, Any], group: int) -> dict[str, Any]:
         values = row.get(column)
         if values is not None and len(values) == len(texts):
             kept = _kept(values)
-            numbers = name in ("logprobs", "advantages")
+            numbers = name in ("logprobs", "advantages", "values")
             content[name] = [rounded(value, _TOKEN_DIGITS) for value in kept] if numbers else kept
     if len(texts) > _MAX_TOKENS:
         content["omitted"] = {"at": _HALF, "count": len(texts) - 2 * _HALF}

@@ -28,6 +28,7 @@ from rlhf_ray.learner.remote.commands import (
     UpdateResult,
 )
 from rlhf_ray.learner.remote.group import LearnerGroup, StateLostError
+from rlhf_ray.types import TokenEstimates
 
 
 class Actor:
@@ -198,6 +199,10 @@ def test_a_controller_that_waits_for_resources_is_ended(ended: list[Any], monkey
     assert ended == [controller, "placement group", bridge]
 
 
+def estimates_of(index: int) -> TokenEstimates:
+    return TokenEstimates(advantages=np.asarray([index], dtype=np.float32))
+
+
 def test_neighbors_get_the_same_share_where_they_read_slices_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray, "put", lambda value: value)
     group = group_of(Actor(), monkeypatch)
@@ -209,7 +214,7 @@ def test_neighbors_get_the_same_share_where_they_read_slices_of_it(monkeypatch: 
         return [
             UpdateResult(
                 metrics={"rank": rank},
-                advantages=tuple(np.asarray([float(i)]) for i in command.batch) if command.with_advantages else None,
+                estimates=tuple(estimates_of(i) for i in command.batch) if command.with_estimates else None,
                 kept_version=rank,
             )
             for rank, command in enumerate(commands)
@@ -229,7 +234,7 @@ def test_neighbors_get_the_same_share_where_they_read_slices_of_it(monkeypatch: 
         seed=0,
     )
 
-    result = group.update(batch, plan, version=1, update_policy=True, with_advantages=True)
+    result = group.update(batch, plan, version=1, update_policy=True, with_estimates=True)
 
     assert [order.batch for order in given] == [
         plan.sequences[0],
@@ -239,9 +244,9 @@ def test_neighbors_get_the_same_share_where_they_read_slices_of_it(monkeypatch: 
     ]
     assert [order.plan for order in given] == [plan.ranks[0], plan.ranks[0], plan.ranks[1], plan.ranks[1]]
     # Both have them: one of the two is asked.
-    assert [order.with_advantages for order in given] == [True, False, True, False]
-    assert result.advantages is not None
-    assert [float(one[0]) for one in result.advantages] == [0.0, 1.0, 2.0, 3.0]
+    assert [order.with_estimates for order in given] == [True, False, True, False]
+    assert result.estimates is not None
+    assert [float(one.advantages[0]) for one in result.estimates] == [0.0, 1.0, 2.0, 3.0]
     assert result.kept_version == 0
 
 
@@ -444,7 +449,7 @@ def update(group: LearnerGroup, *versions: int) -> None:
     plan: Any = SimpleNamespace(sequences=((),), ranks=("plan",))
     for version in versions:
         batch: Any = Batch(f"batch {version}")
-        group.update(batch, plan, version=version, update_policy=True, with_advantages=True)
+        group.update(batch, plan, version=version, update_policy=True, with_estimates=True)
 
 
 def after(*versions: int) -> list[str]:

@@ -9,6 +9,12 @@ const COLORINGS = {
     value: (row, group, token) => row.advantages[token],
     scale: diverging,
   },
+  value: {
+    label: "value before the token",
+    has: (row) => row.values !== undefined,
+    value: (row, group, token) => row.values[token],
+    scale: diverging,
+  },
   logprob: {
     label: "log-probability when sampled",
     has: (row) => row.logprobs !== undefined,
@@ -153,5 +159,6 @@ function tokenFacts(row, token) {
     const advantage = row.advantages[token];
     facts.push(advantage === null ? "not in the loss" : `advantage ${formatSigned(advantage)}`);
   }
+  if ((row.values?.[token] ?? null) !== null) facts.push(`value before it ${formatNumber(row.values[token])}`);
   return facts;
 }
