@@ -6,7 +6,8 @@
                                  ^                  |
                                  |                  |-- no answer in step_timeout_s: the worker is killed, the episode
                                  |                  |   that hung has failed
-                                 |                  '-- it died by itself: episodes that were stepping are suspects
+                                 |                  '-- it died, or answers nothing at all: episodes that were stepping
+                                 |                      are suspects
                                  '---- replayed on the replacement from what was sampled; suspects one at a time, so
                                        that the one to blame is found: it alone fails
 
@@ -37,6 +38,8 @@ from rlhf_ray.worker_env import worker_env
 __all__ = ["EnvironmentPool", "Played", "PoolSettings"]
 
 _LOG = logging.getLogger(__name__)
+_CLOSE_TIMEOUT_S = 5.0
+_PING_TIMEOUT_S = 2.0
 _START_TRIES = 3
 
 
@@ -105,11 +108,28 @@ class _Worker:
             async with asyncio.timeout(limit_s):
                 return await answer
         except TimeoutError:
+            if not await self._is_to_blame(episode):
+                raise _WorkerLostError(None) from None
             self.lost(episode)
             message = f"no answer after {limit_s:g} s (environment.step_timeout_s); environment worker {self.place + 1}"
             raise EpisodeFailed("timeout", f"{episode.start.environment}: {message} was killed") from None
         finally:
             self._waiting.pop(call.number, None)
+
+    async def _is_to_blame(self, episode: Played) -> bool:
+        """Whether an episode that has not answered in time hangs, and not the whole worker for another's sake."""
+        if episode in self.suspects:  # It plays alone.
+            return True
+        try:
+            async with asyncio.timeout(_PING_TIMEOUT_S):
+                await self.actor.ready.remote()
+            return True
+        except (TimeoutError, RayError):
+            # A step that blocks the event loop, or a process that is stopped: as if it had died.
+            if self.replacement is None:
+                _LOG.warning("environment worker %d does not answer any more", self.place + 1)
+            self.lost(None)
+            return False
 
     def forget(self, call: Call) -> None:
         """Post a call whose answer is of no interest."""
@@ -317,11 +337,16 @@ class EnvironmentPool:
             raise RolloutError(f"environment workers cannot start: {shortened(error, 1000)}") from error
 
     def stop(self) -> None:
-        """End the workers."""
+        """End the workers, which have a moment to close what is open."""
         self.closed = True
         if ray.is_initialized():
-            actors = self._actors
-            stop_all(*(("environment worker", functools.partial(ray.kill, actor)) for actor in actors))
+            kills = [("environment worker", functools.partial(ray.kill, actor)) for actor in self._actors]
+            stop_all(("environments", self._close_episodes), *kills)
+
+    def _close_episodes(self) -> None:
+        closing = [worker.actor.stop.remote() for worker in self._workers]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=_CLOSE_TIMEOUT_S)
 
     def play(self, start: Start) -> Played:
         """A new episode, on the worker that has the fewest."""

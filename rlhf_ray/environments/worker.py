@@ -10,6 +10,7 @@ import asyncio
 import json
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -114,6 +115,15 @@ class EnvironmentWorker:
         self._answered.clear()
         answers, self._answers = self._answers, []
         return answers
+
+    async def stop(self) -> None:
+        """Close the episodes that are open and what they share, before the process is killed."""
+        episodes, self._episodes = list(self._episodes.values()), {}
+        await asyncio.gather(*map(self._close, episodes), return_exceptions=True)
+        if self._server is not None:
+            await self._server.stop()
+        if (mcp_tools := sys.modules.get("rlhf_ray.environments.mcp_tools")) is not None:
+            await asyncio.to_thread(mcp_tools.close_sessions)
 
     async def _carry_out(self, call: Call) -> None:
         answer: Reply | EpisodeFailed

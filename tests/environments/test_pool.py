@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from environments.games import Echo, Guess, Unseeded
 from environments.test_play import TOKENIZER, sampled_of, start_of
@@ -13,7 +14,7 @@ from ray.exceptions import ActorDiedError
 
 from rlhf_ray.environments import play as play_module
 from rlhf_ray.environments import pool as pool_module
-from rlhf_ray.environments.episode import EpisodeFailed, Reply, Start
+from rlhf_ray.environments.episode import EpisodeFailed, Reply, Sampled, Start
 from rlhf_ray.environments.pool import EnvironmentPool, PoolSettings
 from rlhf_ray.environments.registry import NamedEnvironment
 from rlhf_ray.environments.worker import Call, EnvironmentWorker, WorkerSettings
@@ -54,11 +55,21 @@ class Actor:
         Actor.made += 1
         self._worker = EnvironmentWorker(settings)
         self._dead = asyncio.Event()
+        self._frozen = False
         self.posts: list[Sequence[Call]] = []
         self.ready, self.post, self.answers = map(Method, (self._ready, self._post, self._answers))
 
     def die(self) -> None:
         self._dead.set()
+
+    def freeze(self) -> None:
+        """Answer nothing any more, as a process that is stopped."""
+        self._frozen = True
+        self.ready = Method(self._never)
+
+    async def _never(self) -> None:
+        await self._dead.wait()
+        raise ActorDiedError
 
     async def _ready(self) -> None:
         await self._worker.ready()
@@ -67,7 +78,11 @@ class Actor:
         self.posts.append(calls)
         if self._dead.is_set():
             raise ActorDiedError
-        await self._worker.post(calls)
+        sampled = [call.argument for call in calls if isinstance(call.argument, Sampled)]
+        if any(b"freeze" in one.token_ids.astype(np.uint8).tobytes() for one in sampled):
+            self.freeze()
+        if not self._frozen:
+            await self._worker.post(calls)
 
     async def _answers(self) -> Any:
         answers = asyncio.ensure_future(self._worker.answers())
@@ -263,6 +278,41 @@ def test_an_episode_that_hangs_costs_its_group_and_a_time_limit(monkeypatch: pyt
         assert killed == [pool.actors[0]]
 
     run(lambda: Pool(named(lambda: Dying(hang_s=1.0)), step_timeout_s=0.5), script)
+
+
+@pytest.fixture
+def kills(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Actors that were killed."""
+    killed: list[Any] = []
+    monkeypatch.setattr(pool_module.ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(pool_module.ray, "kill", lambda actor: (killed.append(actor), actor.die()))
+    monkeypatch.setattr(pool_module, "_PING_TIMEOUT_S", 0.1)
+    return killed
+
+
+def test_a_worker_that_is_stopped_as_a_whole_costs_no_group(kills: list[Any]) -> None:
+    async def script(pool: Pool) -> None:
+        played = [pool.play(start_of()) for _ in range(5)]
+        for one in played:
+            await one.begin()
+        pool.actors[0].freeze()
+        replies = await asyncio.gather(*(one.step(sampled_of("x")) for one in played))
+        assert [text_of(reply) for reply in replies] == ["<x1>"] * 5
+        assert kills == [pool.actors[0]]
+
+    run(lambda: Pool(named(Dying), step_timeout_s=0.3), script)
+
+
+def test_a_step_that_blocks_its_worker_costs_its_group_alone(kills: list[Any]) -> None:
+    async def script(pool: Pool) -> None:
+        texts = [["a", "b", "c"], ["a", "freeze"], ["d", "e", "f"], ["g", "h", "i"]]
+        answers = await asyncio.gather(*(play(pool, *each) for each in texts), return_exceptions=True)
+        assert [isinstance(answer, EpisodeFailed) for answer in answers] == [False, True, False, False]
+        assert answers[1].kind == "timeout"
+        assert answers[3] == ["a number", "<g1>", "<h2>", "<i3>"]
+        assert len(kills) == 2, "the worker, and the one on which the episode to blame was played alone"
+
+    run(lambda: Pool(named(Dying), step_timeout_s=0.3), script)
 
 
 def test_episodes_that_answer_otherwise_when_they_are_played_again_fail() -> None:
