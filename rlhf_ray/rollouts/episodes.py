@@ -248,25 +248,36 @@ class _Play:
 
     async def run(self, begun: Reply, first: Trajectory, replica_id: str) -> None:
         """Play to the end, from the first turn that was sampled with those of the group."""
-        tasks = {asyncio.create_task(self._answer(begun.requests[0], first, replica_id, reserved=0))}
+        reserved = len(first.token_ids)
+        self._left -= reserved
+        tasks = {asyncio.create_task(self._answer(begun.requests[0], first, replica_id, reserved))}
         self._turns = 1
         cut: str | None = None
         requests = list(begun.requests[1:])
         try:
             while tasks or requests:
+                admitted: list[tuple[Request, _Sequence]] = []
+                postponed: list[Request] = []
                 for request in requests:
-                    if (reason := self._limit(request)) is not None or cut is not None:
-                        cut = cut or reason
+                    reason = cut or self._limit(request, num_others=len(admitted))
+                    if reason is None:
+                        self._turns += 1
+                        admitted.append((request, self._observe(request)))
+                    elif reason == "length" and cut is None and (tasks or admitted):
+                        postponed.append(request)  # Turns that are being sampled may leave tokens.
+                    else:
+                        cut = reason
                         self._observe(request)
-                        continue
-                    self._turns += 1
-                    tasks.add(asyncio.create_task(self._turn(request)))
-                requests = []
+                for place, (request, sequence) in enumerate(admitted):
+                    most = self.longest(request, num_shares=len(admitted) - place)
+                    self._left -= most  # What is not sampled comes back.
+                    tasks.add(asyncio.create_task(self._turn(request, sequence, most)))
+                requests = postponed
                 if not tasks:
                     break
                 done, tasks = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
                 replies = [task.result() for task in done]
-                requests = [request for reply in replies for request in reply.requests]
+                requests += [request for reply in replies for request in reply.requests]
         finally:
             await cancel_all(tasks)
         if self._finish_reason is None:
@@ -280,9 +291,9 @@ class _Play:
         settings = self._engine.sampling
         return replace(settings, stop=(*settings.stop, *request.stop), tools=request.tools or settings.tools)
 
-    def longest(self, request: Request) -> int:
-        """Tokens that the answer to a request may have."""
-        limits = (request.max_tokens, self._limits.max_turn_tokens, self._left)
+    def longest(self, request: Request, *, num_shares: int = 1) -> int:
+        """Tokens that the answer to a request may have: at most its share of what is left to the trajectory."""
+        limits = (request.max_tokens, self._limits.max_turn_tokens, self._left // num_shares)
         return max(1, min(limit for limit in limits if limit is not None))
 
     def trajectory(self) -> Trajectory:
@@ -295,9 +306,9 @@ class _Play:
         )
         return replace(first.trajectory(self._finish_reason), further=further)
 
-    def _limit(self, request: Request) -> str | None:
-        """Which limit forbids a further turn, if any."""
-        if self._left < 1:
+    def _limit(self, request: Request, *, num_others: int) -> str | None:
+        """Which limit forbids a further turn, if any, where so many others get a token at least."""
+        if self._left - num_others < 1:
             return "length"
         if self._turns >= self._limits.max_turns:
             return "turns"
@@ -307,7 +318,7 @@ class _Play:
             message = f"a rewritten prompt of {len(request.token_ids)} tokens, more than rollouts.max_prompt_tokens"
             raise EpisodeFailed("too_long", f"{self._name}: {message} = {longest}")
         observed = 0 if is_new else len(request.token_ids)
-        return "length" if self._left - observed < 1 else None
+        return "length" if self._left - observed - num_others < 1 else None
 
     def _observe(self, request: Request) -> _Sequence:
         """Append the observation of a request to its sequence, or begin a new one."""
@@ -319,13 +330,10 @@ class _Play:
             self._left -= len(observed)
         return self._sequences[request.sequence]
 
-    async def _turn(self, request: Request) -> Reply:
-        sequence = self._observe(request)
+    async def _turn(self, request: Request, sequence: _Sequence, most: int) -> Reply:
         prefix = sequence.token_ids
         times = self._prefixes[prefix.tobytes()]
         self._prefixes[prefix.tobytes()] += 1
-        most = self.longest(request)
-        self._left -= most  # What is not sampled comes back.
         engine = replace(
             self._engine,
             sampling=replace(self.sampling(request), group_size=1),

@@ -293,6 +293,49 @@ def test_parallel_requests_are_sampled_together_and_apart() -> None:
     assert trajectory.environment_reward == 1.0
 
 
+def test_parallel_requests_share_what_is_left() -> None:
+    def script(step: int, sampled: Sampled) -> Reply:
+        if step == 1:
+            return Reply(requests=tuple(again(n, 4, sequence=n) for n in (1, 2, 3)))
+        return Reply() if step < 4 else Reply(finish_reason="stop")
+
+    replicas = Replicas()
+    (trajectory,) = group_of(Pool(script), replicas, group_size=1, max_new_tokens=30).trajectories
+    first = trajectory.turns[0].end
+    left = 30 - first
+    shares = [request["max_tokens"] for request in replicas.requests[1:]]
+    assert sum(shares) == left
+    assert max(shares) - min(shares) <= 1
+    assert not trajectory.truncated
+
+
+def test_a_request_waits_for_what_others_leave() -> None:
+    """The second asks while the first holds all that is left, and gets what that one does not need."""
+    asked = asyncio.Event()
+
+    class Slow(Replicas):
+        async def generate(self, prompt: Prompt, sampling: Any, **more: Any) -> Any:
+            if prompt.token_ids.tolist()[:1] == [4]:
+                await asyncio.wait_for(asked.wait(), 5)
+            return await super().generate(prompt, sampling, **more)
+
+    def script(step: int, sampled: Sampled) -> Reply:
+        if step == 1:
+            return Reply(requests=(again(2, 5, sequence=1, max_tokens=1), again(1, 4, sequence=2)))
+        if sampled.number == 2:
+            asked.set()
+            return Reply(requests=(again(3, 6, sequence=3),))
+        return Reply() if step < 4 else Reply(finish_reason="stop")
+
+    replicas = Slow()
+    (trajectory,) = group_of(Pool(script), replicas, group_size=1, max_new_tokens=12).trajectories
+    assert [len(sequence.turns) for sequence in trajectory.sequences] == [1, 1, 1, 1]
+    assert sum(len(sequence.token_ids) for sequence in trajectory.sequences) <= 12
+    # 12 less the first turn's 3; of the others' 1 and 8, 3 of the latter are sampled.
+    assert [request["max_tokens"] for request in replicas.requests] == [12, 1, 8, 5]
+    assert trajectory.finish_reason == "stop"
+
+
 def test_seeds_of_parallel_requests_do_not_follow_their_order() -> None:
     def seeds_by_prompt(order: tuple[int, ...]) -> dict[tuple[int, ...], int]:
         def script(step: int, sampled: Sampled) -> Reply:
