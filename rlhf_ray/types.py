@@ -157,6 +157,8 @@ class Turn:
     """What was sampled, as the engine's parsers read it: ``content``, ``reasoning``, ``tool_calls``; unset: no chat."""
     observation: tuple[ChatMessage, ...] = ()
     """Messages that the environment answered with, of the observed tokens that follow; of a text, one of a user."""
+    number: int | None = None
+    """When it was asked, among all turns of the trajectory: the larger the later. Unset: in the order of sequences."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,7 +40,8 @@ class SequenceBatch:
     completion_lengths: Int32Array
     """``[N]``, T: all tokens after the prompt, observed ones too"""
     turn_ids: Int32Array
-    """``[sum(T)]``, number of the turn in its trajectory, from 0; -1 at observed tokens"""
+    """``[sum(T)]``, number of the turn in its trajectory, from 0, in the order in which they were asked: ascending in a
+    sequence, not always over those of a trajectory; -1 at observed tokens"""
     loss_mask: BoolArray
     """``[sum(T)]``, sampled, and enters the losses"""
     sampling_logprobs: Float32Array
@@ -48,12 +49,12 @@ class SequenceBatch:
     staleness: Int32Array
     """``[sum(T)]``, policy version that is trained minus the version that sampled the token; 0 at observed tokens"""
     token_rewards: Float64Array
-    """``[sum(T)]``, rewards of turns at their last tokens; the trajectory's last sampled token has the rest of its
-    reward. In double precision, so that they add up to a float32 reward exactly."""
+    """``[sum(T)]``, rewards of turns at their last tokens; the last token of the trajectory's last turn has the rest of
+    its reward. In double precision, so that they add up to a float32 reward exactly."""
     on_policy: BoolArray
     """``[N]``, sampled from the first token to the last by the policy that is trained"""
     truncated: BoolArray
-    """``[N]``, the last sequence of a trajectory that a limit ended: bootstraps from the critic"""
+    """``[N]``, has the last turn of a trajectory that a limit ended: bootstraps from the critic"""
     trajectory_ids: Int64Array
     """``[N]``, sequences of one trajectory have the same, unique in the batch"""
     group_ids: Int64Array
@@ -139,8 +140,26 @@ class SequenceBatch:
 
     @property
     def last_sequences(self) -> Int64Array:
-        """``[M]``, index of each trajectory's last sequence: what holds for a trajectory is read there."""
-        return np.flatnonzero(np.append(self._is_another, len(self) > 0))
+        """``[M]``, index of the sequence with a trajectory's last turn: what holds for a trajectory is read there."""
+        ends = np.flatnonzero(np.append(self._is_another, len(self) > 0))
+        if len(ends) == len(self):
+            return ends
+        newest = np.full(len(self), -1)
+        np.maximum.at(newest, self._sequence_of_token(), self.turn_ids)
+        return np.lexsort((newest, self.of_trajectory))[ends]
+
+    @property
+    def in_time(self) -> Int64Array:
+        """``[sum(T)]``, indices of tokens, trajectory after trajectory, in the order of their turns.
+
+        Observed tokens follow the turn before them.
+        """
+        if len(self.last_sequences) == len(self):
+            return np.arange(len(self.turn_ids))
+        # Ascending in a sequence: the largest so far is that of the turn before. Those of the next sequence are larger.
+        offsets = self._sequence_of_token() * (int(self.turn_ids.max(initial=0)) + 2)
+        turns = np.maximum.accumulate(self.turn_ids + offsets) - offsets
+        return np.lexsort((turns, self._trajectory_of_token()))
 
     @property
     def rewards(self) -> Float32Array:
@@ -156,11 +175,12 @@ class SequenceBatch:
 
         Args:
             rewards: ``[M]``.
-            scale: Factor of the rewards of turns, which keep their places: the last sampled token gets what is left.
+            scale: Factor of the rewards of turns, which keep their places: the last turn's end gets what is left.
         """
         last = np.full(len(rewards), -1)
-        # The last of equal ones remains.
-        last[self._trajectory_of_token()[self.sampled]] = np.flatnonzero(self.sampled)
+        in_time = self.in_time
+        sampled = in_time[self.sampled[in_time]]
+        last[self._trajectory_of_token()[sampled]] = sampled  # The last of equal ones remains.
         has_any = last >= 0
         token_rewards = self.token_rewards * scale
         token_rewards[last[has_any]] = 0.0
@@ -194,7 +214,9 @@ class SequenceBatch:
 
     def _trajectory_sums(self, values: npt.NDArray[Any]) -> Float64Array:
         # Token by token: the last summand, what was left to a reward, brings the sum to that reward even where it is 0.
-        sums = np.bincount(self._trajectory_of_token(), weights=values, minlength=len(self.last_sequences))
+        in_time = self.in_time
+        of, ordered = self._trajectory_of_token()[in_time], values[in_time]
+        sums = np.bincount(of, weights=ordered, minlength=len(self.last_sequences))
         return sums.astype(np.float64, copy=False)
 
     def _trajectory_of_token(self) -> Int64Array:
@@ -209,13 +231,13 @@ def _rows(
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """A batch of one sequence each, by the names of the fields; rewards are those of turns alone."""
     prompts = (scored.group.prompt.token_ids, *(one.prompt_token_ids for one in trajectory.further))
-    last, turn_id = len(prompts) - 1, 0
-    for place, (prompt, sequence) in enumerate(zip(prompts, trajectory.sequences, strict=True)):
+    asked = [place if turn.number is None else turn.number for place, turn in enumerate(trajectory.all_turns)]
+    numbers = iter(np.argsort(np.argsort(asked, kind="stable")).tolist())
+    for prompt, sequence in zip(prompts, trajectory.sequences, strict=True):
         turn_ids = np.full(len(sequence.token_ids), -1, dtype=np.int32)
         token_rewards = np.zeros(len(sequence.token_ids), dtype=np.float64)
         for turn in sequence.turns:
-            turn_ids[turn.start : turn.end] = turn_id
-            turn_id += 1
+            turn_ids[turn.start : turn.end] = (turn_id := next(numbers))
             if turn.start < turn.end:  # Else the trajectory's last token gets it.
                 token_rewards[turn.end - 1] = turn.reward * scored.environment_weight
         staleness = np.zeros(len(sequence.token_ids), dtype=np.int32)
@@ -231,8 +253,8 @@ def _rows(
             "staleness": staleness,
             "token_rewards": token_rewards,
             "on_policy": np.asarray([sequence.asked_version == version and not staleness.any()]),
-            # What comes after an earlier sequence is the next one.
-            "truncated": np.asarray([trajectory.truncated and place == last]),
+            # What comes after other sequences' turns is another turn.
+            "truncated": np.asarray([trajectory.truncated and turn_id == len(asked) - 1]),
             "trajectory_ids": np.asarray([number], dtype=np.int64),
             "group_ids": np.asarray([scored.group.group_id], dtype=np.int64),
             "greedy_rewards": np.asarray([scored.greedy_reward or 0.0], dtype=np.float32),

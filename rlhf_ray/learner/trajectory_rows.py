@@ -1,4 +1,4 @@
-"""Rows of sequences <-> rows of trajectories: credit passes from one sequence of a trajectory to the one before."""
+"""Rows of sequences <-> rows of trajectories: credit passes from one turn of a trajectory to the one before."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ __all__ = ["TrajectoryRows"]
 class TrajectoryRows:
     """Joins ``[N, T]`` of sequences to ``[M, W]`` of trajectories, and splits them again.
 
-    The row of a trajectory holds the tokens after the prompts of its sequences, one sequence after the other, observed
-    tokens included, and padding on the right. Where each trajectory has one sequence, rows stay as they are.
+    The row of a trajectory holds the tokens after the prompts of its sequences, turn after turn as they were asked,
+    each with the observed tokens that follow it, and padding on the right. So credit passes to the turn before, also
+    where an agent goes back to a sequence after a turn of another. Where each trajectory has one sequence, rows stay as
+    they are.
 
     Args:
         batch: The sequences.
@@ -22,17 +24,19 @@ class TrajectoryRows:
     """
 
     def __init__(self, batch: SequenceBatch, device: torch.device) -> None:
-        lengths, of, last = batch.completion_lengths.astype(np.int64), batch.of_trajectory, batch.last_sequences
-        self._joins = len(last) < len(batch)
-        starts = np.cumsum(lengths) - lengths
-        offsets = starts - starts[np.append(0, last[:-1] + 1)][of] if len(batch) else starts
+        lengths = batch.completion_lengths.astype(np.int64)
+        of_trajectories = batch.per_trajectory(lengths).astype(np.int64)
+        self._joins = len(of_trajectories) < len(batch)
         self._shape = len(batch), int(lengths.max(initial=0))
-        self._joined_shape = len(last), int((offsets + lengths).max(initial=0))
-        columns = np.arange(self._shape[1])
-        is_token = columns < lengths[:, None]
-        places = (of * self._joined_shape[1] + offsets)[:, None] + columns
+        self._joined_shape = len(of_trajectories), int(of_trajectories.max(initial=0))
+        in_time = batch.in_time
+        of = np.repeat(np.arange(len(of_trajectories)), of_trajectories)
+        columns = np.arange(len(of)) - (np.cumsum(of_trajectories) - of_trajectories)[of]
+        places = np.empty(len(of), dtype=np.int64)
+        places[in_time] = of * self._joined_shape[1] + columns
+        is_token = np.arange(self._shape[1]) < lengths[:, None]
         self._places = torch.from_numpy(np.flatnonzero(is_token)).to(device)
-        self._joined_places = torch.from_numpy(places[is_token]).to(device)
+        self._joined_places = torch.from_numpy(places).to(device)
 
     def join(self, rows: torch.Tensor) -> torch.Tensor:
         """``[N, T]`` of sequences as ``[M, W]`` of trajectories, 0 in padding."""

@@ -176,13 +176,13 @@ class _Sequence:
         self.length += len(token_ids)
         self.turns[-1] = replace(self.turns[-1], observation=messages)
 
-    def sampled(self, turn: Trajectory, replica_id: str) -> int:
+    def sampled(self, turn: Trajectory, replica_id: str, number: int) -> int:
         """Append a turn; returns its place among the turns of this sequence."""
         start = self.length
         self.pieces.append(turn.token_ids)
         self.logprobs.append(turn.sampling_logprobs)
         self.length += len(turn.token_ids)
-        self.turns.append(Turn(start=start, end=self.length))
+        self.turns.append(Turn(start=start, end=self.length, number=number))
         for span in turn.version_spans:
             self.spans.append(replace(span, start=span.start + start, end=span.end + start))
         if self.asked_version is None:
@@ -347,10 +347,11 @@ class _Play:
     async def _answer(self, request: Request, turn: Trajectory, replica_id: str, reserved: int) -> Reply:
         """Record what was sampled and tell the environment."""
         sequence = self._sequences[request.sequence]
-        place = sequence.sampled(turn, replica_id)
+        place = sequence.sampled(turn, replica_id, request.number)
         self._left += reserved - len(turn.token_ids)
         self._newest = max([self._newest, *(span.version for span in turn.version_spans)])
-        self._last = sequence, place
+        if self._last is None or request.number >= (self._last[0].turns[self._last[1]].number or 0):
+            self._last = sequence, place
         sampled = Sampled(
             number=request.number,
             token_ids=turn.token_ids,

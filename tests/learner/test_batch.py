@@ -3,8 +3,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
+import torch
 
+from rlhf_ray.advantages import gae
 from rlhf_ray.learner.batch import SequenceBatch
+from rlhf_ray.learner.trajectory_rows import TrajectoryRows
 from rlhf_ray.types import FurtherSequence, Prompt, RolloutGroup, ScoredGroup, Trajectory, Turn, VersionSpan
 
 
@@ -288,3 +291,54 @@ def test_rewards_of_turns_that_cancel_leave_exactly_the_reward() -> None:
         )
         batch = SequenceBatch.from_groups([changed], version=5, max_staleness=2)
         assert batch.rewards.tolist() == [np.float32(reward), 2.0]
+
+
+def back_and_forth(finish_reason: str = "stop") -> ScoredGroup:
+    """An agent asks, has a part of it answered in a conversation of its own, and goes on in the first one."""
+    first = Trajectory(
+        token_ids=np.asarray([1, 2, 9, 3], dtype=np.int32),
+        sampling_logprobs=np.asarray([-1, -1, 0, -1], dtype=np.float32),
+        turns=(Turn(start=0, end=2, number=0, reward=0.5), Turn(start=3, end=4, number=4)),
+        version_spans=(VersionSpan(version=5, start=0, end=2), VersionSpan(version=5, start=3, end=4)),
+        asked_version=5,
+        finish_reason=finish_reason,
+    )
+    between = replace(
+        first,
+        token_ids=np.asarray([6, 7], dtype=np.int32),
+        sampling_logprobs=np.asarray([-1, -1], dtype=np.float32),
+        turns=(Turn(start=0, end=2, number=2),),
+        version_spans=(VersionSpan(version=5, start=0, end=2),),
+    )
+    further = FurtherSequence(prompt_token_ids=np.asarray([8], dtype=np.int32), trajectory=between)
+    group = two_turns()
+    return replace(
+        group,
+        group=replace(group.group, trajectories=(replace(first, further=(further,)),)),
+        rewards=np.asarray([2.0], dtype=np.float32),
+        environment_weight=1.0,
+    )
+
+
+def test_turns_of_a_trajectory_are_in_the_order_in_which_they_were_asked() -> None:
+    batch = SequenceBatch.from_groups([back_and_forth("length")], version=5, max_staleness=2)
+
+    assert batch.turn_ids.tolist() == [0, 0, -1, 2, 1, 1]
+    assert batch.in_time.tolist() == [0, 1, 2, 4, 5, 3]
+    assert batch.last_sequences.tolist() == [0]
+    assert batch.truncated.tolist() == [True, False], "what follows is asked after the last turn"
+    assert batch.token_rewards.tolist() == [0, 0.5, 0, 1.5, 0, 0]
+    assert batch.rewards.tolist() == [2]
+
+
+def test_credit_reaches_a_turn_of_another_sequence_that_was_asked_between() -> None:
+    batch = SequenceBatch.from_groups([back_and_forth()], version=5, max_staleness=2)
+    rows = TrajectoryRows(batch, torch.device("cpu"))
+    rewards, mask = torch.from_numpy(batch.padded(batch.token_rewards)), torch.from_numpy(batch.padded(batch.loss_mask))
+    values = torch.tensor([[0.0, 1.0, 77.0, 4.0], [2.0, 3.0, 0.0, 0.0]])
+
+    assert rows.join(values).tolist() == [[0, 1, 77, 2, 3, 4]]
+    advantages, _ = gae(rows.join(rewards.float()), rows.join(values), rows.join(mask), gamma=1.0, lam=1.0)
+
+    # The rewards that are still to come, 0.5 after the second token and 1.5 after the last, less the value.
+    assert rows.split(advantages).tolist() == [[2.0, 1.0, 0.0, -2.5], [-0.5, -1.5, 0.0, 0.0]]
