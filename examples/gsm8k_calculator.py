@@ -5,7 +5,8 @@
     python examples/gsm8k_calculator.py models/my-chat-model gsm8k/train.jsonl --tool-parser hermes training.lr=2e-6
 
 Each line of the file has a ``question`` and an ``answer`` that ends with ``#### <number>``. The template shows the
-tool's docstring to the policy, which reads results and errors of its calls, but is not trained on them.
+tool's docstring to the policy, which reads results and errors of its calls, but is not trained on them. To a model
+whose own template has no place for tools, give one that has: ``data.chat_template=examples/chatml_tools.jinja``.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rlhf_ray.quickstart.tokenizer import CHAT_TEMPLATE, byte_vocabulary
@@ -702,10 +703,19 @@ YI = Template(
     eos="<|endoftext|>",
 )
 
+EXAMPLE = Template(
+    "chatml-tools",
+    Path(__file__).parents[2].joinpath("examples", "chatml_tools.jinja").read_text(),
+    stop="<|im_end|>",
+    tokens=("<|im_start|>", "<|im_end|>"),
+    eos="<|im_end|>",
+    tools=True,
+)
+
 QUICKSTART = Template("quickstart", CHAT_TEMPLATE, stop="<eos>", eos="<eos>")
 
 TEMPLATES = (
     CHATML, LLAMA_2, LLAMA_3, LLAMA_3_1, MISTRAL_V1, MISTRAL_V3, GEMMA_2, GEMMA_3, QWEN_2_5, QWEN_3,
     QWEN_3_NO_THINKING, PHI_3, PHI_4, DEEPSEEK_V3, DEEPSEEK_R1, GLM_4, GRANITE, COMMAND_R, ZEPHYR, VICUNA, OLMO_2,
-    SMOLLM_2, SMOLLM_3, FALCON, YI, QUICKSTART,
+    SMOLLM_2, SMOLLM_3, FALCON, YI, EXAMPLE, QUICKSTART,
 )  # fmt: skip
