@@ -146,7 +146,8 @@ class SequenceBatch:
             return ends
         newest = np.full(len(self), -1)
         np.maximum.at(newest, self._sequence_of_token(), self.turn_ids)
-        return np.lexsort((newest, self.of_trajectory))[ends]
+        by_age: Int64Array = np.lexsort((newest, self.of_trajectory))
+        return by_age[ends]
 
     @property
     def in_time(self) -> Int64Array:
@@ -159,7 +160,8 @@ class SequenceBatch:
         # Ascending in a sequence: the largest so far is that of the turn before. Those of the next sequence are larger.
         offsets = self._sequence_of_token() * (int(self.turn_ids.max(initial=0)) + 2)
         turns = np.maximum.accumulate(self.turn_ids + offsets) - offsets
-        return np.lexsort((turns, self._trajectory_of_token()))
+        order: Int64Array = np.lexsort((turns, self._trajectory_of_token()))
+        return order
 
     @property
     def rewards(self) -> Float32Array:
