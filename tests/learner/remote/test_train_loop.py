@@ -108,7 +108,7 @@ def test_an_update_that_is_asked_for_anew_is_made_once_a_version() -> None:
     """After Ctrl-C in a notebook: another command, for the same batch."""
 
     class Learner:
-        advantages = None
+        token_estimates = None
         updates = 0
         steps_taken = 0
 
@@ -216,7 +216,7 @@ def test_a_state_is_copied_after_the_publication_and_before_anything_else(names:
     events: list[str] = []
 
     class Learner:
-        advantages = None
+        token_estimates = None
         is_offloaded = False
         steps_taken = 0
 
