@@ -22,6 +22,8 @@ def gae(
     *,
     gamma: float,
     lam: float,
+    critic_lam: float | None = None,
+    length_alpha: float | None = None,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Generalized advantage estimation over the unmasked tokens of each row.
@@ -32,7 +34,10 @@ def gae(
         A_t     = delta_t + gamma * lam * A_t'
         R_t     = A_t + V_t
 
-    After the last unmasked token ``V_t'`` is ``bootstrap`` and ``A_t'`` is 0.
+    After the last unmasked token ``V_t'`` is ``bootstrap`` and ``A_t'`` is 0. With ``critic_lam``, ``R_t`` is computed
+    with that lambda in place of ``lam`` (decoupled GAE, "What's Behind PPO's Collapse in Long-CoT?", arXiv:2503.01491).
+    With ``length_alpha``, ``lam`` is that of each row, ``1 - 1 / (length_alpha * l)`` for ``l`` unmasked tokens, and 0
+    at least ("VAPO", arXiv:2504.05118, equation 11).
 
     "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (arXiv:1506.02438). Where we
     differ: a masked position (padding, or tool output in the middle of a row) is not a step at all. It is
@@ -52,6 +57,8 @@ def gae(
         mask: ``[B, T]``, True where a token was chosen by the policy.
         gamma: Discount per token, in [0, 1].
         lam: GAE's lambda, in [0, 1]: 0 gives one-step TD errors, 1 gives return minus value.
+        critic_lam: Lambda of the returns, in [0, 1]. None: that of the advantages.
+        length_alpha: Makes the lambda of the advantages one of each row's length; above 0. None: ``lam`` for all.
         bootstrap: ``[B]``, value of the state after the last unmasked token: the critic's where the completion
             was truncated, 0 where it finished. None: 0 everywhere.
 
@@ -59,10 +66,12 @@ def gae(
         Advantages and returns, ``[B, T]`` each, float32 (float64 if an input is), 0 at masked positions.
 
     Raises:
-        ValueError: A shape does not fit, or ``gamma`` or ``lam`` lies outside [0, 1].
+        ValueError: A shape does not fit, ``gamma`` or a lambda lies outside [0, 1], or ``length_alpha`` is not above 0.
     """
     mask = checked_mask(mask, ndim=2, rewards=rewards, values=values)
-    _check_coefficients(gamma=gamma, lam=lam)
+    _check_coefficients(gamma=gamma, lam=lam, critic_lam=lam if critic_lam is None else critic_lam)
+    if length_alpha is not None and not length_alpha > 0.0:
+        raise ValueError(f"length_alpha = {length_alpha}: must be positive")
     rewards, values = blank(rewards.detach(), mask), blank(values.detach(), mask)
     # Unmasked tokens side by side, the last one in column 1, and what follows it in column 0.
     places = (mask.sum(dim=1, keepdim=True) + 1 - mask.cumsum(dim=1)) * mask
@@ -72,9 +81,20 @@ def gae(
     )
     values_of[:, 0] = _bootstrap_values(bootstrap, values)
     deltas = rewards_of[:, 1:].add_(values_of[:, :-1], alpha=gamma).sub_(values_of[:, 1:])
-    sums = _discounted_sums(deltas, gamma * lam)
-    advantages = blank(sums.gather(1, (places - 1).clamp_(min=0)).to(values.dtype), mask)
-    return advantages, advantages + values
+
+    def summed(factor: float | Tensor) -> Tensor:
+        sums = _sums_by_row(deltas, factor) if isinstance(factor, Tensor) else _discounted_sums(deltas, factor)
+        return blank(sums.gather(1, (places - 1).clamp_(min=0)).to(values.dtype), mask)
+
+    of_policy: float | Tensor = gamma * lam
+    if length_alpha is not None:
+        lengths = mask.sum(dim=1).clamp(min=1).double()
+        of_policy = gamma * (1.0 - 1.0 / (length_alpha * lengths)).clamp_(min=0.0)
+    advantages = summed(of_policy)
+    # One pass where both are of the same lambda.
+    is_same = length_alpha is None and critic_lam in (None, lam)
+    of_critic = advantages if is_same else summed(of_policy if critic_lam is None else gamma * critic_lam)
+    return advantages, of_critic + values
 
 
 def turn_gae(
@@ -85,6 +105,7 @@ def turn_gae(
     *,
     gamma: float,
     lam: float,
+    critic_lam: float | None = None,
     bootstrap: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     r"""Generalized advantage estimation with one step per turn instead of one per token.
@@ -119,6 +140,7 @@ def turn_gae(
             masked.
         gamma: Discount per turn, in [0, 1].
         lam: GAE's lambda per turn, in [0, 1].
+        critic_lam: Lambda of the returns, in [0, 1]. None: ``lam``.
         bootstrap: ``[B]``, value of the state after the last turn: the critic's where the trajectory was truncated, 0
             where it finished. None: 0 everywhere.
 
@@ -137,9 +159,10 @@ def turn_gae(
     first = columns.new_full((rows, count), width).scatter_reduce_(1, turn_of, columns, "amin")
     turn_rewards = rewards.new_zeros(rows, count, dtype=torch.float64).scatter_add_(1, turn_of, rewards.double())
     turn_values = values.gather(1, first.clamp(max=max(width - 1, 0)))
-    of_turns, _ = gae(turn_rewards, turn_values, first < width, gamma=gamma, lam=lam, bootstrap=bootstrap)
-    advantages, first_values = (blank(x.gather(1, turn_of), mask) for x in (of_turns, turn_values))
-    return advantages, advantages + first_values
+    is_turn = first < width
+    of_turns = gae(turn_rewards, turn_values, is_turn, gamma=gamma, lam=lam, critic_lam=critic_lam, bootstrap=bootstrap)
+    advantages, returns = (blank(x.gather(1, turn_of), mask) for x in of_turns)
+    return advantages, returns
 
 
 def reinforce_plus_plus(rewards: Tensor, mask: Tensor, *, gamma: float) -> Tensor:
@@ -192,6 +215,15 @@ def _discounted_sums(x: Tensor, factor: float) -> Tensor:
     sums = (blocks / powers).cumsum_(dim=2).mul_(powers)
     sums[:, 1:] += sums[:, :-1, -1:] * (factor * powers)
     return sums.flatten(1)[:, :width]
+
+
+def _sums_by_row(x: Tensor, factors: Tensor) -> Tensor:
+    """As :func:`_discounted_sums`, with a factor of each row: ``[B]``."""
+    sums = torch.empty_like(x)
+    for factor in factors.unique().tolist():
+        rows = factors == factor
+        sums[rows] = _discounted_sums(x[rows], factor)
+    return sums
 
 
 def _check_coefficients(**coefficients: float) -> None:

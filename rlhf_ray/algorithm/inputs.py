@@ -20,7 +20,7 @@ from rlhf_ray.errors import ConfigError
 from rlhf_ray.learner.models import check_compile_backend
 from rlhf_ray.models.config import (
     check_causal,
-    check_critic_vocabulary,
+    check_reads_vocabulary,
     check_sequence_parallel,
     check_vocabulary,
     load_model_config,
@@ -53,6 +53,8 @@ class Inputs:
     policy_path: str
     critic_path: str | None
     """``None``: the advantage needs no critic."""
+    reference_path: str | None
+    """``None``: the reference is the policy as the run begins with it."""
     advantage: Plugin
     loss: Plugin
     environments: tuple[NamedEnvironment, ...]
@@ -81,6 +83,7 @@ def check_inputs(settings: Settings) -> Inputs:
     policy_path = _expanded(settings.model.path) or model_path()
     tokenizer_path = _expanded(settings.model.tokenizer_path) or policy_path
     critic_path = _expanded(settings.model.critic_path)
+    reference_path = _expanded(settings.model.reference_path)
     trust = settings.model.trust_remote_code
     rewards = resolve_rewards(rewards_of_run(settings))
     environments = resolve_environments(settings.environment)
@@ -101,8 +104,13 @@ def check_inputs(settings: Settings) -> Inputs:
     check_quantization(settings.rollouts.quantization, on_cpus=_runs_on_cpus(settings))
     if critic_path is not None:
         critic = load_model_config("model.critic_path", critic_path, trust_remote_code=trust)
-        check_critic_vocabulary(critic_path, critic, tokenizer, config)
+        check_reads_vocabulary("model.critic_path", critic_path, critic, tokenizer, config)
         check_sequence_parallel(settings.learners.sequence_parallel, "model.critic_path", critic)
+    if reference_path is not None:
+        reference = load_model_config("model.reference_path", reference_path, trust_remote_code=trust)
+        check_causal("model.reference_path", reference_path, reference)
+        check_reads_vocabulary("model.reference_path", reference_path, reference, tokenizer, config)
+        check_sequence_parallel(settings.learners.sequence_parallel, "model.reference_path", reference)
     stops = settings.rollouts.stop_token_ids
     eos = eos_token_ids(policy_path, config, tokenizer, stop_token_ids=stops)
     prompt_tokens = max_prompt_tokens(settings.rollouts, settings.evaluation, config)
@@ -131,6 +139,7 @@ def check_inputs(settings: Settings) -> Inputs:
     return Inputs(
         policy_path=policy_path,
         critic_path=(critic_path or policy_path) if advantage.needs_critic else None,
+        reference_path=reference_path,
         advantage=advantage,
         loss=loss,
         environments=environments,

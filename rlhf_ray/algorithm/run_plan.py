@@ -161,6 +161,7 @@ class RunPlan:
             ("shared GPUs", "replicas and learners take turns" if placement.device.colocated else "none"),
             ("weight transfer", self.engine.weight_transfer),
             ("critic", learner.critic_path or "none"),
+            *([("reference", learner.reference_path)] if learner.reference_path is not None else []),
             *((f"vLLM {name}", str(value)) for name, value in sorted(self.engine.engine_args.items())),
         ]
 
@@ -349,8 +350,9 @@ def learner_spec(settings: Settings, inputs: Inputs, device: Device) -> LearnerS
         loss=_portable(inputs.loss),
         policy_path=inputs.policy_path,
         critic_path=inputs.critic_path,
+        reference_path=inputs.reference_path,
         lora=lora if model.lora_rank > 0 else None,
-        total_steps=schedule.total_optimizer_steps,
+        critic_steps=schedule.critic_optimizer_steps,
         policy_steps=schedule.policy_optimizer_steps,
         timeline=settings.reporting.timeline_interval > 0,
         keeps_state=settings.fault_tolerance.keeps_state,

@@ -11,6 +11,7 @@ from typing import Any
 from rlhf_ray.algorithm.inputs import Inputs
 from rlhf_ray.algorithm.iteration import Iteration, Stage, is_due, iteration_result
 from rlhf_ray.algorithm.start import Parts
+from rlhf_ray.config.schedule import Schedule
 from rlhf_ray.config.settings import Settings
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.packing import UpdatePlan, attention_length, plan_update
@@ -72,7 +73,12 @@ class TrainingSteps:
         if self._now.batch is not None:
             return self._now.batch
         max_staleness, mask_truncated = self.settings.rollouts.max_staleness, self.settings.training.mask_truncated
-        batch = SequenceBatch.from_groups(groups, version=self._now.version, max_staleness=max_staleness)
+        batch = SequenceBatch.from_groups(
+            groups,
+            version=self._now.version,
+            max_staleness=max_staleness,
+            min_success=self.settings.training.nll_min_reward,
+        )
         return shaped(batch, self.settings.rewards, mask_truncated=mask_truncated)
 
     def update(self, batch: SequenceBatch) -> UpdateResult:
@@ -179,11 +185,12 @@ class TrainingSteps:
             batch.lengths.tolist(),
             batch.loss_lengths.tolist(),
             num_minibatches=training.num_minibatches,
-            num_epochs=training.num_epochs,
+            num_epochs=Schedule(self.settings).passes,
             num_ranks=learners.num_learners // learners.sequence_parallel,
             max_tokens=learners.max_tokens_per_microbatch * learners.sequence_parallel,
             attention_length=attention_length(self._inputs.model_config.get_text_config().hidden_size),
             packed=self._running().learners.packed,
             seed=self.settings.debugging.seed * 1_000_003 + self._now.version,
             of_trajectory=batch.of_trajectory.tolist(),
+            successful=batch.successful.tolist(),
         )

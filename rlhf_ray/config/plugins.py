@@ -39,9 +39,10 @@ __all__ = [
 Function = TypeVar("Function", bound=Callable[..., Any])
 _BY_NAME: Final = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
-PER_TOKEN: Final = ("rewards", "values", "mask", "bootstrap", "turn_ids", "gamma", "lam")
+_COEFFICIENTS: Final = ("gamma", "lam", "critic_lam", "length_alpha")
+PER_TOKEN: Final = ("rewards", "values", "mask", "bootstrap", "turn_ids", *_COEFFICIENTS)
 """What an advantage of tokens may ask for: a rank's trajectories, a row ``[N, T]`` each (``bootstrap`` ``[N]``), and
-two settings."""
+the settings ``gamma``, ``lambda_``, ``critic_lambda`` and ``lambda_alpha``, the last two ``None`` where unset."""
 _OF_TOKENS_ALONE: Final = ("values", "mask", "bootstrap", "turn_ids")
 PER_COMPLETION: Final = ("rewards", "group_ids", "lengths", "greedy_rewards")
 """What an advantage of completions may ask for: the trajectories of the whole batch of all ranks, ``[B]`` each."""
@@ -197,8 +198,10 @@ _CLIPPED: Final = f"{_LOSS_TENSORS} clip_low clip_high {_LOSS_SETTINGS}"
 
 ADVANTAGES: Final = PluginTable("training.advantage", advantage_parameters)
 """Every advantage that a setting may name."""
-ADVANTAGES.add_built_in("gae", "rlhf_ray.advantages:gae", "rewards values mask gamma lam bootstrap")
-ADVANTAGES.add_built_in("turn_gae", "rlhf_ray.advantages:turn_gae", "rewards values mask turn_ids gamma lam bootstrap")
+ADVANTAGES.add_built_in("gae", "rlhf_ray.advantages:gae", f"rewards values mask bootstrap {' '.join(_COEFFICIENTS)}")
+ADVANTAGES.add_built_in(
+    "turn_gae", "rlhf_ray.advantages:turn_gae", "rewards values mask turn_ids gamma lam critic_lam bootstrap"
+)
 for _method in ("grpo", "dr_grpo", "rloo", "opo", "maxrl"):
     ADVANTAGES.add_built_in(
         _method, "rlhf_ray.advantages:group_advantages", "rewards group_ids lengths", arguments={"method": _method}

@@ -41,15 +41,30 @@ class Schedule:
         return self.settings.training.num_epochs * self.settings.training.num_minibatches
 
     @property
+    def passes(self) -> int:
+        """Passes over a batch, of the policy or of the critic."""
+        training = self.settings.training
+        return max(training.num_epochs, training.critic_epochs or 0)
+
+    @property
     def total_optimizer_steps(self) -> int:
-        """Optimizer steps of the run, those of the critic's warm-up included."""
+        """Optimizer steps of the run, those of the critic's warm-up included, each with what is updated in it."""
         return self.settings.training.iterations * self.optimizer_steps
 
     @property
-    def policy_optimizer_steps(self) -> int:
-        """Optimizer steps of the run that update the policy."""
+    def critic_optimizer_steps(self) -> int:
+        """Optimizer steps of the critic in the run."""
         training = self.settings.training
-        return (training.iterations - training.critic_warmup_iterations) * self.optimizer_steps
+        per_pass = training.critic_num_minibatches or training.num_minibatches
+        return training.iterations * (training.critic_epochs or training.num_epochs) * per_pass
+
+    @property
+    def policy_optimizer_steps(self) -> int:
+        """Optimizer steps of the policy in the run; where the warm-up may end early, the most there can be."""
+        training = self.settings.training
+        ends_early = training.critic_warmup_explained_variance is not None
+        warmup = 0 if ends_early else training.critic_warmup_iterations
+        return (training.iterations - warmup) * self.optimizer_steps
 
     @property
     def evaluations(self) -> int:

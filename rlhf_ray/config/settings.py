@@ -87,6 +87,10 @@ class ModelSettings:
     critic_path: str | None = setting(
         None, "local folder or hub id of the critic; unset: the policy's weights with a value head"
     )
+    reference_path: str | None = setting(
+        None,
+        "local folder or hub id of the reference that training.kl_coef keeps the policy near, such as a teacher; unset: the policy as the run begins with it",
+    )
     tokenizer_path: str | None = setting(None, "local folder or hub id of the tokenizer; unset: the policy's")
     dtype: Literal["auto", "float32", "bfloat16"] = setting(
         "auto", "compute type; auto: bfloat16 on GPUs, float32 on CPUs; trained weights are kept in float32"
@@ -358,6 +362,17 @@ class TrainingSettings:
         quickstart=0.95,
         source=f"Open-Reasoner-Zero, arXiv:2503.24290; VC-PPO, arXiv:2503.01491, for the critic; {_VERL}",
     )
+    critic_lambda: float | None = setting(
+        None,
+        "GAE lambda of the returns that the critic learns (decoupled GAE; 1 in VC-PPO); unset: lambda_",
+        ge=0,
+        le=1,
+    )
+    lambda_alpha: float | None = setting(
+        None,
+        "makes the policy's GAE lambda 1 - 1 / (lambda_alpha x tokens of the trajectory) (VAPO, 0.05 in its paper); unset: lambda_",
+        gt=0,
+    )
     whiten_advantages: bool = setting(True, "whiten advantages over the batch")
     clip_low: float = setting(0.2, "lower clip of the ratio: 1 - clip_low (gmpo: exp(-clip_low))", gt=0, le=1)
     clip_high: float = setting(0.2, "upper clip of the ratio: 1 + clip_high (gmpo: exp(clip_high))", gt=0)
@@ -367,6 +382,15 @@ class TrainingSettings:
     value_clip: float | None = setting(0.2, "clip of the value around the old value; null: off", gt=0)
     value_huber: float | None = setting(
         None, "error of the value beyond which its loss is linear, in reward; unset: squared everywhere", gt=0
+    )
+    value_bins: int | None = setting(
+        None,
+        "bins of a critic that predicts a distribution over returns and learns by cross-entropy (HL-Gauss), such as 101; unset: one number and squared errors",
+        ge=2,
+    )
+    value_range: tuple[float, float] = setting((-1.0, 1.0), "smallest and largest return that value_bins tell apart")
+    value_smoothing: float = setting(
+        0.75, "standard deviation that value_bins blur a return by, in widths of a bin", gt=0, source="arXiv:2403.03950"
     )
     value_init: Literal["zero", "reward_mean"] = setting(
         "zero", "first values of a critic whose head is new: 0, or the mean reward of the first batch"
@@ -395,6 +419,14 @@ class TrainingSettings:
         gt=0,
     )
     entropy_coef: float = setting(0.0, "weight of the entropy bonus", ge=0)
+    nll_coef: float = setting(
+        0.0,
+        "weight of the negative log-likelihood of successful trajectories in the policy loss (VAPO, 0.1 in its paper)",
+        ge=0,
+    )
+    nll_min_reward: float = setting(
+        1.0, "reward, before it is shaped, from which on a trajectory is successful to nll_coef"
+    )
     kl_coef: float = setting(0.0, "weight of the KL to the frozen reference; 0 starts no reference", ge=0)
     kl_target: float | None = setting(
         None, "KL to the reference, in nats per token, that kl_coef is adapted to keep; unset: kl_coef is fixed", gt=0
@@ -412,7 +444,22 @@ class TrainingSettings:
     loss_aggregation: Literal["token_mean", "seq_mean_token_mean", "seq_mean_token_sum", "seq_mean_token_sum_norm"] = (
         setting("token_mean", "how token losses become one number")
     )
-    critic_warmup_iterations: int = setting(0, "first iterations that update the critic alone", ge=0)
+    critic_epochs: int | None = setting(
+        None, "passes of the critic over each batch; unset: those of the policy, num_epochs", ge=1
+    )
+    critic_num_minibatches: int | None = setting(
+        None,
+        "optimizer steps of the critic per pass, a divisor of num_minibatches; unset: those of the policy, num_minibatches",
+        ge=1,
+    )
+    critic_warmup_iterations: int = setting(
+        0, "first iterations that update the critic alone, toward Monte-Carlo returns (lambda 1)", ge=0
+    )
+    critic_warmup_explained_variance: float | None = setting(
+        None,
+        "share of the returns' variance that the critic explains at which its warm-up ends, before critic_warmup_iterations are over; unset: it does not",
+        le=1,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -61,12 +62,20 @@ class SequenceBatch:
     """``[N]``, trajectories of one prompt have the same"""
     greedy_rewards: Float32Array
     """``[N]``, reward of the greedy completion of the prompt; 0 where none was sampled"""
+    successful: BoolArray
+    """``[N]``, the reward of the trajectory, before it is shaped, is high enough to imitate it"""
 
     @classmethod
-    def from_groups(cls, groups: Sequence[ScoredGroup], *, version: int, max_staleness: int) -> SequenceBatch:
-        """Lay out all sequences of all trajectories, in order; ``version`` is the policy's that is to be trained.
+    def from_groups(
+        cls, groups: Sequence[ScoredGroup], *, version: int, max_staleness: int, min_success: float = math.inf
+    ) -> SequenceBatch:
+        """Lay out all sequences of all trajectories, in order.
 
-        Tokens that are staler than ``max_staleness``, of trajectories that were carried over, do not enter the losses.
+        Args:
+            groups: Trajectories and their rewards.
+            version: Of the policy that is to be trained.
+            max_staleness: Tokens that are staler, of trajectories that were carried over, do not enter the losses.
+            min_success: Reward from which on a trajectory is successful.
         """
         trajectories = [(scored, trajectory) for scored in groups for trajectory in scored.group.trajectories]
         rows = [
@@ -75,7 +84,8 @@ class SequenceBatch:
             for row in _rows(scored, trajectory, number, version, max_staleness)
         ]
         batch = cls(**{one.name: np.concatenate([row[one.name] for row in rows]) for one in fields(cls)})
-        return batch.with_rewards(np.concatenate([scored.rewards for scored in groups]))
+        rewards = np.concatenate([scored.rewards for scored in groups])
+        return replace(batch.with_rewards(rewards), successful=(rewards >= min_success)[batch.of_trajectory])
 
     @classmethod
     def single_turn(
@@ -106,6 +116,7 @@ class SequenceBatch:
             "trajectory_ids": np.arange(count),
             "group_ids": np.arange(count),
             "greedy_rewards": np.zeros(count, dtype=np.float32),
+            "successful": np.zeros(count, dtype=np.bool_),
         }
         batch = cls(prompt_lengths=prompt_lengths, completion_lengths=completion_lengths, **arrays | known)
         return batch if rewards is None else batch.with_rewards(rewards)
@@ -260,6 +271,7 @@ def _rows(
             "trajectory_ids": np.asarray([number], dtype=np.int64),
             "group_ids": np.asarray([scored.group.group_id], dtype=np.int64),
             "greedy_rewards": np.asarray([scored.greedy_reward or 0.0], dtype=np.float32),
+            "successful": np.zeros(1, dtype=np.bool_),
         }
 
 

@@ -72,9 +72,17 @@ class CreditAssignment:
             self._controller.load_state_dict({"coef": float(state["kl_coef"])})
 
     def assign(
-        self, batch: SequenceBatch, estimates: Estimates, metrics: MetricSums
+        self, batch: SequenceBatch, estimates: Estimates, metrics: MetricSums, *, warms_up: bool = False
     ) -> tuple[Estimates, dict[str, float]]:
-        """Add advantages and returns, whitened over all ranks where asked for; returns metrics of them too."""
+        """Add advantages and returns, whitened over all ranks where asked for; returns metrics of them too.
+
+        Args:
+            batch: This rank's sequences.
+            estimates: What is known of them.
+            metrics: Gets those of the KL.
+            warms_up: Whether the critic is trained alone: its returns are then those of lambda 1 where it may have a
+                lambda of its own.
+        """
         training, mask = self._training, estimates.mask
         penalty = None
         if training.kl_in == "reward" and estimates.ref_logprobs is not None:
@@ -90,7 +98,7 @@ class CreditAssignment:
         if self._plugin.per_completion:
             advantages = self._of_trajectories(batch, penalty, mask)
         else:
-            advantages, returns = self._of_tokens(batch, penalty, estimates)
+            advantages, returns = self._of_tokens(batch, penalty, estimates, warms_up=warms_up)
         measured = [advantages]
         if returns is not None and estimates.values is not None:
             measured += [returns, returns - estimates.values]
@@ -103,7 +111,7 @@ class CreditAssignment:
         return replace(estimates, advantages=advantages, returns=returns), reported
 
     def _of_tokens(
-        self, batch: SequenceBatch, penalty: torch.Tensor | None, estimates: Estimates
+        self, batch: SequenceBatch, penalty: torch.Tensor | None, estimates: Estimates, *, warms_up: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Advantages of this rank's tokens, and returns where the plug-in gives them."""
         coef = 0.0 if penalty is None else self.kl_coef
@@ -119,6 +127,8 @@ class CreditAssignment:
                 "turn_ids": rows.join(estimates.turn_ids),
                 "gamma": self._training.gamma,
                 "lam": self._training.lambda_,
+                "critic_lam": 1.0 if warms_up else self._training.critic_lambda,
+                "length_alpha": self._training.lambda_alpha,
             }
         )
         advantages, returns = result if isinstance(result, tuple) else (result, None)

@@ -12,7 +12,7 @@ from rlhf_ray.learner.layout import Microbatch
 
 __all__ = ["Estimates", "gather_rows", "scatter_rows"]
 
-_PER_SEQUENCE = ("bootstrap", "trajectory_share")
+_PER_SEQUENCE = ("bootstrap", "trajectory_share", "successful")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,8 @@ class Estimates:
     """At the last sampled tokens of turns; the trajectory's last one has the rest of its reward."""
     turn_ids: torch.Tensor
     """Number of the turn in its trajectory, from 0; -1 at observed tokens, 0 in padding."""
+    successful: torch.Tensor
+    """Bool, ``[N]``, of a trajectory that is imitated."""
     sampling_logprobs: torch.Tensor
     staleness: torch.Tensor
     """Whole versions, 0 where a token is of the policy that is trained."""
@@ -59,6 +61,7 @@ class Estimates:
             mask=mask,
             rewards=padded(batch.token_rewards.astype(np.float32)),
             turn_ids=padded(batch.turn_ids),
+            successful=torch.tensor(batch.successful, device=device),
             sampling_logprobs=padded(batch.sampling_logprobs),
             staleness=padded(batch.staleness.astype(np.float32)),
             on_policy=torch.tensor(batch.on_policy, device=device)[:, None].expand(mask.shape),
@@ -69,10 +72,12 @@ class Estimates:
         """Those of a microbatch's tokens, ``[B, T]`` each; zeros for an empty one."""
         known = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _PER_SEQUENCE}
         gathered = {name: None if table is None else gather_rows(table, micro) for name, table in known.items()}
-        share = self.trajectory_share
-        if share is not None:
-            share = share[micro.rows] if len(micro.rows) else share.new_zeros(len(micro.mask))
-        return replace(self, bootstrap=None, trajectory_share=share, **gathered)
+
+        def of_rows(numbers: torch.Tensor) -> torch.Tensor:
+            return numbers[micro.rows] if len(micro.rows) else numbers.new_zeros(len(micro.mask))
+
+        share = None if self.trajectory_share is None else of_rows(self.trajectory_share)
+        return replace(self, bootstrap=None, trajectory_share=share, successful=of_rows(self.successful), **gathered)
 
 
 def scatter_rows(target: torch.Tensor, micro: Microbatch, rows: torch.Tensor) -> None:

@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,12 +32,13 @@ from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.models import fix_sdpa_kernels, head_is_new, set_head_bias
 from rlhf_ray.learner.objective import policy_objective
 from rlhf_ray.learner.off_policy import correction_weights, effective_sample_size, m2po_kept, staleness_metrics
-from rlhf_ray.learner.packing import Indices, Minibatch, RankPlan
+from rlhf_ray.learner.packing import Indices, RankPlan
 from rlhf_ray.learner.process_memory import return_freed_tensors
 from rlhf_ray.learner.proximal import LoglinearProximal, RecomputedProximal
 from rlhf_ray.learner.spec import LearnerSpec
 from rlhf_ray.learner.state import LearnerState
-from rlhf_ray.losses import aggregate, global_normalizer, value_loss
+from rlhf_ray.learner.steps import Step, steps_of
+from rlhf_ray.losses import aggregate, global_normalizer, hl_gauss_loss, value_loss
 from rlhf_ray.types import Float32Array, TokenEstimates
 
 __all__ = ["Learner", "LearnerSpec"]
@@ -111,16 +113,20 @@ class Learner(LearnerState):
         try:
             if self._training.value_init == "reward_mean":
                 self._start_values_at_mean(batch)
-            run, result = self._prepare(batch, plan, sums, update_policy=update_policy)
+            run, result = self._prepare(batch, plan, sums, update_policy=update_policy or self._has_warmed_up)
             self.token_estimates = _for_report(batch, run.estimates) if keep_estimates else None
             estimated = time.perf_counter()
             skipped = 0
-            for number, index in enumerate(itertools.chain.from_iterable(plan.epochs)):
-                skipped += not self._step(run, plan.minibatches[index], first=number == 0)
+            has_critic = self.critic is not None
+            steps = tuple(steps_of(plan, self._training, policy=run.update_policy, critic=has_critic))
+            for number, step in enumerate(steps):
+                skipped += not self._step(run, step, first=number == 0)
         finally:
             self._models.reshard()
         self._check_finite("kept after an update, whose learning rate may be too high")
-        result |= effective_sample_size(sums.merge(len(plan.minibatches) * len(plan.epochs), self._mesh.data))
+        of_losses = {"value_loss": sum(step.critic_steps for step in steps)}
+        merged = sums.merge(sum(step.policy for step in steps), self._mesh.data, of_losses=of_losses)
+        result |= effective_sample_size(merged)
         if self._models.reference is not None:
             result["kl_coef"] = kl_coef
             self._credit.adapt(result.get("kl_to_reference"), sum(len(m.completion_lengths) for m in plan.minibatches))
@@ -128,6 +134,11 @@ class Learner(LearnerState):
             result["skipped_updates"] = float(skipped)
         result |= {"lr" if name == "policy" else "critic_lr": model.lr for name, model in trained.items()}
         return result | {"advantage_s": estimated - started, "update_s": time.perf_counter() - estimated}
+
+    @property
+    def _has_warmed_up(self) -> bool:
+        """Whether the critic's warm-up ended before its iterations were over."""
+        return self._training.critic_warmup_explained_variance is not None and self.policy.steps_taken > 0
 
     def _start_values_at_mean(self, batch: SequenceBatch) -> None:
         """Before the first step of a critic whose head is new: predict the mean reward everywhere."""
@@ -148,9 +159,13 @@ class Learner(LearnerState):
             for minibatch in plan.minibatches
             for rows in minibatch.microbatches
         }
-        estimates, proximal = self._estimate(batch, microbatches, plan, update_policy=update_policy)
+        enough = None if update_policy else self._training.critic_warmup_explained_variance
+        # Where this batch may end the warm-up, the policy is trained on it.
+        reads_policy = update_policy or enough is not None
+        estimates, proximal = self._estimate(batch, microbatches, plan, update_policy=reads_policy)
         self._models.reshard()  # Else the reference's output layer stays gathered for all steps.
-        estimates, result = self._credit.assign(batch, estimates, sums)
+        estimates, result = self._credit.assign(batch, estimates, sums, warms_up=not update_policy)
+        update_policy = update_policy or (enough is not None and result["explained_variance"] >= enough)
         threshold = self._training.m2po_threshold
         if threshold is not None and update_policy:
             kept = estimates.mask.clone()
@@ -207,36 +222,44 @@ class Learner(LearnerState):
             ref_logprobs=ref_logprobs,
         ), proximal
 
-    def _step(self, run: _Update, minibatch: Minibatch, *, first: bool) -> bool:
+    def _step(self, run: _Update, step: Step, *, first: bool) -> bool:
         """One optimizer step of critic and policy over a minibatch; false where it was skipped."""
+        minibatch, trained = step.minibatch, self._trained()
         run.guard.begin(itertools.chain.from_iterable(minibatch.microbatches))
-        denominator = global_normalizer(
-            minibatch.completion_lengths, self._training.loss_aggregation, max_length=self._spec.rollouts.max_new_tokens
+        mode, longest = self._training.loss_aggregation, self._spec.rollouts.max_new_tokens
+        of_policy, of_critic = (
+            global_normalizer(lengths, mode, max_length=longest)
+            for lengths in (minibatch.completion_lengths, step.critic_lengths)
         )
-        trained = self._trained()
+        stepped = {
+            name: trained[name] for name, steps in (("policy", step.policy), ("critic", step.critic_steps)) if steps
+        }
         last = len(minibatch.microbatches) - 1
         for position, rows in enumerate(minibatch.microbatches):
             micro, known = run.microbatches[rows]
-            normalizer: float | torch.Tensor = denominator
-            if self._training.loss_aggregation == "seq_mean_token_mean" and known.trajectory_share is not None:
-                normalizer = max(denominator, 1.0) / known.trajectory_share
-            for model in trained.values():
+
+            def of_rows(denominator: float, known: Estimates = known) -> float | torch.Tensor:
+                if mode == "seq_mean_token_mean" and known.trajectory_share is not None:
+                    return max(denominator, 1.0) / known.trajectory_share
+                return denominator
+
+            for name, model in trained.items():
                 # Unreduced, the gradients of a whole model would stay on every GPU; on CPUs each reduction costs more.
-                model.model.set_requires_gradient_sync(position == last or self._device.type == "cuda")
-            if self.critic is not None:
-                self._backward_critic(run, micro, known, normalizer)
-            if run.update_policy:
-                self._backward_policy(run, micro, known, normalizer, first=first)
-        stepped = {name: model for name, model in trained.items() if run.update_policy or name != "policy"}
+                is_last = position == last and name in stepped
+                model.model.set_requires_gradient_sync(is_last or self._device.type == "cuda")
+            if step.critic:
+                self._backward_critic(run, micro, known, of_rows(of_critic))
+            if step.policy:
+                self._backward_policy(run, micro, known, of_rows(of_policy), minibatch.successful_tokens, first=first)
         norms = {name: model.grad_norm() for name, model in stepped.items()}
         refusal = run.guard.refusal(norms)
         run.metrics.add({_GRAD_NORMS[name]: norm for name, norm in norms.items()}, 1.0)
         self._change()
-        for name, model in stepped.items():
-            if refusal is None:
-                model.step(norms[name])
-            else:
+        for name, model in trained.items():
+            if refusal is not None:
                 model.drop_gradients()
+            elif name in stepped:
+                model.step(norms[name])
         self._skipped_in_a_row = 0 if refusal is None else self._skipped_in_a_row + 1
         if refusal is not None and self._training.nonfinite_updates == "error":
             raise LearnerError(f"{refusal}; {_REMEDY}")
@@ -249,18 +272,22 @@ class Learner(LearnerState):
     ) -> None:
         assert known.values is not None
         assert known.returns is not None
-        values = self._models.values(micro)[micro.value_index]
-        loss, means = value_loss(
-            values,
-            known.values,
-            known.returns,
-            known.mask,
-            clip=self._training.value_clip,
-            huber=self._training.value_huber,
-            aggregation=self._training.loss_aggregation,
-            normalizer=normalizer,
-        )
-        run.guard.look("values", micro, values)
+        aggregated: dict[str, Any] = {"aggregation": self._training.loss_aggregation, "normalizer": normalizer}
+        if self._models.value_range is not None:
+            low, high = self._models.value_range
+            found = self._models.value_logits(micro)[micro.value_index]
+            smoothing = self._training.value_smoothing
+            loss, means = hl_gauss_loss(
+                found, known.returns, known.mask, low=low, high=high, smoothing=smoothing, **aggregated
+            )
+            run.guard.look("values", micro, found.detach().sum(dim=-1))
+        else:
+            found = self._models.values(micro)[micro.value_index]
+            clip, huber = self._training.value_clip, self._training.value_huber
+            loss, means = value_loss(
+                found, known.values, known.returns, known.mask, clip=clip, huber=huber, **aggregated
+            )
+            run.guard.look("values", micro, found)
         run.guard.look("value loss", micro, loss)
         # FSDP averages gradients over ranks; the global denominator wants their sum.
         (loss * dist.get_world_size()).backward()
@@ -268,7 +295,14 @@ class Learner(LearnerState):
         run.metrics.add(means, len(micro.scored))
 
     def _backward_policy(
-        self, run: _Update, micro: Microbatch, known: Estimates, normalizer: float | torch.Tensor, *, first: bool
+        self,
+        run: _Update,
+        micro: Microbatch,
+        known: Estimates,
+        normalizer: float | torch.Tensor,
+        successful_tokens: int,
+        *,
+        first: bool,
     ) -> None:
         metrics = run.metrics
         logprobs, entropies = self._models.score(micro, entropy_gradient=self._training.entropy_coef != 0.0)
@@ -288,12 +322,15 @@ class Learner(LearnerState):
             proximal_logprobs=proximal,
             behavior_weights=weights,
             normalizer=normalizer,
+            successful_tokens=successful_tokens,
             kl_coef=self._credit.kl_coef,
         )
         run.guard.look("log-probabilities", micro, logprobs, proximal)
         run.guard.look("policy loss", micro, loss, total)
         (total * dist.get_world_size()).backward()
         metrics.add_loss("policy_loss", loss)
+        if (nll := means.pop("nll_loss", None)) is not None:
+            metrics.add_loss("nll_loss", nll)
         means = means | of_weights | {"entropy": aggregate(entropies.detach(), micro.mask, "token_mean")}
         if known.ref_logprobs is not None and not self._kl_in_reward:
             penalty = kl(proximal, known.ref_logprobs, estimator=self._training.kl_estimator)

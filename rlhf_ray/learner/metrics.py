@@ -44,10 +44,15 @@ class MetricSums:
                 self._sums[name] = number * weight + self._sums.get(name, 0.0)
                 self._weights[name] += weight
 
-    def merge(self, num_steps: int, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """Combine over ranks; every rank gets the result. Losses are means over ``num_steps`` optimizer steps.
+    def merge(
+        self, num_steps: int, group: dist.ProcessGroup | None = None, *, of_losses: Mapping[str, int] | None = None
+    ) -> dict[str, float]:
+        """Combine over ranks; every rank gets the result.
 
-        ``group`` has a rank for each share of the batch; ``None``: all ranks do.
+        Args:
+            num_steps: Optimizer steps, over which losses are means.
+            group: Has a rank for each share of the batch; ``None``: all ranks do.
+            of_losses: Names of losses with another number of steps.
         """
         read = _read(self._sums | self._maxima)
         parts = gather_objects((read, dict(self._weights)), group)
@@ -58,7 +63,7 @@ class MetricSums:
             if name.endswith("_max"):
                 merged[name] = float(np.max(numbers))  # NaN where one is: Python's own depends on their order.
             else:
-                merged[name] = sum(numbers) / (weight or num_steps)
+                merged[name] = sum(numbers) / (weight or (of_losses or {}).get(name, num_steps))
         return merged
 
 

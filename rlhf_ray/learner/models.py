@@ -78,7 +78,12 @@ def check_compile_backend(name: str) -> None:
 
 
 def load_policy(
-    path: str, *, kernels: tuple[str, ...], trust_remote_code: bool, with_weights: bool = True
+    path: str,
+    *,
+    kernels: tuple[str, ...],
+    trust_remote_code: bool,
+    with_weights: bool = True,
+    field: str = "model.path",
 ) -> PreTrainedModel:
     """Load a causal language model in float32, on the CPU, without dropout.
 
@@ -87,6 +92,7 @@ def load_policy(
         kernels: From :func:`attention_kernels`.
         trust_remote_code: Run code that ships with the model.
         with_weights: Whether to read them; else they are on the meta device.
+        field: The setting that names it, for messages.
 
     Raises:
         ConfigError: The folder or hub id cannot be loaded as a causal language model, lacks some of its weights, or has
@@ -94,15 +100,15 @@ def load_policy(
     """
     from transformers import AutoModelForCausalLM
 
-    policy, info = _load(AutoModelForCausalLM, "model.path", path, kernels, trust_remote_code, with_weights)
-    _check_complete("model.path", path, sorted(info["missing_keys"]))
+    policy, info = _load(AutoModelForCausalLM, field, path, kernels, trust_remote_code, with_weights)
+    _check_complete(field, path, sorted(info["missing_keys"]))
     return policy
 
 
 def load_critic(
-    path: str, *, kernels: tuple[str, ...], trust_remote_code: bool, with_weights: bool = True
+    path: str, *, kernels: tuple[str, ...], trust_remote_code: bool, with_weights: bool = True, num_outputs: int = 1
 ) -> PreTrainedModel:
-    """Load a backbone with a one-number head per token: the critic; arguments as :func:`load_policy`'s.
+    """Load a backbone with a head of so many numbers per token: the critic; other arguments as :func:`load_policy`'s.
 
     The class is the family's own for token classification; where transformers has none, the same head on the backbone
     that ``AutoModel`` gives. What the family does to logits (soft caps, scales) never touches values.
@@ -125,7 +131,7 @@ def load_critic(
             causal = _without_weights(AutoModelForCausalLM, config, trust_remote_code)
             # What the policy takes: of some families that also read images it is a language model alone.
             config, causal_names = causal.config, _names(causal)
-        config.num_labels = 1
+        config.num_labels = num_outputs
         critic_class = _critic_class(config, trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(field, path, f"cannot be loaded as a critic: {error}") from error

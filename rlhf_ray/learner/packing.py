@@ -31,6 +31,8 @@ class Minibatch:
     """Indices into the rank's own sequences; an empty entry keeps ranks in step where one has less to do."""
     completion_lengths: tuple[int, ...]
     """Tokens in the losses, of every trajectory of the minibatch over *all* ranks: the global denominator."""
+    successful_tokens: int = 0
+    """Those of successful trajectories."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,7 @@ def plan_update(
     packed: bool,
     seed: int,
     of_trajectory: Sequence[int] | None = None,
+    successful: Sequence[bool] | None = None,
 ) -> UpdatePlan:
     """Split a batch.
 
@@ -99,6 +102,7 @@ def plan_update(
         packed: Whether rows are packed instead of padded.
         seed: Of the partition.
         of_trajectory: ``[N]`` index of each sequence's trajectory, from 0; unset: each sequence is one.
+        successful: ``[N]``, which sequences are of successful trajectories; unset: none.
     """
     of_trajectory = range(len(lengths)) if of_trajectory is None else of_trajectory
     members: list[list[int]] = [[] for _ in range(max(of_trajectory, default=-1) + 1)]
@@ -122,6 +126,9 @@ def plan_update(
         split = [_microbatches(own, lengths, max_tokens, packed=packed) for own in longest_first]
         count = max(len(microbatches) for microbatches in split)
         totals = tuple(sum(int(completion_lengths[i]) for i in members[each]) for each in part)
+        imitated = sum(
+            int(completion_lengths[i]) for each in part for i in members[each] if successful and successful[i]
+        )
         for rank, microbatches in enumerate(split):
             planned += sum(_cost([lengths[i] for i in m], packed=packed) for m in microbatches)
             side_by_side = [i for each in shares[rank] for i in members[each]]
@@ -129,7 +136,9 @@ def plan_update(
             local[rank].extend(side_by_side)
             renumbered = [tuple(start[i] for i in m) for m in microbatches]
             renumbered += [()] * (count - len(renumbered))
-            minibatches[rank].append(Minibatch(microbatches=tuple(renumbered), completion_lengths=totals))
+            minibatches[rank].append(
+                Minibatch(microbatches=tuple(renumbered), completion_lengths=totals, successful_tokens=imitated)
+            )
     return UpdatePlan(
         ranks=tuple(
             RankPlan(sequences=tuple(indices), minibatches=tuple(m), epochs=epochs)

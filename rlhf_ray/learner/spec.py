@@ -30,12 +30,14 @@ class LearnerSpec:
     policy_path: str
     critic_path: str | None
     """``None``: the advantage asks for no values, and there is no critic."""
+    reference_path: str | None
+    """``None``: the reference, if there is one, is the policy as the run begins with it."""
     lora: LoraSpec | None
     """Adapters of the policy; ``None``: all its weights are trained."""
-    total_steps: int
-    """Optimizer steps of the run."""
+    critic_steps: int
+    """Optimizer steps of the critic in the run."""
     policy_steps: int
-    """Those of them that update the policy: all but the critic's warm-up."""
+    """Optimizer steps of the policy: none in the critic's warm-up."""
     timeline: bool
     """Whether ranks report what they do when."""
     keeps_state: bool

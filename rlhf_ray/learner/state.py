@@ -86,8 +86,9 @@ class LearnerState:
         tensors: list[torch.Tensor] = []
         if not self._spec.learners.offload_optimizer:
             tensors += itertools.chain.from_iterable(model.tensors() for model in self._trained().values())
-        if self._models.reference is not None and not self._spec.learners.offload_reference and self._spec.lora is None:
-            tensors += self._models.reference.model.parameters()
+        reference = None if self._models.reference is None else self._models.reference.model
+        if reference not in (None, self.policy.model) and not self._spec.learners.offload_reference:
+            tensors += reference.parameters()
         self._residency.offload(tensors)
         self._kept.start(self._residency.bytes_of)
 

@@ -16,9 +16,10 @@ from rlhf_ray.losses.gspo import gspo_loss
 from rlhf_ray.losses.logprobs import token_entropy, token_logprobs, token_logprobs_and_entropy
 from rlhf_ray.losses.m2po import m2po_mask
 from rlhf_ray.losses.ppo import ppo_loss
-from rlhf_ray.losses.regularizers import entropy_bonus, kl_loss
+from rlhf_ray.losses.regularizers import entropy_bonus, kl_loss, likelihood_loss
 from rlhf_ray.losses.sapo import sapo_loss
 from rlhf_ray.losses.value import value_loss
+from rlhf_ray.losses.value_bins import expected_value, hl_gauss_loss
 
 __all__ = [
     "aggregate",
@@ -26,10 +27,13 @@ __all__ = [
     "chunked_logprobs_and_entropy",
     "cispo_loss",
     "entropy_bonus",
+    "expected_value",
     "global_normalizer",
     "gmpo_loss",
     "gspo_loss",
+    "hl_gauss_loss",
     "kl_loss",
+    "likelihood_loss",
     "m2po_mask",
     "ppo_loss",
     "sapo_loss",

@@ -1,4 +1,4 @@
-"""What is added to a policy loss: a bonus of the entropies, and a KL that keeps the policy near the reference."""
+"""What is added to a policy loss: a bonus of the entropies, the likelihood of tokens, a KL to the reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rlhf_ray.advantages.kl import kl
 from rlhf_ray.advantages.padding import blank, checked_mask
 from rlhf_ray.losses.aggregation import aggregate
 
-__all__ = ["entropy_bonus", "kl_loss"]
+__all__ = ["entropy_bonus", "kl_loss", "likelihood_loss"]
 
 
 def entropy_bonus(
@@ -41,6 +41,36 @@ def entropy_bonus(
     """
     metrics = {"entropy": aggregate(entropies.detach(), mask, "token_mean")}
     return aggregate(entropies, mask, aggregation, normalizer), metrics
+
+
+def likelihood_loss(
+    logprobs: Tensor, mask: Tensor, *, normalizer: float | Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    r"""Negative log-likelihood of tokens, a mean over them.
+
+    .. math:: L = - \frac{1}{\sum_i |o_i|} \sum_i \sum_t \log \pi(a_{i,t} | s_{i,t})
+
+    Of the tokens of successful completions it is VAPO's "positive example LM loss" (arXiv:2504.05118, equation 13).
+
+    >>> import torch
+    >>> loss, _ = likelihood_loss(torch.tensor([[-0.5, -1.5, -9.0]]), torch.tensor([[1, 1, 0]]))
+    >>> loss.item()
+    1.0
+
+    Args:
+        logprobs: ``[B, T]``, log-probability of each token, in nats.
+        mask: ``[B, T]``, True where a token counts.
+        normalizer: The global denominator, see :func:`aggregate`.
+
+    Returns:
+        The loss, and ``nll``: the detached mean over this call's unmasked tokens, in nats. Both are float32 (float64 if
+        ``logprobs`` are).
+
+    Raises:
+        ValueError: The shapes differ.
+    """
+    metrics = {"nll": aggregate(-logprobs.detach(), mask, "token_mean")}
+    return aggregate(-logprobs, mask, "token_mean", normalizer), metrics
 
 
 def kl_loss(

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "check_causal",
-    "check_critic_vocabulary",
+    "check_reads_vocabulary",
     "check_sequence_parallel",
     "check_unquantized",
     "check_vocabulary",
@@ -130,19 +130,26 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
     return size
 
 
-def check_critic_vocabulary(
-    path: str, critic: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+def check_reads_vocabulary(
+    field: str, path: str, other: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
 ) -> None:
-    """Refuse a critic that cannot read what the policy writes.
+    """Refuse a critic or a reference that cannot read what the policy writes.
+
+    Args:
+        field: The setting that names it.
+        path: Where it is.
+        other: Its configuration.
+        tokenizer: The policy's.
+        config: The policy's.
 
     Raises:
         ConfigError: Its embedding ends before the tokens that tokenizer and policy share.
     """
-    size, of_policy = (int(one.get_text_config().vocab_size) for one in (critic, config))
+    size, of_policy = (int(one.get_text_config().vocab_size) for one in (other, config))
     last = max((token for token in tokenizer.get_vocab().values() if token < of_policy), default=-1)
     if last >= size:
         remedy = f"its embedding ends with token {size - 1}, and the policy's tokens with {last}"
-        raise ConfigError("model.critic_path", path, f"{remedy}; name a critic with the policy's vocabulary")
+        raise ConfigError(field, path, f"{remedy}; name a model with the policy's vocabulary")
 
 
 def check_sequence_parallel(size: int, field: str, config: PretrainedConfig) -> None:

@@ -136,7 +136,13 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "learner/value_loss",
         "reward^2",
-        "half the squared error of the critic, clipped by value_clip, linear beyond value_huber",
+        "half the squared error of the critic, clipped by value_clip, linear beyond value_huber; with value_bins its "
+        "cross-entropy, in nats",
+    ),
+    Metric(
+        "learner/nll_loss",
+        "nats",
+        "mean negative log-likelihood of the tokens of successful trajectories (training.nll_coef)",
     ),
     Metric("learner/entropy", "nats", "token mean of the entropy of the policy at the sampling temperature"),
     Metric("learner/approx_kl", "nats", "token mean of r - 1 - log r, r = current / proximal policy (k3 estimator)"),

@@ -254,3 +254,47 @@ def test_numbers_of_any_size_neither_overflow_nor_vanish(size, lam):
 
     wanted = torch.tensor([size * lam ** (599 - t) for t in range(600)], dtype=torch.float64).float()
     torch.testing.assert_close(advantages[0], wanted, rtol=1e-6, atol=1e-45)
+
+
+# A lambda of the critic's own, and one of each row's length.
+
+
+def test_returns_of_another_lambda_hand_computed():
+    # As in test_hand_computed, and for the returns gamma * lambda = 0.5:
+    #   A_2 = 2, A_1 = -2 + 0.5 * 2 = -1, A_0 = 1.5 + 0.5 * -1 = 1, each plus its value.
+    rewards, values = torch.tensor([[1.0, 0.0, 4.0]]), torch.tensor([[1.0, 3.0, 2.0]])
+    advantages, returns = gae(rewards, values, EVERYTHING, gamma=0.5, lam=0.5, critic_lam=1.0)
+    torch.testing.assert_close(advantages, torch.tensor([[1.125, -1.5, 2.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[2.0, 2.0, 4.0]]))
+
+
+def test_lambda_of_a_rows_length_hand_computed():
+    # alpha 0.5. Three tokens: lambda = 1 - 1 / 1.5 = 1/3; a single one: 1 - 1 / 0.5 < 0, so 0. gamma 0.6:
+    #   delta_2 = 4 - 2 = 2, delta_1 = 0.6 * 2 - 3 = -1.8, delta_0 = 1 + 0.6 * 3 - 1 = 1.8
+    #   A_2 = 2, A_1 = -1.8 + 0.2 * 2 = -1.4, A_0 = 1.8 + 0.2 * -1.4 = 1.52; R = A + V of the same lambda.
+    rewards, values = torch.tensor([[1.0, 0.0, 4.0], [7.0, 0.0, 1.0]]), torch.tensor([[1.0, 3.0, 2.0], [7.0, 0.5, 7.0]])
+    mask = torch.tensor([[1, 1, 1], [0, 1, 0]])
+    advantages, returns = gae(rewards, values, mask, gamma=0.6, lam=0.9, length_alpha=0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[1.52, -1.4, 2.0], [0.0, -0.5, 0.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[2.52, 1.6, 4.0], [0.0, 0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_row_has_the_lambda_of_its_length(seed):
+    rewards, values, mask, bootstrap = random_batch(seed)
+    found, returns = gae(
+        rewards, values, mask, gamma=0.97, lam=0.3, critic_lam=1.0, length_alpha=0.4, bootstrap=bootstrap
+    )
+    for row in range(len(mask)):
+        lam = max(0.0, 1.0 - 1.0 / (0.4 * max(1, int(mask[row].sum()))))
+        one = slice(row, row + 1)
+        wanted = brute_force(rewards[one], values[one], mask[one], 0.97, lam, bootstrap[one])
+        torch.testing.assert_close(found[one], wanted)
+    wanted = brute_force(rewards, values, mask, 0.97, 1.0, bootstrap) + values * mask
+    torch.testing.assert_close(returns, wanted)
+
+
+@pytest.mark.parametrize("coefficients", [{"critic_lam": 1.1}, {"length_alpha": 0.0}, {"length_alpha": float("nan")}])
+def test_wrong_lambdas_are_refused(coefficients):
+    with pytest.raises(ValueError, match="must"):
+        gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.ones(1, 2), gamma=1.0, lam=1.0, **coefficients)

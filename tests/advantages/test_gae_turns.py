@@ -96,3 +96,12 @@ def test_refusals():
         turn_gae(REWARDS, VALUES, MASK, TURN_IDS, gamma=1.5, lam=1.0)
     with pytest.raises(ValueError, match="bootstrap"):
         turn_gae(REWARDS, VALUES, MASK, TURN_IDS, gamma=1.0, lam=1.0, bootstrap=torch.zeros(3))
+
+
+def test_returns_of_another_lambda():
+    rewards, values = torch.tensor([[0.0, 0.25, 0.0, 1.0]]), torch.tensor([[0.5, 9.0, 0.5, 9.0]])
+    turn_ids = torch.tensor([[0, 0, 1, 1]])
+    # delta_1 = 1 - 0.5, delta_0 = 0.25 + 0.5 - 0.5; A_0 = 0.25 + 0.5 * 0.5, and with a lambda of 0 R_0 = 0.25 + 0.5.
+    advantages, returns = turn_gae(rewards, values, torch.ones(1, 4), turn_ids, gamma=1.0, lam=0.5, critic_lam=0.0)
+    assert advantages.tolist() == [[0.5, 0.5, 0.5, 0.5]]
+    assert returns.tolist() == [[0.75, 0.75, 1.0, 1.0]]

@@ -510,7 +510,9 @@ def test_learners_that_read_slices_share_a_plan_of_larger_microbatches() -> None
         _now=Iteration(version=1),
     )
     lengths = np.full(8, 50)
-    batch: Any = SimpleNamespace(lengths=lengths, loss_lengths=lengths // 2, of_trajectory=np.arange(8))
+    batch: Any = SimpleNamespace(
+        lengths=lengths, loss_lengths=lengths // 2, of_trajectory=np.arange(8), successful=np.zeros(8, dtype=bool)
+    )
 
     plan = module.Algorithm._plan(algorithm, batch)
 

@@ -170,7 +170,11 @@ def test_the_time_of_engines_that_wait_for_learners_begins_after_these(in_turn: 
 )
 def test_learners_correct_wherever_another_policy_samples(changes: dict[str, Any], off_policy: bool) -> None:
     inputs: Any = SimpleNamespace(
-        policy_path="policy", critic_path=None, advantage=advantage_plugin("gae", {}), loss=loss_plugin("ppo", {})
+        policy_path="policy",
+        critic_path=None,
+        reference_path=None,
+        advantage=advantage_plugin("gae", {}),
+        loss=loss_plugin("ppo", {}),
     )
     device = Device(on_gpu=True, learners_on_gpu=True, colocated=False, dtype="bfloat16")
 

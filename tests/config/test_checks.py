@@ -17,7 +17,13 @@ from rlhf_ray.config.values import typed_value
 
 NUMBERS = {int, float}
 # Checked by a function of their own, because the remedy is not a range.
-NOT_A_RANGE = {"rollouts.top_p", "rollouts.top_k", "learners.num_gpus_per_learner"}
+NOT_A_RANGE = {
+    "rollouts.top_p",
+    "rollouts.top_k",
+    "learners.num_gpus_per_learner",
+    "training.nll_min_reward",
+    "training.value_range",
+}
 
 
 TURNS: dict[str, Any] = {"resources.colocate": True}
@@ -75,6 +81,11 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "training.num_minibatches": ([1], [0]),
     "training.gamma": ([0.0, 1.0], [-0.1, 1.01]),
     "training.lambda_": ([0.0, 1.0], [-0.1, 1.01]),
+    "training.critic_lambda": ([0.0, 1.0], [-0.1, 1.01]),
+    "training.value_bins": ([None], [1, 0]),
+    "training.value_smoothing": ([0.1], [0.0]),
+    "training.nll_coef": ([0.0, 1.0], [-0.1]),
+    "training.lambda_alpha": ([1e-6, 100.0], [0.0, -1.0]),
     "training.clip_low": ([3e-4, 1.0], [0.0, 1.1]),
     "training.clip_high": ([0.01, 5.0], [0.0]),
     "model.lora_rank": ([0, 8], [-1]),
@@ -98,6 +109,9 @@ EDGES: dict[str, tuple[list[Any], list[Any]]] = {
     "training.entropy_coef": ([0.0], [-0.1]),
     "training.kl_coef": ([0.0], [-0.1]),
     "training.critic_warmup_iterations": ([0], [-1]),
+    "training.critic_warmup_explained_variance": ([None], [1.01]),
+    "training.critic_epochs": ([1, 9, None], [0, -1]),
+    "training.critic_num_minibatches": ([1, None], [0, -1]),
     "learners.num_learners": ([1], [0]),
     "learners.sequence_parallel": ([1], [0]),
     "learners.max_tokens_per_microbatch": ([100], [0]),
@@ -353,6 +367,24 @@ IMPOSSIBLE: list[tuple[dict[str, Any], str, str]] = [
     ({**TURNS, "learners.num_gpus_per_learner": 0}, "learners.num_gpus_per_learner", "leave it out"),
     ({**TURNS, "rollouts.weight_transfer": "nccl"}, "rollouts.weight_transfer", "use auto or shared_memory"),
     ({"rollouts.engine_args": {"enable_sleep_mode": True}}, "rollouts.engine_args.enable_sleep_mode", "colocate"),
+    ({"training.advantage": "grpo", "training.critic_lambda": 1.0}, "training.critic_lambda", "leave it out"),
+    ({"training.advantage": "grpo", "training.critic_epochs": 2}, "training.critic_epochs", "leave it out"),
+    ({"training.critic_num_minibatches": 3}, "training.critic_num_minibatches", "divisor of training.num_minibatches"),
+    (
+        {"training.critic_warmup_explained_variance": 0.5},
+        "training.critic_warmup_explained_variance",
+        "critic_warmup_iterations",
+    ),
+    ({"training.advantage": "turn_gae", "training.lambda_alpha": 0.05}, "training.lambda_alpha", "length_alpha"),
+    ({"training.value_bins": 51}, "training.value_clip", "set it to null"),
+    (
+        {"training.value_bins": 51, "training.value_clip": None, "training.value_huber": 1.0},
+        "training.value_huber",
+        "out",
+    ),
+    ({"training.value_range": [1.0, 1.0]}, "training.value_range", "a larger one"),
+    ({"training.advantage": "grpo", "training.value_bins": 51}, "training.value_bins", "leave it out"),
+    ({"model.reference_path": "owner/teacher"}, "model.reference_path", "set training.kl_coef above 0"),
     ({"data.prompt_column": ""}, "data.prompt_column", "must not be empty"),
     ({"rollouts.stop": ["\n", ""]}, "rollouts.stop", "must not be empty"),
     ({"training.lr": {"grid_search": [1e-5, 1e-6]}}, "training.lr", "tune.Tuner(..., param_space=config)"),
@@ -411,6 +443,9 @@ POSSIBLE: list[dict[str, Any]] = [
     {"resources.colocate": "auto", "rollouts.max_staleness": 1, "rollouts.weight_transfer": "nccl"},
     {"training.kl_coef": 0.01, "training.kl_in": "loss", "training.kl_estimator": "abs"},
     {"training.kl_coef": 0.01, "training.kl_clip": 10.0},
+    {"training.value_bins": 51, "training.value_clip": None, "training.value_range": [0.0, 1.0]},
+    {"training.critic_warmup_iterations": 5, "training.critic_warmup_explained_variance": -1.0},
+    {"training.num_minibatches": 6, "training.critic_num_minibatches": 3, "training.critic_epochs": 2},
 ]
 
 

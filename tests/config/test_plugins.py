@@ -204,6 +204,8 @@ def test_gae_gives_advantages_and_returns_by_hand() -> None:
         "bootstrap": torch.tensor([4.0]),
         "gamma": 0.5,
         "lam": 0.25,
+        "critic_lam": None,
+        "length_alpha": None,
         "a stranger": None,
     }
     # Last: 2 + 0.5 * 4 - 3 = 1. First: 0.5 * 3 - 1 + 0.125 * 1 = 0.625.

@@ -59,6 +59,18 @@ def test_intervals_of_zero_mean_never() -> None:
     assert (plan.evaluations, plan.checkpoints) == (0, 0)
 
 
+def test_the_critic_may_make_steps_of_its_own() -> None:
+    training = {"training__iterations": 10, "training__num_minibatches": 4, "training__num_epochs": 2}
+    same = schedule(**training)
+    assert (same.passes, same.critic_optimizer_steps, same.policy_optimizer_steps) == (2, 80, 80)
+    own = schedule(**training, training__critic_epochs=3, training__critic_num_minibatches=2)
+    assert (own.passes, own.critic_optimizer_steps, own.policy_optimizer_steps) == (3, 60, 80)
+    warmup = schedule(**training, training__critic_warmup_iterations=4)
+    assert warmup.policy_optimizer_steps == 48
+    early = schedule(**training, training__critic_warmup_iterations=4, training__critic_warmup_explained_variance=0.5)
+    assert early.policy_optimizer_steps == 80, "as if there were none: when it ends is not known"
+
+
 def test_rows_print_the_derived_numbers() -> None:
     rows = dict(
         schedule(

@@ -57,6 +57,8 @@ class Scenario:
     training: dict[str, Any] = field(default_factory=dict)
     spec: dict[str, Any] = field(default_factory=dict)
     critic: str = "critic"
+    reference: str | None = None
+    """A model of its own; unset: the policy as it starts, where there is one."""
     num_sequences: int = 9
     num_minibatches: int = 2
     num_epochs: int = 1
@@ -176,6 +178,14 @@ SCENARIOS: dict[str, Scenario] = {
     "packed": Scenario(training={"kl_coef": 0.3, "kl_estimator": "k3"}, num_epochs=2, packed=True),
     "packed_with_an_idle_rank": Scenario(num_sequences=3, num_minibatches=1, small_max_tokens=1, packed=True),
     "skipped": Scenario(training={"nonfinite_updates": "skip"}, spoiled=3),
+    "critic_of_its_own": Scenario(
+        training={"critic_epochs": 3, "critic_num_minibatches": 1, "critic_lambda": 1.0, "lambda_": 0.5}, num_epochs=2
+    ),
+    "teacher": Scenario(training={"kl_coef": 0.3}, reference="transposed", num_epochs=2),
+    "distribution": Scenario(
+        training={"value_bins": 11, "value_range": (-3.0, 3.0), "value_clip": None}, critic="policy", num_epochs=2
+    ),
+    "imitated": Scenario(training={"nll_coef": 0.5}),
     "small_critic": Scenario(critic="small_critic"),
     # Of a family without a class for token classification.
     "made_critic": Scenario(critic="made_critic", num_epochs=2),
@@ -242,6 +252,7 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
     # An epsilon that is large beside rounding: without it Adam would blow differences of 1e-9 up to a whole step.
     training: dict[str, Any] = {"adam_eps": 1e-3, "lr": 3e-3, "critic_lr": 5e-3, "weight_decay": 0.1}
     training |= {"gamma": 0.98, "lambda_": 0.9, "lr_schedule": "linear", "lr_warmup_steps": 2}
+    training |= {"num_epochs": scenario.num_epochs, "num_minibatches": scenario.num_minibatches}
     settings = TrainingSettings(**training | scenario.training)
     advantage = advantage_plugin(settings.advantage, settings.advantage_args)
     arguments: dict[str, Any] = {
@@ -250,12 +261,13 @@ def make_spec(folder: Path, scenario: Scenario) -> LearnerSpec:
         "loss": loss_plugin(settings.loss, settings.loss_args),
         "policy_path": str(folder / "policy"),
         "critic_path": str(folder / scenario.critic) if advantage.needs_critic else None,
+        "reference_path": None if scenario.reference is None else str(folder / scenario.reference),
         "lora": None,
         "model": ModelSettings(attn_implementation="varlen" if scenario.packed else "auto"),
         "rollouts": RolloutSettings(temperature=0.8, max_new_tokens=MAX_NEW_TOKENS),
         "learners": LearnerSettings(gradient_checkpointing=False, num_threads=1),
         "compute": Device(on_gpu=False, learners_on_gpu=False, colocated=False, dtype="float32"),
-        "total_steps": 12,
+        "critic_steps": 12,
         "policy_steps": 12,
         "timeline": False,
         "keeps_state": False,
@@ -291,6 +303,7 @@ def make_batch(num_sequences: int, seed: int, *, masked: bool = False, stale: bo
         group_ids=rng.permutation(num_sequences) // 3,
         greedy_rewards=rng.normal(size=num_sequences).astype(np.float32),
     )
+    batch = replace(batch, successful=batch.rewards > 0)
     if stale:
         # A third of the sequences is on-policy; of the others the first tokens are the stalest.
         newest = np.repeat(rng.integers(0, 3, size=num_sequences), completions)
@@ -323,13 +336,14 @@ def plan_of(batch: SequenceBatch, scenario: Scenario, seed: int) -> UpdatePlan:
         batch.lengths.tolist(),
         batch.loss_lengths.tolist(),
         num_minibatches=scenario.num_minibatches,
-        num_epochs=scenario.num_epochs,
+        num_epochs=max(scenario.num_epochs, scenario.training.get("critic_epochs", 0)),
         num_ranks=dist.get_world_size() // scenario.spec.get("sequence_parallel", 1),
         max_tokens=scenario.max_tokens,
         attention_length=1536.0,
         packed=scenario.packed,
         seed=seed,
         of_trajectory=batch.of_trajectory.tolist(),
+        successful=batch.successful.tolist(),
     )
 
 

@@ -342,3 +342,11 @@ def test_credit_reaches_a_turn_of_another_sequence_that_was_asked_between() -> N
 
     # The rewards that are still to come, 0.5 after the second token and 1.5 after the last, less the value.
     assert rows.split(advantages).tolist() == [[2.0, 1.0, 0.0, -2.5], [-0.5, -1.5, 0.0, 0.0]]
+
+
+def test_a_trajectory_is_successful_from_a_reward_on() -> None:
+    groups = [rewritten_history(), two_turns()]
+    batch = SequenceBatch.from_groups(groups, version=5, max_staleness=2, min_success=2.0)
+    assert batch.rewards.tolist() == [1.5, 2, 1.5, 2]
+    assert batch.successful.tolist() == [False, False, True, False, True]
+    assert not SequenceBatch.from_groups(groups, version=5, max_staleness=2).successful.any()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 import json
+import math
 import os
 import re
 import shutil
@@ -29,6 +30,7 @@ from rlhf_ray.learner import varlen_attention
 from rlhf_ray.learner.batch import SequenceBatch
 from rlhf_ray.learner.layout import Microbatch, lay_out
 from rlhf_ray.learner.learner import Learner
+from rlhf_ray.learner.lora import LoraSpec
 from rlhf_ray.learner.metrics import MetricSums
 from rlhf_ray.learner.packed_rows import can_pack
 from rlhf_ray.learner.packing import plan_update
@@ -1122,6 +1124,96 @@ def test_warmup_leaves_the_policy_bit_identical_and_trains_the_critic(make_learn
     assert "grad_norm" not in figures
 
 
+def test_the_critic_makes_passes_and_steps_of_its_own(make_learner: Callable[..., Learner]) -> None:
+    scenario = SCENARIOS["critic_of_its_own"]
+    learner = make_learner(scenario)
+    metrics = runs.update(learner, scenario, 0)
+    assert learner.critic is not None
+    assert (learner.policy.steps_taken, learner.critic.steps_taken) == (4, 3)
+    assert {"policy_loss", "value_loss", "grad_norm", "critic_grad_norm"} <= metrics.keys()
+
+
+def test_a_step_of_the_critic_over_several_minibatches_is_one_over_their_union(
+    make_learner: Callable[..., Learner],
+) -> None:
+    """Of one pass: the denominators are those of the union too, in each aggregation."""
+    for aggregation in ("token_mean", "seq_mean_token_mean"):
+        weights, losses = [], []
+        for scenario in (
+            Scenario(num_minibatches=4, training={"critic_num_minibatches": 1}),
+            Scenario(num_minibatches=1),
+        ):
+            learner = make_learner(scenario, loss_aggregation=aggregation)
+            losses.append(runs.update(learner, scenario, 0)["value_loss"])
+            weights.append(runs.full_weights(learner.critic))
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        assert_same_weights(*weights, 1e-6)
+
+
+def test_a_critic_of_bins_learns_the_distribution_of_returns(
+    make_learner: Callable[..., Learner], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bins, low, high = 7, -2.0, 2.0
+    training = {"value_bins": bins, "value_range": (low, high), "value_clip": None, "whiten_advantages": False}
+    scenario = Scenario(num_sequences=5, num_minibatches=1, critic="policy")
+    learner = make_learner(scenario, **training)
+    gradients: dict[str, torch.Tensor] = {}
+    step = TrainedModel.step
+
+    def keep(trained: TrainedModel, grad_norm: torch.Tensor) -> None:
+        if trained is learner.critic:
+            gradients.update({name: p.grad.full_tensor().clone() for name, p in trained.model.named_parameters()})
+        step(trained, grad_norm)
+
+    monkeypatch.setattr(TrainedModel, "step", keep)
+    own, plan = runs.share_of(runs.make_batch(5, seed=9), scenario)
+    metrics = learner.update(own, plan, keep_estimates=True)
+
+    assert learner.token_estimates is not None
+    values = np.concatenate([one.values for one in learner.token_estimates])
+    assert np.abs(values).max() < 1e-6, "a new head has a uniform distribution, whose mean is the middle"
+    returns = torch.tensor(np.concatenate([one.advantages for one in learner.token_estimates]), dtype=torch.float64)
+    width = (high - low) / bins
+    normal = torch.distributions.Normal(returns.clamp(low, high)[:, None], 0.75 * width)
+    edges = normal.cdf(torch.linspace(low, high, bins + 1, dtype=torch.float64)[None])
+    target = edges.diff(dim=1) / (edges[:, -1:] - edges[:, :1])
+    assert metrics["value_loss"] == pytest.approx(math.log(bins), rel=1e-5)
+    torch.testing.assert_close(gradients["score.bias"].double(), (1 / bins - target).mean(dim=0), rtol=1e-4, atol=1e-6)
+    assert learner.update(own, plan)["value_loss"] < metrics["value_loss"]
+
+
+def test_a_warmup_ends_when_the_critic_explains_enough(make_learner: Callable[..., Learner]) -> None:
+    scenario = Scenario(update_policy=(False, False))
+    for enough, policy_steps in ((1.0, [0, 0]), (-1e6, [2, 4]), (None, [0, 0])):
+        learner = make_learner(scenario, critic_warmup_explained_variance=enough)
+        found = []
+        for number in range(2):
+            metrics = runs.update(learner, scenario, number)
+            found.append(learner.policy.steps_taken)
+            assert ("policy_loss" in metrics) == (policy_steps[number] > 0)
+        assert found == policy_steps
+    # It does not begin again, however little the critic explains of a later batch.
+    learner = make_learner(scenario, critic_warmup_explained_variance=1.0)
+    runs.update(learner, replace(scenario, update_policy=(True,)), 0)
+    runs.update(learner, scenario, 1)
+    assert learner.policy.steps_taken == 4
+
+
+def test_returns_of_the_warmup_are_monte_carlo(make_learner: Callable[..., Learner]) -> None:
+    learner = make_learner(Scenario(num_minibatches=1), gamma=1.0, lambda_=0.3)
+    own, plan = runs.share_of(runs.make_batch(6, seed=5), Scenario(num_minibatches=1))
+    microbatches = {rows: lay_out(own, rows, packed=False, device=CPU) for rows in plan.minibatches[0].microbatches}
+    estimates, _ = learner._estimate(own, microbatches, plan, update_policy=False)
+    assigned, _ = learner._credit.assign(own, estimates, MetricSums(), warms_up=True)
+    assert assigned.returns is not None
+    assert estimates.bootstrap is not None
+    wanted = (torch.tensor(own.rewards) + estimates.bootstrap)[:, None] * estimates.mask
+    torch.testing.assert_close(assigned.returns, wanted, rtol=1e-5, atol=1e-5)
+    usual, _ = learner._credit.assign(own, estimates, MetricSums())
+    assert usual.returns is not None
+    assert (usual.returns - wanted).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("update_policy", [True, False])
 def test_every_weight_is_sharded_again_after_an_update(
     update_policy: bool, make_learner: Callable[..., Learner]
@@ -1166,6 +1258,65 @@ def of_tokens(estimates: tuple[TokenEstimates, ...]) -> list[list[Float32Array]]
     values = [one.values for one in estimates if one.values is not None]
     assert len(values) in (0, len(estimates))
     return [[one.advantages for one in estimates], *([values] if values else [])]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_reference_may_be_another_model(models: Path, make_learner: Callable[..., Learner], lora: bool) -> None:
+    from transformers import AutoModelForCausalLM
+
+    spec = {"lora": LoraSpec(rank=2, alpha=4.0, targets=(), seed=0)} if lora else {}
+    scenario = Scenario(num_sequences=5, num_minibatches=1, reference="transposed", spec=spec)
+    learner = make_learner(scenario, kl_coef=0.5, kl_in="reward")
+    reference = learner._models.reference
+    assert reference is not None
+    assert reference.model is not learner.policy.model
+    assert not any(parameter.requires_grad for parameter in reference.model.parameters())
+    batch = runs.make_batch(5, seed=2)
+    own, plan = runs.share_of(batch, scenario)
+
+    metrics = learner.update(own, plan)
+
+    policy, teacher = (
+        torch.cat(list(completion_logprobs(AutoModelForCausalLM.from_pretrained(models / name).eval(), batch, 0.8)))
+        for name in ("policy", "transposed")
+    )
+    assert metrics["kl_to_reference"] == pytest.approx((policy - teacher).mean().item(), rel=1e-4)
+    learner.offload()
+    learner.onload()
+    assert learner.update(own, plan)["kl_to_reference"] != metrics["kl_to_reference"], "the policy has moved"
+
+
+def test_the_likelihood_of_successful_trajectories_is_added(
+    models: Path,
+    make_learner: Callable[..., Learner],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    scenario = Scenario(num_sequences=6, num_minibatches=1)
+    batch = replace(runs.make_batch(6, seed=3), successful=np.asarray([1, 0, 0, 1, 0, 1], dtype=np.bool_))
+    gradients: list[dict[str, torch.Tensor]] = []
+
+    def keep(trained: TrainedModel, grad_norm: torch.Tensor) -> None:
+        gradients.append({name: p.grad.full_tensor().clone() for name, p in trained.model.named_parameters()})
+
+    monkeypatch.setattr(TrainedModel, "step", keep)
+    metrics = []
+    for coef in (0.0, 0.5):
+        learner = make_learner(scenario, advantage="grpo", nll_coef=coef)
+        own, plan = runs.share_of(batch, scenario)
+        metrics.append(learner.update(own, plan))
+
+    policy = AutoModelForCausalLM.from_pretrained(models / "policy").eval()
+    logprobs = list(completion_logprobs(policy, batch, 0.8))
+    imitated = torch.cat([one for one, success in zip(logprobs, batch.successful, strict=True) if success])
+    nll = -imitated.mean()
+    nll.backward()
+    assert "nll_loss" not in metrics[0]
+    assert metrics[1]["nll_loss"] == pytest.approx(nll.item(), rel=1e-5)
+    for name, wanted in policy.named_parameters():
+        added = gradients[1][name] - gradients[0][name]
+        torch.testing.assert_close(added, 0.5 * wanted.grad, rtol=1e-3, atol=2e-6)
 
 
 def test_kept_advantages_are_those_of_the_loss(make_learner: Callable[..., Learner]) -> None:
@@ -1402,7 +1553,7 @@ def test_a_generation_config_that_transformers_refuses_costs_no_export(
 
 
 def test_the_policys_schedule_counts_its_own_steps(make_learner: Callable[..., Learner]) -> None:
-    learner = make_learner(Scenario(spec={"total_steps": 12, "policy_steps": 4}), lr_warmup_steps=0)
+    learner = make_learner(Scenario(spec={"critic_steps": 12, "policy_steps": 4}), lr_warmup_steps=0)
     steps = [learner.policy._lr_factor(step) for step in (0, 2, 4)]
     assert steps == pytest.approx([1.0, 0.5, 0.0])
     assert learner.critic is not None

@@ -99,6 +99,7 @@ def test_one_rank_keeps_what_the_mask_of_the_whole_minibatch_keeps(threshold: fl
         mask=mask,
         rewards=torch.zeros(6, 5),
         turn_ids=torch.zeros(6, 5, dtype=torch.int32),
+        successful=torch.zeros(6, dtype=torch.bool),
         sampling_logprobs=torch.randn(6, 5, generator=generator),
         staleness=torch.zeros(6, 5),
         on_policy=mask,

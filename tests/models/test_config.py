@@ -15,7 +15,7 @@ from model_families import NOT_TRIED, causal_families, tiny_config
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.models.config import (
     check_causal,
-    check_critic_vocabulary,
+    check_reads_vocabulary,
     check_sequence_parallel,
     check_vocabulary,
     context_length,
@@ -143,9 +143,11 @@ def test_a_critic_need_not_have_rows_that_no_token_uses() -> None:
     tokens = 1 + max(tokenizer.get_vocab().values())
     # As of two sizes of one family: the embedding of the larger one is filled up further.
     padded, exact = (AutoConfig.for_model("llama", vocab_size=size) for size in (tokens + 128, tokens))
-    check_critic_vocabulary("critic", exact, tokenizer, padded)
+    check_reads_vocabulary("model.critic_path", "critic", exact, tokenizer, padded)
     with pytest.raises(ConfigError, match=r"model\.critic_path = 'critic': its embedding ends with token"):
-        check_critic_vocabulary("critic", AutoConfig.for_model("llama", vocab_size=tokens - 1), tokenizer, padded)
+        check_reads_vocabulary(
+            "model.critic_path", "critic", AutoConfig.for_model("llama", vocab_size=tokens - 1), tokenizer, padded
+        )
 
 
 @pytest.mark.parametrize(

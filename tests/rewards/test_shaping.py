@@ -48,6 +48,7 @@ def batch(**changes: Any) -> SequenceBatch:
         trajectory_ids=read_only(range(size), np.int64),
         group_ids=read_only(given["group_ids"], np.int64),
         greedy_rewards=read_only(given["greedy_rewards"], np.float32),
+        successful=read_only([False] * size, np.bool_),
     )
 
 

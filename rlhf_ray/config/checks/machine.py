@@ -120,6 +120,7 @@ def colocation_problems(settings: Settings) -> Iterator[tuple[str, str]]:
 _FOLDERS: Final = {
     "model.path": ("model", ("config.json",)),
     "model.critic_path": ("model", ("config.json",)),
+    "model.reference_path": ("model", ("config.json",)),
     "model.tokenizer_path": ("tokenizer", ("tokenizer_config.json", "tokenizer.json")),
 }
 

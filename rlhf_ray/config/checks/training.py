@@ -137,15 +137,23 @@ def advantage_problems(plugin: Plugin, settings: Settings) -> Iterator[tuple[str
         yield "training.kl_in", "maxrl takes rewards of 0 or more, which a KL taken off them may break; use loss"
     if plugin.compares_groups and settings.rollouts.group_size < 2:
         yield "rollouts.group_size", f"{plugin.name} compares the completions of a prompt; use at least 2"
+    for name, argument in (("critic_lambda", "critic_lam"), ("lambda_alpha", "length_alpha")):
+        if getattr(training, name) is not None and argument not in plugin.required_inputs:
+            yield f"training.{name}", f"the advantage {plugin.name} has no parameter {argument}; leave it out"
     if not plugin.needs_critic and settings.model.critic_path is not None:
         yield "model.critic_path", f"{plugin.name} has no critic; leave it out, or set training.advantage to gae"
     if not plugin.needs_critic and training.critic_warmup_iterations:
         yield "training.critic_warmup_iterations", f"{plugin.name} has no critic to warm up; use 0"
+    for name in ("critic_epochs", "critic_num_minibatches", "critic_warmup_explained_variance", "value_bins"):
+        if not plugin.needs_critic and getattr(training, name) is not None:
+            yield f"training.{name}", f"{plugin.name} has no critic; leave it out"
 
 
 def schedule_problems(settings: Settings) -> Iterator[tuple[str, str]]:
     """What is adapted starts somewhere and moves in small steps, and warm-ups end before the run does."""
     training, schedule = settings.training, Schedule(settings)
+    if settings.model.reference_path is not None and training.kl_coef == 0:
+        yield "model.reference_path", "nothing is kept near it: set training.kl_coef above 0, or leave it out"
     if training.kl_target is not None and training.kl_coef == 0:
         yield "training.kl_target", "give training.kl_coef, where the adapting starts"
     if training.kl_target is not None and schedule.completions >= 5 * training.kl_horizon:
@@ -155,6 +163,29 @@ def schedule_problems(settings: Settings) -> Iterator[tuple[str, str]]:
         yield (
             "training.kl_clip",
             "it bounds the KL in the reward; give training.kl_coef with training.kl_in=reward, or leave it out",
+        )
+    if training.value_bins is not None:
+        reason = "the cross-entropy of value_bins has none"
+        if training.value_clip is not None:
+            yield "training.value_clip", f"{reason}; set it to null"
+        if training.value_huber is not None:
+            yield "training.value_huber", f"{reason}; leave it out"
+        if training.value_init != "zero":
+            yield "training.value_init", "value_bins begin with the middle of value_range; use zero"
+        if settings.learners.sequence_parallel > 1:
+            yield "training.value_bins", "learners that read slices of sequences exchange one number per token; use 1"
+    if not training.value_range[0] < training.value_range[1]:
+        yield "training.value_range", "give the smallest return and then a larger one"
+    if training.critic_num_minibatches and training.num_minibatches % training.critic_num_minibatches:
+        yield (
+            "training.critic_num_minibatches",
+            f"the critic's minibatches are several of the policy's: use a divisor of training.num_minibatches = "
+            f"{training.num_minibatches}",
+        )
+    if training.critic_warmup_explained_variance is not None and training.critic_warmup_iterations == 0:
+        yield (
+            "training.critic_warmup_explained_variance",
+            "there is no warm-up to end; set training.critic_warmup_iterations, the most that it may take",
         )
     if training.critic_warmup_iterations >= training.iterations:
         yield (
