@@ -337,10 +337,10 @@ class AgentEpisode:
     def _message(self, call: ChatCall, sampled: Sampled) -> ChatMessage:
         message = dict(sampled.message or {"role": "assistant", "content": self._text(sampled, call.stop)})
         calls = message.pop("tool_calls", None)
-        if not calls or sampled.finish_reason == "length":
-            # A call that was cut must not be executed.
+        if not calls:
             return message
-        if not call.tools:
+        # A turn that was cut must not be executed; frameworks raise where they find no text in it.
+        if sampled.finish_reason == "length" or not call.tools:
             return {**message, "content": self._text(sampled, call.stop)}
         ids = [one.get("id") or f"call_{sampled.number}_{i}" for i, one in enumerate(calls)]
         return {**message, "tool_calls": [{**one, "id": call_id} for one, call_id in zip(calls, ids, strict=True)]}

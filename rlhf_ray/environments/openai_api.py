@@ -1,7 +1,8 @@
 """The part of OpenAI's Chat Completions API that agents reach the policy through: requests in, responses out.
 
 What a request asks for either works or is refused with an error that names the field. Nothing is dropped silently that
-would change the answer; ``temperature``, ``top_p`` and ``seed`` are the run's, and a request that differs is logged.
+would change the answer; ``temperature``, ``top_p`` and ``seed`` are the run's, and a request that differs is logged. So
+is one that demands a call or JSON: the policy reads the tools and the prompt, and learns what its agent makes of it.
 """
 
 from __future__ import annotations
@@ -64,12 +65,14 @@ _ONLY: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "prediction": ((), "leave it out"),
     "presence_penalty": ((0,), "tokens are sampled from the policy's own distribution"),
     "reasoning_effort": ((), "set data.chat_template_kwargs, if the chat template reads it"),
-    "response_format": (({"type": "text"},), "decoding is not constrained; ask for the format in the prompt"),
+    "response_format": (({"type": "text"},), "decoding is not constrained, so the prompt must ask for the format"),
     "tool_choice": (("auto", "none"), "decoding is not constrained, so the policy decides whether it calls a tool"),
     "top_logprobs": ((0,), "only the sampled token's own log-probability is known"),
     "verbosity": ((), "ask for it in the prompt"),
     "web_search_options": ((), "give the search as a tool"),
 }
+# What the prompt says too: of tools the template writes the schemas, and this format has to be asked for in words.
+_WISHES: Mapping[str, Any] = {"response_format": {"type": "json_object"}, "tool_choice": "required"}
 
 
 class Refused(Exception):
@@ -177,7 +180,9 @@ def _check_fields(given: Mapping[str, Any], offer: Offer) -> None:
     for name, value in given.items():
         if name in _ONLY:
             served, remedy = _ONLY[name]
-            if value not in served:
+            if value == _WISHES.get(name):
+                _log_ignored(name, remedy)
+            elif value not in served:
                 raise Refused(f"{name} = {shortened(json.dumps(value), 80)} is not supported: {remedy}", param=name)
         elif name not in _READ and name not in _WITHOUT_EFFECT:
             raise Refused(f"{name} is not supported: leave it out", param=name)

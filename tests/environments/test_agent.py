@@ -363,6 +363,7 @@ def test_tool_calls_reach_the_agent_and_their_results_the_policy():
 def test_call_that_was_cut_is_not_executed():
     async def solve(row, client):
         choice = (await ask(client, "1+1?", tools=[ADD])).choices[0]
+        assert json.loads(choice.message.content)[0]["function"]["name"] == "add", "what was written is text"
         return float(choice.finish_reason == "length" and choice.message.tool_calls is None)
 
     async def main() -> Reply:
@@ -440,8 +441,7 @@ def test_text_parts_are_joined_and_developers_are_the_system():
     ("fields", "param", "remedy"),
     [
         ({"n": 2}, "n", "several requests"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "ask for the format"),
-        ({"tools": [ADD], "tool_choice": "required"}, "tool_choice", "the policy decides"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "ask for the format"),
         ({"tools": [ADD], "tool_choice": {"type": "function", "function": {"name": "add"}}}, "tool_choice", "decides"),
         ({"logit_bias": {"1": 5}}, "logit_bias", "own distribution"),
         ({"logprobs": True, "top_logprobs": 2}, "top_logprobs", "own log-probability"),
@@ -556,6 +556,20 @@ def test_sampling_settings_that_differ_are_logged_once(caplog):
         assert caplog.messages == []
         probe(body)
     assert [re.search(r"sets (\w+)", m)[1] for m in caplog.messages] == ["temperature", "top_p", "seed"]
+
+
+def test_demands_on_the_form_are_logged_once_and_left_to_the_policy(caplog):
+    openai_api._log_ignored.cache_clear()
+
+    async def body(client: Any) -> list[Any]:
+        fields = {"tools": [ADD], "tool_choice": "required", "response_format": {"type": "json_object"}}
+        return [(await ask(client, "hi", **fields)).choices[0] for _ in range(2)]
+
+    with caplog.at_level(logging.INFO, "rlhf_ray"):
+        choices, driver = probe(body, parses_tools=True)
+    assert [choice.message.content for choice in choices] == ["4", "4"]
+    assert '"name": "add"' in driver.text(0)
+    assert sorted(re.search(r"sets (\w+)", m)[1] for m in caplog.messages) == ["response_format", "tool_choice"]
 
 
 def test_messages_that_the_template_refuses_are_an_error_of_the_request():
