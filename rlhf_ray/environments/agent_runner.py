@@ -13,6 +13,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from rlhf_ray.environments.agent_server import Answerer
+from rlhf_ray.environments.bound_process import bound_command
 from rlhf_ray.errors import ConfigError
 from rlhf_ray.untrusted_text import shortened
 
@@ -275,7 +277,7 @@ def _check_openai(agent: Callable[..., Any]) -> None:
 
 
 class CommandRunner:
-    """Runs a command, which reads the row as JSON and prints the reward as its last line."""
+    """Runs a command, which reads the row as JSON and prints the reward as its last line; it ends with this process."""
 
     needs_url = True
     on_loop = False
@@ -288,14 +290,18 @@ class CommandRunner:
         """See :class:`Runner`.
 
         Raises:
-            CommandFailed: It ended with an error.
+            CommandFailed: It ended with an error, or cannot be started.
             TypeError: The row is no JSON.
-            OSError: It cannot be started.
+            FileNotFoundError: There is no such program.
         """
         pipe = asyncio.subprocess.PIPE
         given = json.dumps(dict(row), default=_plain).encode()
+        env = _environment(base_url)
+        if shutil.which(self._command[0], path=env["PATH"]) is None:
+            raise FileNotFoundError(self._command[0])
+        command = bound_command(self._command)
         process = await asyncio.create_subprocess_exec(
-            *self._command, stdin=pipe, stdout=pipe, stderr=pipe, env=_environment(base_url), start_new_session=True
+            *command, stdin=pipe, stdout=pipe, stderr=pipe, env=env, start_new_session=True
         )
         assert process.stdin and process.stdout and process.stderr
         try:

@@ -1,7 +1,8 @@
 """Servers of the Model Context Protocol (MCP) as tools: programs that speak it on stdin and stdout, and URLs.
 
 A worker process has one session per server, which all its episodes share. Sessions run in an event loop of their own in
-a background thread, each in one task, because the contexts of ``mcp`` must be left by the task that entered them.
+a background thread, each in one task, because the contexts of ``mcp`` must be left by the task that entered them. A
+server that is a program ends with its worker, also with one that is killed.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import shutil
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from rlhf_ray.environments.bound_process import bound_command
 from rlhf_ray.environments.episode import EpisodeFailed
 from rlhf_ray.environments.tool_schema import Schema, tool_name
 from rlhf_ray.environments.tool_sources import Handler, ToolError, Tools, ToolSource
@@ -79,8 +82,7 @@ def close_sessions() -> None:
     async def close() -> None:
         sessions = list(_sessions.values())
         _sessions.clear()
-        for session in sessions:
-            await session.end()
+        await asyncio.gather(*(session.end() for session in sessions))
 
     asyncio.run_coroutine_threadsafe(close(), _loop()).result()
 
@@ -218,8 +220,11 @@ async def _connect(server: _Server) -> AsyncIterator[Client]:
     from mcp.client.streamable_http import streamable_http_client
 
     if not server.url:
-        program, *arguments = server.command
-        stdio = stdio_client(StdioServerParameters(command=program, args=arguments, env=dict(server.env)))
+        env = dict(server.env)
+        if shutil.which(server.command[0], path=env.get("PATH")) is None:
+            raise FileNotFoundError(server.command[0])
+        program, *arguments = bound_command(server.command)
+        stdio = stdio_client(StdioServerParameters(command=program, args=arguments, env=env))
         async with Client(stdio, read_timeout_seconds=server.timeout_s) as client:
             yield client
         return

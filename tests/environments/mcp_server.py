@@ -1,10 +1,15 @@
-"""An MCP server for tests: on stdin and stdout, or, with a port as its argument, over HTTP."""
+"""An MCP server for tests: on stdin and stdout, or, with a port as its argument, over HTTP.
+
+With ``STAY`` in its environment neither the end of its input nor SIGTERM ends it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import sys
+import time
 
 from mcp.server import MCPServer
 
@@ -49,4 +54,9 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         app.run(transport="streamable-http", host="127.0.0.1", port=int(sys.argv[1]))
     else:
+        stays = bool(os.environ.get("STAY"))
+        if stays:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         app.run()
+        while stays:
+            time.sleep(600)

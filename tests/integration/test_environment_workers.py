@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import ray
 from environments.test_play import TOKENIZER, sampled_of, start_of
 
 from rlhf_ray.config.settings import EnvironmentSettings
@@ -25,7 +28,7 @@ from rlhf_ray.pickling import serialize
 pytestmark = pytest.mark.usefixtures("cluster")
 
 SERVER = Path(__file__).parents[1] / "environments" / "mcp_server.py"
-GONE_S = 10.0
+GONE_S = 20.0
 
 
 def pool_of(environment: NamedEnvironment) -> EnvironmentPool:
@@ -84,6 +87,7 @@ def test_environments_that_are_open_are_closed_when_the_run_ends(tmp_path: Path)
 
 
 def servers() -> list[psutil.Process]:
+    """Those of the tests, and the processes that watch over them."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -94,12 +98,16 @@ def servers() -> list[psutil.Process]:
     return found
 
 
-@pytest.mark.parametrize("how", ["stopped", "killed"])
-def test_servers_of_tools_end_with_their_worker(how: str, processes: Callable[[str], list[psutil.Process]]) -> None:
-    pytest.importorskip("mcp")
-    settings = EnvironmentSettings(tools=[{"mcp": {"command": [sys.executable, str(SERVER)]}}], tool_parser="hermes")
-    (environment,) = resolve_environments(settings)
-    pool = pool_of(environment)
+@functools.cache
+def tools() -> NamedEnvironment:
+    server = {"command": [sys.executable, str(SERVER)], "env": {"STAY": "1"}}
+    (environment,) = resolve_environments(EnvironmentSettings(tools=[{"mcp": server}], tool_parser="hermes"))
+    return environment
+
+
+def called_a_tool() -> EnvironmentPool:
+    """Workers, one of which has had its server answer."""
+    pool = pool_of(tools())
     pool.start()
     call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1, "b": 2}'}}
 
@@ -110,14 +118,45 @@ def test_servers_of_tools_end_with_their_worker(how: str, processes: Callable[[s
         assert reply.requests[0].messages[0]["content"] == "3"
 
     asyncio.run(play())
-    assert len(servers()) == 1
+    return pool
+
+
+def stay(address: str) -> None:
+    """A driver that has called a tool and does not end by itself."""
+    ray.init(address=address, namespace="rlhf_ray", log_to_driver=False)
+    called_a_tool()
+    print("ready", flush=True)
+    time.sleep(600)
+
+
+def assert_no_servers() -> None:
+    deadline = time.monotonic() + GONE_S
+    while servers() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert servers() == []
+
+
+@pytest.mark.parametrize("how", ["stopped", "killed"])
+def test_servers_of_tools_end_with_their_worker(how: str, processes: Callable[[str], list[psutil.Process]]) -> None:
+    pytest.importorskip("mcp")
+    pool = called_a_tool()
+    assert servers()
     if how == "killed":
         for process in processes("ray::EnvironmentWorker"):
             process.kill()
     else:
         pool.stop()
-    deadline = time.monotonic() + GONE_S
-    while servers() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert servers() == []
+    assert_no_servers()
     pool.stop()
+
+
+def test_servers_of_tools_end_with_a_driver_that_is_killed() -> None:
+    pytest.importorskip("mcp")
+    command = f"from integration.test_environment_workers import stay; stay({ray.get_runtime_context().gcs_address!r})"
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(SERVER.parents[1]), os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen([sys.executable, "-c", command], env=env, stdout=subprocess.PIPE) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline() == b"ready\n"
+        assert servers()
+        driver.kill()
+    assert_no_servers()
