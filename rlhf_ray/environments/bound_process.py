@@ -49,7 +49,7 @@ def _main(parent: int, command: Sequence[str]) -> None:
     for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and a program would go on doing so.
         signal.signal(number, signal.SIG_DFL)
     try:
-        os.execvp(command[0], command)
+        os.execvp(command[0], list(command))
     except OSError as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
