@@ -159,6 +159,9 @@ class Turn:
     """Messages that the environment answered with, of the observed tokens that follow; of a text, one of a user."""
     number: int | None = None
     """When it was asked, among all turns of the trajectory: the larger the later. Unset: in the order of sequences."""
+    follower: int | None = None
+    """Number of the turn that comes after it, where conversations were in parallel: that turn's result is this one's
+    too. Its own: none. Unset: the next larger number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ __all__ = ["SequenceBatch"]
 Int64Array = npt.NDArray[np.int64]
 Float64Array = npt.NDArray[np.float64]
 
-_PER_COMPLETION_TOKEN = ("turn_ids", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
+_PER_COMPLETION_TOKEN = ("turn_ids", "follower_ids", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +43,9 @@ class SequenceBatch:
     turn_ids: Int32Array
     """``[sum(T)]``, number of the turn in its trajectory, from 0, in the order in which they were asked: ascending in a
     sequence, not always over those of a trajectory; -1 at observed tokens"""
+    follower_ids: Int32Array
+    """``[sum(T)]``, number of the turn that comes after the token's, its own where none does; -1: the next in order;
+    -1 at observed tokens"""
     loss_mask: BoolArray
     """``[sum(T)]``, sampled, and enters the losses"""
     sampling_logprobs: Float32Array
@@ -55,7 +58,7 @@ class SequenceBatch:
     on_policy: BoolArray
     """``[N]``, sampled from the first token to the last by the policy that is trained"""
     truncated: BoolArray
-    """``[N]``, has the last turn of a trajectory that a limit ended: bootstraps from the critic"""
+    """``[N]``, nothing comes after it in a trajectory that a limit ended: bootstraps from the critic"""
     trajectory_ids: Int64Array
     """``[N]``, sequences of one trajectory have the same, unique in the batch"""
     group_ids: Int64Array
@@ -107,6 +110,7 @@ class SequenceBatch:
         count, tokens = len(prompt_lengths), int(completion_lengths.sum())
         arrays = {
             "turn_ids": np.zeros(tokens, dtype=np.int32),
+            "follower_ids": np.full(tokens, -1, dtype=np.int32),
             "loss_mask": np.ones(tokens, dtype=np.bool_),
             "sampling_logprobs": np.zeros(tokens, dtype=np.float32),
             "staleness": np.zeros(tokens, dtype=np.int32),
@@ -244,13 +248,14 @@ def _rows(
 ) -> Iterator[dict[str, npt.NDArray[Any]]]:
     """A batch of one sequence each, by the names of the fields; rewards are those of turns alone."""
     prompts = (scored.group.prompt.token_ids, *(one.prompt_token_ids for one in trajectory.further))
-    asked = [place if turn.number is None else turn.number for place, turn in enumerate(trajectory.all_turns)]
-    numbers = iter(np.argsort(np.argsort(asked, kind="stable")).tolist())
+    numbers, followers = _order(trajectory)
     for prompt, sequence in zip(prompts, trajectory.sequences, strict=True):
         turn_ids = np.full(len(sequence.token_ids), -1, dtype=np.int32)
+        follower_ids = np.full(len(sequence.token_ids), -1, dtype=np.int32)
         token_rewards = np.zeros(len(sequence.token_ids), dtype=np.float64)
         for turn in sequence.turns:
             turn_ids[turn.start : turn.end] = (turn_id := next(numbers))
+            follower_ids[turn.start : turn.end] = followers[turn_id]
             if turn.start < turn.end:  # Else the trajectory's last token gets it.
                 token_rewards[turn.end - 1] = turn.reward * scored.environment_weight
         staleness = np.zeros(len(sequence.token_ids), dtype=np.int32)
@@ -261,18 +266,33 @@ def _rows(
             "prompt_lengths": np.asarray([len(prompt)], dtype=np.int32),
             "completion_lengths": np.asarray([len(sequence.token_ids)], dtype=np.int32),
             "turn_ids": turn_ids,
+            "follower_ids": follower_ids,
             "loss_mask": sequence.loss_mask & (staleness <= max_staleness),
             "sampling_logprobs": sequence.sampling_logprobs,
             "staleness": staleness,
             "token_rewards": token_rewards,
             "on_policy": np.asarray([sequence.asked_version == version and not staleness.any()]),
             # What comes after other sequences' turns is another turn.
-            "truncated": np.asarray([trajectory.truncated and turn_id == len(asked) - 1]),
+            "truncated": np.asarray([trajectory.truncated and _is_last(turn_id, followers)]),
             "trajectory_ids": np.asarray([number], dtype=np.int64),
             "group_ids": np.asarray([scored.group.group_id], dtype=np.int64),
             "greedy_rewards": np.asarray([scored.greedy_reward or 0.0], dtype=np.float32),
             "successful": np.zeros(1, dtype=np.bool_),
         }
+
+
+def _order(trajectory: Trajectory) -> tuple[Iterator[int], list[int]]:
+    """The place of each turn in time, sequence after sequence; and by place, the ``follower_ids`` of its tokens."""
+    turns = trajectory.all_turns
+    asked = [index if turn.number is None else turn.number for index, turn in enumerate(turns)]
+    in_time = np.argsort(asked, kind="stable")
+    places = {asked[index]: place for place, index in enumerate(in_time)}
+    followers = [turns[index].follower for index in in_time]
+    return iter(np.argsort(in_time).tolist()), [-1 if number is None else places[number] for number in followers]
+
+
+def _is_last(turn: int, followers: Sequence[int]) -> bool:
+    return followers[turn] == turn or (followers[turn] < 0 and turn == len(followers) - 1)
 
 
 def _places(lengths: Int32Array, order: Int64Array) -> Int64Array:

@@ -32,7 +32,8 @@ __all__ = ["CreditAssignment", "gathered_rows", "merged_moments"]
 class CreditAssignment:
     """Computes advantages by the run's plug-in and keeps the weight of the KL penalty.
 
-    The plug-in sees trajectories: one row, or one reward, for all sequences of each.
+    The plug-in sees trajectories: one reward for all sequences of each, or one row, or several where turns were in
+    parallel.
 
     Args:
         training: The training section.
@@ -117,13 +118,13 @@ class CreditAssignment:
         coef = 0.0 if penalty is None else self.kl_coef
         rows = TrajectoryRows(batch, estimates.mask.device)
         mask, values, bootstrap = rows.join(estimates.mask), estimates.values, estimates.bootstrap
-        last = torch.from_numpy(batch.last_sequences).to(mask.device)
+        rewards = kl_penalized_rewards(estimates.rewards, estimates.mask, kl=penalty, coef=coef)
         result = self._plugin.call(
             {
-                "rewards": rows.join(kl_penalized_rewards(estimates.rewards, estimates.mask, kl=penalty, coef=coef)),
+                "rewards": rows.join_rewards(rewards, estimates.rewards),
                 "values": None if values is None else rows.join(values),
                 "mask": mask,
-                "bootstrap": None if bootstrap is None else bootstrap[last],
+                "bootstrap": None if bootstrap is None else bootstrap[rows.ends],
                 "turn_ids": rows.join(estimates.turn_ids),
                 "gamma": self._training.gamma,
                 "lam": self._training.lambda_,
@@ -141,7 +142,8 @@ class CreditAssignment:
         """The trajectories' advantages, compared over all ranks, at each of their tokens."""
         rewards = torch.tensor(batch.rewards, device=mask.device)
         if penalty is not None:
-            rewards = rewards - self.kl_coef * TrajectoryRows(batch, mask.device).join(penalty * mask).sum(dim=1)
+            penalties = batch.per_trajectory((penalty * mask).sum(dim=1).cpu().numpy())
+            rewards = rewards - self.kl_coef * torch.from_numpy(penalties).to(rewards)
         last, lengths = batch.last_sequences, batch.per_trajectory(batch.sampled_lengths)
         own = np.stack([batch.group_ids[last], lengths, batch.greedy_rewards[last]], axis=1).astype(np.float64)
         table, first = gathered_rows(

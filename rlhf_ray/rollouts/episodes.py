@@ -24,6 +24,7 @@ from rlhf_ray.environments.episode import EpisodeFailed, Reply, Request, Sampled
 from rlhf_ray.environments.pool import EnvironmentPool, Played
 from rlhf_ray.rollouts.rollouter import Engine, Seeds
 from rlhf_ray.rollouts.streams import cancel_all
+from rlhf_ray.rollouts.turn_order import TurnTime, followers
 from rlhf_ray.types import (
     ChatMessage,
     FurtherSequence,
@@ -243,6 +244,9 @@ class _Play:
         self._left = engine.sampling.max_new_tokens
         self._newest = engine.version
         self._prefixes: Counter[bytes] = Counter()
+        self._num_answers = 0
+        self._known: dict[int, int] = {}
+        self._times: dict[int, TurnTime] = {}
         self._finish_reason: str | None = None
         self._last: tuple[_Sequence, int] | None = None
 
@@ -299,6 +303,7 @@ class _Play:
     def trajectory(self) -> Trajectory:
         """The whole."""
         assert self._finish_reason is not None
+        self._set_followers()
         first, *others = [one for one in self._sequences if one.turns]
         further = tuple(
             FurtherSequence(prompt_token_ids=one.prompt, trajectory=one.trajectory(self._finish_reason))
@@ -359,7 +364,11 @@ class _Play:
             finish_reason=turn.finish_reason,
             message=turn.turns[0].message,
         )
+        known = self._known.get(request.number, 0)
+        self._times[request.number] = TurnTime(sequence=request.sequence, known=known, answer=self._num_answers)
+        self._num_answers += 1
         reply = await self._episode.step(sampled)
+        self._known |= dict.fromkeys((one.number for one in reply.requests), self._num_answers)
         self._engine.requests.stepped(self._name, self._episode.worker, reply.step_s, reply.metrics)
         sequence.turns[place] = replace(sequence.turns[place], reward=reply.reward, message=reply.message)
         if reply.finish_reason is not None:
@@ -367,6 +376,17 @@ class _Play:
             self._finish_reason = "length" if cut else reply.finish_reason
             self._add_reward(reply.final_reward)
         return reply
+
+    def _set_followers(self) -> None:
+        """Say which turn comes after which, unless they came one after the other."""
+        numbers = sorted(self._times)
+        after = followers([self._times[number] for number in numbers])
+        if after == [*range(1, len(numbers)), None]:
+            return
+        places = zip(numbers, after, strict=True)
+        follower = {number: number if place is None else numbers[place] for number, place in places}
+        for sequence in self._sequences:
+            sequence.turns = [replace(turn, follower=follower[turn.number]) for turn in sequence.turns]
 
     def _add_reward(self, reward: float) -> None:
         """Give the last turn what is for the whole episode."""
