@@ -160,8 +160,8 @@ class Turn:
     number: int | None = None
     """When it was asked, among all turns of the trajectory: the larger the later. Unset: in the order of sequences."""
     follower: int | None = None
-    """Number of the turn that comes after it, where conversations were in parallel: that turn's result is this one's
-    too. Its own: none. Unset: the next larger number."""
+    """Number of the turn that comes after it, in a trajectory with turns in parallel; its own: none does. Unset: the
+    next larger number."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

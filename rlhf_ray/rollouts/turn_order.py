@@ -2,9 +2,12 @@
 
 ::
 
-    main      0           5 -> 6        0 is followed by 1, the first that was asked with its answer known;
-    helper      1 -> 3 --/              3 and 4 by 5: the main conversation had waited for both.
-    helper      2 ------ 4 -/           1 not by 4: it was asked later, but in a conversation in parallel.
+    main      0                    5 - 6
+    helper       1 ----- 3 ----
+    another      2 - 4
+
+0 is followed by 1, the first that was asked once its answer was known. 1 is followed by 3 and not by 4: the helpers'
+conversations are in parallel. 3 and 4 are both followed by 5, since the main conversation waited meanwhile.
 """
 
 from __future__ import annotations

@@ -350,3 +350,89 @@ def test_a_trajectory_is_successful_from_a_reward_on() -> None:
     assert batch.rewards.tolist() == [1.5, 2, 1.5, 2]
     assert batch.successful.tolist() == [False, False, True, False, True]
     assert not SequenceBatch.from_groups(groups, version=5, max_staleness=2).successful.any()
+
+
+def with_helpers(finish_reason: str = "stop", *, waits: bool = True) -> ScoredGroup:
+    """An agent asks, has two helpers at once, and goes on in the first conversation, or returns when all three did."""
+
+    def sequence(tokens: list[int], *turns: Turn) -> Trajectory:
+        logprobs = np.zeros(len(tokens), dtype=np.float32)
+        for turn in turns:
+            logprobs[turn.start : turn.end] = -1
+        return Trajectory(
+            token_ids=np.asarray(tokens, dtype=np.int32),
+            sampling_logprobs=logprobs,
+            turns=turns,
+            version_spans=tuple(VersionSpan(version=5, start=turn.start, end=turn.end) for turn in turns),
+            asked_version=5,
+            finish_reason=finish_reason,
+        )
+
+    after = (1, 5, 5, 5) if waits else (5, 1, 2, 5)
+    first = sequence(
+        [1, 2, 9, 3], Turn(start=0, end=2, number=0, follower=after[0]), Turn(start=3, end=4, number=5, follower=5)
+    )
+    helpers = (
+        sequence([4], Turn(start=0, end=1, number=1, follower=after[1])),
+        sequence([6, 7], Turn(start=0, end=2, number=2, follower=after[2])),
+    )
+    prompt = np.asarray([8], dtype=np.int32)
+    further = tuple(FurtherSequence(prompt_token_ids=prompt, trajectory=each) for each in helpers)
+    group = two_turns()
+    return replace(
+        group,
+        group=replace(group.group, trajectories=(replace(first, further=further),)),
+        rewards=np.asarray([1.0], dtype=np.float32),
+    )
+
+
+# Of the tokens 1 2 . 3, then 4, then 6 7.
+HELPED_VALUES = torch.tensor([[0.5, 0.5, 77.0, 0.7], [0.4, 0.0, 0.0, 0.0], [0.2, 0.6, 0.0, 0.0]])
+HELPED_BOOTSTRAP = torch.tensor([0.25, 0.75, 0.5])
+
+
+def gae_of(group: ScoredGroup, *, lam: float, values: torch.Tensor = HELPED_VALUES) -> list[list[float]]:
+    batch = SequenceBatch.from_groups([group], version=5, max_staleness=2)
+    rows = TrajectoryRows(batch, torch.device("cpu"))
+    rewards = torch.from_numpy(batch.padded(batch.token_rewards)).float()
+    advantages, _ = gae(
+        rows.join_rewards(rewards, rewards),
+        rows.join(values),
+        rows.join(torch.from_numpy(batch.padded(batch.loss_mask))),
+        gamma=1.0,
+        lam=lam,
+        bootstrap=(HELPED_BOOTSTRAP * torch.from_numpy(batch.truncated))[rows.ends],
+    )
+    return [[round(value, 6) for value in row] for row in rows.split(advantages).tolist()]
+
+
+def test_turns_in_parallel_pass_credit_on_to_what_waited_for_both() -> None:
+    # Of 3: 1 - 0.7. Of 4: 0.7 - 0.4, and half of that. Of 7: 0.7 - 0.6, and half of the first; of 6: 0.6 - 0.2, and
+    # half of 7's. Of 2, by way of 4: 0.4 - 0.5, and half of 4's; of 1: half of 2's.
+    assert gae_of(with_helpers(), lam=0.5) == [[0.0625, 0.125, 0.0, 0.3], [0.45, 0, 0, 0], [0.525, 0.25, 0, 0]]
+    # Return minus value.
+    assert gae_of(with_helpers(), lam=1.0) == [[0.5, 0.5, 0.0, 0.3], [0.6, 0, 0, 0], [0.8, 0.4, 0, 0]]
+
+
+def test_turns_that_nothing_comes_after_have_the_reward_of_the_end() -> None:
+    group = with_helpers(waits=False)
+    # Of 4: 1 - 0.4. Of 7: 1 - 0.6. Of 2, by way of 3: 0.7 - 0.5, and half of 3's.
+    assert gae_of(group, lam=0.5) == [[0.175, 0.35, 0.0, 0.3], [0.6, 0, 0, 0], [0.6, 0.4, 0, 0]]
+    assert gae_of(group, lam=1.0) == [[0.5, 0.5, 0.0, 0.3], [0.6, 0, 0, 0], [0.8, 0.4, 0, 0]]
+
+
+def test_each_last_turn_of_a_truncated_trajectory_bootstraps_by_itself() -> None:
+    batch = SequenceBatch.from_groups([with_helpers("length")], version=5, max_staleness=2)
+    assert batch.truncated.tolist() == [True, False, False]
+    apart = with_helpers("length", waits=False)
+    assert SequenceBatch.from_groups([apart], version=5, max_staleness=2).truncated.tolist() == [True, True, True]
+    # The reward, and 0.25, 0.75 or 0.5 of what would follow, less the values.
+    assert gae_of(apart, lam=1.0) == [[0.75, 0.75, 0.0, 0.55], [1.35, 0, 0, 0], [1.3, 0.9, 0, 0]]
+
+
+def test_values_of_one_turn_are_of_no_consequence_for_another_in_parallel() -> None:
+    values = HELPED_VALUES.clone()
+    values[2] = torch.tensor([50.0, -30.0, 0.0, 0.0])
+    for waits in (True, False):
+        group = with_helpers(waits=waits)
+        assert gae_of(group, lam=0.5, values=values)[:2] == gae_of(group, lam=0.5)[:2]

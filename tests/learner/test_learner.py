@@ -883,7 +883,7 @@ def test_first_tokens_that_are_left_out_are_as_part_of_the_prompt(
         completion_lengths=batch.completion_lengths - starts,
         **{
             name: getattr(batch, name)[in_loss]
-            for name in ("turn_ids", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
+            for name in ("turn_ids", "follower_ids", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
         },
     )
     outcomes = []

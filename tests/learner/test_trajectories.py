@@ -142,7 +142,7 @@ def test_credit_is_that_of_the_rows_without_observations(seed: int, advantage: s
     in_prompt = np.concatenate([np.arange(n) < p for n, p in zip(batch.lengths, batch.prompt_lengths, strict=True)])
     is_kept = in_prompt.copy()
     is_kept[~in_prompt] = kept
-    fields = ("turn_ids", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
+    fields = ("turn_ids", "follower_ids", "loss_mask", "sampling_logprobs", "staleness", "token_rewards")
     without = replace(
         batch,
         token_ids=batch.token_ids[is_kept],
@@ -283,6 +283,34 @@ def test_credit_over_sequences_is_that_of_their_concatenation(seed: int, kl_in: 
         assert found == at_tokens(whole, together.advantages)
     if together.returns is not None:
         assert at_tokens(cut, apart.returns) == at_tokens(whole, together.returns)
+
+
+@pytest.mark.parametrize("advantage", ["gae", "turn_gae", "reinforce_plus_plus", *PER_COMPLETION])
+def test_credit_is_the_same_where_it_is_said_that_turns_came_one_after_the_other(advantage: str) -> None:
+    def told(trajectory: Trajectory) -> Trajectory:
+        last = len(trajectory.all_turns) - 1
+        numbers = iter(range(last + 1))
+
+        def one(sequence: Trajectory) -> Trajectory:
+            turns = [(turn, next(numbers)) for turn in sequence.turns]
+            named = (replace(turn, number=2 * n, follower=2 * min(n + 1, last)) for turn, n in turns)
+            return replace(sequence, turns=tuple(named))
+
+        first = one(trajectory)
+        return replace(first, further=tuple(replace(each, trajectory=one(each.trajectory)) for each in first.further))
+
+    groups = groups_of(100)
+    named = [
+        replace(one, group=replace(one.group, trajectories=tuple(map(told, one.group.trajectories)))) for one in groups
+    ]
+    batch, other = batch_of(groups), batch_of(named)
+    assert (other.follower_ids[other.sampled] >= 0).all()
+    flat = random_estimates(batch, 0)
+
+    expected, found = (credit_of(each, advantage, flat) for each in (batch, other))
+
+    assert torch.equal(found.advantages, expected.advantages)
+    assert other.truncated.tolist() == batch.truncated.tolist()
 
 
 def test_equal_rewards_in_other_parts_are_no_reason_to_prefer_one() -> None:

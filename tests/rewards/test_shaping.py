@@ -39,6 +39,7 @@ def batch(**changes: Any) -> SequenceBatch:
         prompt_lengths=read_only([1] * size, np.int32),
         completion_lengths=read_only([1] * size, np.int32),
         turn_ids=read_only([0] * size, np.int32),
+        follower_ids=read_only([-1] * size, np.int32),
         loss_mask=read_only(given["loss_mask"], np.bool_),
         sampling_logprobs=read_only([-0.5] * size, np.float32),
         staleness=read_only([0] * size, np.int32),

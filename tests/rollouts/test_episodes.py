@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -291,6 +292,30 @@ def test_parallel_requests_are_sampled_together_and_apart() -> None:
     assert len({request["seed"] for request in replicas.requests}) == 4, "equal prompts are sampled apart"
     assert [len(sequence.turns) for sequence in trajectory.sequences] == [2, 1, 1]
     assert trajectory.environment_reward == 1.0
+
+
+def test_turns_in_parallel_say_what_comes_after_them() -> None:
+    """Two helpers, who take another turn each, while the first conversation waits for both."""
+
+    def script(step: int, sampled: Sampled) -> Reply:
+        replies = {
+            0: (again(1, 4, sequence=1), again(2, 5, sequence=2)),
+            1: (again(3, 6, sequence=1),),
+            2: (again(4, 6, sequence=2),),
+        }
+        if sampled.number == 5:
+            return Reply(finish_reason="stop", final_reward=1.0)
+        return Reply(requests=replies.get(sampled.number, (again(5, 9),) if step == 5 else ()))
+
+    (trajectory,) = group_of(Pool(script), group_size=1, limits=replace(LIMITS, max_turns=8)).trajectories
+    assert {turn.number: turn.follower for turn in trajectory.all_turns} == {0: 1, 1: 3, 2: 4, 3: 5, 4: 5, 5: 5}
+    assert [turn.number for turn in trajectory.turns] == [0, 5]
+    assert trajectory.turns[1].reward == 1.0
+
+
+def test_turns_one_after_the_other_have_no_followers_to_tell() -> None:
+    trajectories = group_of(Pool(three_turns)).trajectories
+    assert {turn.follower for each in trajectories for turn in each.turns} == {None}
 
 
 def test_parallel_requests_share_what_is_left() -> None:
