@@ -386,7 +386,7 @@ class _Play:
         places = zip(numbers, after, strict=True)
         follower = {number: number if place is None else numbers[place] for number, place in places}
         for sequence in self._sequences:
-            sequence.turns = [replace(turn, follower=follower[turn.number]) for turn in sequence.turns]
+            sequence.turns = [replace(turn, follower=follower.get(turn.number or 0)) for turn in sequence.turns]
 
     def _add_reward(self, reward: float) -> None:
         """Give the last turn what is for the whole episode."""
