@@ -28,8 +28,10 @@ open(f"{sys.argv[1]}/{os.getpid()}", "w").close()
 while True:
     time.sleep(600)
 """
+# A process that a shell started in the background ignores SIGINT.
 PARENT = """
-import subprocess, sys, time
+import signal, subprocess, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from rlhf_ray.environments.bound_process import bound_command
 subprocess.Popen(bound_command(sys.argv[1:]), stdin=subprocess.PIPE, start_new_session=True)
 time.sleep(600)
@@ -75,7 +77,7 @@ def test_a_program_and_what_it_started_end_with_their_parent(tmp_path: Path, how
     if how == "killed with its children":
         for child in children:
             child.kill()
-    parent.wait()
+    parent.wait(timeout=30)
 
     wait_for("all ended", lambda: alive(str(marks)) == [])
 
